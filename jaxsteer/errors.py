@@ -1,0 +1,12 @@
+"""The one error users see: what is wrong, where, and how to mend it.
+
+The command line prints it as a single line and exits with code 2; notebooks can catch it.
+"""
+
+
+class UserError(Exception):
+    """Bad input, said in one line.
+
+    Raise it at the boundary (files, arguments, specs) with a message that names the thing,
+    the place and the fix. Anything else that escapes is a bug and shows its traceback.
+    """

