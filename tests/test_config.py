@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxsteer.config import from_hf, to_hf
+from jaxsteer.errors import UserError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+@pytest.mark.parametrize("raw", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+def test_the_papers_models_are_read_and_written_back(raw):
+    config = from_hf(raw, "test")
+    assert from_hf(to_hf(config), "test") == config
+    assert config.head_dim == 128 and config.qkv_bias == (raw is QWEN2)
+
+
+def test_llama3_scaling_is_read_in_both_spellings():
+    new = {k: v for k, v in LLAMA.items() if not k.startswith("rope_")}
+    new["rope_parameters"] = {**LLAMA["rope_scaling"], "rope_theta": 500000.0}
+    assert from_hf(new, "test") == from_hf(LLAMA, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn.*default, llama3"),
+        ({"hidden_act": "gelu"}, "gelu.*silu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*unknown"),
+        ({"num_key_value_heads": 5}, "divide"),
+        ({"hidden_size": "wide"}, "wrong type"),
+    ],
+)
+def test_what_would_change_the_computation_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        from_hf(LLAMA | change, "test")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])
+def test_a_missing_key_is_named(key):
+    with pytest.raises(UserError, match=key):
+        from_hf({k: v for k, v in LLAMA.items() if k != key}, "test")
