@@ -1,0 +1,112 @@
+"""From chat messages to rows of token ids, by the model's own chat template.
+
+The template is rendered to ids in one step with no special tokens added on top, so a template
+that writes its own beginning-of-sequence token does not get a second one. Prompt text is data:
+if it holds one of the tokenizer's special tokens, it is refused, because it would otherwise end
+its turn and speak as somebody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsteer.errors import UserError
+
+BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A chat tokenizer: the Hugging Face one plus the rules of this module.
+
+    Attributes:
+      hf: the `PreTrainedTokenizerFast`.
+      special: every special token's text, none of which a prompt may hold.
+    """
+
+    hf: Any
+    special: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json and the chat template of a checkpoint's tokenizer folder.
+
+        Raises:
+          UserError: no tokenizer or no chat template there.
+        """
+        # Imported here: transformers takes a second to import and most commands need no tokenizer.
+        from transformers import PreTrainedTokenizerFast
+
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"no tokenizer.json in {folder}; convert the model again")
+        hf = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        if not hf.chat_template:
+            raise UserError(f"the tokenizer in {folder} has no chat template; convert a chat model")
+        special = {str(token) for token in hf.all_special_tokens}
+        special |= {t.content for t in hf.added_tokens_decoder.values() if t.special}
+        return cls(hf=hf, special=tuple(sorted(special)))
+
+    def chat(self, user: str, system: str | None = None) -> list[int]:
+        """Token ids of one user turn (and system prompt) up to where the reply begins.
+
+        Without `system` the template decides (some insert a default system prompt of their own);
+        a `system` of "" asks for an explicitly empty one.
+
+        Raises:
+          UserError: an empty prompt, or one that holds a special token.
+        """
+        if not user.strip():
+            raise UserError("the prompt is empty; give it some text")
+        for text, name in ((user, "prompt"), (system or "", "system prompt")):
+            found = [token for token in self.special if token in text]
+            if found:
+                raise UserError(
+                    f"the {name} holds the special token {found[0]!r}, which would end its turn; "
+                    "remove it"
+                )
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": user})
+        text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.hf(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """Text of the ids, special tokens left out."""
+        return str(self.hf.decode(list(map(int, ids)), skip_special_tokens=True))
+
+
+def bucket(length: int, limit: int) -> int:
+    """The padded length of a prompt: the smallest bucket that holds it.
+
+    A row's own length decides, never its neighbours', so padding is a property of the row.
+
+    Raises:
+      UserError: longer than `limit` tokens or than the largest bucket.
+    """
+    for size in BUCKETS:
+        if length <= size and length <= limit:
+            return size
+    raise UserError(
+        f"a prompt has {length} tokens and at most {min(limit, BUCKETS[-1])} fit; shorten it"
+    )
+
+
+def left_pad(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left-pad rows to `width`: int32 ids and the mask of real tokens, both [row, token].
+
+    For width 4, [[7, 8], [5, 6, 9]] becomes
+        ids  [[0, 0, 7, 8], [0, 5, 6, 9]]
+        real [[F, F, T, T], [F, T, T, T]]
+    The last column is every row's last prompt token. The filler id means nothing: only the mask
+    says what is padding.
+    """
+    ids = np.zeros((len(rows), width), np.int32)
+    real = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, -len(row) :] = row
+            real[i, -len(row) :] = True
+    return ids, real

@@ -1,0 +1,202 @@
+"""The checkpoint folder: parameters in Orbax, tokenizer, config, and a manifest of hashes.
+
+NAME/config.json      the HF form of the config
+NAME/manifest.json    where it came from, and the sha256 of everything beside it
+NAME/params/          Orbax
+NAME/tokenizer/       tokenizer.json, tokenizer_config.json, chat template
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.config import ModelConfig, from_hf, to_hf
+from jaxsteer.errors import UserError
+from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
+from jaxsteer.weights import flatten, nest, param_shapes
+
+FORMAT = "jaxsteer-checkpoint-1"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded checkpoint.
+
+    Attributes:
+      config: the model's configuration.
+      params: nested dict of arrays, paths as in `weights.param_shapes`.
+      tokenizer_dir: folder of the tokenizer's files.
+      eos_token_ids: ids that end a reply.
+      manifest: the manifest as read.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer_dir: Path
+    eos_token_ids: list[int]
+    manifest: dict[str, Any]
+
+
+def array_sha256(value: np.ndarray) -> str:
+    """Identity of an array: dtype, shape and bytes."""
+    head = f"{value.dtype.name}{tuple(value.shape)}".encode()
+    return sha256_bytes(head + np.ascontiguousarray(value).tobytes())
+
+
+def save(
+    out: Path,
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray],
+    *,
+    write_tokenizer: Callable[[Path], None],
+    eos_token_ids: list[int],
+    source: dict[str, Any],
+) -> None:
+    """Write a checkpoint whole or not at all: into a temporary sibling, then renamed.
+
+    Args:
+      out: the folder to make; an existing checkpoint there is replaced, anything else refused.
+      config: the model's configuration.
+      params: arrays by path, all of one dtype.
+      write_tokenizer: writes the tokenizer's files into the folder it is given.
+      eos_token_ids: ids that end a reply.
+      source: description of the source with the sha256 of each of its files.
+
+    Raises:
+      UserError: `out` is something else than a checkpoint, or the disk is full or read-only.
+    """
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise UserError(f"{out} exists and is no checkpoint; remove it or choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    try:
+        tokenizer = temporary / "tokenizer"
+        tokenizer.mkdir()
+        write_tokenizer(tokenizer)
+        write_json(temporary / "config.json", to_hf(config))
+        _save_params(temporary / "params", nest(params.items()))
+        hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
+        files = {f.name: sha256_file(f) for f in sorted(tokenizer.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "source": source,
+            "dtype": next(iter(params.values())).dtype.name,
+            "eos_token_ids": eos_token_ids,
+            "config_sha256": sha256_file(temporary / "config.json"),
+            "tokenizer_files": files,
+            "tokenizer_sha256": sha256_bytes(canonical_json(files).encode()),
+            "weights_sha256": sha256_bytes(canonical_json(hashes).encode()),
+            "params": hashes,
+        }
+        write_json(temporary / "manifest.json", manifest)
+        temporary.chmod(0o755)
+        old = None
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            os.rename(out, old / "checkpoint")
+        os.rename(temporary, out)
+        if old:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error}; free space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _orbax() -> Any:
+    # Imported late: orbax takes a second, and its start-up chatter is not for our users.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
+def _save_params(path: Path, tree: dict[str, Any]) -> None:
+    with _orbax().StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), tree)
+
+
+def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint:
+    """Load a checkpoint.
+
+    Args:
+      path: the folder.
+      verify: recompute every hash of the manifest.
+      sharding: a jax sharding for all parameters; None puts them on the default device.
+
+    Raises:
+      UserError: not a checkpoint, or a file or parameter that does not match the manifest.
+    """
+    manifest_path = path / "manifest.json"
+    if not manifest_path.is_file():
+        raise UserError(
+            f"{path} is not a jaxsteer checkpoint (no manifest.json); make one with "
+            "`jaxsteer convert SOURCE --out DIR`"
+        )
+    again = f"convert the model again into {path}"
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        config = from_hf(
+            json.loads((path / "config.json").read_text(encoding="utf-8")), f"{path}/config.json"
+        )
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{manifest_path}: format {manifest['format']!r} is unknown; {again}")
+        dtype = jnp.dtype(manifest["dtype"])
+        files, hashes = manifest["tokenizer_files"], manifest["params"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: config or manifest cannot be read ({error}); {again}") from None
+    if sha256_file(path / "config.json") != manifest["config_sha256"]:
+        raise UserError(f"{path}/config.json does not match the manifest; {again}")
+    for name, expected in files.items():
+        file = path / "tokenizer" / name
+        if not file.is_file() or sha256_file(file) != expected:
+            raise UserError(f"{file} is missing or does not match the manifest; {again}")
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = param_shapes(config)
+    target = nest(
+        (name, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+        for name, shape in shapes.items()
+    )
+    try:
+        with _orbax().StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore((path / "params").absolute(), target)
+    except Exception as error:
+        # Orbax and tensorstore raise many types for a damaged store; all mean the same here.
+        first = (
+            str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        )
+        raise UserError(f"{path}/params cannot be read ({first}); {again}") from None
+    if verify:
+        wrong = [
+            name
+            for name, value in flatten(params).items()
+            if array_sha256(np.asarray(value)) != hashes.get(name)
+        ]
+        if wrong or sha256_bytes(canonical_json(hashes).encode()) != manifest["weights_sha256"]:
+            what = ", ".join(wrong[:3]) or "manifest"
+            raise UserError(f"{path}/params: {what} does not match its sha256; {again}")
+    return Checkpoint(
+        config=config,
+        params=params,
+        tokenizer_dir=path / "tokenizer",
+        eos_token_ids=manifest["eos_token_ids"],
+        manifest=manifest,
+    )

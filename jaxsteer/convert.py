@@ -1,0 +1,294 @@
+"""Convert a Hugging Face model (folder, hub id or GGUF file) into a jaxsteer checkpoint.
+
+Tensors are read one at a time into the output, so memory peaks at the output plus one tensor.
+No torch, no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from jaxsteer import checkpoint, config, weights
+from jaxsteer.config import ModelConfig
+from jaxsteer.errors import UserError
+from jaxsteer.files import sha256_file, write_json
+
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+GGUF_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+
+Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
+
+
+def convert(source: str | Path, out: Path, dtype: Dtype, revision: str | None = None) -> Path:
+    """Convert `source` and write the checkpoint `out`.
+
+    Args:
+      source: a folder with config.json and safetensors (single or sharded), a .gguf file, or a
+        hub id such as `org/name` (the only case that uses the network).
+      out: the checkpoint folder to make.
+      dtype: of the converted parameters.
+      revision: hub revision.
+
+    Returns:
+      `out`.
+
+    Raises:
+      UserError: an unsupported model or quantisation; missing, truncated, misshapen or unread
+        tensors, all listed at once.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"no file {path}; give the path of a .gguf file")
+        return _convert_gguf(path, out, dtype)
+    if path.is_dir():
+        return _convert_hf(path, out, dtype, {"kind": "folder", "name": path.name})
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        folder = _download(str(source), revision)
+        about = {"kind": "hub", "name": str(source), "revision": folder.name}
+        return _convert_hf(folder, out, dtype, about)
+    raise UserError(f"no model at {source}; give a folder, a .gguf file or a hub id (org/name)")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        # The hub client raises its own, requests' and httpx's errors; the user needs one line.
+        first = (
+            str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        )
+        raise UserError(
+            f"cannot fetch {name} from the hub ({first}); give a local folder"
+        ) from None
+
+
+def fill(
+    target: ModelConfig,
+    tensors: Iterator[Tensor],
+    form: Literal["hf", "gguf"],
+    dtype: Dtype,
+    where: str,
+) -> dict[str, np.ndarray]:
+    """Read every tensor once into the parameter it belongs to.
+
+    Args:
+      target: the configuration to fill.
+      tensors: (name, shape, read) triples; `read` is called for one tensor at a time.
+      form: naming scheme of the source.
+      dtype: of the result.
+      where: the source's name in errors.
+
+    Raises:
+      UserError: every unread source tensor, unfilled target and shape mismatch in one message.
+    """
+    entries = {entry.source: entry for entry in weights.table(target, form)}
+    shapes = weights.param_shapes(target)
+    params: dict[str, np.ndarray] = {}
+    problems: list[str] = []
+    heads: list[np.ndarray] = []
+    for name, _, read in tensors:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if target.tied and name == "lm_head.weight":
+            heads.append(read().astype(DTYPES[dtype]))
+            continue
+        entry = entries.get(name)
+        if entry is None:
+            problems.append(f"{name} is in the source and has no place in the model")
+            continue
+        try:
+            value = weights.turn(read(), entry.rule, target)
+        except (ValueError, OSError) as error:
+            problems.append(f"{name} cannot be read ({error})")
+            continue
+        if value.shape != shapes[entry.target]:
+            problems.append(f"{name} has shape {value.shape}, expected {shapes[entry.target]}")
+            continue
+        params[entry.target] = np.ascontiguousarray(value.astype(DTYPES[dtype]))
+    missing = [entry.source for entry in entries.values() if entry.target not in params]
+    reported = {problem.split(" ")[0] for problem in problems}
+    problems += [f"{name} is missing" for name in missing if name not in reported]
+    embedding = params.get("embed/embedding")
+    if heads and embedding is not None and not np.array_equal(heads[0], embedding):
+        problems.append("lm_head.weight differs from the embedding of a tied model")
+    if problems:
+        shown = "; ".join(problems[:12])
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise UserError(f"{where}: weights do not fit the config: {shown}{more}")
+    return params
+
+
+# -- safetensors ---------------------------------------------------------------------------------
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing; download the model again")
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; download the model again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def _safetensors(files: list[Path]) -> Iterator[Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (the handle is no mapping)
+                    shape = tuple(file.get_slice(name).get_shape())
+                    yield name, shape, functools.partial(file.get_tensor, name)
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is damaged or truncated ({error}); download it again"
+            ) from None
+
+
+def _convert_hf(folder: Path, out: Path, dtype: Dtype, about: dict[str, Any]) -> Path:
+    raw = _json(folder / "config.json")
+    target = config.from_hf(raw, f"{folder.name}/config.json")
+    files = _safetensors_files(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}/tokenizer.json is missing; jaxsteer reads fast tokenizers only")
+    params = fill(target, _safetensors(files), "hf", dtype, folder.name)
+    generation = folder / "generation_config.json"
+    eos = (_json(generation) if generation.is_file() else {}).get("eos_token_id")
+    eos = raw.get("eos_token_id") if eos is None else eos
+    if eos is None:
+        raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json")
+
+    def write_tokenizer(to: Path) -> None:
+        for name in TOKENIZER_FILES:
+            if not (folder / name).is_file():
+                continue
+            if name == "tokenizer_config.json":
+                # Code named by a repository is not run, so the pointer to it is not kept.
+                write_json(
+                    to / name, {k: v for k, v in _json(folder / name).items() if k != "auto_map"}
+                )
+            else:
+                shutil.copyfile(folder / name, to / name)
+
+    hashed = [folder / "config.json", *files]
+    about = {**about, "files": {f.name: sha256_file(f) for f in hashed}}
+    checkpoint.save(
+        out,
+        target,
+        params,
+        write_tokenizer=write_tokenizer,
+        eos_token_ids=[int(i) for i in (eos if isinstance(eos, list) else [eos])],
+        source=about,
+    )
+    return out
+
+
+# -- GGUF ----------------------------------------------------------------------------------------
+
+
+def _gguf_tensors(reader: Any, where: str) -> Iterator[Tensor]:
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type.name
+        if kind not in GGUF_TYPES:
+            raise UserError(
+                f"{where}: tensor {tensor.name} has type {kind}, which is not supported; "
+                f"supported: {', '.join(GGUF_TYPES)}"
+            )
+        # GGUF lists the innermost axis first.
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        yield tensor.name, shape, functools.partial(_dequantised, tensor, shape)
+
+
+def _dequantised(tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+
+
+def _convert_gguf(path: Path, out: Path, dtype: Dtype) -> Path:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(str(path))
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:
+        # The reader raises whatever numpy does on short data.
+        raise UserError(
+            f"{path} is damaged, truncated or no GGUF ({error}); get it again"
+        ) from None
+    shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+    target = config.from_gguf(fields, shapes, path.name)
+    params = fill(target, _gguf_tensors(reader, path.name), "gguf", dtype, path.name)
+    tokenizer = _gguf_tokenizer(fields, path.name)
+    checkpoint.save(
+        out,
+        target,
+        params,
+        write_tokenizer=lambda folder: tokenizer.save_pretrained(str(folder)),
+        eos_token_ids=[int(fields["tokenizer.ggml.eos_token_id"])],
+        source={"kind": "gguf", "name": path.name, "files": {path.name: sha256_file(path)}},
+    )
+    return out
+
+
+def _gguf_tokenizer(fields: dict[str, Any], where: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+    needed = ("tokens", "model", "eos_token_id")
+    for name in needed:
+        if f"tokenizer.ggml.{name}" not in fields:
+            raise UserError(f"{where}: metadata tokenizer.ggml.{name} is missing")
+    if "tokenizer.chat_template" not in fields:
+        raise UserError(f"{where}: it carries no chat template; convert a chat model")
+    ggml = {
+        k.removeprefix("tokenizer.ggml."): v for k, v in fields.items() if "tokenizer.ggml." in k
+    }
+    ggml["tokenizer_type"] = ggml.pop("model")
+    tokens = ggml["tokens"]
+    backend, _ = convert_gguf_tokenizer(fields["general.architecture"], ggml)
+    named = {
+        f"{ours}_token": tokens[int(ggml[f"{theirs}_token_id"])]
+        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"{theirs}_token_id" in ggml
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **named
+    )

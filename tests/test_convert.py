@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxsteer import checkpoint
+from jaxsteer.config import from_hf
+from jaxsteer.convert import GGUF_TYPES, convert, fill
+from jaxsteer.errors import UserError
+from jaxsteer.weights import flatten, param_shapes, table, unpermute
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.save(tiny.llama(), tmp_path_factory.mktemp("source") / "hf")
+
+
+@pytest.fixture
+def copy(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "hf")
+
+
+def edit(folder, change):
+    path = folder / "model.safetensors"
+    tensors = dict(load_file(path))
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_sharded_and_single_files_give_the_same_weights(source, tmp_path):
+    sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
+    assert (sharded / "model.safetensors.index.json").is_file()
+    one = checkpoint.load(convert(source, tmp_path / "one", "float32"))
+    two = checkpoint.load(convert(sharded, tmp_path / "two", "float32"))
+    assert one.manifest["weights_sha256"] == two.manifest["weights_sha256"]
+
+
+def test_every_problem_is_listed_at_once_and_nothing_is_written(copy, tmp_path):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.extra.weight"] = np.zeros(3, np.float32)
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+
+    edit(copy, change)
+    with pytest.raises(UserError) as caught:
+        convert(copy, tmp_path / "out", "float32")
+    for part in (
+        "model.norm.weight is missing",
+        "model.extra.weight is in the source",
+        "up_proj.weight has shape",
+    ):
+        assert part in str(caught.value)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_truncated_file_is_named(copy, tmp_path):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or truncated"):
+        convert(copy, tmp_path / "out", "float32")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
+    victim = sorted(sharded.glob("model-0000*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(UserError, match=victim.name):
+        convert(sharded, tmp_path / "out", "float32")
+
+
+def test_remote_code_pointers_are_not_kept(copy, tmp_path):
+    path = copy / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": "evil.py"}})
+    )
+    out = convert(copy, tmp_path / "out", "float32")
+    assert "auto_map" not in (out / "tokenizer/tokenizer_config.json").read_text()
+
+
+def test_a_source_that_is_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no model at"):
+        convert(tmp_path / "nowhere", tmp_path / "out", "float32")
+
+
+def permute(value, heads):
+    """llama.cpp's own reordering of q and k on the way into a GGUF."""
+    rows, width = value.shape
+    return value.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
+
+
+def test_unpermute_undoes_llama_cpps_order(rng):
+    value = rng.standard_normal((24, 5))
+    np.testing.assert_array_equal(unpermute(permute(value, 3), 3), value)
+
+
+def test_llama_ggufs_have_their_q_and_k_unpermuted_and_qwen2_ggufs_do_not(tmp_path, rng):
+    for build in (tiny.llama, tiny.qwen2):
+        hf = build()
+        folder = tiny.save(hf, tmp_path / hf.config.model_type)
+        config = from_hf(json.loads((folder / "config.json").read_text()), "test")
+        tensors = load_file(folder / "model.safetensors")
+        ours = {e.target: e.source for e in table(config, "hf")}
+
+        def read(entry, tensors=tensors, ours=ours, config=config):
+            value = tensors[ours[entry.target]]
+            heads = {"unpermute_q": config.n_heads, "unpermute_k": config.n_kv_heads}.get(
+                entry.rule
+            )
+            return permute(value, heads) if heads else value
+
+        triples = ((e.source, (), lambda e=e, read=read: read(e)) for e in table(config, "gguf"))
+        from_gguf = fill(config, triples, "gguf", "float32", "test")
+        out = checkpoint.load(convert(folder, tmp_path / f"{hf.config.model_type}-out", "float32"))
+        for path, value in flatten(out.params).items():
+            np.testing.assert_array_equal(from_gguf[path], np.asarray(value))
+
+
+def write_gguf(path, kind, width=256):
+    """A small Llama GGUF whose matrices are all of one quantised type; returns them in float32."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    words = ["<unk>", "<s>", "</s>", "ab", *(chr(97 + i) for i in range(12))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 3] + [1] * 13)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    generator = np.random.default_rng(0)
+    quant = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quant]
+    expected = {}
+    shapes = {"token_embd": (16, width), "output_norm": (width,), "blk.0.attn_norm": (width,)}
+    shapes |= {
+        "blk.0.ffn_norm": (width,),
+        "blk.0.attn_q": (width, width),
+        "blk.0.attn_k": (width // 2, width),
+    }
+    shapes |= {
+        f"blk.0.{n}": (width, width) for n in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    shapes["blk.0.attn_v"] = (width // 2, width)
+    for name, shape in shapes.items():
+        value = generator.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", value)
+            expected[f"{name}.weight"] = value
+            continue
+        try:
+            raw = gguf.quants.quantize(value, quant)
+        except NotImplementedError:
+            # K-quants have no numpy encoder: blocks of small random bytes are valid input too.
+            raw = generator.integers(0, 40, (shape[0], shape[1] // block * size), dtype=np.uint8)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=quant)
+        expected[f"{name}.weight"] = gguf.quants.dequantize(raw, quant).reshape(shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_each_gguf_type_is_dequantised(kind, tmp_path):
+    expected = write_gguf(tmp_path / "m.gguf", kind)
+    loaded = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "out", "float32"))
+    params = flatten(loaded.params)
+    assert set(params) == set(param_shapes(loaded.config))
+    np.testing.assert_array_equal(
+        params["layers/0/mlp/up/kernel"].T, expected["blk.0.ffn_up.weight"]
+    )
+    np.testing.assert_array_equal(params["embed/embedding"], expected["token_embd.weight"])
+
+
+def test_an_unsupported_gguf_type_is_refused_by_name(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "Q2_K")
+    with pytest.raises(UserError, match="Q2_K"):
+        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+
+
+def test_a_truncated_gguf_is_named(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "F16")
+    data = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"m\.gguf is damaged"):
+        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
