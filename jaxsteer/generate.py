@@ -1,0 +1,303 @@
+"""Steered generation: prefill and decode of many rows as one compiled program.
+
+One row's program is written once (`_prefill`, `_step`) and lifted over rows with `jax.vmap`; the
+decode loop runs on the device and stops when every row has. Each row brings its own intervention
+as data, so all conditions of a study share one program per prompt-length bucket.
+
+Rows are left-padded, so every prompt ends in the same column and every decode step writes the
+same cache slot for all rows. For a row of 3 real tokens in a bucket of 4 and 2 new tokens:
+
+    slot       0    1   2   3   4   5
+    token      pad  a   b   c   x   y
+    position   -    0   1   2   3   4      counted over real tokens
+    visible to x:   a   b   c   x          padding is never visible, never steered
+
+Static (part of the compiled program): model graph, `Decoding`, taps, and the shapes. Dynamic:
+parameters, tokens, interventions, probes, seeds, temperature.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxsteer.arrays import AnyArray
+from jaxsteer.interventions import Interventions
+from jaxsteer.model import Cache, Decoder, Params, Realised, Steering, bind, empty_cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to decode; static, so changing it compiles again.
+
+    Attributes:
+      max_new_tokens: length of the output buffer.
+      eos: token ids that end a reply (the ending token itself is not part of the reply).
+      sample: draw from the distribution; False is greedy and ignores temperature and top_p.
+    """
+
+    max_new_tokens: int
+    eos: tuple[int, ...]
+    sample: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Dynamic settings of sampling.
+
+    Attributes:
+      seed: the run's seed.
+      temperature: divides the logits, > 0.
+      top_p: keep the smallest set of tokens whose probability reaches this (Holtzman 2020).
+    """
+
+    seed: int | Int[AnyArray, ""] = 0
+    temperature: float | Float[AnyArray, ""] = 1.0
+    top_p: float | Float[AnyArray, ""] = 1.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Prompts ready to run; every field has a leading row axis.
+
+    Attributes:
+      tokens: left-padded prompt ids.
+      real: which of them are not padding. A row with no real token is a filler: it is never live.
+      interventions: one entry per row.
+      ids: a stable number per row, folded into the seed: the order and the batch do not matter.
+    """
+
+    tokens: Int[AnyArray, "row token"]
+    real: Bool[AnyArray, "row token"]
+    interventions: Interventions
+    ids: UInt32[AnyArray, " row"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replies:
+    """What came out; every field has a leading row axis.
+
+    Attributes:
+      tokens: generated ids; entries from `length` on mean nothing.
+      length: tokens before the end-of-sequence token, or the whole buffer.
+      stopped: whether an end-of-sequence token ended it.
+      prompt: realised change over prompt tokens, per tap and layer.
+      response: the same over generated tokens that a forward pass read.
+    """
+
+    tokens: Int[AnyArray, "row new_token"]
+    length: Int[AnyArray, " row"]
+    stopped: Bool[AnyArray, " row"]
+    prompt: dict[str, Realised]
+    response: dict[str, Realised]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _State:
+    """Everything the decode loop carries, rows leading where there are rows.
+
+    Attributes:
+      step: number of tokens emitted so far; the next pass writes slot prompt_width + step - 1.
+      last: the newest token of each row, not yet read by the model.
+      live: rows that have not ended.
+      tokens: output buffer.
+      length: tokens emitted before the end.
+      cache: keys and values per layer.
+      position: rotary position of `last`.
+      response: running sums of the realised change.
+    """
+
+    step: Int[Array, ""]
+    last: Int[Array, " row"]
+    live: Bool[Array, " row"]
+    tokens: Int[Array, "row new_token"]
+    length: Int[Array, " row"]
+    cache: Cache
+    position: Int[Array, " row"]
+    response: dict[str, Realised]
+
+
+def causal_mask(real: Bool[Array, " token"]) -> Bool[Array, "token token"]:
+    """Which tokens of a left-padded row each token sees: real, and not after it.
+
+    real = [F, T, T] gives
+        [[F, F, F],     the pad sees nothing
+         [F, T, F],
+         [F, T, T]]
+    """
+    tokens = real.shape[0]
+    return jnp.tril(jnp.ones((tokens, tokens), bool)) & real[None, :]
+
+
+def positions(real: Bool[Array, " token"]) -> Int[Array, " token"]:
+    """Rotary positions counted over real tokens: [F, T, T] -> [0, 0, 1]."""
+    return jnp.maximum(jnp.cumsum(real) - 1, 0)
+
+
+def _prefill(
+    model: Decoder,
+    tokens: Array,
+    real: Array,
+    interventions: Interventions,
+    probes: Array,
+    new_tokens: int,
+) -> tuple[Array, Cache, dict[str, Realised]]:
+    dtype = model.embed.embedding[...].dtype
+    cache = empty_cache(model.config, tokens.shape[0], dtype)
+    steering = Steering(
+        interventions=interventions,
+        touched=real & interventions.on_prompt,
+        real=real,
+        probes=probes,
+    )
+    out = model(tokens, positions(real), causal_mask(real), cache, jnp.int32(0), steering=steering)
+    room = [(0, new_tokens), (0, 0), (0, 0)]
+    grown = [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in out.cache]
+    return model.logits(out.hidden[-1:])[0], grown, out.realised
+
+
+def _step(
+    model: Decoder,
+    token: Array,
+    position: Array,
+    live: Array,
+    real: Array,
+    cache: Cache,
+    interventions: Interventions,
+    probes: Array,
+    slot: Array,
+) -> tuple[Array, Cache, dict[str, Realised]]:
+    slots = cache[0][0].shape[0]
+    prompt_slots = jnp.zeros((slots,), bool).at[: real.shape[0]].set(real)
+    index = jnp.arange(slots)
+    visible = prompt_slots | ((index >= real.shape[0]) & (index <= slot))
+    steering = Steering(
+        interventions=interventions,
+        touched=(live & interventions.on_response)[None],
+        real=live[None],
+        probes=probes,
+    )
+    out = model(token[None], position[None], visible[None, :], cache, slot, steering=steering)
+    return model.logits(out.hidden)[0], out.cache, out.realised
+
+
+def _choose(logits: Array, row_id: Array, step: Array, sampling: Sampling, sample: bool) -> Array:
+    """The next token of one row; its randomness depends on (seed, row id, step) only."""
+    if not sample:
+        return jnp.argmax(logits).astype(jnp.int32)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row_id), step)
+    scaled = logits / sampling.temperature
+    order = jnp.argsort(-scaled)
+    probability = jax.nn.softmax(scaled[order])
+    # A token is kept while the mass before it is short of top_p: [.5, .3, .2] at .7 keeps two.
+    before = jnp.cumsum(probability) - probability
+    kept = jnp.where(before < sampling.top_p, scaled[order], -jnp.inf)
+    return order[jax.random.categorical(key, kept)].astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "decoding"))
+def generate(
+    definition: nnx.GraphDef[Decoder],
+    decoding: Decoding,
+    params: Params,
+    rows: Rows,
+    probes: Float[Array, "layer probe d_model"],
+    sampling: Sampling,
+) -> Replies:
+    """Generate replies for a batch of rows, each under its own intervention.
+
+    Args:
+      definition: from `model.graph`; static.
+      decoding: static decoding settings.
+      params: the model's parameters.
+      rows: prompts and interventions.
+      probes: unit directions whose projections are recorded; [layer, 0, d_model] for none.
+      sampling: dynamic sampling settings, unread when greedy.
+
+    Returns:
+      Replies and the realised change of each row.
+    """
+    model = bind(definition, params)
+    # Host arrays are welcome as arguments; from here on they are the program's own.
+    prompt_ids, real, row_ids = map(jnp.asarray, (rows.tokens, rows.real, rows.ids))
+    count, width = prompt_ids.shape
+    eos = jnp.asarray(decoding.eos, jnp.int32)
+    prefill = jax.vmap(functools.partial(_prefill, model), in_axes=(0, 0, 0, None, None))
+    step_rows = jax.vmap(functools.partial(_step, model), in_axes=(0, 0, 0, 0, 0, 0, None, None))
+    choose = jax.vmap(
+        functools.partial(_choose, sampling=sampling, sample=decoding.sample),
+        in_axes=(0, 0, None),
+    )
+
+    def emit(state: _State, token: Array) -> _State:
+        """Write one new token per live row, and retire the rows whose token ends them."""
+        ended = jnp.any(token[:, None] == eos, axis=-1)
+        live = state.live & ~ended
+        tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
+        return dataclasses.replace(
+            state,
+            step=state.step + 1,
+            last=token,
+            live=live,
+            tokens=tokens,
+            length=state.length + live,
+        )
+
+    def body(state: _State) -> _State:
+        logits, cache, realised = step_rows(
+            state.last,
+            state.position,
+            state.live,
+            real,
+            state.cache,
+            rows.interventions,
+            probes,
+            width + state.step - 1,
+        )
+        state = dataclasses.replace(
+            state,
+            cache=cache,
+            position=state.position + 1,
+            response=jax.tree.map(jnp.add, state.response, realised),
+        )
+        return emit(state, choose(logits, row_ids, state.step))
+
+    def going(state: _State) -> Array:
+        return (state.step < decoding.max_new_tokens) & jnp.any(state.live)
+
+    logits, cache, prompt = prefill(
+        prompt_ids, real, rows.interventions, probes, decoding.max_new_tokens
+    )
+    start = _State(
+        step=jnp.int32(0),
+        last=jnp.zeros((count,), jnp.int32),
+        live=jnp.any(real, axis=1),
+        tokens=jnp.zeros((count, decoding.max_new_tokens), jnp.int32),
+        length=jnp.zeros((count,), jnp.int32),
+        cache=cache,
+        position=jnp.sum(real, axis=1).astype(jnp.int32),
+        response=jax.tree.map(jnp.zeros_like, prompt),
+    )
+    state = jax.lax.while_loop(going, body, emit(start, choose(logits, row_ids, start.step)))
+    return Replies(
+        tokens=state.tokens,
+        length=state.length,
+        stopped=~state.live & jnp.any(real, axis=1),
+        prompt=prompt,
+        response=state.response,
+    )
+
+
+def no_probes(n_layers: int, d_model: int) -> np.ndarray:
+    """The empty set of probe directions."""
+    return np.zeros((n_layers, 0, d_model), np.float32)

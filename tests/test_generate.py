@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsteer import rows
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from jaxsteer.errors import UserError
+from jaxsteer.generate import Decoding, Sampling, causal_mask, generate, positions
+from jaxsteer.interventions import Add, Project, compile_conditions
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+def compiled(model, conditions, scope="all"):
+    return compile_conditions(
+        conditions,
+        [scope] * len(conditions),
+        n_layers=model.config.n_layers,
+        d_model=model.config.d_model,
+    )
+
+
+PROMPTS = [[3, 9, 33], [5] * 20, list(range(3, 30)), [41, 8, 8, 9]]
+
+
+def run(model, requests, conditions, *, scope="all", sample=None, batch=4, eos=(2,), new_tokens=8):
+    decoding = Decoding(max_new_tokens=new_tokens, eos=eos, sample=sample is not None)
+    batches = rows.run(
+        model, requests, compiled(model, conditions, scope), decoding, sampling=sample, batch=batch
+    )
+    return sorted((r for b in batches for r in b), key=lambda r: r.index)
+
+
+def test_masks_hide_padding_and_count_positions_over_real_tokens():
+    real = jnp.array([False, True, True])
+    expected = [[False, False, False], [False, True, False], [False, True, True]]
+    np.testing.assert_array_equal(causal_mask(real), expected)
+    np.testing.assert_array_equal(positions(real), [0, 0, 1])
+
+
+def test_three_and_thirty_conditions_compile_the_same_number_of_programs(model, rng):
+    vectors = rng.standard_normal((model.config.n_layers, model.config.d_model))
+    counts = []
+    for n in (3, 30):
+        generate.clear_cache()
+        conditions = [[Add(direction=vectors, layers=(1,), scale=float(c))] for c in range(n)]
+        requests = [rows.Request(tokens=p, condition=c) for c in range(n) for p in PROMPTS]
+        run(model, requests, conditions)
+        counts.append(generate._cache_size())
+    assert counts == [1, 1]
+
+
+def test_a_row_stops_at_the_end_token_and_does_not_keep_it(model):
+    free = run(model, [rows.Request(tokens=PROMPTS[0])], [[]], eos=(63,))[0]
+    assert len(free.tokens) == 8 and not free.stopped
+    end = int(free.tokens[3])
+    cut = run(model, [rows.Request(tokens=PROMPTS[0])], [[]], eos=(63, end))[0]
+    first = list(free.tokens).index(end)
+    assert cut.stopped and list(cut.tokens) == list(free.tokens[:first])
+
+
+def test_samples_depend_on_seed_and_row_id_only(model):
+    requests = [rows.Request(tokens=p, row_id=100 + i) for i, p in enumerate(PROMPTS)]
+    sampling = Sampling(seed=3, temperature=1.0, top_p=0.9)
+    together = run(model, requests, [[]], sample=sampling)
+    backwards = run(model, requests[::-1], [[]], sample=sampling, batch=1)[::-1]
+    for one, other in zip(together, backwards, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+    other_seed = run(model, requests, [[]], sample=Sampling(seed=4, temperature=1.0, top_p=0.9))
+    assert any(list(a.tokens) != list(b.tokens) for a, b in zip(together, other_seed, strict=True))
+
+
+def test_a_tiny_top_p_is_greedy(model):
+    requests = [rows.Request(tokens=p, row_id=i) for i, p in enumerate(PROMPTS)]
+    nucleus = run(model, requests, [[]], sample=Sampling(seed=1, temperature=1.0, top_p=1e-6))
+    for one, other in zip(nucleus, run(model, requests, [[]]), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_realised_change_counts_real_tokens_in_scope(model, rng):
+    vectors = rng.standard_normal((model.config.n_layers, model.config.d_model))
+    norm = np.linalg.norm(vectors[1])
+    operations = [Add(direction=vectors, layers=(1,), scale=1.0)]
+    for scope, prompt_tokens, response_tokens in (
+        ("all", 3, 7),
+        ("prompt", 3, 0),
+        ("response", 0, 7),
+    ):
+        requests = [rows.Request(tokens=PROMPTS[0])]
+        reply = run(model, requests, [operations], scope=scope, eos=(63,))[0]
+        for realised, expected in (
+            (reply.prompt, prompt_tokens),
+            (reply.response, response_tokens),
+        ):
+            np.testing.assert_allclose(
+                realised["resid_post"].change, [0, expected * norm, 0], rtol=1e-4
+            )
+            assert (realised["resid_post"].touched == expected).all()
+
+
+def test_a_projection_leaves_its_probe_at_zero(model, rng):
+    vectors = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    stacked = compiled(model, [[Project(directions=(vectors,), layers=(1,))]])
+    decoding = Decoding(max_new_tokens=4, eos=(63,))
+    replies = next(
+        rows.run(
+            model,
+            [rows.Request(tokens=PROMPTS[0])],
+            stacked,
+            decoding,
+            probes=unit[:, None],
+            batch=1,
+        )
+    )
+    realised = replies[0].prompt["resid_post"]
+    assert abs(realised.before[1, 0]) > 0.1 and abs(realised.after[1, 0]) < 1e-4
+
+
+def test_a_prompt_beyond_the_context_is_refused(model):
+    with pytest.raises(UserError, match="tokens"):
+        run(model, [rows.Request(tokens=[3] * 600)], [[]])
