@@ -1,0 +1,46 @@
+# The front door. `make help` lists the targets.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STUDY ?= smollm2-demo
+SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
+	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh)
+
+.PHONY: help demo test lint parity sweep model clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+.venv/made: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "jaxsteer needs Python 3.11 to 3.13: install one, or give PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/made-dev: .venv/made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
+
+model: .venv/made ## fetch the pinned parts and convert SmolLM2 (once)
+	@$(BIN)/jaxsteer prepare
+
+demo: model ## run the demo study and print its table (LIMIT=n prompts, FULL=1 for all 313)
+	@$(call SWEEP,smollm2-demo)
+
+sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [OUT=dir] [FRESH=1]
+	@$(call SWEEP,$(STUDY))
+
+test: .venv/made-dev model ## run every test, against HF transformers on torch and the real SmolLM2
+	$(BIN)/python -m pytest
+
+lint: .venv/made-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+parity: .venv/made-dev model ## measure agreement with HF transformers and write docs/parity.md
+	$(BIN)/python -m tests.parity docs/parity.md
+
+clean: ## remove the environment and caches (results and checkpoints stay)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
