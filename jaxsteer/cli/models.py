@@ -1,37 +1,15 @@
-"""The command line: every command is a call into the library that a notebook could make too."""
+"""Commands about models: prepare, convert, extract, generate."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
+from jaxsteer.cli.common import DEMO_MODEL, ModelOption, app, use_compile_cache
 from jaxsteer.errors import UserError
-
-app = typer.Typer(
-    help="Steer chat models at explicit taps of the residual stream, and measure their refusals.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-DEMO_MODEL = Path("checkpoints/smollm2-135m")
-ModelOption = Annotated[Path, typer.Option(help="A converted checkpoint.")]
-
-
-def _use_compile_cache() -> None:
-    # A compiled program is kept across runs, so that a second run starts at once.
-    import jax
-
-    from jaxsteer.fetch import cache_dir
-
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_dir() / "xla")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 @app.command()
@@ -91,7 +69,7 @@ def extract(
             f"unknown position {position!r}; they are {', '.join(activations.POSITIONS)}"
         )
     asked = cast(activations.Position, position)
-    _use_compile_cache()
+    use_compile_cache()
     if what == "assistant-axis":
         loaded, material = ChatModel.load(model), data.roles()
         roles = [(role["name"], role["instruction"]) for role in material["roles"]]
@@ -141,7 +119,7 @@ def generate(
     from jaxsteer.interventions import compile_conditions
     from jaxsteer.show import plain
 
-    _use_compile_cache()
+    use_compile_cache()
     asked = steer_text.parse(steer or [], project or [])
     found = directions.load(directions_file) if asked else {}
     loaded = ChatModel.load(model)
@@ -166,50 +144,3 @@ def generate(
     if operations and not change > 0:
         raise UserError("the intervention changed nothing; raise its strength or widen --scope")
     typer.echo(f"realised change: {change:.1f} summed over tokens and layers")
-
-
-@app.command()
-def sweep(
-    study: Annotated[str, typer.Argument(help="A shipped study's name, or a .toml file.")],
-    model: ModelOption = DEMO_MODEL,
-    out: Annotated[Path | None, typer.Option(help="Results folder; default results/STUDY.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
-) -> None:
-    """Run a study, or what is missing of it, and print its table.
-
-    Example: jaxsteer sweep smollm2-demo --limit 20
-    """
-    from jaxsteer import run
-    from jaxsteer import study as studies
-    from jaxsteer.chatmodel import ChatModel
-    from jaxsteer.show import summary_table
-
-    if full and limit:
-        raise UserError("--full and --limit exclude each other; give one")
-    _use_compile_cache()
-    spec = studies.load(study)
-    suffix = "-full" if full else f"-limit-{limit}" if limit else ""
-    folder = out or Path("results") / f"{spec.name}{suffix}"
-    summary = run.run_study(
-        spec, ChatModel.load(model), folder, limit=0 if full else limit, fresh=fresh
-    )
-    Console(width=None if sys.stdout.isatty() else 110).print(summary_table(summary, spec.name))
-    typer.echo(f"results are in {folder}")
-
-
-def main() -> None:
-    """Entry point: user errors become one line on stderr and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"jaxsteer: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("jaxsteer: stopped; finished rows are kept, run again to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

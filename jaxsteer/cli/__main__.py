@@ -1,0 +1,3 @@
+from jaxsteer.cli import main
+
+main()

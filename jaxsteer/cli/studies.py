@@ -1,0 +1,44 @@
+"""Commands about studies: sweep."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jaxsteer.cli.common import DEMO_MODEL, ModelOption, app, use_compile_cache
+from jaxsteer.errors import UserError
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(help="A shipped study's name, or a .toml file.")],
+    model: ModelOption = DEMO_MODEL,
+    out: Annotated[Path | None, typer.Option(help="Results folder; default results/STUDY.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
+) -> None:
+    """Run a study, or what is missing of it, and print its table.
+
+    Example: jaxsteer sweep smollm2-demo --limit 20
+    """
+    from jaxsteer import run
+    from jaxsteer import study as studies
+    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.show import summary_table
+
+    if full and limit:
+        raise UserError("--full and --limit exclude each other; give one")
+    use_compile_cache()
+    spec = studies.load(study)
+    suffix = "-full" if full else f"-limit-{limit}" if limit else ""
+    folder = out or Path("results") / f"{spec.name}{suffix}"
+    summary = run.run_study(
+        spec, ChatModel.load(model), folder, limit=0 if full else limit, fresh=fresh
+    )
+    Console(width=None if sys.stdout.isatty() else 110).print(summary_table(summary, spec.name))
+    typer.echo(f"results are in {folder}")
