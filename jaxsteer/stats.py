@@ -1,10 +1,17 @@
-"""Statistics of rates: plain functions of counts."""
+"""Statistics of rates, judges and controls: plain functions of counts and arrays.
+
+docs/statistics.md says where each is used and why.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Bool
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -49,3 +56,209 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
+
+
+def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the difference k1 / n1 - k2 / n2 of two independent rates.
+
+    The Wilson intervals of both rates, combined by squares (Newcombe 1998, Statistics in Medicine
+    17:873, method 10). On prompts that both rates share it is too wide, never too narrow, as long
+    as the outcomes on a prompt go together; the paired difference needs the rows.
+
+    >>> low, high = newcombe(56, 70, 48, 80)
+    >>> round(low, 4), round(high, 4)
+    (0.0524, 0.3339)
+    """
+    if n1 == 0 or n2 == 0:
+        return -1.0, 1.0
+    (low1, high1), (low2, high2) = wilson(k1, n1, confidence), wilson(k2, n2, confidence)
+    p1, p2 = k1 / n1, k2 / n2
+    down, up = math.hypot(p1 - low1, high2 - p2), math.hypot(high1 - p1, p2 - low2)
+    return p1 - p2 - down, p1 - p2 + up
+
+
+def paired_bootstrap(
+    only_first: int,
+    only_second: int,
+    n: int,
+    *,
+    confidence: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a difference of paired rates, first minus second.
+
+    Drawing n pairs with replacement draws the counts of the three kinds of pair from a
+    multinomial, so the counts are all it needs (Efron & Tibshirani 1993, chapter 13). With no
+    discordant pair every draw is 0; since n agreeing pairs do not show that none disagrees, the
+    interval is then the Wilson bound of 0 in n, either way.
+
+    Args:
+      only_first: pairs with the outcome in the first arm alone.
+      only_second: pairs with it in the second arm alone.
+      n: all pairs.
+      confidence: of the two-sided interval.
+      draws: number of resamples.
+      seed: of the generator (PCG64).
+
+    >>> low, high = paired_bootstrap(16, 2, 40)
+    >>> round(low, 3), round(high, 3)
+    (0.175, 0.525)
+    >>> paired_bootstrap(0, 0, 40) == (-wilson(0, 40)[1], wilson(0, 40)[1])
+    True
+    """
+    if n == 0:
+        return -1.0, 1.0
+    if only_first == only_second == 0:
+        bound = wilson(0, n, confidence)[1]
+        return -bound, bound
+    generator = np.random.Generator(np.random.PCG64(seed))
+    shares = np.array([only_first, only_second, n - only_first - only_second]) / n
+    counts = generator.multinomial(n, shares, size=draws)
+    low, high = np.quantile(
+        (counts[:, 0] - counts[:, 1]) / n, [(1 - confidence) / 2, (1 + confidence) / 2]
+    )
+    return float(low), float(high)
+
+
+def mean_bootstrap(
+    values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean of scores, each scored row counting once.
+
+    >>> low, high = mean_bootstrap([0.0, 0.0, 0.25, 1.0, 0.5, 0.0])
+    >>> round(low, 2), round(high, 2)
+    (0.04, 0.62)
+    """
+    sample = np.asarray(values, np.float64)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    means = [
+        sample[generator.integers(len(sample), size=(chunk, len(sample)))].mean(axis=1)
+        for chunk in [1000] * (draws // 1000) + [draws % 1000]
+        if chunk
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def kappa(confusion: Sequence[Sequence[int]]) -> float:
+    """Cohen's kappa of two judges from their square confusion table (Cohen 1960).
+
+    Agreement beyond chance: (observed - expected) / (1 - expected), the expected share from the
+    judges' own rates. NaN when both gave one and the same verdict throughout, or there are no
+    rows: agreement beyond chance is then undefined.
+
+    >>> round(kappa([[20, 5], [10, 15]]), 3)
+    0.4
+    """
+    table = np.asarray(confusion, np.float64)
+    n = table.sum()
+    if n == 0:
+        return math.nan
+    observed = np.trace(table) / n
+    expected = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2
+    return math.nan if expected >= 1 else float((observed - expected) / (1 - expected))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Envelope:
+    """A treated value against the same measure under random controls, one per seed.
+
+    Attributes:
+      n: number of controls.
+      low, mean, high: smallest, mean and largest control value.
+      treated: the value compared with them.
+      p_low: chance that a random control is at or below it, (1 + count) / (n + 1).
+      p_high: the same for at or above. Neither can fall below 1 / (n + 1), so few seeds cannot
+        show much whatever they say (Phipson & Smyth 2010).
+    """
+
+    n: int
+    low: float
+    mean: float
+    high: float
+    treated: float
+    p_low: float
+    p_high: float
+
+
+def envelope(controls: Sequence[float], treated: float) -> Envelope:
+    """Where a treated value falls among random controls; at least one is needed.
+
+    >>> found = envelope([0.40, 0.35, 0.45, 0.40], treated=0.02)
+    >>> found.low, found.high, found.p_low
+    (0.35, 0.45, 0.2)
+    """
+    n = len(controls)
+    return Envelope(
+        n=n,
+        low=min(controls),
+        mean=math.fsum(controls) / n,
+        high=max(controls),
+        treated=treated,
+        p_low=(1 + sum(value <= treated for value in controls)) / (n + 1),
+        p_high=(1 + sum(value >= treated for value in controls)) / (n + 1),
+    )
+
+
+def cochran_armitage(
+    k: Sequence[int], n: Sequence[int], strengths: Sequence[float]
+) -> tuple[float, float]:
+    """Trend of independent rates k / n over strengths: (z, two-sided p).
+
+    Cochran 1954, Armitage 1955, with the conditional variance (N - 1), as statsmodels'
+    linear-by-linear test. (0, 1) when there is nothing to see: one strength, or all rows alike.
+
+    >>> z, p = cochran_armitage([2, 5, 9], [20, 20, 20], [0, 1, 2])
+    >>> round(z, 3), round(p, 4)
+    (2.482, 0.0131)
+    """
+    successes, rows, x = (np.asarray(a, np.float64) for a in (k, n, strengths))
+    total, hits = rows.sum(), successes.sum()
+    if total < 2:
+        return 0.0, 1.0
+    spread = float(rows @ x**2 - (rows @ x) ** 2 / total)
+    variance = spread * hits * (total - hits) / total / (total - 1)
+    return _normal(float(successes @ x - hits * (rows @ x) / total), variance)
+
+
+def paired_trend(
+    outcomes: Bool[np.ndarray, "prompt strength"], strengths: Sequence[float]
+) -> tuple[float, float]:
+    """Trend over strengths that were run on the same prompts: (z, two-sided p).
+
+    Under the null a prompt's outcomes could stand at any strength, so they are exchanged within
+    prompts: the Cochran-Mantel-Haenszel correlation statistic with prompts as strata (Landis,
+    Heyman & Koch 1978). At two strengths z squared is McNemar's chi-square. (0, 1) when no
+    prompt changes.
+
+    >>> outcomes = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]], bool)
+    >>> z, p = paired_trend(outcomes, [0.0, 1.0, 2.0])
+    >>> round(z, 3), round(p, 4)
+    (-2.121, 0.0339)
+    """
+    width = outcomes.shape[1]
+    if width < 2:
+        return 0.0, 1.0
+    centred = np.asarray(strengths, np.float64) - np.mean(strengths)
+    hits = outcomes.sum(axis=1)
+    spread = float((hits * (width - hits)).sum()) / (width * (width - 1))
+    return _normal(float((outcomes @ centred).sum()), spread * float(centred @ centred))
+
+
+def _normal(excess: float, variance: float) -> tuple[float, float]:
+    if variance <= 1e-12:
+        return 0.0, 1.0
+    z = excess / math.sqrt(variance)
+    return z, 2 * NormalDist().cdf(-abs(z))
+
+
+def spearman_brown(correlation: float) -> float:
+    """Reliability of a whole from the correlation of its halves, 2r / (1 + r).
+
+    Spearman 1910, Brown 1910. -1 and below have no meaning as a reliability and give -1.
+
+    >>> round(spearman_brown(0.6), 3)
+    0.75
+    """
+    return -1.0 if correlation <= -1 else max(-1.0, 2 * correlation / (1 + correlation))

@@ -1,16 +1,40 @@
+"""Every statistic against scipy or statsmodels, or against plain enumeration."""
+
 from __future__ import annotations
 
-import pytest
-from scipy.stats import binomtest
+import itertools
+import math
 
-from jaxsteer.stats import holm, mcnemar, wilson
+import numpy as np
+import pytest
+from scipy import stats as theirs
+from scipy.stats import binomtest
+from statsmodels.stats.contingency_tables import Table
+from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
+from statsmodels.stats.inter_rater import cohens_kappa
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import confint_proportions_2indep
+
+from jaxsteer.stats import (
+    cochran_armitage,
+    envelope,
+    holm,
+    kappa,
+    mcnemar,
+    mean_bootstrap,
+    newcombe,
+    paired_bootstrap,
+    paired_trend,
+    spearman_brown,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("n", [1, 7, 40, 313])
 def test_wilson_equals_scipy(n):
     for k in range(n + 1):
-        theirs = binomtest(k, n).proportion_ci(0.95, method="wilson")
-        assert wilson(k, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+        found = binomtest(k, n).proportion_ci(0.95, method="wilson")
+        assert wilson(k, n) == pytest.approx((found.low, found.high), abs=1e-12)
 
 
 def test_wilson_of_nothing_knows_nothing():
@@ -24,7 +48,157 @@ def test_mcnemar_equals_the_exact_binomial_test():
             assert mcnemar(b, c) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("b", "c"), [(0, 9), (14, 3), (5, 5), (120, 80)])
+def test_mcnemar_equals_statsmodels(b, c):
+    assert mcnemar(b, c) == pytest.approx(their_mcnemar([[10, b], [c, 10]], exact=True).pvalue)
+
+
 def test_holm_is_monotone_and_never_below_the_raw_value():
     raw = [0.2, 0.001, 0.04, 0.04, 0.9]
     adjusted = holm(raw)
     assert adjusted == pytest.approx([0.4, 0.005, 0.16, 0.16, 0.9])
+
+
+def test_holm_equals_statsmodels(rng):
+    for size in (1, 2, 9, 30):
+        raw = rng.random(size) ** 3
+        expected = multipletests(raw, method="holm")[1]
+        assert holm(raw.tolist()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "counts", [(16, 40, 0, 40), (5, 5, 3, 9), (1, 313, 309, 313), (7, 20, 7, 31)]
+)
+def test_newcombe_equals_statsmodels(counts):
+    expected = confint_proportions_2indep(*counts, method="newcomb")
+    assert newcombe(*counts) == pytest.approx(expected, abs=1e-12)
+
+
+def test_newcombe_of_nothing_knows_nothing():
+    assert newcombe(0, 0, 4, 9) == newcombe(4, 9, 0, 0) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(16, 2, 40), (0, 7, 60), (30, 25, 313), (1, 0, 40)])
+def test_paired_bootstrap_equals_scipys(b, c, n):
+    differences = np.array([1] * b + [-1] * c + [0] * (n - b - c))
+    expected = theirs.bootstrap(
+        (differences,), np.mean, method="percentile", n_resamples=10_000, rng=1
+    ).confidence_interval
+    # Both are simulations; their quantiles move by one pair, 1 / n, between seeds.
+    assert paired_bootstrap(b, c, n) == pytest.approx(tuple(expected), abs=1.01 / n)
+
+
+def test_paired_bootstrap_is_the_same_every_time_and_differs_between_seeds():
+    assert paired_bootstrap(30, 25, 313) == paired_bootstrap(30, 25, 313)
+    seeds = {paired_bootstrap(130, 25, 313, seed=seed, draws=200) for seed in range(8)}
+    assert len(seeds) > 1
+
+
+def test_paired_bootstrap_without_flips_is_not_certain():
+    low, high = paired_bootstrap(0, 0, 40)
+    assert -high == low < -0.08
+
+
+def test_paired_bootstrap_covers_the_truth_as_often_as_it_says(rng):
+    truth, n = np.array([0.3, 0.1, 0.6]), 60
+    samples = rng.multinomial(n, truth, size=400)
+    hits = 0
+    for b, c, _ in samples.tolist():
+        low, high = paired_bootstrap(b, c, n, draws=1000)
+        hits += low <= 0.2 <= high
+    assert binomtest(hits, 400).proportion_ci(0.999).high > 0.94
+
+
+def test_mean_bootstrap_equals_scipys(rng):
+    values = rng.beta(0.5, 2, size=70)
+    expected = theirs.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=10_000, rng=2
+    ).confidence_interval
+    assert mean_bootstrap(values.tolist()) == pytest.approx(tuple(expected), abs=0.004)
+
+
+def test_kappa_equals_statsmodels(rng):
+    for size in (2, 3, 5):
+        table = rng.integers(0, 30, size=(size, size))
+        assert kappa(table.tolist()) == pytest.approx(cohens_kappa(table).kappa)
+
+
+def test_kappa_is_undefined_when_both_say_the_same_throughout():
+    assert math.isnan(kappa([[12, 0], [0, 0]]))
+    assert math.isnan(kappa([[0, 0], [0, 0]]))
+
+
+def test_envelope_counts_ties_against_the_treated_value():
+    found = envelope([0.2, 0.2, 0.3], treated=0.2)
+    assert (found.p_low, found.p_high) == (0.75, 1.0)
+
+
+def test_envelope_p_is_that_of_scipys_permutation_convention(rng):
+    controls = rng.random(99)
+    for treated in (-1.0, 0.1, 0.5, 2.0):
+        found = envelope(controls.tolist(), treated)
+        # scipy: the observed value counts as one of the draws.
+        everything = np.append(controls, treated)
+        assert found.p_low == pytest.approx(theirs.percentileofscore(everything, treated) / 100)
+        assert found.mean == pytest.approx(controls.mean())
+
+
+def test_cochran_armitage_equals_statsmodels(rng):
+    strengths = np.array([0.0, 0.5, 1.0, 3.0])
+    for _ in range(20):
+        n = rng.integers(5, 40, size=4)
+        k = rng.binomial(n, [0.2, 0.3, 0.5, 0.4])
+        expected = Table(np.array([k, n - k]), shift_zeros=False).test_ordinal_association(
+            row_scores=np.array([1, 0]), col_scores=strengths
+        )
+        z, p = cochran_armitage(k.tolist(), n.tolist(), strengths.tolist())
+        assert (z, p) == pytest.approx((expected.zscore, expected.pvalue))
+
+
+def test_cochran_armitage_sees_no_trend_where_there_is_none():
+    assert cochran_armitage([3], [9], [1.0]) == (0.0, 1.0)
+    assert cochran_armitage([0, 0], [9, 9], [1.0, 2.0]) == (0.0, 1.0)
+
+
+def test_paired_trend_has_the_moments_of_all_exchanges_within_prompts():
+    outcomes = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]], bool)
+    strengths = np.array([0.0, 1.0, 4.0])
+    every = itertools.product(*(list(itertools.permutations(row)) for row in outcomes.tolist()))
+    sums = np.array([(np.array(table) @ strengths).sum() for table in every])
+    z, _ = paired_trend(outcomes, strengths.tolist())
+    observed = (outcomes @ strengths).sum()
+    assert z == pytest.approx((observed - sums.mean()) / sums.std())
+
+
+def test_paired_trend_agrees_with_scipys_permutation_test(rng):
+    strengths = np.array([0.0, 1.0, 2.0, 4.0])
+    outcomes = rng.random((40, 4)) < np.array([0.6, 0.55, 0.45, 0.4])
+
+    def statistic(*columns, axis=-1):
+        return sum(s * c.sum(axis=axis) for s, c in zip(strengths, columns, strict=True))
+
+    expected = theirs.permutation_test(
+        tuple(outcomes.T.astype(float)),
+        statistic,
+        permutation_type="samples",
+        n_resamples=9999,
+        vectorized=True,
+        rng=0,
+    )
+    assert paired_trend(outcomes, strengths.tolist())[1] == pytest.approx(expected.pvalue, abs=0.03)
+
+
+def test_paired_trend_at_two_strengths_is_mcnemars_chi_square():
+    outcomes = np.array([[1, 0]] * 9 + [[0, 1]] * 2 + [[1, 1]] * 5 + [[0, 0]] * 4, bool)
+    expected = their_mcnemar([[5, 9], [2, 4]], exact=False, correction=False)
+    z, p = paired_trend(outcomes, [0.0, 1.0])
+    assert (z * z, p) == pytest.approx((expected.statistic, expected.pvalue))
+
+
+def test_spearman_brown_predicts_the_reliability_of_the_double_length(rng):
+    signal, noise = rng.standard_normal(20_000), rng.standard_normal((4, 20_000))
+    halves = signal + noise
+    half = np.corrcoef(halves[0], halves[1])[0, 1]
+    whole = np.corrcoef(halves[:2].mean(axis=0), halves[2:].mean(axis=0))[0, 1]
+    assert spearman_brown(half) == pytest.approx(whole, abs=0.02)
+    assert spearman_brown(-1.0) == -1.0
