@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
 from jaxsteer import checkpoint
 from jaxsteer.chat import Tokenizer
 from jaxsteer.config import ModelConfig
+from jaxsteer.files import sha256_bytes
 from jaxsteer.model import Decoder, Params, graph
 
 
@@ -26,6 +28,7 @@ class ChatModel:
       eos: token ids that end a reply.
       weights_sha256: identity of the parameters.
       tokenizer_sha256: identity of tokenizer and chat template.
+      manifest: the checkpoint's manifest: where it came from, and every hash.
     """
 
     name: str
@@ -36,6 +39,7 @@ class ChatModel:
     eos: tuple[int, ...]
     weights_sha256: str
     tokenizer_sha256: str
+    manifest: dict[str, Any]
 
     @classmethod
     def load(cls, folder: Path, *, verify: bool = True) -> ChatModel:
@@ -55,4 +59,17 @@ class ChatModel:
             eos=tuple(loaded.eos_token_ids),
             weights_sha256=loaded.manifest["weights_sha256"],
             tokenizer_sha256=loaded.manifest["tokenizer_sha256"],
+            manifest=loaded.manifest,
         )
+
+    def identity(self) -> dict[str, Any]:
+        """Everything a result needs to name the model, JSON-able; digests are hex sha256."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "template_sha256": sha256_bytes(self.tokenizer.hf.chat_template.encode()),
+            "config_sha256": self.manifest["config_sha256"],
+            "dtype": self.manifest["dtype"],
+            "source": self.manifest["source"],
+        }

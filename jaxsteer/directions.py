@@ -241,6 +241,79 @@ def extract_assistant_axis(
     )
 
 
+def extract_user_persona(
+    model: ChatModel,
+    name: str,
+    trait: Trait,
+    asked: Position = "prompt_end",
+    *,
+    system: str = "You are a helpful assistant.",
+    seed: int = 0,
+    max_new_tokens: int = 64,
+) -> Direction:
+    """How the model reads a *user* who shows the trait (the study's UP, PROTOCOL 1.3).
+
+    The model first speaks under the trait's instructions; what it said then becomes a user's
+    message under a generic system prompt, and the states there are contrasted. Empty replies are
+    left out, so the two sides may differ in size.
+    """
+
+    def side(instructions: Sequence[str], offset: int) -> tuple[np.ndarray, np.ndarray, int]:
+        chats = [(i, question) for i in instructions for question in trait.questions]
+        prompts = [model.tokenizer.chat(question, i) for i, question in chats]
+        replies = sample_replies(model, prompts, seed=seed + offset, max_new_tokens=max_new_tokens)
+        said = [text for text in map(model.tokenizer.decode, replies) if text.strip()]
+        if not said:
+            raise UserError(f"every sampled reply of trait {trait.name} was empty")
+        return _side(
+            model,
+            [(system, text) for text in said],
+            [asked],
+            seed=seed + 2 + offset,
+            max_new_tokens=max_new_tokens,
+        )
+
+    positive, norm, n_positive = side(trait.positive, 0)
+    negative, _, n_negative = side(trait.negative, 1)
+    return _direction(
+        model,
+        name,
+        positive[0] - negative[0],
+        kind="user-persona",
+        position=asked,
+        n_positive=n_positive,
+        n_negative=n_negative,
+        source_sha256=sha256_bytes(canonical_json([trait.sha256, system]).encode()),
+        seed=seed,
+        residual_norm=_rounded(norm[0]),
+    )
+
+
+def minus(name: str, first: Direction, second: Direction) -> Direction:
+    """first - second, layer by layer; both from the same model."""
+    return _derived(name, "minus", first, second, first.vectors - second.vectors)
+
+
+def without(name: str, first: Direction, second: Direction) -> Direction:
+    """`first` with its component along `second` removed at each layer, natural norm kept."""
+    unit = second.unit().astype(np.float64)
+    along = np.einsum("ld,ld->l", first.vectors.astype(np.float64), unit)
+    return _derived(name, "without", first, second, first.vectors - along[:, None] * unit)
+
+
+def _derived(
+    name: str, kind: str, first: Direction, second: Direction, vectors: np.ndarray
+) -> Direction:
+    kept = ("tap", "model", "weights_sha256", "tokenizer_sha256", "residual_norm")
+    provenance = {key: first.provenance[key] for key in kept if key in first.provenance}
+    of = {direction.name: direction.sha256 for direction in (first, second)}
+    return Direction(
+        name=name,
+        vectors=vectors.astype(np.float32),
+        provenance=provenance | {"kind": kind, "of": of},
+    )
+
+
 def random_like(direction: Direction, seed: int) -> Direction:
     """An isotropic random direction with the same norm as `direction` at every layer."""
     generator = np.random.Generator(np.random.PCG64(seed))

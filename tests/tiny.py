@@ -15,6 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from jaxsteer import spec
+from jaxsteer.spec import StudySpec
+
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
@@ -79,3 +82,53 @@ def save(model: Any, folder: Path, shard: str | None = None) -> Path:
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
     return folder
+
+
+STUDY = """
+name = "tiny"
+system = "generic"
+dose = 3.0
+layers = { steer = 1, late = 1.0 }
+[data]
+harmful = 6
+benign = 3
+[decoding]
+max_new_tokens = 6
+batch = 4
+[directions]
+persona = { kind = "trait", trait = "compliant" }
+[[condition]]
+name = "baseline"
+benign = true
+[[condition]]
+name = "persona"
+benign = true
+ops = [{ add = "persona", at = "steer", scale = "dose" }]
+[[condition]]
+name = "persona, out"
+ops = [{ add = "persona", at = "steer", scale = "dose" }, { project = "persona", at = "late" }]
+[[condition]]
+name = "random"
+random_seeds = [1, 2]
+ops = [{ add = "random", at = "steer", scale = 4.0 }]
+[[claim]]
+name = "suppression"
+says = "The persona lowers refusal."
+tests = [{ treated = "persona", control = "baseline", expect = "lower" }]
+"""
+
+
+def study_file(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A small study with fixed layers and dose; each change replaces a piece of its text."""
+    text = STUDY
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = folder / "tiny.toml"
+    path.write_text(text)
+    return path
+
+
+def study(folder: Path) -> StudySpec:
+    """The same, read."""
+    return spec.load(study_file(folder))

@@ -26,19 +26,18 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --limit 20
     """
-    from jaxsteer import run
-    from jaxsteer import study as studies
+    from jaxsteer import run, spec
     from jaxsteer.chatmodel import ChatModel
     from jaxsteer.show import summary_table
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
     use_compile_cache()
-    spec = studies.load(study)
+    asked = spec.load(study)
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
-    folder = out or Path("results") / f"{spec.name}{suffix}"
+    folder = out or Path("results") / f"{asked.name}{suffix}"
     summary = run.run_study(
-        spec, ChatModel.load(model), folder, limit=0 if full else limit, fresh=fresh
+        asked, ChatModel.load(model), folder, limit=0 if full else limit, fresh=fresh
     )
-    Console(width=None if sys.stdout.isatty() else 110).print(summary_table(summary, spec.name))
+    Console(width=None if sys.stdout.isatty() else 110).print(summary_table(summary, asked.name))
     typer.echo(f"results are in {folder}")

@@ -56,6 +56,15 @@ class Policy:
         return sha256_bytes(self.text.encode())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mode(Policy):
+    """A persona as a system prompt; fields as in `Policy`, an empty text is no persona."""
+
+    def with_policy(self, policy: str) -> str:
+        """The whole system prompt: who to be first, then the safety policy."""
+        return f"{self.text}\n\n{policy}" if self.text else policy
+
+
 class Trait(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A trait: instructions that show it, instructions that do not, and questions for both."""
 
@@ -141,6 +150,42 @@ def policy(name: str) -> Policy:
     if name not in known:
         raise UserError(f"no policy {name!r}; the shipped ones are {', '.join(known)}")
     return known[name]
+
+
+class _ModeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A persona mode of the user's own, as a TOML file."""
+
+    name: str
+    version: str
+    text: str
+
+
+def modes() -> dict[str, Mode]:
+    """The shipped persona modes by name; `none` is the policy alone."""
+    return {name: Mode(name=name, **entry) for name, entry in _toml("modes.toml").items()}
+
+
+def mode(source: str) -> Mode:
+    """A persona mode by shipped name, or from a .toml with name, version and text.
+
+    Raises:
+      UserError: no such mode, or a malformed file.
+    """
+    if not source.endswith(".toml"):
+        known = modes()
+        if source not in known:
+            raise UserError(f"no mode {source!r}; give a .toml file or one of {', '.join(known)}")
+        return known[source]
+    path = Path(source)
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=_ModeFile)
+    except FileNotFoundError:
+        raise UserError(f"no mode file {path}; a mode has name, version and text") from None
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path.name}: {error}; a mode has name, version and text") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path.name} is not a readable TOML file: {error}") from None
+    return Mode(name=found.name, version=found.version, text=found.text)
 
 
 def roles() -> dict[str, Any]:

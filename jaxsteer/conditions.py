@@ -1,0 +1,317 @@
+"""From a study's spec to conditions ready to compile: layers resolved, repeats and twins made.
+
+Two things are done for the author. A projection that contains the vector just added at the same
+tap gives exactly what projecting without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such
+a condition is marked `cancels_steering`. And every knockout gets its twin without steering, named
+`NAME, unsteered`, because only the difference between the two is evidence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxsteer import data
+from jaxsteer.directions import Direction
+from jaxsteer.errors import UserError
+from jaxsteer.interventions import (
+    Add,
+    Layers,
+    Operation,
+    Project,
+    Scope,
+    everywhere,
+    orthonormal_rows,
+)
+from jaxsteer.spec import ConditionSpec, OperationSpec, StudySpec
+
+UNSTEERED = ", unsteered"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Condition:
+    """A condition ready to compile.
+
+    Attributes:
+      name: unique in the study: `MODE: BASE xSCALE #SEED`, parts that do not apply left out.
+      base: the name in the spec (with `, unsteered` for a twin); claims name this.
+      seed: of the random direction, or None.
+      scale: strength of a repeat over `scales`, or None.
+      mode: persona mode of the system prompt, or "".
+      system: the whole system prompt.
+      operations: what is applied.
+      scope: which tokens are touched.
+      benign: whether the benign prompts run under it too.
+      cancels_steering: the projection undoes the addition by algebra, whatever the model does.
+      unsteered_twin_of: name of the knockout this is the control of, or "".
+      sites: what is applied where, readable: `add persona at resid_post.21 x4`.
+    """
+
+    name: str
+    base: str
+    seed: int | None
+    scale: float | None
+    mode: str
+    system: str
+    operations: list[Operation]
+    scope: Scope
+    benign: bool
+    cancels_steering: bool
+    unsteered_twin_of: str
+    sites: tuple[str, ...]
+
+
+def depth(fraction: float, n_layers: int) -> int:
+    """The 0-based layer nearest to a fraction of depth: 0 is the first block, 1 the last."""
+    return round(fraction * (n_layers - 1))
+
+
+def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str) -> tuple[int, ...]:
+    """Layers of an expression: `21`, `steer+2`, `22,24`, `22..29`, `steer+1..last`.
+
+    Raises:
+      UserError: not such an expression, an unknown name, or a layer the model does not have.
+    """
+    names = {**named, "last": n_layers - 1}
+
+    def one(text: str) -> int:
+        match = re.fullmatch(r"([a-z_]+|\d+)([+-]\d+)?", text)
+        if not match or not (match[1].isdigit() or match[1] in names):
+            raise UserError(
+                f"{where}: cannot read layer {text!r}; use a number, or one of "
+                f"{', '.join(names)} with an offset such as steer+2"
+            )
+        layer = (int(match[1]) if match[1].isdigit() else names[match[1]]) + int(match[2] or 0)
+        if not 0 <= layer < n_layers:
+            raise UserError(
+                f"{where}: unknown layer resid_post.{layer} (from {text!r}); this model has "
+                f"resid_post.0 to resid_post.{n_layers - 1}"
+            )
+        return layer
+
+    found: set[int] = set()
+    for piece in at.replace(" ", "").split(","):
+        first, dots, last = piece.partition("..")
+        start = one(first)
+        stop = one(last) if dots else start
+        if stop < start:
+            raise UserError(
+                f"{where}: window {at!r} ends (layer {stop}) before it starts ({start})"
+            )
+        found |= set(range(start, stop + 1))
+    return tuple(sorted(found))
+
+
+def cancels_steering(operations: Sequence[Operation]) -> bool:
+    """Whether some addition lies wholly in the span projected out at the same tap and layer."""
+    for added in operations:
+        if not isinstance(added, Add):
+            continue
+        for layer in added.layers:
+            spanned = [
+                direction[layer if p.measured_at is None else p.measured_at]
+                for p in operations
+                if isinstance(p, Project) and p.tap == added.tap and layer in p.layers
+                for direction in p.directions
+            ]
+            if not spanned:
+                continue
+            basis = orthonormal_rows(np.stack(spanned))
+            vector = added.direction[layer if added.measured_at is None else added.measured_at]
+            vector = np.asarray(vector, np.float64)
+            left = np.linalg.norm(vector - basis.T @ (basis @ vector))
+            if left <= 1e-5 * np.linalg.norm(vector):
+                return True
+    return False
+
+
+def conditions(
+    spec: StudySpec,
+    directions: Mapping[str, Direction],
+    named: Mapping[str, int],
+    dose: float,
+) -> list[Condition]:
+    """Compile the spec's conditions: repeats over modes, strengths and seeds, then the twins.
+
+    Args:
+      spec: the study.
+      directions: by name, including `random-SEED` for every seed the spec uses.
+      named: layer numbers of the spec's layer names, and of `steer` and `refusal`.
+      dose: what the strength "dose" means, in natural norms.
+
+    Raises:
+      UserError: an unknown direction, layer, mode or policy, or an operation that says nothing.
+    """
+    policy = data.policy(spec.system).text
+    found: list[Condition] = []
+    for mode in spec.modes or [""]:
+        system = data.mode(mode).with_policy(policy) if mode else policy
+        for item in spec.condition:
+            scales: list[float | None] = [*item.scales] or [None]
+            seeds: list[int | None] = [*item.random_seeds] or [None]
+            for scale, seed in itertools.product(scales, seeds):
+                repeat = _Repeat(
+                    item=item, mode=mode, scale=scale, seed=seed, study=spec.name, dose=dose
+                )
+                found.append(_condition(repeat, system, directions, named))
+    twice = {c.name for c in found if sum(d.name == c.name for d in found) > 1}
+    if twice:
+        raise UserError(f"study {spec.name}: {sorted(twice)[0]!r} repeats a seed, scale or mode")
+    return found + _twins(found)
+
+
+def _twins(found: Sequence[Condition]) -> list[Condition]:
+    seen = {(condition.system, condition.scope, condition.sites) for condition in found}
+    twins = []
+    for condition in found:
+        kept: list[Operation] = [o for o in condition.operations if not isinstance(o, Add)]
+        sites = tuple(s for s in condition.sites if not s.startswith("add "))
+        identity = (condition.system, condition.scope, sites)
+        if not kept or len(kept) == len(condition.operations) or identity in seen:
+            continue
+        seen.add(identity)
+        twins.append(
+            dataclasses.replace(
+                condition,
+                name=condition.name + UNSTEERED,
+                base=condition.base + UNSTEERED,
+                operations=kept,
+                sites=sites,
+                benign=False,
+                cancels_steering=False,
+                unsteered_twin_of=condition.name,
+            )
+        )
+    return twins
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Repeat:
+    """One repeat of a condition of the spec: which mode, strength and seed."""
+
+    item: ConditionSpec
+    mode: str
+    scale: float | None
+    seed: int | None
+    study: str
+    dose: float
+
+    @property
+    def name(self) -> str:
+        mode = f"{self.mode}: " if self.mode else ""
+        scale = "" if self.scale is None else f" x{self.scale:g}"
+        seed = "" if self.seed is None else f" #{self.seed}"
+        return f"{mode}{self.item.name}{scale}{seed}"
+
+    @property
+    def where(self) -> str:
+        return f"study {self.study}, condition {self.name!r}"
+
+    def strength(self, scale: float | str) -> float:
+        if not isinstance(scale, str):
+            return float(scale)
+        match = re.fullmatch(r"(-?)(dose|each)", scale)
+        value = {"dose": self.dose, "each": self.scale}[match[2]] if match else None
+        if value is None:
+            raise UserError(
+                f'{self.where}: scale {scale!r} is no number, nor "dose", nor "each" in a '
+                "condition with scales"
+            )
+        return -value if match and match[1] else value
+
+
+def _condition(
+    repeat: _Repeat,
+    system: str,
+    directions: Mapping[str, Direction],
+    named: Mapping[str, int],
+) -> Condition:
+    operations: list[Operation] = []
+    sites: list[str] = []
+    for op in repeat.item.ops:
+        made, site = _operation(repeat, op, directions, named)
+        operations += made
+        sites.append(site)
+    return Condition(
+        name=repeat.name,
+        base=repeat.item.name,
+        seed=repeat.seed,
+        scale=repeat.scale,
+        mode=repeat.mode,
+        system=system,
+        operations=operations,
+        scope=repeat.item.scope,
+        benign=repeat.item.benign,
+        cancels_steering=cancels_steering(operations),
+        unsteered_twin_of="",
+        sites=tuple(sites),
+    )
+
+
+def _operation(
+    repeat: _Repeat,
+    op: OperationSpec,
+    directions: Mapping[str, Direction],
+    named: Mapping[str, int],
+) -> tuple[list[Operation], str]:
+    where = repeat.where
+    if bool(op.add) == bool(op.project):
+        raise UserError(f"{where}: an operation needs exactly one of add and project")
+
+    def find(name: str) -> tuple[str, Layers]:
+        key = f"random-{repeat.seed}" if name == "random" and repeat.seed is not None else name
+        if key not in directions:
+            raise UserError(
+                f"{where}: unknown direction {name!r}; the study has {', '.join(directions)}"
+                + ("; `random` needs random_seeds" if name == "random" else "")
+            )
+        return key, directions[key].vectors
+
+    key, vectors = find(op.add or op.project)
+    n_layers = len(vectors)
+    measured = None
+    if op.measured_at:
+        measured = resolve_layers(op.measured_at, named, n_layers, where)[0]
+    source = "" if measured is None else f" (measured at resid_post.{measured})"
+    if op.everywhere and op.project:
+        return everywhere(vectors, measured), f"project {key} everywhere{source}"
+    if not op.at or op.everywhere:
+        raise UserError(f"{where}: {key} needs at = layers, or project with everywhere = true")
+    layers = resolve_layers(op.at, named, n_layers, where)
+    span = spans(layers)
+    if op.project:
+        done = Project(directions=(vectors,), layers=layers, measured_at=measured)
+        return [done], f"project {key} at {span}{source}"
+    scale = repeat.strength(op.scale)
+    if op.norm_of:
+        other, norms = find(op.norm_of)
+        at = resolve_layers(op.norm_at, named, n_layers, where)[0] if op.norm_at else None
+        vectors = _rescaled(vectors, norms, at)
+        source += f" (norm of {other}" + (f" at resid_post.{at})" if at is not None else ")")
+    added = Add(direction=vectors, layers=layers, scale=scale, measured_at=measured)
+    return [added], f"add {key} at {span} x{scale:g}{source}"
+
+
+def _rescaled(vectors: Layers, like: Layers, at: int | None) -> Layers:
+    """The vectors with the norms of `like`, of its layer `at` everywhere if that is given."""
+    norms = np.linalg.norm(like.astype(np.float64), axis=1)
+    wanted = norms if at is None else np.full(len(norms), norms[at])
+    own = np.maximum(np.linalg.norm(vectors.astype(np.float64), axis=1), 1e-30)
+    return (vectors * (wanted / own)[:, None]).astype(np.float32)
+
+
+def spans(layers: Sequence[int]) -> str:
+    """Layers as text: (22, 24, 25, 26) is `resid_post.22, resid_post.24..26`."""
+    groups: list[list[int]] = []
+    for layer in layers:
+        if groups and layer == groups[-1][-1] + 1:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return ", ".join(
+        f"resid_post.{g[0]}" if len(g) == 1 else f"resid_post.{g[0]}..{g[-1]}" for g in groups
+    )

@@ -1,0 +1,152 @@
+"""A finished study on disk, read back: the one door for judges, statistics, receipts and notebooks.
+
+run.json                what was run: hashes, layers, strengths, conditions, prompts, machine
+setup.json              selection tables
+directions.safetensors  directions with provenance
+responses.parquet       one line per (condition, prompt) row, as the run labelled it
+judges/JUDGE.parquet    later verdicts, one line per judged row
+summary.json            rates per condition and prompt family
+shards/                 finished batches, from which an interrupted run goes on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from jaxsteer import setup
+from jaxsteer.errors import UserError
+from jaxsteer.files import canonical_json, write_json
+from jaxsteer.spec import StudySpec
+from jaxsteer.stats import wilson
+
+FORMAT = "jaxsteer-run-1"
+COLUMNS = (
+    "row_id", "condition", "base", "seed", "scale", "mode", "prompt_id", "family", "category",
+    "response", "n_tokens", "stopped", "label", "judge", "cancels_steering", "touched", "change",
+)  # fmt: skip
+LABELS = ("refusal", "bypass", "degenerate", "benign-answer", "complied-unscored")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Results:
+    """One results folder.
+
+    Attributes:
+      folder: where it is.
+      run: run.json.
+      spec: the study.
+      rows: responses.parquet with the labels that all verdicts so far give.
+      verdicts: by judge, what it said of each row it has seen.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    spec: StudySpec
+    rows: pl.DataFrame
+    verdicts: Mapping[str, pl.DataFrame]
+
+
+def load(folder: Path) -> Results:
+    """Read a results folder.
+
+    Raises:
+      UserError: not one, unfinished, or damaged.
+    """
+    run = setup.read_record(folder / "run.json")
+    if not run:
+        raise UserError(f"{folder} holds no run.json; run `jaxsteer sweep` first")
+    if run.get("format") != FORMAT:
+        raise UserError(f"{folder}/run.json has format {run.get('format')!r}; run the study again")
+    if not (folder / "responses.parquet").is_file():
+        raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to go on")
+    try:
+        spec = msgspec.convert(run["study"], StudySpec)
+    except (msgspec.ValidationError, KeyError) as error:
+        raise UserError(f"{folder}/run.json: study: {error}; run the study again") from None
+    rows = _parquet(folder / "responses.parquet", COLUMNS)
+    verdicts = {
+        path.stem: _parquet(path, ("row_id", "judge", "score", "verdict", "reason"))
+        for path in sorted((folder / "judges").glob("*.parquet"))
+    }
+    return Results(
+        folder=folder, run=run, spec=spec, rows=relabelled(rows, verdicts), verdicts=verdicts
+    )
+
+
+def _parquet(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
+    try:
+        frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise UserError(f"{path} lacks the column {missing[0]!r}; remove it and run again")
+    return frame
+
+
+def relabelled(rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """The rows with `label` and `judge` as the verdicts give them; as they are without any."""
+    if not verdicts:
+        return rows
+    from jaxsteer.judges.label import label_table
+
+    given = label_table(rows, verdicts).select("row_id", "label", "judge")
+    return rows.drop("label", "judge").join(
+        given, on="row_id", how="left", maintain_order="left", validate="1:1"
+    )
+
+
+def table_sha256(rows: pl.DataFrame) -> str:
+    """Identity of the row table: every row's id, reply, label and judge, in order of row id."""
+    digest = hashlib.sha256()
+    columns = ["row_id", "prompt_id", "family", "response", "n_tokens", "label", "judge"]
+    for row in rows.sort("row_id").select(columns).iter_rows():
+        digest.update(canonical_json(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def summarise(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rates per condition and prompt family, refusal with its Wilson 95 % interval.
+
+    `complied` is the share neither refused nor degenerate, whether scored for harm or not;
+    `bypass`, `benign_answer` and `unscored` divide it. `mean_change` is the mean norm of the
+    realised change per touched token and site.
+    """
+    summary = []
+    for (condition, family), group in rows.group_by("condition", "family", maintain_order=True):
+        n = group.height
+        counts = dict(group["label"].value_counts().iter_rows())
+        share = {name: counts.get(name, 0) / n for name in LABELS}
+        low, high = wilson(counts.get("refusal", 0), n)
+        summary.append(
+            {
+                "condition": condition,
+                "family": family,
+                "n": n,
+                "refusal": share["refusal"],
+                "refusal_low": low,
+                "refusal_high": high,
+                "degenerate": share["degenerate"],
+                "complied": (n - counts.get("refusal", 0) - counts.get("degenerate", 0)) / n,
+                "bypass": share["bypass"],
+                "benign_answer": share["benign-answer"],
+                "unscored": share["complied-unscored"],
+                "cancels_steering": bool(group["cancels_steering"][0]),
+                "mean_change": float(group["change"].sum()) / max(int(group["touched"].sum()), 1),
+            }
+        )
+    return summary
+
+
+def refresh_summary(folder: Path) -> list[dict[str, Any]]:
+    """Recompute summary.json, after new verdicts, and return it."""
+    summary = summarise(load(folder).rows)
+    write_json(folder / "summary.json", summary)
+    return summary

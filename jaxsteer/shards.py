@@ -1,0 +1,68 @@
+"""A results folder on disk: who may write to it, and its finished rows.
+
+Each finished batch is one Parquet shard, written aside, synced and renamed, so a process may be
+killed at any moment and loses the batch in flight. A lock held by the operating system keeps a
+second process out, and is gone with the first however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from jaxsteer.errors import UserError
+from jaxsteer.files import atomic_path, sha256_bytes
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process.
+
+    Raises:
+      UserError: another process has it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is in use by another process; wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+def write(folder: Path, key: str, rows: pl.DataFrame) -> None:
+    """Add one shard of the run `key`; its name is its content, so writing it again is harmless."""
+    buffer = io.BytesIO()
+    rows.write_parquet(buffer)
+    data = buffer.getvalue()
+    with atomic_path(folder / f"{key[:16]}-{sha256_bytes(data)[:16]}.parquet") as temporary:
+        temporary.write_bytes(data)
+
+
+def read(folder: Path, key: str) -> list[pl.DataFrame]:
+    """Every shard of the run `key`.
+
+    Raises:
+      UserError: a shard whose bytes are not what its name says, or that is no Parquet.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{key[:16]}-*.parquet")):
+        try:
+            data = path.read_bytes()
+            if sha256_bytes(data)[:16] != path.stem[-16:]:
+                raise OSError("its bytes have changed")
+            found.append(pl.read_parquet(io.BytesIO(data)))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it, its rows run again") from None
+    return found

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsteer import conditions, spec
+from jaxsteer.directions import Direction
+from jaxsteer.errors import UserError
+
+L, D = 10, 8
+NAMED = {"steer": 5, "early": 2, "refusal": 4, "late_refusal": 8}
+
+
+def directions(seed=0):
+    draw = np.random.default_rng(seed)
+    names = ("persona", "neutral", "refusal", "random-1", "random-2", "random-3")
+    return {
+        n: Direction(name=n, vectors=draw.standard_normal((L, D)).astype(np.float32), provenance={})
+        for n in names
+    }
+
+
+def by_name(study):
+    return {c.name: c for c in conditions.conditions(study, directions(), NAMED, 4.0)}
+
+
+def test_the_demo_study_has_its_planned_conditions_and_every_knockout_its_twin():
+    found = by_name(spec.load("smollm2-demo"))
+    for name in ("baseline", "persona", "random direction #3", "refusal out everywhere"):
+        assert name in found
+    knockouts = [c for c in found.values() if ", out" in c.name and not c.unsteered_twin_of]
+    assert len(knockouts) == 4
+    for knockout in knockouts:
+        twin = found[f"{knockout.name}, unsteered"]
+        assert twin.unsteered_twin_of == knockout.name
+        assert twin.sites == knockout.sites[1:]
+
+
+def test_only_the_knockout_at_the_steering_layer_cancels_steering():
+    found = by_name(spec.load("smollm2-demo"))
+    assert [c.name for c in found.values() if c.cancels_steering] == [
+        "persona, out at steering layer"
+    ]
+
+
+def test_dose_and_offsets_are_resolved_into_readable_sites():
+    found = by_name(spec.load("smollm2-demo"))
+    assert found["persona"].sites == ("add persona at resid_post.5 x4",)
+    assert "project persona at resid_post.6..9" in found["persona, out over late window"].sites
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7", (7,)),
+        ("steer", (5,)),
+        ("steer+2", (7,)),
+        ("steer+1..last", (6, 7, 8, 9)),
+        ("2..4", (2, 3, 4)),
+        ("2,4", (2, 4)),
+        ("1,steer..last", (1, 5, 6, 7, 8, 9)),
+    ],
+)
+def test_layer_expressions(text, expected):
+    assert conditions.resolve_layers(text, NAMED, L, "test") == expected
+
+
+@pytest.mark.parametrize("text", ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3"])
+def test_layers_that_are_not_there_are_refused(text):
+    with pytest.raises(UserError, match="test"):
+        conditions.resolve_layers(text, NAMED, L, "test")
+
+
+def compiled(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(HEAD + text)
+    return by_name(spec.load(path))
+
+
+HEAD = """
+name = "mine"
+system = "safety-v1"
+data = { harmful = 4, benign = 2 }
+decoding = { max_new_tokens = 8 }
+[directions]
+persona = { kind = "trait", trait = "compliant" }
+refusal = { kind = "refusal" }
+"""
+
+
+def test_conditions_repeat_over_scales_seeds_and_modes(tmp_path):
+    text = """
+[[condition]]
+name = "r"
+random_seeds = [1, 2]
+scales = [0.5, 2.0]
+ops = [{ add = "random", at = "steer", scale = "each" }]
+"""
+    path = tmp_path / "mine.toml"
+    path.write_text('modes = ["none", "direct"]\n' + HEAD + text)
+    found = by_name(spec.load(path))
+    assert list(found)[:5] == [
+        "none: r x0.5 #1",
+        "none: r x0.5 #2",
+        "none: r x2 #1",
+        "none: r x2 #2",
+        "direct: r x0.5 #1",
+    ]
+    direct = found["direct: r x2 #1"]
+    assert (direct.base, direct.seed, direct.scale, direct.mode) == ("r", 1, 2.0, "direct")
+    assert direct.system.startswith("You are direct.") and direct.system.endswith("help with that.")
+    assert found["none: r x2 #1"].system == direct.system.split("\n\n")[1]
+
+
+def test_a_vector_can_take_anothers_norm(tmp_path):
+    text = """
+[[condition]]
+name = "matched"
+ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at = "steer" }]
+"""
+    (added,) = compiled(tmp_path, text)["matched"].operations
+    norm = np.linalg.norm(directions()["persona"].vectors[5])
+    np.testing.assert_allclose(np.linalg.norm(added.direction, axis=1), norm, rtol=1e-5)
+    cosine = added.direction[7] @ directions()["refusal"].unit()[7] / norm
+    assert added.scale == -2.0 and cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        ('[{ add = "persona", project = "persona", at = "3" }]', "exactly one"),
+        ('[{ add = "persona" }]', "at = layers"),
+        ('[{ add = "persona", at = "99" }]', "resid_post.99"),
+        ('[{ add = "persona", at = "3", scale = "much" }]', "much"),
+        ('[{ add = "persona", at = "3", scale = "each" }]', "each"),
+        ('[{ add = "random", at = "3" }]', "random_seeds"),
+        ('[{ add = "persona", everywhere = true }]', "everywhere"),
+    ],
+)
+def test_operations_that_say_nothing_sensible_are_refused_by_name(tmp_path, ops, message):
+    with pytest.raises(UserError, match=f"'c'.*{message}"):
+        compiled(tmp_path, f'[[condition]]\nname = "c"\nops = {ops}')
+
+
+def test_a_knockout_alone_has_no_twin_and_equal_twins_are_made_once(tmp_path):
+    text = """
+[[condition]]
+name = "alone"
+ops = [{ project = "persona", at = "6" }]
+[[condition]]
+name = "a"
+ops = [{ add = "persona", at = "5" }, { project = "persona", at = "6" }]
+[[condition]]
+name = "b"
+ops = [{ add = "refusal", at = "5" }, { project = "persona", at = "7" }]
+[[condition]]
+name = "c"
+ops = [{ add = "persona", at = "5", scale = 2.0 }, { project = "persona", at = "7" }]
+"""
+    assert list(compiled(tmp_path, text)) == ["alone", "a", "b", "c", "b, unsteered"]
+
+
+def test_spans_are_readable():
+    assert conditions.spans((22, 24, 25, 26)) == "resid_post.22, resid_post.24..26"
+
+
+def test_an_unknown_mode_is_refused(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('modes = ["pirate"]\n' + HEAD + '[[condition]]\nname = "c"')
+    with pytest.raises(UserError, match="no mode 'pirate'"):
+        by_name(spec.load(path))

@@ -1,0 +1,165 @@
+"""Studies end to end on a tiny random model: rows, resume, refusals to mix runs, the table."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from jaxsteer import results, run, setup, shards, spec
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from jaxsteer.errors import UserError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.fixture
+def study(tmp_path):
+    return tiny.study(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run.run_study(spec.load(tiny.study_file(folder)), model, folder / "results")
+    return folder / "results"
+
+
+def test_every_planned_row_is_in_the_table_once(finished):
+    loaded = results.load(finished)
+    assert loaded.rows["row_id"].n_unique() == loaded.rows.height
+    counts = dict(loaded.rows.group_by("condition").len().iter_rows())
+    # 6 harmful prompts each; the benign ones run where the spec says so.
+    assert counts == {
+        "baseline": 9,
+        "persona": 9,
+        "persona, out": 6,
+        "random #1": 6,
+        "random #2": 6,
+        "persona, out, unsteered": 6,
+    }
+    assert set(results.COLUMNS) <= set(loaded.rows.columns)
+
+
+def test_the_summary_has_the_promised_keys(finished):
+    for entry in results.summarise(results.load(finished).rows):
+        promised = {"condition", "family", "n", "refusal", "refusal_low", "refusal_high"}
+        assert promised | {"degenerate", "complied", "cancels_steering"} <= set(entry)
+        assert entry["refusal"] + entry["degenerate"] + entry["complied"] == pytest.approx(1)
+
+
+def test_realised_changes_are_recorded_and_zero_only_where_nothing_was_asked(finished):
+    change = dict(
+        results.load(finished).rows.group_by("condition").agg(pl.col("change").min()).iter_rows()
+    )
+    assert change.pop("baseline") == 0
+    assert all(value > 0 for value in change.values())
+
+
+def test_a_projection_leaves_no_persona_at_its_layer(finished):
+    rows = results.load(finished).rows.filter(pl.col("condition") == "persona, out")
+    for before, after in rows.select("persona_before_prompt", "persona_after_prompt").iter_rows():
+        assert abs(after[2]) < 1e-4 < abs(before[2])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_table(model, study, tmp_path, finished):
+    out = tmp_path / "results"
+    written = []
+    write = shards.write
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_three(*args):
+        write(*args)
+        written.append(args)
+        if len(written) == 3:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write", stop_after_three)
+        with pytest.raises(Stop):
+            run.run_study(study, model, out)
+    with pytest.raises(UserError, match="unfinished"):
+        results.load(out)
+    run.run_study(study, model, out)
+    assert results.load(out).rows.equals(results.load(finished).rows)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("scale = 4.0", "scale = 5.0", "study"),
+        ("harmful = 6", "harmful = 5", "study, prompts"),
+        ("max_new_tokens = 6", "max_new_tokens = 7", "study"),
+    ],
+)
+def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
+    model, tmp_path, old, new, named
+):
+    out = tmp_path / "results"
+    run.run_study(spec.load(tiny.study_file(tmp_path)), model, out)
+    changed = spec.load(tiny.study_file(tmp_path, (old, new)))
+    before = (out / "responses.parquet").read_bytes()
+    with pytest.raises(UserError, match=rf"another run \({named} differ\).*--fresh"):
+        run.run_study(changed, model, out)
+    assert (out / "responses.parquet").read_bytes() == before
+    run.run_study(changed, model, out, fresh=True)
+    assert results.load(out).spec == changed
+
+
+def test_another_models_results_are_not_mixed_in(finished, tmp_path):
+    other = convert(tiny.save(tiny.qwen2(), tmp_path / "hf"), tmp_path / "other", "float32")
+    held = (finished / "run.json").read_bytes()
+    with pytest.raises(UserError, match="model"):
+        run.run_study(spec.load(tiny.study_file(tmp_path)), ChatModel.load(other), finished)
+    assert (finished / "run.json").read_bytes() == held
+
+
+def test_a_second_process_is_kept_out(model, study, tmp_path):
+    with shards.locked(tmp_path / "results"), pytest.raises(UserError, match="in use"):
+        run.run_study(study, model, tmp_path / "results")
+
+
+def test_a_folder_of_something_else_is_kept(model, study, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        run.run_study(study, model, tmp_path / "mine", fresh=True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "precious"
+
+
+def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
+    empty = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", "scale = 0.0")))
+    with pytest.raises(UserError, match=r"'random #1' \(add random-1.*changed nothing"):
+        run.run_study(empty, model, tmp_path / "results")
+
+
+def test_a_damaged_shard_is_named_and_costs_only_its_rows(model, study, tmp_path, finished):
+    out = tmp_path / "results"
+    run.run_study(study, model, out)
+    victim = sorted((out / "shards").glob("*.parquet"))[1]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=victim.name):
+        run.run_study(study, model, out)
+    victim.unlink()
+    run.run_study(study, model, out)
+    assert results.load(out).rows.equals(results.load(finished).rows)
+
+
+def test_a_setup_goes_on_where_it_stopped(model, study, tmp_path):
+    out = tmp_path / "results"
+    made = setup.prepare(study, model, out)
+    written = (out / "directions.safetensors").stat().st_mtime_ns
+    again = setup.prepare(study, model, out)
+    assert (out / "directions.safetensors").stat().st_mtime_ns == written
+    assert again.record == made.record and again.layers == {"steer": 1, "late": 2}

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxsteer import spec
+from jaxsteer.errors import UserError
+
+DEMO = (spec.STUDIES / "smollm2-demo.toml").read_text()
+
+
+@pytest.mark.parametrize("name", spec.shipped())
+def test_every_shipped_study_loads_and_its_name_is_its_files(name):
+    assert spec.load(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("max_new_tokens = 40", "max_new_token = 40", "max_new_token"),
+        ("max_new_tokens = 40", "max_new_tokens = 0", "max_new_tokens is 0"),
+        ("benign = 32", 'benign = "many"', r"str.*\$\.data\.benign"),
+        ("benign = 32", "benign = -1", r"data\.benign is -1"),
+        ('name = "smollm2-demo"', "name = [", "TOML"),
+        ('name = "smollm2-demo"', 'name = "../demo"', "letters"),
+        ('name = "baseline"', 'name = "persona"', "twice"),
+        ('name = "restoration late"', 'name = "suppression"', "twice"),
+        ('add = "persona"', 'add = "charm"', "unknown direction 'charm'"),
+        ('control = "baseline"', 'control = "base"', "names 'base'"),
+        ('treated = "persona", control = "refusal"', 'treated = "x", control = "refusal"', "'x'"),
+        ("early = 0.3", "early = 1.3", "between 0 and 1"),
+        ("early = 0.3", "early = -3", "count from 0"),
+        ('kind = "refusal"', 'kind = "trait"', "trait"),
+        ('kind = "refusal"', 'kind = "minus"', "of"),
+        ("scales = [1.0, 2.0, 4.0]", "scales = []", "scales is empty"),
+        ("max_new_tokens = 40", "max_new_tokens = 40\ntop_p = 0.0", "top_p"),
+    ],
+)
+def test_a_malformed_study_names_the_key_and_the_value(tmp_path, old, new, message):
+    assert old in DEMO
+    path = tmp_path / "mine.toml"
+    path.write_text(DEMO.replace(old, new, 1))
+    with pytest.raises(UserError, match=message) as caught:
+        spec.load(path)
+    assert "mine.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_study_lists_the_shipped_ones():
+    with pytest.raises(UserError, match="smollm2-demo"):
+        spec.load("nosuch")
+
+
+def test_mutated_studies_are_read_or_refused_in_one_line_never_a_traceback(tmp_path, rng):
+    # 600 random edits: bytes flipped, lines dropped, doubled and swapped.
+    path = tmp_path / "fuzz.toml"
+    lines = DEMO.encode().splitlines(keepends=True)
+    refused = 0
+    for _ in range(600):
+        mutated = list(lines)
+        kind, at = int(rng.integers(4)), int(rng.integers(len(mutated)))
+        if kind == 0:
+            line = bytearray(mutated[at])
+            line[int(rng.integers(len(line)))] = int(rng.integers(256))
+            mutated[at] = bytes(line)
+        elif kind == 1:
+            del mutated[at]
+        elif kind == 2:
+            mutated.insert(at, mutated[int(rng.integers(len(mutated)))])
+        else:
+            other = int(rng.integers(len(mutated)))
+            mutated[at], mutated[other] = mutated[other], mutated[at]
+        path.write_bytes(b"".join(mutated))
+        try:
+            spec.load(path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 100 < refused < 600
