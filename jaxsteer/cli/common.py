@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from jaxsteer.programs import use_compile_cache
+
+__all__ = ["DEMO_MODEL", "ModelOption", "app", "use_compile_cache"]
 
 app = typer.Typer(
     help="Steer chat models at explicit taps of the residual stream, and measure their refusals.",
@@ -17,14 +20,3 @@ app = typer.Typer(
 )
 DEMO_MODEL = Path("checkpoints/smollm2-135m")
 ModelOption = Annotated[Path, typer.Option(help="A converted checkpoint.")]
-
-
-def use_compile_cache() -> None:
-    """Keep compiled programs across runs, so that a second run starts at once."""
-    import jax
-
-    from jaxsteer.fetch import cache_dir
-
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_dir() / "xla")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
