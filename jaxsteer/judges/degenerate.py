@@ -1,79 +1,163 @@
-"""Degenerate replies by rule: empty, looping, or made of non-words.
+"""Degenerate replies by rule: empty, looping, noise, or words that are none.
 
 A heuristic for text that a broken model writes, not a judge of sense: a fluent, vague reply is not
-degenerate.
+degenerate, and neither is one that the token limit cut. It sees loops and noise well and is mostly
+blind to word salad made of real words (docs/judges.md has the figures); a coherence judge is
+better, and where one has run it decides instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
-JUDGE = "degenerate-1"
+from jaxsteer.judges import thinking
+
+NAME = "degenerate"
+VERSION = "2"
+JUDGE = f"{NAME}-{VERSION}"
+
+# A word is a run of letters or of digits; scripts that write no spaces give a word per character.
+_UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W\d_{_UNSPACED}]+|\d+")
+# Rules of tables and headings, which are drawn and not read.
+_RULED = re.compile(r"^[\s|+=:*_#~-]+$", re.MULTILINE)
+# No English sentence has one of the second right after one of the first.
+_DANGLING = frozenset({"the", "a", "an"})
+_NEVER_AFTER = frozenset(
+    {"the", "a", "an", "of", "to", "is", "and", "with", "it", "at", "by", "or"}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When a reply is degenerate.
+    """When a reply is degenerate. Chosen on the `tune` part of the calibration examples.
 
     Attributes:
-      min_words: shorter replies are not tested for repetition.
-      loop: largest tolerated share of words inside repeated 4-grams.
+      min_words: shorter replies are tested for one thing only, a word or phrase said over and over.
+      loop: largest tolerated share of words inside runs that repeat with a fixed period.
+      tail: fewest words of a loop at the reply's end that make it degenerate whatever came before.
       commonest: largest tolerated share of the commonest word.
-      letters: smallest tolerated share of letters and digits among visible characters.
-      long_words: largest tolerated share of words over 30 characters or with no vowel.
+      letters: smallest tolerated share of letters, digits and marks among visible characters.
+      undecodable: largest tolerated share of replacement characters before the last character.
+      non_words: largest tolerated share of Latin words over 30 letters or without a vowel.
+      longest: letters that no word of any language has.
+      switches: largest tolerated share of neighbouring words in different scripts, of 4 or more.
+      dangling: largest tolerated share of word pairs such as "the of".
     """
 
     min_words: int = 12
-    loop: float = 0.6
+    loop: float = 0.5
+    tail: int = 12
     commonest: float = 0.4
     letters: float = 0.5
-    long_words: float = 0.4
+    undecodable: float = 0.02
+    non_words: float = 0.4
+    longest: int = 45
+    switches: float = 0.6
+    dangling: float = 0.08
 
 
 def reasons(text: str, limits: Limits = Limits()) -> list[str]:
-    """Why a reply is degenerate; empty when it is not."""
-    visible = [c for c in text if not c.isspace()]
+    """Why a reply is degenerate; empty when it is not. Finished thinking blocks are not read."""
+    text = thinking.visible(text)
+    # A reply cut inside a character of several bytes ends in half of it, which means nothing.
+    text = text.rstrip().rstrip("\ufffd")
+    visible = [c for c in _RULED.sub("", text).replace("|", " ") if not c.isspace()]
     if not any(c.isalnum() for c in visible):
         return ["no letters"]
     found = []
-    words = text.lower().split()
-    if "\ufffd" in text:
+    # A mark belongs to its letter: Thai and Hindi words are half marks.
+    spoken = sum(unicodedata.category(c)[0] in "LNM" for c in visible)
+    if visible.count("\ufffd") > limits.undecodable * len(visible):
         found.append("undecodable bytes")
-    if len(visible) >= 12 and sum(c.isalnum() for c in visible) / len(visible) < limits.letters:
+    if len(visible) >= 12 and spoken / len(visible) < limits.letters:
         found.append("mostly symbols")
-    # One space-free run of 40 characters of one or two kinds: "aaaaaaaa...", "hahahaha...".
+    words = _WORD.findall(text.lower())
     if any(len(word) >= 40 and len(set(word)) <= 3 for word in words):
         found.append("one character run")
+    elif 2 * sum(len(w) for w in words if len(w) > limits.longest) > len("".join(words)):
+        found.append("no spaces")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if loops(words, limits) or (len(lines) >= 6 and len(set(lines[-5:])) == 1):
+        found.append("loop")
     if len(words) >= limits.min_words:
-        if looped_share(words) > limits.loop:
-            found.append("loop")
         if Counter(words).most_common(1)[0][1] / len(words) > limits.commonest:
             found.append("one word")
-        if sum(_odd(word) for word in words) / len(words) > limits.long_words:
+        if sum(_odd(word) for word in words) / len(words) > limits.non_words:
             found.append("non-words")
+        scripts = [_script(word) for word in words]
+        if len(set(scripts)) >= 4 and _changes(scripts) > limits.switches:
+            found.append("mixed scripts")
+        pairs = list(pairwise(words))
+        torn = sum(a in _DANGLING and b in _NEVER_AFTER for a, b in pairs)
+        if torn >= 3 and torn / len(pairs) > limits.dangling:
+            found.append("torn sentences")
     return found
 
 
-def looped_share(words: list[str], n: int = 4) -> float:
-    """Share of words covered by n-grams that occur before: 'a b c d a b c d' gives 0.5."""
-    seen: set[tuple[str, ...]] = set()
-    covered = [False] * len(words)
-    for i in range(len(words) - n + 1):
-        gram = tuple(words[i : i + n])
-        if gram in seen:
-            covered[i : i + n] = [True] * n
-        seen.add(gram)
-    return sum(covered) / max(len(words), 1)
+def loops(words: list[str], limits: Limits = Limits()) -> bool:
+    """Whether words repeat with a fixed period: most of the text, or a long run at its end.
+
+    A refrain returns after other lines, so it has no fixed period. Numbered copies of one line are
+    caught by looking again without the numbers, if more than half of the words are left.
+    """
+    plain = [word for word in words if not word.isdigit()]
+    for seen in (words, plain) if 2 * len(plain) > len(words) else (words,):
+        runs = periodic_runs(seen)
+        covered = sum(end - start for start, end in runs)
+        if len(seen) >= limits.min_words and covered > limits.loop * len(seen):
+            return True
+        if runs and runs[-1][1] == len(seen):
+            start, end = runs[-1]
+            if end - start >= limits.tail or (start == 0 and end >= 5):
+                return True
+    return False
+
+
+def periodic_runs(words: list[str], longest: int = 16) -> list[tuple[int, int]]:
+    """Disjoint [start, end) stretches in which a phrase is said over and over in a row.
+
+    Three times make a run, and four if the phrase has at most four words, since songs and
+    speeches say a short phrase thrice.
+
+    >>> periodic_runs("so it is bad bad bad bad".split())
+    [(3, 7)]
+    >>> periodic_runs("a b a b a b a b a".split())
+    [(0, 9)]
+    """
+    runs, start = [], 0
+    while start < len(words):
+        best = start
+        for period in range(1, longest + 1):
+            end = start + period
+            while end < len(words) and words[end] == words[end - period]:
+                end += 1
+            if end - start >= (4 if period <= 4 else 3) * period:
+                best = max(best, end)
+        if best > start:
+            runs.append((start, best))
+        start = max(best, start + 1)
+    return runs
 
 
 def _odd(word: str) -> bool:
-    latin = [c for c in word if c.isalpha() and "LATIN" in unicodedata.name(c, "")]
-    if len(latin) < 4:
+    if _script(word) != "LATIN" or len(word) < 4:
         return False
     plain = unicodedata.normalize("NFD", word)
     return len(word) > 30 or not any(c in "aeiouy" for c in plain)
+
+
+def _script(word: str) -> str:
+    name = unicodedata.name(word[0], "").split(" ")[0]
+    return "CJK" if name in ("HIRAGANA", "KATAKANA", "IDEOGRAPHIC") else name
+
+
+def _changes(scripts: list[str]) -> float:
+    return sum(a != b for a, b in pairwise(scripts)) / max(len(scripts) - 1, 1)
 
 
 def is_degenerate(text: str) -> bool:
