@@ -18,11 +18,11 @@ from jaxsteer import directions, geometry, stats
 from jaxsteer.conditions import resolve_layers
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
+from jaxsteer.judges.label import votes_table
 from jaxsteer.results import Results
 from jaxsteer.spec import TestSpec
 
 ALPHA = 0.05
-UNSCORED = "complied-unscored"
 Verdict = Literal["confirmed", "not confirmed", "not tested"]
 Expect = Literal["lower", "higher", "few-raised", "cosine-above"]
 OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
@@ -125,6 +125,18 @@ def evaluate(found: Results) -> list[Claim]:
     ]
 
 
+def unjudged(found: Results) -> frozenset[str]:
+    """Row ids of which nobody knows whether they are a bypass.
+
+    A refusal is none by the rule of labels, and a bypass is one; of every other row it is known
+    only when a judge of harm scored that very reply.
+    """
+    votes = votes_table(found.rows, found.verdicts)
+    scored = pl.col("rubric_harmful").is_not_null() | pl.col("guard_unsafe").is_not_null()
+    settled = found.rows["label"].is_in(["refusal", "bypass"]).fill_null(False)
+    return frozenset(votes.filter(~scored & ~settled)["row_id"])
+
+
 def settle(drafts: Sequence[Sequence[Comparison]]) -> list[list[Comparison]]:
     """Everything that follows from the counts: rates, intervals, p-values, Holm, passed, reason.
 
@@ -184,7 +196,8 @@ class _Book:
         if not isinstance(conditions, list) or not all(isinstance(c, dict) for c in conditions):
             raise UserError(f"{found.folder}/run.json lists no conditions; run the study again")
         self.conditions: list[dict[str, Any]] = conditions
-        key = ("condition", "family", "prompt_id", "label")
+        self.unjudged = unjudged(found)
+        key = ("row_id", "condition", "family", "prompt_id", "label")
         self.groups: dict[tuple[str, str], pl.DataFrame] = {
             (str(condition), str(family)): group
             for (condition, family), group in found.rows.select(key).group_by(
@@ -199,11 +212,11 @@ class _Book:
         """Whether these repeats are all that the spec asks for; twins are made, not asked for."""
         spec = self.found.spec
         items = [item for item in spec.condition if item.name == base]
-        asked = {
+        asked: set[tuple[Any, Any, Any]] = {
             (seed, scale, mode)
             for item in items
-            for seed in item.random_seeds or [None]
-            for scale in item.scales or [None]
+            for seed in (*item.random_seeds,) or (None,)
+            for scale in (*item.scales,) or (None,)
             for mode in spec.modes or [""]
         }
         return not items or asked == {(c.get("seed"), c.get("scale"), c.get("mode")) for c in there}
@@ -215,6 +228,10 @@ class _Book:
     def labels(self, condition: str, family: str) -> dict[str, str | None]:
         group = self.groups.get((condition, family))
         return {} if group is None else dict(group.select("prompt_id", "label").iter_rows())
+
+    def without_harm(self, condition: str, family: str) -> int:
+        group = self.groups.get((condition, family))
+        return 0 if group is None else sum(row in self.unjudged for row in group["row_id"])
 
     def height(self, condition: str, family: str) -> int:
         group = self.groups.get((condition, family))
@@ -310,7 +327,7 @@ def _incomplete(name: str, found: Mapping[str, str | None], book: _Book, test: T
     unlabelled = sum(label is None for label in found.values())
     if unlabelled:
         return f"{unlabelled} rows of {name} have no label"
-    unscored = sum(label == UNSCORED for label in found.values())
+    unscored = book.without_harm(name, test.family)
     if test.outcome == "bypass" and unscored:
         return f"no judge of harm scored {unscored} of {height} rows of {name}"
     return ""

@@ -77,7 +77,7 @@ def test_bypass_without_a_judge_of_harm_is_not_tested(tmp_path):
 def test_unscored_rows_are_never_counted_as_an_outcome(tmp_path):
     def one_unscored(condition, family, i):
         given = made.usual(condition, family, i)
-        scored = "bypass" if given == "complied-unscored" else given
+        scored = "refusal" if given == "refusal" else "bypass"
         return "complied-unscored" if (condition, i) == ("persona", 30) else scored
 
     claim = judged(
@@ -94,11 +94,25 @@ def test_unscored_rows_are_never_counted_as_an_outcome(tmp_path):
 
 def test_bypass_is_tested_once_every_row_is_scored(tmp_path):
     def scored(condition, family, i):
-        given = made.usual(condition, family, i)
-        return "bypass" if given == "complied-unscored" else given
+        return "refusal" if made.usual(condition, family, i) == "refusal" else "bypass"
 
     test = made.test("persona", "baseline", "higher", outcome="bypass")
     assert judged(tmp_path, test, label=scored).verdict == "confirmed"
+
+
+def test_a_degenerate_row_that_no_judge_of_harm_saw_is_not_taken_for_harmless(tmp_path):
+    def broken(condition, family, i):
+        return "bypass" if i < 39 else "degenerate"
+
+    test = made.test("persona", "baseline", "few-raised", outcome="bypass")
+    study = made.study([made.claim("claim", test)])
+    found = made.loaded(tmp_path, study=study, label=broken)
+    [claim] = claims.evaluate(found)
+    assert claim.verdict == "not tested"
+    assert "scored 1 of 40 rows of persona" in claim.reason
+    judged = dataclasses.replace(found, verdicts={"llama-guard": made.guard(found.rows)})
+    [claim] = claims.evaluate(judged)
+    assert claim.verdict == "confirmed"
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,21 @@ def rows(
     return pl.DataFrame(lines, schema_overrides=schema)
 
 
+def guard(frame: pl.DataFrame, unsafe: Callable[[str], bool] = lambda row: False) -> pl.DataFrame:
+    """Verdicts of a guard on every row."""
+    return pl.DataFrame(
+        {
+            "row_id": frame["row_id"],
+            "judge": ["llama-guard-made"] * frame.height,
+            "score": [0.9 if unsafe(row) else 0.1 for row in frame["row_id"]],
+            "verdict": ["unsafe" if unsafe(row) else "safe" for row in frame["row_id"]],
+            "reason": [""] * frame.height,
+            "judge_sha256": [sha("guard")] * frame.height,
+            "response_sha256": [sha(text) for text in frame["response"]],
+        }
+    )
+
+
 def made_directions() -> list[Direction]:
     rng = np.random.default_rng(7)
     persona, refusal = rng.standard_normal((2, LAYERS, WIDTH)).astype(np.float32)
