@@ -9,6 +9,7 @@ its turn and speak as somebody else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,41 @@ class Tokenizer:
         """
         if not user.strip():
             raise UserError("the prompt is empty; give it some text")
-        for text, name in ((user, "prompt"), (system or "", "system prompt")):
+        self._check((user, "prompt"), (system or "", "system prompt"))
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": user})
+        text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.hf(text, add_special_tokens=False)["input_ids"])
+
+    def conversation(self, turns: Sequence[tuple[str, str]], *, parts: bool = False) -> list[int]:
+        """Token ids of a whole conversation as the template writes it, for models that judge one.
+
+        Args:
+          turns: (role, text) in order.
+          parts: give the template each text as a list of parts, as those for images too want it.
+
+        Raises:
+          UserError: a turn that holds a special token.
+        """
+        self._check(*((text, f"{role}'s turn") for role, text in turns))
+        return list(self.hf(self.render(turns, parts=parts), add_special_tokens=False)["input_ids"])
+
+    def render(self, turns: Sequence[tuple[str, str]], *, parts: bool = False) -> str:
+        """The text that the template makes of a conversation; see `conversation`."""
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+            for role, text in turns
+        ]
+        return str(self.hf.apply_chat_template(messages, tokenize=False))
+
+    def _check(self, *texts: tuple[str, str]) -> None:
+        for text, name in texts:
             found = [token for token in self.special if token in text]
             if found:
                 raise UserError(
                     f"the {name} holds the special token {found[0]!r}, which would end its turn; "
                     "remove it"
                 )
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": user})
-        text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(self.hf(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of the ids, special tokens left out."""
