@@ -40,11 +40,13 @@ class Decoding:
       max_new_tokens: length of the output buffer.
       eos: token ids that end a reply (the ending token itself is not part of the reply).
       sample: draw from the distribution; False is greedy and ignores temperature and top_p.
+      keep_logits: return every step's logits too: rows x new tokens x vocabulary x 4 bytes.
     """
 
     max_new_tokens: int
     eos: tuple[int, ...]
     sample: bool = False
+    keep_logits: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +94,7 @@ class Replies:
       stopped: whether an end-of-sequence token ended it.
       prompt: realised change over prompt tokens, per tap and layer.
       response: the same over generated tokens that a forward pass read.
+      logits: what each token was chosen from, float32; no column unless `keep_logits`.
     """
 
     tokens: Int[AnyArray, "row new_token"]
@@ -99,6 +102,7 @@ class Replies:
     stopped: Bool[AnyArray, " row"]
     prompt: dict[str, Realised]
     response: dict[str, Realised]
+    logits: Float[AnyArray, "row new_token kept"]
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +119,7 @@ class _State:
       cache: keys and values per layer.
       position: rotary position of `last`.
       response: running sums of the realised change.
+      logits: output buffer of the logits, no wider than what is kept.
     """
 
     step: Int[Array, ""]
@@ -125,6 +130,7 @@ class _State:
     cache: Cache
     position: Int[Array, " row"]
     response: dict[str, Realised]
+    logits: Float[Array, "row new_token kept"]
 
 
 def causal_mask(real: Bool[Array, " token"]) -> Bool[Array, "token token"]:
@@ -232,6 +238,7 @@ def generate(
     prompt_ids, real, row_ids = map(jnp.asarray, (rows.tokens, rows.real, rows.ids))
     count, width = prompt_ids.shape
     eos = jnp.asarray(decoding.eos, jnp.int32)
+    kept = model.config.vocab_size if decoding.keep_logits else 0
     prefill = jax.vmap(functools.partial(_prefill, model), in_axes=(0, 0, 0, None, None))
     step_rows = jax.vmap(functools.partial(_step, model), in_axes=(0, 0, 0, 0, 0, 0, None, None))
     choose = jax.vmap(
@@ -239,8 +246,9 @@ def generate(
         in_axes=(0, 0, None),
     )
 
-    def emit(state: _State, token: Array) -> _State:
-        """Write one new token per live row, and retire the rows whose token ends them."""
+    def emit(state: _State, logits: Array) -> _State:
+        """Choose and write one new token per live row, and retire the rows that it ends."""
+        token = choose(logits, row_ids, state.step)
         ended = jnp.any(token[:, None] == eos, axis=-1)
         live = state.live & ~ended
         tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
@@ -251,6 +259,7 @@ def generate(
             live=live,
             tokens=tokens,
             length=state.length + live,
+            logits=state.logits.at[:, state.step].set(logits[:, :kept]),
         )
 
     def body(state: _State) -> _State:
@@ -270,7 +279,7 @@ def generate(
             position=state.position + 1,
             response=jax.tree.map(jnp.add, state.response, realised),
         )
-        return emit(state, choose(logits, row_ids, state.step))
+        return emit(state, logits)
 
     def going(state: _State) -> Array:
         return (state.step < decoding.max_new_tokens) & jnp.any(state.live)
@@ -287,14 +296,16 @@ def generate(
         cache=cache,
         position=jnp.sum(real, axis=1).astype(jnp.int32),
         response=jax.tree.map(jnp.zeros_like, prompt),
+        logits=jnp.zeros((count, decoding.max_new_tokens, kept)),
     )
-    state = jax.lax.while_loop(going, body, emit(start, choose(logits, row_ids, start.step)))
+    state = jax.lax.while_loop(going, body, emit(start, logits))
     return Replies(
         tokens=state.tokens,
         length=state.length,
         stopped=~state.live & jnp.any(real, axis=1),
         prompt=prompt,
         response=state.response,
+        logits=state.logits,
     )
 
 

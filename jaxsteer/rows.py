@@ -48,6 +48,7 @@ class Reply:
       stopped: whether an end-of-sequence token ended it.
       prompt: realised change over the prompt per tap, leaves [layer, ...].
       response: the same over the generated tokens.
+      logits: what each token, and the ending one, was chosen from; None unless asked for.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Reply:
     stopped: bool
     prompt: dict[str, Realised]
     response: dict[str, Realised]
+    logits: Float[np.ndarray, "chosen vocab"] | None = None
 
 
 def run(
@@ -96,21 +98,25 @@ def run(
         )
         replies = jax.tree.map(np.asarray, replies)
         yield [
-            _reply(model, i, len(requests[i].tokens), slot, replies)
+            _reply(model, i, len(requests[i].tokens), slot, replies, decoding.keep_logits)
             for slot, i in enumerate(members)
         ]
 
 
-def _reply(model: ChatModel, index: int, n_prompt: int, slot: int, replies: Replies) -> Reply:
-    tokens = np.asarray(replies.tokens[slot, : int(replies.length[slot])])
+def _reply(
+    model: ChatModel, index: int, n_prompt: int, slot: int, replies: Replies, keep_logits: bool
+) -> Reply:
+    length, stopped = int(replies.length[slot]), bool(replies.stopped[slot])
+    tokens = np.asarray(replies.tokens[slot, :length])
     return Reply(
         index=index,
         n_prompt=n_prompt,
         tokens=tokens,
         text=model.tokenizer.decode(tokens),
-        stopped=bool(replies.stopped[slot]),
+        stopped=stopped,
         prompt=jax.tree.map(lambda a: a[slot], replies.prompt),
         response=jax.tree.map(lambda a: a[slot], replies.response),
+        logits=np.array(replies.logits[slot, : length + stopped]) if keep_logits else None,
     )
 
 

@@ -130,3 +130,13 @@ def test_a_projection_leaves_its_probe_at_zero(model, rng):
 def test_a_prompt_beyond_the_context_is_refused(model):
     with pytest.raises(UserError, match="tokens"):
         run(model, [rows.Request(tokens=[3] * 600)], [[]])
+
+
+def test_logits_are_kept_when_asked_for_and_explain_every_token(model):
+    requests = [rows.Request(tokens=p) for p in PROMPTS]
+    plain = compiled(model, [[]])
+    decoding = Decoding(max_new_tokens=8, eos=(2,), keep_logits=True)
+    for reply in next(rows.run(model, requests[:1], plain, decoding, batch=1)):
+        assert reply.logits.shape == (len(reply.tokens) + reply.stopped, model.config.vocab_size)
+        np.testing.assert_array_equal(reply.logits.argmax(-1)[: len(reply.tokens)], reply.tokens)
+    assert run(model, requests, [[]])[0].logits is None

@@ -6,63 +6,57 @@ import numpy as np
 import pytest
 import torch
 
-from jaxsteer import activations, chat, rows
-from jaxsteer.generate import Decoding
-from jaxsteer.interventions import Add, Project, compile_conditions
+from jaxsteer import activations, chat
+from jaxsteer.interventions import Add, Cap, Project
+from tests import oracle as torch_side
 from tests.conftest import chats
-
-
-def greedy(hf, prompt, new_tokens):
-    ids = torch.tensor([prompt])
-    out = hf.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-def ours(model, prompts, conditions, scope="all", new_tokens=48, batch=32):
-    stacked = compile_conditions(
-        conditions,
-        [scope] * len(conditions),
-        n_layers=model.config.n_layers,
-        d_model=model.config.d_model,
-    )
-    requests = [
-        rows.Request(tokens=p, condition=c) for c in range(len(conditions)) for p in prompts
-    ]
-    decoding = Decoding(max_new_tokens=new_tokens, eos=model.eos)
-    replies = [r for b in rows.run(model, requests, stacked, decoding, batch=batch) for r in b]
-    return sorted(replies, key=lambda r: r.index)
-
-
-def until_eos(tokens, eos):
-    return tokens[: next((i for i, t in enumerate(tokens) if t in eos), len(tokens))]
 
 
 def test_logits_of_a_padded_batch_of_16_chats_equal_hf(smollm2, oracle):
     prompts = chats(smollm2, 16)
-    ids, real = chat.left_pad(prompts, 96)
+    ids, real = chat.left_pad(prompts, 64)
     _, logits = activations.read(
         smollm2.definition,
         smollm2.params,
         ids,
         real,
-        np.zeros((16, 0, 96), np.float32),
+        np.zeros((16, 0, 64), np.float32),
         (),
         None,
         False,
     )
     for i, prompt in enumerate(prompts):
-        expected = oracle(torch.tensor([prompt])).logits[0].numpy()
+        expected = torch_side.logits(oracle, prompt)
         got = np.asarray(logits[i])[real[i]]
         assert np.abs(got - expected).max() <= 2e-3
         np.testing.assert_array_equal(got.argmax(-1), expected.argmax(-1))
 
 
+def test_captured_taps_equal_hidden_states_but_for_the_last_which_is_normed(smollm2, oracle):
+    prompts = chats(smollm2, 3)
+    ids, real = chat.left_pad(prompts, 64)
+    # Every token of three layers' worth would be large; the last five tokens show it as well.
+    weights = np.tile(np.eye(64, dtype=np.float32)[-5:], (3, 1, 1))
+    captured, _ = activations.read(
+        smollm2.definition, smollm2.params, ids, real, weights, ("embed", "resid_post")
+    )
+    for i, prompt in enumerate(prompts):
+        states = oracle(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        states = [state[0, -5:].numpy() for state in states]
+        np.testing.assert_allclose(captured["embed"][i, 0], states[0], atol=1e-6)
+        for layer in range(smollm2.config.n_layers - 1):
+            ours = np.asarray(captured["resid_post"][i, layer])
+            assert np.abs(ours - states[layer + 1]).max() <= 1e-3 + 1e-5 * np.abs(ours).max()
+        last = torch.tensor(np.asarray(captured["resid_post"][i, -1]))
+        np.testing.assert_allclose(oracle.model.norm(last), states[-1], atol=1e-3)
+
+
 def test_48_greedy_tokens_of_32_prompts_equal_hf(smollm2, oracle):
     prompts = chats(smollm2, 32)
-    for prompt, reply in zip(prompts, ours(smollm2, prompts, [[]]), strict=True):
-        assert list(reply.tokens) == until_eos(greedy(oracle, prompt, 48), smollm2.eos)
+    replies = torch_side.ours(smollm2, prompts, [[]], batch=16, keep_logits=False)
+    expected = torch_side.greedy(oracle, prompts, 48)
+    assert [reply.tokens.tolist() for reply in replies] == expected
+    assert sum(map(len, expected)) > 1000
 
 
 def test_token_ids_equal_the_torch_path(smollm2):
@@ -81,78 +75,54 @@ def test_token_ids_equal_the_torch_path(smollm2):
         assert smollm2.tokenizer.hf(text)["input_ids"] == theirs(text)["input_ids"]
 
 
-class Hooked:
-    """The same interventions as torch forward hooks, written apart from jaxsteer's code."""
-
-    def __init__(self, hf, prompt_length, scope, adds, projects):
-        self.handles, self.seen = [], {}
-        for layer in sorted({layer for layer, _ in adds} | {layer for layer, _ in projects}):
-            add = sum((v for at, v in adds if at == layer), torch.zeros(hf.config.hidden_size))
-            units = [v / v.norm() for at, v in projects if at == layer]
-            q = torch.linalg.qr(torch.stack(units, 1)).Q if units else None
-
-            def hook(module, args, output, layer=layer, add=add, q=q):
-                h = output[0] if isinstance(output, tuple) else output
-                start = self.seen.get(layer, 0)
-                self.seen[layer] = start + h.shape[1]
-                index = torch.arange(start, start + h.shape[1])
-                on = {
-                    "all": index >= 0,
-                    "prompt": index < prompt_length,
-                    "response": index >= prompt_length,
-                }
-                new = h + add
-                if q is not None:
-                    new = new - (new @ q) @ q.T
-                new = torch.where(on[scope][None, :, None], new, h)
-                return (new, *output[1:]) if isinstance(output, tuple) else new
-
-            self.handles.append(hf.model.layers[layer].register_forward_hook(hook))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
+SCOPES = ("all", "prompt", "response")
+KINDS = ("add", "project", "both", "cap")
 
 
-@pytest.mark.parametrize("scope", ["all", "prompt", "response"])
-@pytest.mark.parametrize("kind", ["add", "project", "both"])
-def test_steering_equals_torch_forward_hooks(smollm2, oracle, rng, scope, kind):
+@pytest.fixture(scope="module")
+def steered(smollm2):
+    """Every kind of operation in every scope, and none, on two prompts: one batch, one program."""
+    rng = np.random.default_rng(0)
     shape = (smollm2.config.n_layers, smollm2.config.d_model)
     a, b = (rng.standard_normal(shape).astype(np.float32) * 4 for _ in range(2))
-    operations, adds, projects = [], [], []
-    if kind in ("add", "both"):
-        operations.append(Add(direction=a, layers=(5, 20), scale=1.5))
-        adds = [(layer, torch.tensor(1.5 * a[layer])) for layer in (5, 20)]
-    if kind in ("project", "both"):
-        operations.append(Project(directions=(a, a + b), layers=(5, 12, 27)))
-        projects = [(at, torch.tensor(v[at])) for at in (5, 12, 27) for v in (a, a + b)]
-    prompts = chats(smollm2, 3)
-    replies = ours(smollm2, prompts, [operations], scope, new_tokens=32, batch=4)
-    for prompt, reply in zip(prompts, replies, strict=True):
-        with Hooked(oracle, len(prompt), scope, adds, projects):
-            expected = greedy(oracle, prompt, 32)
-        assert list(reply.tokens) == until_eos(expected, smollm2.eos)
-    if scope == "response":
-        return
-    stacked = compile_conditions([operations], [scope], n_layers=shape[0], d_model=shape[1])
-    ids, real = chat.left_pad(prompts, 64)
-    _, logits = activations.read(
-        smollm2.definition,
-        smollm2.params,
-        ids,
-        real,
-        np.zeros((3, 0, 64), np.float32),
-        (),
-        stacked.rows(np.zeros(3, int)),
-        False,
+    add = Add(direction=a, layers=(5, 20), scale=1.5)
+    project = Project(directions=(a, a + b), layers=(5, 12, 27))
+    cap = Cap(direction=b, layers=(8, 21), low=-0.5, high=0.25)
+    operations = {"add": [add], "project": [project], "both": [add, project], "cap": [cap]}
+    cells = [("none", "all"), *((kind, scope) for kind in KINDS for scope in SCOPES)]
+    prompts = chats(smollm2, 3)[::2]
+    replies = torch_side.ours(
+        smollm2,
+        prompts,
+        [operations.get(kind, []) for kind, _ in cells],
+        [scope for _, scope in cells],
+        new_tokens=32,
+        batch=2 * len(cells),
     )
-    for i, prompt in enumerate(prompts):
-        with Hooked(oracle, len(prompt), scope, adds, projects):
-            expected = oracle(torch.tensor([prompt])).logits[0].numpy()
-        assert np.abs(np.asarray(logits[i])[real[i]] - expected).max() <= 2e-3
+    by_cell = {cell: replies[2 * i : 2 * i + 2] for i, cell in enumerate(cells)}
+    return operations, prompts, by_cell
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steering_equals_torch_forward_hooks_at_every_step(steered, oracle, scope, kind):
+    operations, prompts, by_cell = steered
+    for prompt, reply in zip(prompts, by_cell[kind, scope], strict=True):
+        expected = torch_side.steps(oracle, prompt, reply, operations[kind], scope)
+        assert np.abs(reply.logits - expected).max() <= 2e-3
+        np.testing.assert_array_equal(torch_side.chosen(reply), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_of_those_interventions_moves_the_logits(steered, scope, kind):
+    _, _, by_cell = steered
+    for plain, reply in zip(by_cell["none", "all"], by_cell[kind, scope], strict=True):
+        # The first token is chosen before any reply token is read, so a reply scope spares it.
+        step = 1 if scope == "response" else 0
+        assert np.abs(plain.logits[step] - reply.logits[step]).max() > 0.01
+        if scope == "response":
+            np.testing.assert_array_equal(plain.logits[0], reply.logits[0])
 
 
 def test_a_row_is_the_same_alone_reversed_and_among_longer_rows_and_other_conditions(smollm2, rng):
@@ -162,12 +132,19 @@ def test_a_row_is_the_same_alone_reversed_and_among_longer_rows_and_other_condit
         [],
         [Add(direction=v, layers=(10,), scale=20.0)],
         [Project(directions=(v,), layers=(4, 9))],
+        [Cap(direction=v, layers=(15,), high=0.0)],
     ]
-    prompts = chats(smollm2, 10)
-    together = ours(smollm2, prompts, conditions, new_tokens=24)
-    reversed_ = ours(smollm2, prompts[::-1], conditions[::-1], new_tokens=24)[::-1]
-    for one, other in zip(together, reversed_, strict=True):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
-    for i in (0, 3, 7):
-        alone = ours(smollm2, [prompts[i]], [conditions[1]], new_tokens=24, batch=1)[0]
-        np.testing.assert_array_equal(alone.tokens, together[10 + i].tokens)
+    # 21 to 30 tokens: eight prompts of one bucket, so the 32 rows run as one batch.
+    prompts = chats(smollm2, 16)[::2]
+    together = tokens(smollm2, prompts, conditions)
+    assert together == tokens(smollm2, prompts[::-1], conditions[::-1])[::-1]
+    for i in (0, 3):
+        alone = tokens(smollm2, [prompts[i]], [conditions[1]], batch=1)
+        assert alone == [together[8 + i]]
+
+
+def tokens(model, prompts, conditions, batch=32):
+    replies = torch_side.ours(
+        model, prompts, conditions, new_tokens=24, batch=batch, keep_logits=False
+    )
+    return [reply.tokens.tolist() for reply in replies]
