@@ -38,6 +38,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder} is in use by another process; wait for it, or choose another --out"
             ) from None
+        # What a killed process was writing has a dot in front and was never renamed.
+        for stale in (*folder.glob(".*.*"), *(folder / "shards").glob(".*")):
+            stale.unlink()
         yield
 
 

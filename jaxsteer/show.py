@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from jaxsteer.plan import Plan
+
 
 def plain(text: str) -> str:
     """Model text that cannot drive a terminal: control and format characters become visible."""
@@ -36,4 +38,26 @@ def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
             f"{row['degenerate']:.0%}",
             f"{row['complied']:.0%}",
         )
+    return table
+
+
+def plan_table(plan: Plan, title: str) -> Table:
+    """A study's cost, one line a figure."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    megabytes = 1 / 2**20
+    widths = ", ".join(map(str, plan.programs))
+    for name, value in (
+        ("conditions (controls included)", f"{plan.conditions}"),
+        ("rows", f"{plan.rows}"),
+        ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.padded_tokens:,} with padding)"),
+        ("new tokens, at most", f"{plan.new_tokens:,}"),
+        ("programs to compile", f"{len(plan.programs)} (prompts padded to {widths})"),
+        ("memory", f"weights {plan.weights_bytes * megabytes:,.0f} MiB"),
+        ("", f"cache of a batch {plan.cache_bytes * megabytes:,.0f} MiB"),
+        ("time of the rows here, rough", f"{plan.seconds / 60:,.1f} min"),
+        ("still to choose", ", ".join(plan.open_choices) or "nothing"),
+    ):
+        table.add_row(name, value)
     return table

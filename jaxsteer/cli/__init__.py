@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from jaxsteer.cli import models, studies  # noqa: F401 (each registers its commands)
@@ -12,13 +13,26 @@ from jaxsteer.cli.common import app
 from jaxsteer.errors import UserError
 
 
+class Stopped(BaseException):
+    """A signal asked us to end (Ctrl-C, or a machine taken away): unwind, then say how to go on."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
+
+
 def main() -> None:
     """Entry point: user errors become one line on stderr and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except UserError as error:
         print(f"jaxsteer: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("jaxsteer: stopped; finished rows are kept, run again to go on", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print("jaxsteer: stopped; what is finished is kept, run again to go on", file=sys.stderr)
+        sys.exit(128 + stopped.number)

@@ -21,23 +21,31 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the cost and run nothing.")] = False,
 ) -> None:
     """Run a study, or what is missing of it, and print its table.
 
+    Stop it whenever you like: the same command goes on where it was.
+
     Example: jaxsteer sweep smollm2-demo --limit 20
     """
+    from jaxsteer import plan as planning
     from jaxsteer import run, spec
     from jaxsteer.chatmodel import ChatModel
-    from jaxsteer.show import summary_table
+    from jaxsteer.show import plan_table, summary_table
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
     use_compile_cache()
     asked = spec.load(study)
+    loaded = ChatModel.load(model)
+    harmful = 0 if full else limit
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    if plan:
+        console.print(plan_table(planning.plan(asked, loaded, limit=harmful), asked.name))
+        return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     folder = out or Path("results") / f"{asked.name}{suffix}"
-    summary = run.run_study(
-        asked, ChatModel.load(model), folder, limit=0 if full else limit, fresh=fresh
-    )
-    Console(width=None if sys.stdout.isatty() else 110).print(summary_table(summary, asked.name))
+    summary = run.run_study(asked, loaded, folder, limit=harmful, fresh=fresh)
+    console.print(summary_table(summary, asked.name))
     typer.echo(f"results are in {folder}")
