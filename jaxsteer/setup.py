@@ -120,6 +120,9 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
       UserError: the spec leaves open what it gives no selection for, or a selection rule finds
         nothing.
     """
+    if spec.selection is not None:
+        # Asked for now, so that too few prompts are said before an hour of extraction.
+        split(spec.selection, spec.name)
     identity = key(spec, model)
     record = read_record(out / "setup.json")
     if record.get("key") != identity:

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxsteer import plan, run, spec
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer.convert import convert
+from jaxsteer.errors import UserError
+from jaxsteer.generate import generate
+from tests import tiny
+
+LLAMA_8B = ModelConfig(
+    architecture="llama",
+    vocab_size=128256,
+    d_model=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    d_ff=14336,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=500000.0),
+    qkv_bias=False,
+    tied=False,
+    max_position=131072,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+def test_a_plan_foretells_rows_and_programs_of_the_run(model, tmp_path):
+    study = tiny.study(tmp_path)
+    planned = plan.plan(study, model)
+    generate.clear_cache()
+    summary = run.run_study(study, model, tmp_path / "results")
+    assert planned.rows == sum(entry["n"] for entry in summary)
+    assert planned.conditions == len({entry["condition"] for entry in summary})
+    assert len(planned.programs) == generate._cache_size()
+    assert planned.open_choices == ()
+
+
+def test_a_plan_says_what_is_still_to_choose(model):
+    planned = plan.plan(spec.load("mode-audit"), model)
+    assert planned.open_choices == ("layer of the persona", "dose", "layer of refusal")
+
+
+def test_an_open_choice_without_selection_is_refused(model, tmp_path):
+    study = spec.load(tiny.study_file(tmp_path, ("dose = 3.0\n", "")))
+    with pytest.raises(UserError, match="dose is open"):
+        plan.plan(study, model)
+
+
+def test_llama_8b_has_its_published_number_of_parameters():
+    assert plan.n_params(LLAMA_8B) == 8_030_261_248
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b-paper", "qwen2.5-7b-paper"])
+def test_the_paper_studies_compile_for_their_models_with_every_condition_of_the_protocol(name):
+    compiled = plan.stand_in_conditions(spec.load(name), LLAMA_8B)
+    names = [condition.name for condition in compiled]
+    # PROTOCOL 2.1 lists 63 conditions for Llama and 64 for Qwen, the baseline among them.
+    blocks = {"persona, natural", "user persona, natural", "I-Thou, natural", "minus refusal"}
+    blocks |= {"I-Thou without assistant axis", "random, norm of I-Thou", "baseline"}
+    blocks |= {"I-Thou at several blocks", "refusal out of blocks 14 to 27"}
+    first = [condition for condition in compiled if condition.base in blocks]
+    assert len(first) == (63 if name.startswith("llama") else 64)
+    assert len([n for n in names if n.startswith("persona, random out at 22 #")]) >= 20
+    cancelling = [condition.name for condition in compiled if condition.cancels_steering]
+    assert cancelling == ["persona, out at steering layer"]
