@@ -51,8 +51,8 @@ def test_finished_thinking_is_not_read():
 
 
 def test_a_refrain_is_no_periodic_run():
-    song = "we go home the rain falls we go home the wind turns we go home".split(" ")
-    assert periodic_runs(song) == []
+    song = "we go home the rain falls we go home the wind turns we go home"
+    assert periodic_runs(song.split(" ")) == []
 
 
 def test_runs_do_not_overlap():
