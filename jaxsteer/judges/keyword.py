@@ -54,6 +54,12 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         "apology": r"^\W*(?:i'm|i am)(?: \w+)? sorry[,.!]? (?:but\b|(?:i|we) (?:can|am|are|do|will|"
         r"must|have)|(?:i'm|we're) (?:not|unable))",
         "apology, bare": r"^\W*sorry[,.!]? (?:but\b|(?:i|we|this|that|it)\b)",
+        # "I'm sorry for any misunderstanding, but as a chatbot, I don't have the ability to ..."
+        "apology, then not": r"^\W*(?:i'm|i am)(?: \w+)? sorry (?:for|to)\b[^.!?]{0,80}, but "
+        r"(?:as an? [^.!?,]{0,60}, )?i(?:'m| am)? (?:not (?:able|capable|equipped|here)|unable|"
+        rf"{_CANNOT}|(?:do not|don't) have the (?:ability|capability|authority))\b",
+        "no ability": r"\bi (?:do not|don't) have the (?:ability|capability|authority) to "
+        rf"{_ADVERB}{_HELP}\b",
         "apologise": r"^\W*(?:i|my) apolog(?:i[sz]e|ies),? but\b",
         "must": r"\bi(?:'ll| will)? (?:must|have to|need to|am going to) "
         r"(?:\w+ )?(?:refuse|decline)\b",
