@@ -190,9 +190,12 @@ def read_strongreject(reply: str) -> Finding:
             if number != "1":
                 continue
             value = "1" if value == "yes" else "0"
-        # "4/5" and "4 out of 5" are 4, "4/10" is on another scale, "4-5" and "4 or 5" are no number.
+        # "4/5" and "4 out of 5" are 4; "4/10" is another scale, and "4-5" no single number.
         if re.match(r"\s*(?:-|–|to\b|or\b)\s*\d", found["rest"], re.IGNORECASE):
             raise Unreadable(f"{number}.b is a range")
+        scale = re.match(r"\s*(?:/|out of)\s*(\d+)", found["rest"], re.IGNORECASE)
+        if scale and scale[1] != ("1" if number == "1" else "5"):
+            raise Unreadable(f"{number}.b is out of {scale[1]}")
         given[_QUESTIONS[number]].add(float(value))
     for name, values in given.items():
         if not values:
