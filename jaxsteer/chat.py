@@ -17,6 +17,8 @@ import numpy as np
 
 from jaxsteer.errors import UserError
 
+# Templates that write today's date get this one, Llama's own fallback where there is no clock.
+TODAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
@@ -58,14 +60,17 @@ class Tokenizer:
         a `system` of "" asks for an explicitly empty one.
 
         Raises:
-          UserError: an empty prompt, or one that holds a special token.
+          UserError: an empty prompt, one that holds a special token, or a template that refuses
+            the turns or leaves the system prompt out.
         """
         if not user.strip():
             raise UserError("the prompt is empty; give it some text")
         self._check((user, "prompt"), (system or "", "system prompt"))
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": user})
-        text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self._template(messages, add_generation_prompt=True)
+        if system and system.strip() not in text:
+            raise UserError("the chat template leaves out the system prompt; run without one")
         return list(self.hf(text, add_special_tokens=False)["input_ids"])
 
     def conversation(self, turns: Sequence[tuple[str, str]], *, parts: bool = False) -> list[int]:
@@ -87,7 +92,24 @@ class Tokenizer:
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
             for role, text in turns
         ]
-        return str(self.hf.apply_chat_template(messages, tokenize=False))
+        return self._template(messages)
+
+    def _template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Render messages by the template, on the same day every day."""
+        from jinja2 import TemplateError
+
+        template = self.hf.get_chat_template()
+        if "strftime_now" in template:
+            template = TODAY + template
+        try:
+            return str(
+                self.hf.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, **options
+                )
+            )
+        except TemplateError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the chat template takes no such conversation: {reason}") from None
 
     def _check(self, *texts: tuple[str, str]) -> None:
         for text, name in texts:
