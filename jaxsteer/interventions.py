@@ -318,7 +318,8 @@ def apply(
       touched: tokens to change; padding is False here, always.
 
     Returns:
-      The new stream in h's dtype, and the change in float32 (exactly zero where not touched).
+      The new stream in h's dtype, and the change in float32 that is left of the operations once
+      rounded to that dtype (exactly zero where not touched).
     """
     x = h.astype(jnp.float32)
     y = x + site.add
@@ -327,8 +328,12 @@ def apply(
     if site.cap.shape[0]:
         before = _coordinates(y, site.cap)
         y = y + _span(jnp.clip(before, site.cap_low, site.cap_high) - before, site.cap)
-    y = jnp.where(touched[:, None], y, x)
-    return y.astype(h.dtype), y - x
+    # What equals x keeps its bits: x + 0 would turn a negative zero into a positive one.
+    new = jnp.where(touched[:, None] & (y != x), y, x)
+    # Rounded by name: a compiler may leave out a cast to h's dtype that is undone at once.
+    kind = jnp.finfo(h.dtype)
+    new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
+    return new.astype(h.dtype), new - x
 
 
 def _coordinates(x, rows):
