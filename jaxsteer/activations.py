@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer import chat
 from jaxsteer.config import ModelConfig
 from jaxsteer.errors import UserError
-from jaxsteer.generate import causal_mask, positions
 from jaxsteer.interventions import Interventions
-from jaxsteer.model import Capture, Decoder, Params, Steering, bind, empty_cache
+from jaxsteer.masks import causal_mask, positions
+from jaxsteer.model import Capture, Decoder, Params, Steering, bind
+from jaxsteer.prefix import Prefix, fill, opened, take
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")
@@ -36,6 +37,7 @@ def read(
     taps: tuple[str, ...],
     interventions: Interventions | None = None,
     last_only: bool = True,
+    prefix: Prefix | None = None,
 ) -> tuple[dict[str, Float[Array, "row layer position d_model"]], Float[Array, "row out vocab"]]:
     """One forward pass over left-padded rows: captured taps and logits.
 
@@ -48,6 +50,7 @@ def read(
       taps: which taps to read; static.
       interventions: one entry per row, prompt scope; None runs the plain model.
       last_only: logits of the last token only ([row, 1, vocab]), else of every token.
+      prefix: each row's beginning, already run; `tokens` then holds the rest.
 
     Returns:
       Captures in float32 per tap, after interventions; logits in float32.
@@ -55,8 +58,8 @@ def read(
     model = bind(definition, params)
     n_layers, d_model = model.config.n_layers, model.config.d_model
 
-    def one(tokens, real, weights, interventions):
-        cache = empty_cache(model.config, tokens.shape[0], model.embed.embedding[...].dtype)
+    def one(tokens, real, weights, interventions, prefix):
+        cache, before = opened(model, prefix, tokens.shape[0])
         steering = None
         if interventions is not None:
             steering = Steering(
@@ -67,16 +70,16 @@ def read(
             )
         out = model(
             tokens,
-            positions(real),
-            causal_mask(real),
+            positions(real, before),
+            causal_mask(real, before),
             cache,
-            jnp.int32(0),
+            jnp.int32(before.shape[0]),
             steering=steering,
             capture=Capture(taps=taps, weights=weights) if taps else None,
         )
         return out.captured, model.logits(out.hidden[-1:] if last_only else out.hidden)
 
-    return jax.vmap(one)(tokens, real, weights, interventions)
+    return jax.vmap(one)(tokens, real, weights, interventions, prefix)
 
 
 def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int, list[int]]]:
@@ -129,20 +132,30 @@ def capture(
     *,
     tap: str = "resid_post",
     batch: int = 16,
+    shared: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"]]]:
     """Yield (row index, float32 captures at the asked positions), in no set order.
 
     Rows run in batches of one bucket; short batches are filled with rows that are all padding so
-    that each bucket compiles once.
+    that each bucket compiles once. `shared` says how many leading tokens of each prompt to run
+    once for all rows that begin with the same ones.
     """
+    prefix, beginning = None, [0] * len(prompts)
+    if shared is not None:
+        beginnings = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]
+        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(beginnings))}
+        beginning = [numbers[tokens] for tokens in beginnings]
+        unprobed = np.zeros((config.n_layers, 0, config.d_model), np.float32)
+        prefix = fill(definition, params, list(numbers), [0] * len(numbers), None, unprobed)
+        prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
     for width, members in batches([len(r) for r in rows], config.max_position, batch):
-        tokens, real = chat.left_pad(
-            [rows[i] for i in members] + [[]] * (batch - len(members)), width
-        )
+        filler = batch - len(members)
+        tokens, real = chat.left_pad([rows[i] for i in members] + [[]] * filler, width)
         weights = np.zeros((batch, len(asked), width), np.float32)
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
-        captured, _ = read(definition, params, tokens, real, weights, (tap,))
+        begun = prefix and take(prefix, np.array([beginning[i] for i in members] + [0] * filler))
+        captured, _ = read(definition, params, tokens, real, weights, (tap,), prefix=begun)
         for slot, i in enumerate(members):
             yield i, np.asarray(captured[tap][slot])

@@ -28,6 +28,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, canonical_json, sha256_bytes
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Layers, compile_conditions
+from jaxsteer.prefix import shared_length, shared_lengths
 
 FORMAT = "jaxsteer-directions-1"
 
@@ -81,11 +82,15 @@ def mean_activations(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     asked: Sequence[Position],
+    shared: Sequence[int] | None = None,
 ) -> tuple[Float[np.ndarray, "position n_layers d_model"], Float[np.ndarray, "position n_layers"]]:
-    """Mean `resid_post` over rows at each asked position, and the mean of its norm; float64."""
+    """Mean `resid_post` over rows at each asked position, and the mean of its norm; float64.
+
+    `shared` is how many leading tokens of each prompt to run once (see `prefix`).
+    """
     mean, norm = Mean(), Mean()
     for _, captured in activations.capture(
-        model.definition, model.config, model.params, prompts, responses, asked
+        model.definition, model.config, model.params, prompts, responses, asked, shared=shared
     ):
         mean.add(captured)
         norm.add(np.linalg.norm(captured.astype(np.float64), axis=-1))
@@ -93,13 +98,22 @@ def mean_activations(
 
 
 def sample_replies(
-    model: ChatModel, prompts: Sequence[Sequence[int]], *, seed: int, max_new_tokens: int
+    model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    shared: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Unsteered replies at temperature 1 and top_p 0.95 (PROTOCOL: the recipe of the study)."""
     plain = compile_conditions(
         [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model
     )
-    requests = [rows.Request(tokens=p, row_id=i) for i, p in enumerate(prompts)]
+    shared = [0] * len(prompts) if shared is None else shared
+    requests = [
+        rows.Request(tokens=p, row_id=i, shared=n)
+        for i, (p, n) in enumerate(zip(prompts, shared, strict=True))
+    ]
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos, sample=True)
     replies: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(seed=seed, temperature=1.0, top_p=0.95)
@@ -118,14 +132,18 @@ def _side(
     max_new_tokens: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     prompts = [model.tokenizer.chat(user, system) for system, user in chats]
+    shared = shared_lengths(prompts, [system for system, _ in chats])
     responses: list[list[int]] = [[] for _ in prompts]
     if any(position != "prompt_end" for position in asked):
-        responses = sample_replies(model, prompts, seed=seed, max_new_tokens=max_new_tokens)
+        responses = sample_replies(
+            model, prompts, seed=seed, max_new_tokens=max_new_tokens, shared=shared
+        )
         kept = [i for i, response in enumerate(responses) if response]
         prompts, responses = [prompts[i] for i in kept], [responses[i] for i in kept]
+        shared = [shared[i] for i in kept]
         if not prompts:
             raise UserError("every sampled reply was empty, so response positions have no tokens")
-    return *mean_activations(model, prompts, responses, asked), len(prompts)
+    return *mean_activations(model, prompts, responses, asked, shared), len(prompts)
 
 
 def extract_trait(
@@ -182,8 +200,10 @@ def extract_contrast(
 ) -> Direction:
     """mean(positive prompts) - mean(negative prompts) at the last prompt token."""
     chats = [[model.tokenizer.chat(text, system) for text in side] for side in (positive, negative)]
+    shared = shared_length(chats[0] + chats[1])
     (one, norm), (two, _) = (
-        mean_activations(model, side, [[]] * len(side), ["prompt_end"]) for side in chats
+        mean_activations(model, side, [[]] * len(side), ["prompt_end"], [shared] * len(side))
+        for side in chats
     )
     return _direction(
         model,

@@ -12,6 +12,8 @@ same cache slot for all rows. For a row of 3 real tokens in a bucket of 4 and 2 
     position   -    0   1   2   3   4      counted over real tokens
     visible to x:   a   b   c   x          padding is never visible, never steered
 
+A beginning that rows share (`prefix`) takes the first slots, left-padded in its own width.
+
 Static (part of the compiled program): model graph, `Decoding`, taps, and the shapes. Dynamic:
 parameters, tokens, interventions, probes, seeds, temperature.
 """
@@ -29,7 +31,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsteer.arrays import AnyArray
 from jaxsteer.interventions import Interventions
-from jaxsteer.model import Cache, Decoder, Params, Realised, Steering, bind, empty_cache
+from jaxsteer.masks import causal_mask, positions
+from jaxsteer.model import Cache, Decoder, Params, Realised, Steering, bind
+from jaxsteer.prefix import Prefix, opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +79,14 @@ class Rows:
       real: which of them are not padding. A row with no real token is a filler: it is never live.
       interventions: one entry per row.
       ids: a stable number per row, folded into the seed: the order and the batch do not matter.
+      prefix: the beginning of each row's prompt, already run; `tokens` then holds the rest.
     """
 
     tokens: Int[AnyArray, "row token"]
     real: Bool[AnyArray, "row token"]
     interventions: Interventions
     ids: UInt32[AnyArray, " row"]
+    prefix: Prefix | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -133,40 +139,30 @@ class _State:
     logits: Float[Array, "row new_token kept"]
 
 
-def causal_mask(real: Bool[Array, " token"]) -> Bool[Array, "token token"]:
-    """Which tokens of a left-padded row each token sees: real, and not after it.
-
-    real = [F, T, T] gives
-        [[F, F, F],     the pad sees nothing
-         [F, T, F],
-         [F, T, T]]
-    """
-    tokens = real.shape[0]
-    return jnp.tril(jnp.ones((tokens, tokens), bool)) & real[None, :]
-
-
-def positions(real: Bool[Array, " token"]) -> Int[Array, " token"]:
-    """Rotary positions counted over real tokens: [F, T, T] -> [0, 0, 1]."""
-    return jnp.maximum(jnp.cumsum(real) - 1, 0)
-
-
 def _prefill(
     model: Decoder,
     tokens: Array,
     real: Array,
     interventions: Interventions,
+    prefix: Prefix | None,
     probes: Array,
     new_tokens: int,
 ) -> tuple[Array, Cache, dict[str, Realised]]:
-    dtype = model.embed.embedding[...].dtype
-    cache = empty_cache(model.config, tokens.shape[0], dtype)
+    cache, before = opened(model, prefix, tokens.shape[0])
     steering = Steering(
         interventions=interventions,
         touched=real & interventions.on_prompt,
         real=real,
         probes=probes,
     )
-    out = model(tokens, positions(real), causal_mask(real), cache, jnp.int32(0), steering=steering)
+    out = model(
+        tokens,
+        positions(real, before),
+        causal_mask(real, before),
+        cache,
+        jnp.int32(before.shape[0]),
+        steering=steering,
+    )
     room = [(0, new_tokens), (0, 0), (0, 0)]
     grown = [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in out.cache]
     return model.logits(out.hidden[-1:])[0], grown, out.realised
@@ -177,16 +173,16 @@ def _step(
     token: Array,
     position: Array,
     live: Array,
-    real: Array,
+    prompt: Array,
     cache: Cache,
     interventions: Interventions,
     probes: Array,
     slot: Array,
 ) -> tuple[Array, Cache, dict[str, Realised]]:
     slots = cache[0][0].shape[0]
-    prompt_slots = jnp.zeros((slots,), bool).at[: real.shape[0]].set(real)
+    prompt_slots = jnp.zeros((slots,), bool).at[: prompt.shape[0]].set(prompt)
     index = jnp.arange(slots)
-    visible = prompt_slots | ((index >= real.shape[0]) & (index <= slot))
+    visible = prompt_slots | ((index >= prompt.shape[0]) & (index <= slot))
     steering = Steering(
         interventions=interventions,
         touched=(live & interventions.on_response)[None],
@@ -236,10 +232,13 @@ def generate(
     model = bind(definition, params)
     # Host arrays are welcome as arguments; from here on they are the program's own.
     prompt_ids, real, row_ids = map(jnp.asarray, (rows.tokens, rows.real, rows.ids))
-    count, width = prompt_ids.shape
+    count = len(prompt_ids)
+    # Prompt slots of the cache: the shared prefix first, then each row's own tokens.
+    held = real if rows.prefix is None else jnp.concatenate([rows.prefix.real, real], axis=1)
+    width = held.shape[1]
     eos = jnp.asarray(decoding.eos, jnp.int32)
     kept = model.config.vocab_size if decoding.keep_logits else 0
-    prefill = jax.vmap(functools.partial(_prefill, model), in_axes=(0, 0, 0, None, None))
+    prefill = jax.vmap(functools.partial(_prefill, model), in_axes=(0, 0, 0, 0, None, None))
     step_rows = jax.vmap(functools.partial(_step, model), in_axes=(0, 0, 0, 0, 0, 0, None, None))
     choose = jax.vmap(
         functools.partial(_choose, sampling=sampling, sample=decoding.sample),
@@ -267,7 +266,7 @@ def generate(
             state.last,
             state.position,
             state.live,
-            real,
+            held,
             state.cache,
             rows.interventions,
             probes,
@@ -285,8 +284,10 @@ def generate(
         return (state.step < decoding.max_new_tokens) & jnp.any(state.live)
 
     logits, cache, prompt = prefill(
-        prompt_ids, real, rows.interventions, probes, decoding.max_new_tokens
+        prompt_ids, real, rows.interventions, rows.prefix, probes, decoding.max_new_tokens
     )
+    if rows.prefix is not None:
+        prompt = jax.tree.map(jnp.add, prompt, rows.prefix.realised)
     start = _State(
         step=jnp.int32(0),
         last=jnp.zeros((count,), jnp.int32),
@@ -294,7 +295,7 @@ def generate(
         tokens=jnp.zeros((count, decoding.max_new_tokens), jnp.int32),
         length=jnp.zeros((count,), jnp.int32),
         cache=cache,
-        position=jnp.sum(real, axis=1).astype(jnp.int32),
+        position=jnp.sum(held, axis=1).astype(jnp.int32),
         response=jax.tree.map(jnp.zeros_like, prompt),
         logits=jnp.zeros((count, decoding.max_new_tokens, kept)),
     )

@@ -19,6 +19,7 @@ from jaxsteer.chatmodel import ChatModel
 from jaxsteer.generate import Decoding, Replies, Rows, Sampling, generate, no_probes
 from jaxsteer.interventions import Interventions
 from jaxsteer.model import Realised
+from jaxsteer.prefix import Prefix, fill, take
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,14 @@ class Request:
       tokens: prompt ids.
       condition: index into the stacked interventions.
       row_id: stable 32-bit number of the row, folded into the sampling seed.
+      shared: how many leading tokens to run once for all requests of this condition that begin
+        with the same ones; 0 runs each prompt whole.
     """
 
     tokens: Sequence[int]
     condition: int = 0
     row_id: int = 0
+    shared: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,11 +84,13 @@ def run(
     if probes is None:
         probes = no_probes(config.n_layers, config.d_model)
     limit = config.max_position - decoding.max_new_tokens
-    for width, members in batches([len(r.tokens) for r in requests], limit, batch):
+    for request in requests:
+        chat.bucket(len(request.tokens), limit)
+    prefix, beginning = _beginnings(model, requests, interventions, probes)
+    own = [list(request.tokens[request.shared :]) for request in requests]
+    for width, members in batches([len(tokens) for tokens in own], limit, batch):
         filler = batch - len(members)
-        tokens, real = chat.left_pad(
-            [list(requests[i].tokens) for i in members] + [[]] * filler, width
-        )
+        tokens, real = chat.left_pad([own[i] for i in members] + [[]] * filler, width)
         rows = Rows(
             tokens=tokens,
             real=real,
@@ -92,6 +98,8 @@ def run(
                 np.array([requests[i].condition for i in members] + [0] * filler)
             ),
             ids=np.array([requests[i].row_id for i in members] + [0] * filler, np.uint32),
+            prefix=prefix
+            and take(prefix, np.array([beginning[i] for i in members] + [0] * filler)),
         )
         replies = generate(
             model.definition, decoding, model.params, rows, probes, sampling or Sampling()
@@ -101,6 +109,31 @@ def run(
             _reply(model, i, len(requests[i].tokens), slot, replies, decoding.keep_logits)
             for slot, i in enumerate(members)
         ]
+
+
+def _beginnings(
+    model: ChatModel,
+    requests: Sequence[Request],
+    interventions: Interventions,
+    probes: Float[np.ndarray, "layer probe d_model"],
+) -> tuple[Prefix | None, list[int]]:
+    """Run every distinct shared beginning once; which one each request has."""
+    if not any(request.shared for request in requests):
+        return None, []
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    beginning = [
+        numbers.setdefault((r.condition, tuple(r.tokens[: r.shared])), len(numbers))
+        for r in requests
+    ]
+    prefix = fill(
+        model.definition,
+        model.params,
+        [tokens for _, tokens in numbers],
+        [condition for condition, _ in numbers],
+        interventions,
+        probes,
+    )
+    return prefix, beginning
 
 
 def _reply(

@@ -30,6 +30,7 @@ from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import compile_conditions
 from jaxsteer.judges.label import label
 from jaxsteer.model import Realised
+from jaxsteer.prefix import shared_lengths
 from jaxsteer.progress import Progress
 from jaxsteer.setup import Setup
 from jaxsteer.spec import StudySpec
@@ -214,13 +215,17 @@ def _finish_rows(
     names = [row_name(condition.name, prompt.id) for condition, prompt in planned]
     todo = [i for i, name in enumerate(names) if name not in finished]
     index = {condition.name: c for c, condition in enumerate(compiled)}
+    tokens = [model.tokenizer.chat(prompt.text, condition.system) for condition, prompt in planned]
+    # Of all rows, not of those still to do: what is shared must not depend on an interruption.
+    shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
     requests = [
         rows.Request(
-            tokens=model.tokenizer.chat(prompt.text, condition.system),
-            condition=index[condition.name],
-            row_id=directions.stable_id(condition.name, prompt.id),
+            tokens=tokens[i],
+            condition=index[planned[i][0].name],
+            row_id=directions.stable_id(planned[i][0].name, planned[i][1].id),
+            shared=shared[i],
         )
-        for condition, prompt in (planned[i] for i in todo)
+        for i in todo
     ]
     stacked = compile_conditions(
         [condition.operations for condition in compiled],
@@ -268,7 +273,7 @@ _SCHEMA = {"touched": pl.Int64, "seed": pl.Int64, "scale": pl.Float64}
 def _line(
     condition: Condition, prompt: Prompt, reply: rows.Reply, probed: Sequence[str]
 ) -> dict[str, Any]:
-    given, judge = label(reply.text)
+    given, judge = label(reply.text, prompt.family)
     both = [*reply.prompt.values(), *reply.response.values()]
     line: dict[str, Any] = {
         "row_id": row_name(condition.name, prompt.id),

@@ -17,7 +17,7 @@ from jaxsteer import activations, chat, rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.generate import Decoding
+from jaxsteer.generate import Decoding, no_probes
 from jaxsteer.interventions import (
     Add,
     Interventions,
@@ -27,6 +27,7 @@ from jaxsteer.interventions import (
 )
 from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal
+from jaxsteer.prefix import fill, shared_length, take
 
 Report = Callable[[int], None]
 
@@ -99,12 +100,21 @@ def last_logits(
     report: Report = lambda done: None,
 ) -> Float[np.ndarray, "prompt vocab"]:
     """Next-token logits after each prompt under one condition, float32."""
-    out = np.zeros((len(prompts), model.config.vocab_size), np.float32)
-    for width, members in activations.batches(
-        [len(p) for p in prompts], model.config.max_position, batch
-    ):
+    config = model.config
+    out = np.zeros((len(prompts), config.vocab_size), np.float32)
+    shared = shared_length(prompts)
+    prefix = fill(
+        model.definition,
+        model.params,
+        [prompts[0][:shared]],
+        [condition],
+        interventions,
+        no_probes(config.n_layers, config.d_model),
+    )
+    own = [list(prompt[shared:]) for prompt in prompts]
+    for width, members in activations.batches([len(p) for p in own], config.max_position, batch):
         filler = batch - len(members)
-        tokens, real = chat.left_pad([list(prompts[i]) for i in members] + [[]] * filler, width)
+        tokens, real = chat.left_pad([own[i] for i in members] + [[]] * filler, width)
         _, logits = activations.read(
             model.definition,
             model.params,
@@ -113,6 +123,7 @@ def last_logits(
             np.zeros((batch, 0, width), np.float32),
             (),
             interventions.rows(np.full(batch, condition)),
+            prefix=take(prefix, np.zeros(batch, int)),
         )
         out[members] = np.asarray(logits[: len(members), 0])
         report(len(members))
@@ -219,7 +230,12 @@ def dose_candidates(
         n_layers=config.n_layers,
         d_model=config.d_model,
     )
-    requests = [rows.Request(tokens=p, condition=c) for c in range(len(cells)) for p in prompts]
+    shared = shared_length(prompts)
+    requests = [
+        rows.Request(tokens=prompt, condition=cell, shared=shared)
+        for cell in range(len(cells))
+        for prompt in prompts
+    ]
     refused, broken = np.zeros(len(cells)), np.zeros(len(cells))
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos)
     for replies in rows.run(model, requests, stacked, decoding, batch=batch):
@@ -240,15 +256,21 @@ def dose_candidates(
 
 
 def choose_dose(candidates: Sequence[DoseCandidate], max_degenerate: float) -> DoseCandidate:
-    """Lowest refusal among cells with few degenerate replies; then the weakest, then the earliest.
+    """Lowest refusal among cells that do not break the model; then the least degenerate, the
+    weakest, the earliest.
+
+    Args:
+      candidates: the grid, its baseline (strength 0) included.
+      max_degenerate: largest tolerated rise of the degenerate rate over the baseline's.
 
     Raises:
       UserError: every cell breaks the model.
     """
-    steered = [c for c in candidates if c.scale and c.degenerate <= max_degenerate]
+    limit = max_degenerate + max(c.degenerate for c in candidates if not c.scale)
+    steered = [c for c in candidates if c.scale and c.degenerate <= limit + 1e-9]
     if not steered:
         raise UserError(
-            f"at every layer and strength more than {max_degenerate:.0%} of replies are "
-            "degenerate; add weaker strengths to [selection] scales"
+            f"at every layer and strength more than {limit:.0%} of replies are degenerate; add "
+            "weaker strengths to [selection] scales"
         )
-    return min(steered, key=lambda c: (c.refusal, c.scale, c.layer))
+    return min(steered, key=lambda c: (c.refusal, c.degenerate, c.scale, c.layer))

@@ -64,7 +64,7 @@ class SelectionSpec(Spec, frozen=True, kw_only=True):
       layers: candidate layers of the persona, as fractions of depth.
       scales: candidate strengths, in natural norms.
       max_new_tokens: reply length during selection.
-      max_degenerate: largest tolerated rate of degenerate replies.
+      max_degenerate: largest tolerated rise of the degenerate rate over the unsteered one.
       refusal_train: prompts a side for the refusal direction.
       refusal_validation: prompts a side that score its layer.
       refusal_layers: candidate layers of the refusal direction, as fractions of depth.

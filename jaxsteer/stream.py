@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer import chat
 from jaxsteer.arrays import AnyArray
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.generate import causal_mask, positions
 from jaxsteer.interventions import Interventions
+from jaxsteer.masks import causal_mask, positions
 from jaxsteer.model import Cache, Capture, Decoder, Forward, Params, Steering, bind, empty_cache
 
 TAP = "resid_post"

@@ -8,8 +8,9 @@ from jaxsteer import rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
-from jaxsteer.generate import Decoding, Sampling, causal_mask, generate, positions
+from jaxsteer.generate import Decoding, Sampling, generate
 from jaxsteer.interventions import Add, Project, compile_conditions
+from jaxsteer.masks import causal_mask, positions
 from tests import tiny
 
 

@@ -1,0 +1,35 @@
+"""Who sees whom, and where each token stands: from masks of real tokens, never from token ids."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def causal_mask(
+    real: Bool[Array, " token"], before: Bool[Array, " slot"] | None = None
+) -> Bool[Array, "token slots"]:
+    """Which slots each token of a left-padded row sees: real ones, and none after itself.
+
+    Args:
+      real: which tokens are real.
+      before: which slots before them are (a prefix that was run earlier).
+
+    real = [F, T, T] gives                  and with before = [F, T]
+        [[F, F, F],     the pad sees        [[F, T, F, F, F],
+         [F, T, F],     nothing of this      [F, T, F, T, F],
+         [F, T, T]]                          [F, T, F, T, T]]
+    """
+    tokens = real.shape[0]
+    own = jnp.tril(jnp.ones((tokens, tokens), bool)) & real[None, :]
+    if before is None:
+        return own
+    return jnp.concatenate([jnp.broadcast_to(before, (tokens, before.shape[0])), own], axis=1)
+
+
+def positions(
+    real: Bool[Array, " token"], before: Bool[Array, " slot"] | None = None
+) -> Int[Array, " token"]:
+    """Positions counted over real tokens: [F, T, T] -> [0, 0, 1], after [F, T] -> [1, 1, 2]."""
+    start = 0 if before is None else jnp.sum(before)
+    return start + jnp.maximum(jnp.cumsum(real) - 1, 0)
