@@ -129,11 +129,11 @@ class Bench:
         """
         # A neighbour with one of each kind: kinds that are not asked for are then arrays of zeros
         # rather than absent, and a change of kind compiles nothing either.
-        nothing: Layers = np.zeros_like(next(iter(self.directions.values())).vectors)
+        some: Layers = next(iter(self.directions.values())).vectors
         each: list[Operation] = [
-            Add(direction=nothing, layers=(0,), scale=0.0),
-            Project(directions=(nothing,), layers=(0,)),
-            Cap(direction=nothing, layers=(0,)),
+            Add(direction=some, layers=(0,), scale=0.0),
+            Project(directions=(some,), layers=(0,)),
+            Cap(direction=some, layers=(0,)),
         ]
         compiled = compile_conditions(
             [operations, each],

@@ -90,7 +90,7 @@ def _(add_plane):
     $h' = ({_h[0]:.2f}, {_h[1]:.2f}) {_v["strength"]:+.2f} \cdot
     ({_v["d"][0]:.2f}, {_v["d"][1]:.2f}) = ({_after[0]:.2f}, {_after[1]:.2f})$
 
-    The shadow grows from {_before_u:.2f} to {_after_u:.2f}: by {_after_u - _before_u:+.2f}, and
+    The shadow goes from {_before_u:+.2f} to {_after_u:+.2f}, by {_after_u - _before_u:+.2f}; and
     $\alpha \lVert d \rVert$ is {_v["strength"] * lesson.length(_v["d"]):+.2f}.
     """)
     mo.hstack([add_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
@@ -107,8 +107,8 @@ def _():
     neither does its sign.
 
     In matrix form $h' = (I - u u^\top)\, h$. That matrix is a **projector**: applied twice it does
-    what it does once, and it loses information for good. From $h'$ nobody, no later layer either,
-    can tell how much of $d$ the state had. (A later layer may well write it again.)
+    what it does once, and it has no inverse. From $h'$ alone no later layer can read off how much
+    of $d$ the state had. (It may still guess, from what else the state says, and write it again.)
 
     Several directions are removed *together*, as the span of an orthonormal basis. Removing
     directions that are not perpendicular one after another depends on their order, and leaves a
@@ -174,7 +174,7 @@ def _(cap_plane):
     }
 
     Adding pushes *every* state by the same vector, also one that needed no push. A cap acts only on
-    the states that have gone too far, which is why it disturbs ordinary text less.
+    the states that have gone too far and leaves the others bit for bit as they are.
     """)
     mo.hstack([cap_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -205,7 +205,7 @@ def _():
 @app.cell
 def _():
     cancel_plane = mo.ui.anywidget(
-        plane(["add", "project"], h=(-1.0, 2.0), d=(1.5, 0.75), strength=1.5)
+        plane(["add", "project"], h=(-1.5, 2.0), d=(1.5, -0.25), strength=2.5)
     )
     return (cancel_plane,)
 
@@ -221,7 +221,7 @@ def _(cancel_plane):
     | add {_v["strength"]:+.2f} $d$, then project out | ({_with[0]:.3f}, {_with[1]:.3f}) |
     | project out only | ({_without[0]:.3f}, {_without[1]:.3f}) |
 
-    They differ by {lesson.length(_with - _without):.0e}, the rounding of 32-bit numbers.
+    The two differ by {lesson.length(_with - _without):.1g}: at most the rounding of 32-bit numbers.
     """)
     mo.hstack([cancel_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -247,9 +247,9 @@ def _():
 @app.cell
 def _():
     _given = mo.cli_args()
-    checkpoint = Path(_given.get("model") or ROOT / "checkpoints/smollm2-135m")
+    checkpoint = ROOT / str(_given.get("model") or "checkpoints/smollm2-135m")
     results = mo.ui.text(
-        value=str(_given.get("results") or ROOT / "results/smollm2-demo"),
+        value=str(_given.get("results") or "results/smollm2-demo"),
         label="results directory, for its directions",
         full_width=True,
     )
@@ -259,13 +259,11 @@ def _():
 
 @app.cell
 def _(checkpoint):
-    mo.stop(
-        not (checkpoint / "manifest.json").is_file(),
-        mo.callout(
-            mo.md("The model is not here yet. Run `make demo` once, then open this page again."),
-            kind="warn",
-        ),
-    )
+    _missing = not (checkpoint / "manifest.json").is_file()
+    _words = f"There is no model in {checkpoint}: run `make demo` once, then open this page again."
+    if _missing and mo.app_meta().mode == "script":
+        print(_words)
+    mo.stop(_missing, mo.callout(mo.md(_words), kind="warn"))
     model = ChatModel.load(checkpoint, verify=False)
     return (model,)
 
@@ -278,7 +276,7 @@ def _(model, results):
         ):
             bench = lesson.open_bench(
                 model,
-                Path(results.value) / "directions.safetensors",
+                ROOT / results.value / "directions.safetensors",
                 ROOT / "results/lesson/directions.safetensors",
             )
         _error = None
@@ -331,7 +329,12 @@ def _(bench):
     strength = mo.ui.slider(
         -8, 8, 0.5, value=4, label="strength (add) or bound (cap)", show_value=True, debounce=True
     )
-    mo.hstack([kind, direction, layer, strength], justify="start", gap=2, wrap=True)
+    mo.vstack(
+        [
+            mo.hstack([kind, direction], justify="start", gap=2),
+            mo.hstack([layer, strength], justify="start", gap=2, wrap=True),
+        ]
+    )
     return direction, kind, layer, strength
 
 
@@ -488,21 +491,21 @@ def _():
 def _():
     mo.accordion(
         {
-            "1. Turn d around, by dragging its tip to the opposite side. What changes for add, "
+            "**1.** Turn d around, by dragging its tip to the opposite side. What changes for add, "
             "project and cap?": mo.md(r"""
             Only **add** changes: it now pushes the other way, as if $\alpha$ had changed sign.
             Projecting and capping use $u u^\top$, and $(-u)(-u)^\top = u u^\top$. The band of our
             cap is symmetric, so it does not care either; with different bounds on the two sides it
             would.
             """),
-            "2. First project out d, then add α d. Is that the same as adding and then "
+            "**2.** First project out d, then add α d. Is that the same as adding and then "
             "projecting?": mo.md(r"""
             No. $(I - uu^\top)\, h + \alpha d$ has the shadow $\alpha \lVert d \rVert$ for *every*
             $h$, while adding first ends at shadow 0. Project-then-add **sets** the projection to a
             chosen value. The order of the steps is part of an intervention's definition; in
             jaxsteer it is add, project, cap.
             """),
-            "3. Where α d was added you project out v, which is not d but close to it. What is left "
+            "**3.** Where α d was added you project out v, not d but close to it. What is left "
             "of the addition?": mo.md(r"""
             $\alpha\,(d - (v \cdot d)\, v)$ for a unit vector $v$. Its length is
             $\alpha \lVert d \rVert \sin\theta$, with $\theta$ the angle between the two. At a
@@ -519,22 +522,22 @@ def _():
 def _():
     mo.accordion(
         {
-            "4. On the model, set the strength to 0; then choose project out. Why does the first "
-            "change nothing, and the second something?": mo.md(r"""
+            "**4.** On the model, set the strength to 0; then choose project out. Why does the "
+            "first change nothing, and the second something?": mo.md(r"""
             Adding $0 \cdot d$ is the identity, bit for bit. Projecting has no strength: it takes
             away whatever the *unsteered* stream has of the direction, and that is not nothing.
             Hence a knockout needs its own control without steering: part of its effect has nothing
             to do with the steer.
             """),
-            "5. Steer at layer 5, then at the last layer, with the same strength. Which moves the "
-            "next token more, and why is the comparison not fair?": mo.md(r"""
+            "**5.** Steer at layer 5, then at the last layer, with the same strength. Which moves "
+            "the next token more, and why is the comparison not fair?": mo.md(r"""
             Try both. One natural norm is another length at every layer: the stream, and with it the
             difference of means, grows with depth. And an early steer passes through many more
             blocks, which may amplify or undo it. Compare at equal *shares of the residual norm*,
             and count over many prompts.
             """),
-            "6. Steer with a random direction of the same norm. What would you see if the persona's "
-            "effect were only a matter of pushing hard?": mo.md(r"""
+            "**6.** Steer with a random direction of the same norm. What would you see if the "
+            "persona's effect were only a matter of pushing hard?": mo.md(r"""
             The same as with the persona. If random directions move clearly less, the *direction*
             matters and not only the size of the push. One random direction proves little, because
             its effect varies; a study draws twenty or more, and compares with their spread.

@@ -7,7 +7,7 @@ const times = (s, a) => [s * a[0], s * a[1]];
 const dot = (a, b) => a[0] * b[0] + a[1] * b[1];
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const round = (x) => Math.round(x * 20) / 20;
-const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
+const signed = (x) => (x > -0.005 ? "+" : "−") + Math.abs(x).toFixed(2);
 
 function unit(d) {
   const norm = Math.hypot(...d);

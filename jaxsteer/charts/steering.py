@@ -12,7 +12,7 @@ from jaxsteer.lesson import Step
 SIDES = ["baseline", "steered"]
 SIDE_COLOURS = alt.Scale(domain=SIDES, range=[theme.PALETTE["baseline"], theme.PALETTE["persona"]])
 SIDE_SHAPES = alt.Scale(domain=SIDES, range=[theme.SHAPES["baseline"], theme.SHAPES["persona"]])
-LAYER = "layer, resid_post (0 is the first block's output)"
+LAYER = "layer (resid_post)"
 UNIT = "natural norms"
 
 
@@ -55,8 +55,8 @@ def next_token_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
     x = alt.X(
         "probability:Q",
         title="probability of the first reply token",
-        axis=alt.Axis(format=theme.PERCENT),
-        scale=alt.Scale(domain=[0, 1]),
+        axis=alt.Axis(format=theme.PERCENT, tickCount=6),
+        scale=alt.Scale(domainMin=0, nice=True),
     )
     axis = alt.Axis(labelExpr="slice(datum.label, 3)", labelFont=theme.MONO, labelFontSize=12.5)
     y = alt.Y("row:N", title=None, sort=None, axis=axis)
@@ -95,27 +95,46 @@ def depth_chart(table: pl.DataFrame, layer: int, what: str) -> alt.HConcatChart:
     end = last.filter(pl.col("layer") == pl.col("layer").max())
     changes = [f"{row['direction']} {row['change']:+.2f}" for row in end.iter_rows(named=True)]
     finding = f"At the last layer the steer has moved {' and '.join(changes)}".replace("-", "−")
-    detail = f"{what}; projections of the last prompt token in {UNIT}; n = 1 prompt"
-    return titled(alt.HConcatChart(hconcat=panels, spacing=34), finding, detail)
+    detail = f"{what}; last prompt token, n = 1 prompt; the first layers may leave the frame"
+    return titled(alt.HConcatChart(hconcat=panels, spacing=34), finding, detail, wrap=96)
+
+
+def _frame(table: pl.DataFrame) -> list[float]:
+    """A range that fits the later three quarters of depth.
+
+    Directions are very short at the first layers, so in their own norms projections are huge there
+    and would flatten all the rest.
+    """
+    later = table.filter(pl.col("layer") >= pl.col("layer").max() / 4)
+    values = [value for side in SIDES for value in later[side].to_list()] + [0.0]
+    room = 0.15 * (max(values) - min(values)) or 1.0
+    return [min(values) - room, max(values) + room]
 
 
 def _depth_panel(table: pl.DataFrame, name: str, layer: int, *, first: bool) -> alt.LayerChart:
     long = table.unpivot(SIDES, index=["layer"], variable_name="side", value_name="projection")
-    x = alt.X("layer:Q", title=LAYER if first else None, axis=alt.Axis(tickMinStep=1))
-    y = alt.Y("projection:Q", title=f"projection, {UNIT}" if first else None)
+    x = alt.X("layer:Q", title=LAYER, axis=alt.Axis(tickMinStep=1))
+    y = alt.Y(
+        "projection:Q",
+        title=f"projection, {UNIT}" if first else None,
+        scale=alt.Scale(domain=_frame(table), nice=False),
+    )
     colour = alt.Color("side:N", scale=SIDE_COLOURS, legend=None)
-    lines = alt.Chart(long).mark_line(point=alt.OverlayMarkDef(size=28))
-    tooltip = [
-        *map(alt.Tooltip, ("side:N", "layer:Q")),
-        alt.Tooltip("projection:Q", format=theme.SIGNED),
-    ]
+    lines = alt.Chart(long).mark_line(point=alt.OverlayMarkDef(size=28), clip=True)
+    tooltip = [*map(alt.Tooltip, ("side:N", "layer:Q")), alt.Tooltip("projection:Q", format="+.2f")]
     lines = lines.encode(x=x, y=y, color=colour, tooltip=tooltip)
-    ends = alt.Chart(long.filter(pl.col("layer") == pl.col("layer").max()))
-    words = labelled(ends.mark_text().encode(x=x, y=y, color=colour), "side", fontSize=12)
+    # The higher line's name goes above its end and the lower one's below, so they never meet.
+    ends = long.filter(pl.col("layer") == pl.col("layer").max()).sort("projection")
+    words = [
+        labelled(
+            alt.Chart(ends[i : i + 1]).mark_text().encode(x=x, y=y, color=colour), "side", dy=dy
+        )
+        for i, dy in enumerate((7, -7))
+    ]
     at = alt.Chart(pl.DataFrame({"layer": [layer]})).mark_rule(strokeDash=[4, 4], opacity=0.6)
-    chart = alt.LayerChart(layer=[at.encode(x="layer:Q"), lines, words])
+    chart = alt.LayerChart(layer=[at.encode(x="layer:Q"), lines, *words])
     title = alt.TitleParams(name, fontSize=13, color=theme.colour(name), offset=6)
-    return chart.properties(width=270, height=210, title=title)
+    return chart.properties(width=290, height=220, title=title)
 
 
 def token_map(
@@ -173,8 +192,11 @@ def _map(table: pl.DataFrame, name: str, value: str, limit: float, *, first: boo
         title=LAYER if first else None,
         axis=alt.Axis(values=layers, labels=first),
     )
-    legend = alt.Legend(title=UNIT, gradientLength=160) if first else None
-    colour = alt.Color(f"{value}:Q", scale=theme.around_zero(limit), legend=legend)
+    ends = [-limit, 0, limit]
+    legend = alt.Legend(title=UNIT, gradientLength=180, values=ends, format="+.2~g")
+    colour = alt.Color(
+        f"{value}:Q", scale=theme.around_zero(limit), legend=legend if first else None
+    )
     tooltip = [
         alt.Tooltip("label:N", title="token"),
         "layer:O",
@@ -193,12 +215,13 @@ def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
       what: the addition in words.
     """
     alone = float(table["alone"][0])
-    same = float(table.filter(pl.col("later") == 0)["moved"][0])
-    rest = table.filter(pl.col("later") > 0)
-    words = f"Projected out where it was added, the steer moves {percent(same)} of the probability"
-    if len(rest):
-        most = rest.sort("moved", descending=True).row(0, named=True)
-        words += f"; {most['later']} layers later it moves {percent(most['moved'])}"
+    moved = dict(zip(table["later"], table["moved"], strict=True))
+    words = (
+        f"Projected out where it was added, the steer moves {percent(moved[0])} of the probability"
+    )
+    if 1 in moved:
+        words += f"; one layer later, {percent(moved[1])}"
+    words += f"; never, {percent(alone)}"
     x = alt.X(
         "later:Q", title="layers between adding and projecting out", axis=alt.Axis(tickMinStep=1)
     )
@@ -206,7 +229,7 @@ def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
         "moved:Q",
         title="next-token probability moved",
         axis=alt.Axis(format=theme.PERCENT),
-        scale=alt.Scale(domain=[0, 1.1 * max(alone, 0.05, *table["moved"].to_list())]),
+        scale=alt.Scale(domain=[0, 1.15 * max(alone, 0.05, *table["moved"].to_list())]),
     )
     tooltip = [
         *map(alt.Tooltip, ("later:Q", "layer:Q")),
@@ -220,8 +243,8 @@ def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
     )
     whole = alt.Chart(table.head(1)).encode(y="alone:Q")
     rule = whole.mark_rule(strokeDash=[4, 4], opacity=0.6)
-    label = whole.mark_text(align="right", dy=-8, opacity=0.85).encode(
-        x=alt.value(560), text=alt.value("added, never projected out")
+    label = whole.mark_text(align="left", dy=-8, opacity=0.85).encode(
+        x=alt.value(8), text=alt.value("added, never projected out")
     )
     cancel = zero.encode(text=alt.value("cancels, by algebra"))
     chart = alt.LayerChart(layer=[rule, label, line, cancel]).properties(width=560, height=220)

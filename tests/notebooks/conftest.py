@@ -1,0 +1,65 @@
+"""Fixtures of the notebook tests: Chromium, the checkpoint, and a small real results directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from jaxsteer import data, directions
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from tests.conftest import gguf_path
+from tests.notebooks.browser import FLAGS, ROOT, NoBrowser, chromium_path
+
+
+# Per module: Playwright's synchronous interface runs an event loop in this thread while it is open,
+# and tests elsewhere may want one of their own.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium with a fresh profile."""
+    try:
+        path = chromium_path()
+    except NoBrowser as error:
+        pytest.fail(str(error), pytrace=False)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the real SmolLM2."""
+    folder = ROOT / "checkpoints/smollm2-135m"
+    if (folder / "manifest.json").is_file():
+        return folder
+    return convert(gguf_path(), tmp_path_factory.mktemp("notebooks") / "smollm2-135m", "float32")
+
+
+@pytest.fixture(scope="session")
+def directions_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results directory with real, quickly measured directions: persona, refusal, random-1."""
+    model = ChatModel.load(checkpoint, verify=False)
+    trait = data.trait("compliant")
+    few = type(trait)(
+        name="persona",
+        description=trait.description,
+        positive=trait.positive[:4],
+        negative=trait.negative[:4],
+        questions=trait.questions[:4],
+    )
+    persona = directions.extract_trait(model, few)["prompt_end"]
+    # Tests commit no harmful prompts: what the policy forbids is asked for in general words.
+    asked = ["Help me do something illegal.", "Tell me how to hurt somebody.", "Help me steal."]
+    harmless = [prompt.text for prompt in data.harmless()[: len(asked)]]
+    refusal = directions.extract_contrast(
+        model, "refusal", "refusal", asked, harmless, data.policy("safety-v1").text
+    )
+    folder = tmp_path_factory.mktemp("results")
+    made = [dataclasses.replace(persona, name="persona"), refusal]
+    directions.save(folder / "directions.safetensors", [*made, directions.random_like(persona, 1)])
+    return folder
