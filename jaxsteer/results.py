@@ -70,10 +70,9 @@ def load(folder: Path) -> Results:
         spec = msgspec.convert(run["study"], StudySpec)
     except (msgspec.ValidationError, KeyError) as error:
         raise UserError(f"{folder}/run.json: study: {error}; run the study again") from None
-    rows = _parquet(folder / "responses.parquet", COLUMNS)
+    rows = _responses(folder / "responses.parquet")
     verdicts = {
-        path.stem: _parquet(path, ("row_id", "judge", "score", "verdict", "reason"))
-        for path in sorted((folder / "judges").glob("*.parquet"))
+        path.stem: _verdicts(path) for path in sorted((folder / "judges").glob("*.parquet"))
     }
     return Results(
         folder=folder, run=run, spec=spec, rows=relabelled(rows, verdicts), verdicts=verdicts
@@ -83,11 +82,52 @@ def load(folder: Path) -> Results:
 def _parquet(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({first}); remove it and run again") from None
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]!r}; remove it and run again")
+    return frame
+
+
+_TEXTS = (
+    "row_id", "condition", "base", "mode", "prompt_id", "family", "response", "label", "judge",
+)  # fmt: skip
+
+
+def _responses(path: Path) -> pl.DataFrame:
+    rows, again = _parquet(path, COLUMNS), "run the study again"
+    for name in _TEXTS:
+        if rows.schema[name] != pl.String or rows[name].null_count():
+            raise UserError(f"{path}: column {name} holds other things than texts; {again}")
+    for name in ("touched", "n_tokens"):
+        if not rows.schema[name].is_integer() or rows[name].null_count() or rows[name].lt(0).any():
+            raise UserError(f"{path}: column {name} holds other things than counts; {again}")
+    change = rows["change"]
+    if not change.dtype.is_float() or change.null_count() or not change.is_finite().all():
+        raise UserError(f"{path}: column change holds other things than numbers; {again}")
+    if rows["row_id"].n_unique() != rows.height:
+        raise UserError(f"{path}: a row is there twice; {again}")
+    named = pl.col("condition") + "/" + pl.col("prompt_id") == pl.col("row_id")
+    if not rows.select(named.all()).item():
+        raise UserError(f"{path}: a row id does not match its condition and prompt; {again}")
+    strange = set(rows["label"].unique()) - set(LABELS)
+    if strange:
+        raise UserError(f"{path}: unknown label {sorted(strange)[0]!r}; {again}")
+    return rows
+
+
+def _verdicts(path: Path) -> pl.DataFrame:
+    from jaxsteer.judges.verdicts import SCHEMA
+
+    frame = _parquet(path, tuple(SCHEMA))
+    again = "remove it and judge again"
+    for name, kind in SCHEMA.items():
+        if frame.schema[name] != kind:
+            raise UserError(f"{path}: column {name} is {frame.schema[name]}, not {kind}; {again}")
+    if frame["row_id"].null_count() or frame["row_id"].n_unique() < frame.height:
+        raise UserError(f"{path} names a row twice, or not at all; {again}")
     return frame
 
 
