@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import polars as pl
+from msgspec import Meta
 
 from jaxsteer import directions, geometry, stats
 from jaxsteer.conditions import resolve_layers
@@ -23,6 +24,8 @@ from jaxsteer.results import Results
 from jaxsteer.spec import TestSpec
 
 ALPHA = 0.05
+# No study has more rows; a file that says so is damaged, and counting to it would take forever.
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Verdict = Literal["confirmed", "not confirmed", "not tested"]
 Expect = Literal["lower", "higher", "few-raised", "cosine-above"]
 OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
@@ -58,11 +61,11 @@ class Comparison:
     family: str = ""
     outcome: str = ""
     margin: float | None = None
-    n: int = 0
-    treated_k: int = 0
-    control_k: int = 0
-    raised: int = 0
-    lowered: int = 0
+    n: Count = 0
+    treated_k: Count = 0
+    control_k: Count = 0
+    raised: Count = 0
+    lowered: Count = 0
     cosines: Mapping[int, float] | None = None
     treated_interval: tuple[float, float] | None = None
     control_interval: tuple[float, float] | None = None
@@ -225,17 +228,13 @@ class _Book:
         prompts = self.found.run.get("prompts") or {}
         return int((prompts.get(family) or {}).get("n", 0))
 
-    def labels(self, condition: str, family: str) -> dict[str, str | None]:
+    def labels(self, condition: str, family: str) -> dict[str, str]:
         group = self.groups.get((condition, family))
         return {} if group is None else dict(group.select("prompt_id", "label").iter_rows())
 
     def without_harm(self, condition: str, family: str) -> int:
         group = self.groups.get((condition, family))
         return 0 if group is None else sum(row in self.unjudged for row in group["row_id"])
-
-    def height(self, condition: str, family: str) -> int:
-        group = self.groups.get((condition, family))
-        return 0 if group is None else group.height
 
 
 def paired_repeats(
@@ -315,18 +314,13 @@ def _pair(
     )
 
 
-def _incomplete(name: str, found: Mapping[str, str | None], book: _Book, test: TestSpec) -> str:
+def _incomplete(name: str, found: Mapping[str, str], book: _Book, test: TestSpec) -> str:
     """Why a condition's rows do not answer the test, or ""."""
-    expected, height = book.expected(test.family), book.height(name, test.family)
+    expected, height = book.expected(test.family), len(found)
     if not height:
         return f"{name} has no {test.family} rows"
-    if height != len(found):
-        return f"{name} has two rows for one prompt"
     if height != expected:
         return f"{name} has {height} of {expected} {test.family} rows"
-    unlabelled = sum(label is None for label in found.values())
-    if unlabelled:
-        return f"{unlabelled} rows of {name} have no label"
     unscored = book.without_harm(name, test.family)
     if test.outcome == "bypass" and unscored:
         return f"no judge of harm scored {unscored} of {height} rows of {name}"
@@ -354,7 +348,7 @@ def _judged(c: Comparison, p_holm: float) -> Comparison:
     if not c.counted:
         return c
     if c.cosines is not None:
-        low = {k: v for k, v in c.cosines.items() if c.margin is None or not v > c.margin}
+        low = {k: v for k, v in sorted(c.cosines.items()) if c.margin is None or not v > c.margin}
         why = ", ".join(f"cosine {value:.2f} at resid_post.{layer}" for layer, value in low.items())
         return dataclasses.replace(c, passed=not low, reason=why)
     if c.bound is not None and c.margin is not None:
@@ -375,7 +369,8 @@ def _cosine(test: TestSpec, book: _Book) -> Comparison:
         layers = resolve_layers(test.at, run.get("layers") or {}, len(values), "claim")
     except (UserError, ValueError) as error:
         return _untested(test, test.treated, test.control, str(error))
-    cosines = {layer: float(values[layer]) for layer in layers}
+    # As many digits as a receipt keeps, so that its words follow from its figures.
+    cosines = {layer: round(float(values[layer]), 6) for layer in layers}
     return dataclasses.replace(_blank(test, test.treated, test.control), cosines=cosines)
 
 

@@ -40,8 +40,13 @@ def mcnemar(only_first: int, only_second: int) -> float:
     0.03125
     """
     n, least = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, i) for i in range(least + 1))
-    return min(1.0, 2 * tail / 2**n)
+    if n <= 1000:
+        tail = sum(math.comb(n, i) for i in range(least + 1))
+        return min(1.0, 2 * tail / 2**n)
+    # Beyond, in logarithms: good to ten digits, and quick however many there are.
+    whole = math.lgamma(n + 1) - n * math.log(2)
+    logs = [whole - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(least + 1)]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

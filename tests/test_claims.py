@@ -131,32 +131,13 @@ def test_missing_rows_leave_a_claim_untested(tmp_path, dropped, said):
     assert said in claim.reason
 
 
-def test_a_row_without_a_label_leaves_a_claim_untested(tmp_path):
-    study = made.study([made.claim("claim", made.test("persona", "baseline", "lower"))])
-    first = pl.col("row_id") == "persona/sr-" + made.sha("strongreject0")[:8]
-    frame = made.rows(study).with_columns(
-        label=pl.when(first).then(pl.lit(None)).otherwise(pl.col("label"))
-    )
-    [claim] = claims.evaluate(made.loaded(tmp_path, study=study, frame=frame))
-    assert claim.verdict == "not tested"
-    assert "1 rows of persona have no label" in claim.reason
-
-
-def test_the_same_prompt_twice_leaves_a_claim_untested(tmp_path):
-    study = made.study([made.claim("claim", made.test("persona", "baseline", "lower"))])
-    frame = made.rows(study)
-    frame = pl.concat([frame, frame.filter(pl.col("condition") == "persona").head(1)])
-    [claim] = claims.evaluate(made.loaded(tmp_path, study=study, frame=frame))
-    assert "two rows for one prompt" in claim.reason
-
-
 def test_different_prompts_of_equal_number_are_not_paired(tmp_path):
     study = made.study([made.claim("claim", made.test("persona", "baseline", "lower"))])
-    frame = made.rows(study).with_columns(
-        prompt_id=pl.when(pl.col("condition") == "persona")
-        .then(pl.col("prompt_id") + "x")
-        .otherwise(pl.col("prompt_id"))
-    )
+    other = [
+        pl.when(pl.col("condition") == "persona").then(pl.col(name) + "x").otherwise(pl.col(name))
+        for name in ("prompt_id", "row_id")
+    ]
+    frame = made.rows(study).with_columns(other)
     [claim] = claims.evaluate(made.loaded(tmp_path, study=study, frame=frame))
     assert "different prompts" in claim.reason
 

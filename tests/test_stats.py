@@ -48,9 +48,14 @@ def test_mcnemar_equals_the_exact_binomial_test():
             assert mcnemar(b, c) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("b", "c"), [(0, 9), (14, 3), (5, 5), (120, 80)])
+@pytest.mark.parametrize(("b", "c"), [(0, 9), (14, 3), (5, 5), (120, 80), (700, 620)])
 def test_mcnemar_equals_statsmodels(b, c):
     assert mcnemar(b, c) == pytest.approx(their_mcnemar([[10, b], [c, 10]], exact=True).pvalue)
+
+
+def test_mcnemar_of_very_many_pairs_is_exact_enough_and_quick():
+    expected = binomtest(498_000, 1_000_000, 0.5).pvalue
+    assert mcnemar(502_000, 498_000) == pytest.approx(expected, rel=1e-6)
 
 
 def test_holm_is_monotone_and_never_below_the_raw_value():
