@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +256,7 @@ def _prepared(name: str, options: Options) -> tuple[Run, str, dict[str, Any], di
     }
 
     def by_endpoint(items: Sequence[Item], keep: Keep) -> None:
-        asyncio.run(ask_all(asked, Client(endpoint), items, keep))
+        asyncio.run(_stoppable(ask_all(asked, Client(endpoint), items, keep)))
 
     return by_endpoint, asked.version, identity, {"base_url": endpoint.base_url}
 
@@ -283,6 +285,38 @@ def _degenerate(text: str) -> Finding:
         verdict="degenerate" if found else "fluent",
         reason="; ".join(found),
     )
+
+
+async def _stoppable(work: Coroutine[Any, Any, None]) -> None:
+    """Await work so that Ctrl-C and SIGTERM end it at a safe point, then do what they always do.
+
+    A handler that raises in the middle of the event loop may raise inside one of its callbacks,
+    where the exception is logged and lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return await work
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    arrived: list[int] = []
+
+    def stop(number: int) -> None:
+        arrived.append(number)
+        task.cancel()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not arrived:
+            raise
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 async def ask_all(asked: Rubric, client: Client, items: Sequence[Item], keep: Keep) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -72,12 +72,14 @@ def serve(script: Script | Reply) -> Iterator[Scripted]:
                 known.closing.wait()
                 self.close_connection = True
                 return
-            self.send_response(reply.status)
-            for name, value in reply.headers.items():
-                self.send_header(name, value)
-            self.send_header("content-length", str(len(reply.data)))
-            self.end_headers()
-            self.wfile.write(reply.data)
+            # A client that was killed takes no reply.
+            with suppress(ConnectionError):
+                self.send_response(reply.status)
+                for name, value in reply.headers.items():
+                    self.send_header(name, value)
+                self.send_header("content-length", str(len(reply.data)))
+                self.end_headers()
+                self.wfile.write(reply.data)
 
         def log_message(self, *_: object) -> None:
             pass
