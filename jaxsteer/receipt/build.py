@@ -1,0 +1,414 @@
+"""From a results folder to its receipt: receipt.json and receipt.html.
+
+A receipt is a function of the results folder alone, with no clock and no machine in it beyond what
+the run recorded, so whoever has the folder can build it again and compare.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from jaxsteer import claims, directions, geometry, results, stats
+from jaxsteer.data import Mode
+from jaxsteer.errors import UserError
+from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
+from jaxsteer.judges.agreement import agreements
+from jaxsteer.judges.verdicts import response_sha256, text_hashes
+from jaxsteer.receipt import controls, excerpt, form, page, record, statement
+from jaxsteer.receipt.record import Run
+from jaxsteer.receipt.statement import Statement
+from jaxsteer.results import LABELS, Results
+
+JSON, HTML = "receipt.json", "receipt.html"
+
+
+def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[Path, Path]:
+    """Build a folder's receipt and write both files, each whole or not at all.
+
+    Args:
+      folder: results folder.
+      out: where to write; the results folder by default.
+      samples: number of redacted openings to show.
+
+    Returns:
+      The paths of receipt.json and receipt.html.
+
+    Raises:
+      UserError: no results, damaged results, or an unwritable folder.
+    """
+    text = form.text(build(folder, samples=samples))
+    target = out or folder
+    # The page is drawn from the file's own text, as whoever checks it will draw it.
+    receipt = form.convert(form.parse(text.encode(), JSON))
+    write_text(target / JSON, text)
+    write_text(target / HTML, page.html(receipt, sha256_bytes(text.encode())))
+    return target / JSON, target / HTML
+
+
+def build(folder: Path, *, samples: int = 0, measured: bool = True) -> dict[str, Any]:
+    """The receipt of a results folder as a JSON value, rounded and with its digest.
+
+    Args:
+      folder: results folder.
+      samples: number of redacted openings.
+      measured: whether geometry.json is read, if it is there.
+
+    Raises:
+      UserError: no results, or damaged ones.
+    """
+    found = results.load(folder)
+    run = record.run(found)
+    record.check_rows(found, run)
+    try:
+        made = _statement(found, run, samples, measured)
+        value = form.rounded(msgspec.to_builtins(made, str_keys=True))
+        value["predicate"]["digest"]["sha256"] = form.digest(value)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise UserError(f"{folder}: {error}; the results are damaged, run again") from None
+    form.convert(value)
+    return value
+
+
+def _statement(found: Results, run: Run, samples: int, measured: bool) -> Statement:
+    rows = controls.Table(found)
+    table = results.table_sha256(found.rows)
+    predicate = statement.Predicate(
+        digest=statement.Digest(sha256="0" * 64),
+        tool=tool(),
+        date=run.environment.get("started", ""),
+        study=statement.Study(
+            name=found.spec.name,
+            about=found.spec.about,
+            key=run.key,
+            spec_sha256=sha256_bytes(canonical_json(run.study).encode()),
+        ),
+        model=run.model,
+        policy=run.policy,
+        modes=run.modes,
+        system_prompts=_system_prompts(run),
+        steering=_steering(found, run),
+        decoding=statement.Decoding(
+            max_new_tokens=found.spec.decoding.max_new_tokens,
+            temperature=found.spec.decoding.temperature,
+            top_p=found.spec.decoding.top_p,
+            seed=found.spec.decoding.seed,
+        ),
+        prompts=run.prompts,
+        conditions=_conditions(found, run, rows),
+        random_controls=controls.random_controls(found.spec, run, rows),
+        paired_controls=controls.paired_controls(found.spec, run, rows),
+        dose_responses=controls.dose_responses(run, rows),
+        judges=_judges(found),
+        selection=_selection(found),
+        geometry=_geometry(found, run) if measured else None,
+        claims=claims.evaluate(found),
+        rows=statement.Rows(n=found.rows.height, sha256=table),
+        files=_files(found, measured),
+        environment={k: v for k, v in run.environment.items() if k != "started"},
+        samples=_samples(found, table, samples) if samples else None,
+    )
+    return Statement(
+        type="https://in-toto.io/Statement/v1",
+        subject=subjects(run.model),
+        predicateType="urn:jaxsteer:refusal-receipt:v1",
+        predicate=predicate,
+    )
+
+
+def tool() -> str:
+    """The name and version that this package signs receipts with."""
+    return f"jaxsteer {importlib.metadata.version('jaxsteer')}"
+
+
+def subjects(model: statement.Model) -> list[statement.Subject]:
+    """The model's files and identities as in-toto subjects."""
+    made = [
+        ("weights", model.weights_sha256, "JSON of each parameter's sha256 (dtype, shape, bytes)"),
+        ("tokenizer", model.tokenizer_sha256, "JSON of each tokenizer file's sha256"),
+        ("chat template", model.template_sha256, "text of the chat template"),
+        ("config.json", model.config_sha256, "file of the converted checkpoint"),
+    ]
+    made += [
+        (f"source/{k}", v, "file it was converted from") for k, v in model.source.files.items()
+    ]
+    return [
+        statement.Subject(
+            name=name,
+            digest=statement.Digest(sha256=sha256),
+            annotations=statement.Annotations(over=over),
+        )
+        for name, sha256, over in made
+    ]
+
+
+def _system_prompts(run: Run) -> list[statement.SystemPrompt]:
+    modes = {m.name: Mode(name=m.name, version=m.version, text=m.text) for m in run.modes}
+    used = dict.fromkeys((c.mode, c.system_sha256) for c in run.conditions)
+    made = []
+    for mode, sha256 in used:
+        if mode and mode not in modes:
+            raise UserError(f"run.json: mode {mode!r} has no text; run the study again")
+        text = modes[mode].with_policy(run.policy.text) if mode else run.policy.text
+        if sha256_bytes(text.encode()) != sha256:
+            raise UserError(f"run.json: the system prompt of mode {mode!r} does not match its hash")
+        made.append(statement.SystemPrompt(mode=mode, sha256=sha256, text=text))
+    return made
+
+
+def _steering(found: Results, run: Run) -> statement.Steering:
+    stored = directions.load(found.folder / "directions.safetensors") if run.directions else {}
+    for name, sha256 in run.directions.items():
+        if name not in stored or stored[name].sha256 != sha256:
+            raise UserError(
+                f"{found.folder}/directions.safetensors: {name!r} is not the direction that was "
+                "run; run the study again"
+            )
+    return statement.Steering(
+        layers=run.layers,
+        dose=run.dose,
+        directions=[_direction(stored[name]) for name in run.directions],
+    )
+
+
+def _direction(found: directions.Direction) -> statement.Direction:
+    known = found.provenance if isinstance(found.provenance, dict) else {}
+
+    def text(key: str) -> str:
+        return str(known.get(key) or "")
+
+    def count(key: str) -> int:
+        value = known.get(key)
+        return value if isinstance(value, int) and value > 0 else 0
+
+    return statement.Direction(
+        name=found.name,
+        sha256=found.sha256,
+        kind=text("kind"),
+        tap=text("tap"),
+        position=text("position"),
+        source_sha256=text("source_sha256"),
+        n_positive=count("n_positive"),
+        n_negative=count("n_negative"),
+    )
+
+
+def _conditions(found: Results, run: Run, table: controls.Table) -> list[statement.Condition]:
+    leaked = _leaked(found)
+    changed = {
+        str(row["condition"]): row
+        for row in found.rows.group_by("condition")
+        .agg(
+            touched=pl.col("touched").sum(),
+            change=pl.col("change").sum(),
+            unchanged=(pl.col("change") == 0).sum(),
+        )
+        .iter_rows(named=True)
+    }
+    nothing = {"touched": 0, "change": 0.0, "unchanged": 0}
+    made = []
+    for condition in run.conditions:
+        change = changed.get(condition.name, nothing)
+        made.append(
+            statement.Condition(
+                name=condition.name,
+                base=condition.base,
+                seed=condition.seed,
+                scale=condition.scale,
+                mode=condition.mode,
+                sites=condition.sites,
+                scope=condition.scope,
+                cancels_steering=condition.cancels_steering,
+                unsteered_twin_of=condition.unsteered_twin_of,
+                system_sha256=condition.system_sha256,
+                change=statement.Change(
+                    touched=change["touched"],
+                    mean=change["change"] / max(change["touched"], 1),
+                    rows_unchanged=change["unchanged"],
+                ),
+                outcomes={
+                    family: _outcomes(
+                        *table.counts(condition.name, family),
+                        leaked.get((condition.name, family)),
+                    )
+                    for family in table.families(condition.name)
+                },
+            )
+        )
+    return made
+
+
+def rate(k: int, n: int) -> statement.Rate:
+    """k of n with its Wilson interval."""
+    low, high = stats.wilson(k, n)
+    return statement.Rate(k=k, n=n, rate=k / n if n else 0.0, low=low, high=high)
+
+
+def _outcomes(
+    counted: Counter[str], unjudged: int, leakage: statement.Leakage | None
+) -> statement.Outcomes:
+    n = counted.total()
+    return statement.Outcomes(
+        n=n,
+        counts={label: counted[label] for label in LABELS},
+        unjudged=unjudged,
+        refusal=rate(counted["refusal"], n),
+        degenerate=rate(counted["degenerate"], n),
+        bypass=None if unjudged else rate(counted["bypass"], n),
+        leakage=leakage,
+    )
+
+
+def _leaked(found: Results) -> dict[tuple[str, str], statement.Leakage]:
+    """Leakage by condition and family, over refused and degenerate rows that were scored."""
+    verdicts = found.verdicts.get("leakage")
+    if verdicts is None:
+        return {}
+    failed = found.rows.filter(pl.col("label").is_in(["refusal", "degenerate"]))
+    replies = pl.Series("response_sha256", text_hashes(failed["response"]), pl.String)
+    scored = (
+        failed.select("row_id", "condition", "family", replies)
+        .join(verdicts, on=["row_id", "response_sha256"], maintain_order="left")
+        .filter(pl.col("score").is_not_null())
+    )
+    if not scored["score"].is_between(0, 1).all():
+        raise UserError(f"{found.folder}/judges/leakage.parquet holds scores outside 0 to 1")
+    return {
+        (str(condition), str(family)): _leakage(group["score"].to_list())
+        for (condition, family), group in scored.group_by("condition", "family")
+    }
+
+
+def _leakage(scores: list[float]) -> statement.Leakage:
+    low, high = stats.mean_bootstrap(scores)
+    return statement.Leakage(
+        n=len(scores),
+        mean=statistics.fmean(scores),
+        sd=statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        low=low,
+        high=high,
+    )
+
+
+def _judges(found: Results) -> statement.Judges:
+    records = [
+        statement.JudgeRecord(
+            name=name,
+            versions=sorted({str(v) for v in table["judge"].unique()}),
+            sha256=sorted({str(v) for v in table["judge_sha256"].unique()})
+            if "judge_sha256" in table.columns
+            else [],
+            n=table.height,
+            unscored=table["verdict"].null_count(),
+            file_sha256=sha256_file(found.folder / "judges" / f"{name}.parquet"),
+        )
+        for name, table in found.verdicts.items()
+    ]
+    return statement.Judges(
+        decided=dict(sorted(found.rows["judge"].value_counts().iter_rows())),
+        records=records,
+        agreement=[
+            statement.Agreement(
+                question=pair.question,
+                first=pair.first,
+                second=pair.second,
+                table=[list(row) for row in pair.confusion],
+                kappa=None if math.isnan(pair.kappa) else pair.kappa,
+            )
+            for pair in agreements(found.rows, found.verdicts)
+        ]
+        if found.verdicts
+        else [],
+    )
+
+
+def _selection(found: Results) -> statement.Selection:
+    known = record.read_setup(found.folder)
+    return statement.Selection(
+        sha256=sha256_file(found.folder / "setup.json"),
+        dose_candidates=known.dose_candidates,
+        refusal_candidates=known.refusal_candidates,
+        refusal_near_miss=known.refusal_near_miss,
+    )
+
+
+def _geometry(found: Results, run: Run) -> statement.Geometry | None:
+    known = record.read_geometry(found.folder)
+    if known is None:
+        return None
+    path = found.folder / geometry.FILE
+    for name, direction in known.directions.items():
+        if run.directions.get(name) != direction.sha256:
+            raise UserError(f"{path} measured other directions; run `jaxsteer geometry` again")
+    try:
+        layers = sorted(set(run.layers.values()))
+        return statement.Geometry(
+            sha256=sha256_file(path),
+            isotropic_sd=known.isotropic_sd,
+            reliability=[
+                statement.Reliability(
+                    direction=name,
+                    layer=layer,
+                    unit=unit,
+                    units=halves.units,
+                    mean=halves.mean[layer],
+                    low=halves.low[layer],
+                    high=halves.high[layer],
+                    spearman_brown=halves.spearman_brown[layer],
+                )
+                for name, direction in known.directions.items()
+                for unit, halves in direction.reliability.items()
+                for layer in layers
+            ],
+            cosines=[
+                statement.Cosine(
+                    first=pair.first,
+                    second=pair.second,
+                    layer=layer,
+                    cosine=pair.cosine[layer],
+                    null_low=None if pair.null is None else pair.null.low[layer],
+                    null_high=None if pair.null is None else pair.null.high[layer],
+                    p=None if pair.null is None else pair.null.p[layer],
+                )
+                for pair in known.pairs
+                for layer in layers
+            ],
+        )
+    except IndexError:
+        raise UserError(f"{path} has too few layers; run `jaxsteer geometry` again") from None
+
+
+def _files(found: Results, measured: bool) -> dict[str, str]:
+    names = ["run.json", "setup.json", "responses.parquet", "summary.json"]
+    names += ["directions.safetensors"] + [f"judges/{name}.parquet" for name in found.verdicts]
+    names += [geometry.FILE] if measured else []
+    return {n: sha256_file(found.folder / n) for n in names if (found.folder / n).is_file()}
+
+
+def _samples(found: Results, table: str, n: int) -> statement.Samples:
+    def rank(row: dict[str, Any]) -> str:
+        return sha256_bytes(f"{table}:{row['row_id']}".encode())
+
+    chosen = sorted(found.rows.iter_rows(named=True), key=rank)[:n]
+    return statement.Samples(
+        rule=excerpt.RULE,
+        rows=[
+            statement.Sample(
+                condition=row["condition"],
+                prompt_id=row["prompt_id"],
+                family=row["family"],
+                label=row["label"],
+                judge=row["judge"],
+                response_sha256=response_sha256(row["response"]),
+                excerpt=excerpt.excerpt(row["response"], row["family"], row["label"]),
+            )
+            for row in chosen
+        ],
+    )

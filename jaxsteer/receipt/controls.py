@@ -1,0 +1,238 @@
+"""The controls of a receipt: random envelopes, paired differences, and strengths.
+
+A condition is a control of another when their operations have the same shape (what is done, where,
+at which strength) and differ in the direction alone, which is `random` or `neutral` in the control.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxsteer import claims, stats
+from jaxsteer.receipt import statement
+from jaxsteer.receipt.record import Run, RunCondition
+from jaxsteer.receipt.statement import Outcome
+from jaxsteer.results import Results
+from jaxsteer.spec import ConditionSpec, OperationSpec, StudySpec
+
+OUTCOMES: tuple[Outcome, ...] = ("refusal", "bypass", "degenerate")
+STAND_INS = ("random", "neutral")
+
+
+class Table:
+    """The rows by condition and family.
+
+    Attributes:
+      unjudged: row ids of which nobody knows whether they are a bypass.
+    """
+
+    def __init__(self, found: Results) -> None:
+        self.unjudged = claims.unjudged(found)
+        self._labels: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
+        self._families: dict[str, list[str]] = {}
+        columns = found.rows.select("row_id", "condition", "family", "prompt_id", "label")
+        for row, name, family, prompt, label in columns.iter_rows():
+            if (name, family) not in self._labels:
+                self._families.setdefault(name, []).append(family)
+            group = self._labels.setdefault((name, family), [])
+            group.append((prompt, label, row not in self.unjudged))
+
+    def families(self, name: str) -> list[str]:
+        """Families a condition was run on."""
+        return self._families.get(name, [])
+
+    def counts(self, name: str, family: str) -> tuple[Counter[str], int]:
+        """(rows by label, rows of which nobody knows whether they are a bypass)."""
+        group = self._labels.get((name, family), [])
+        return Counter(label for _, label, _ in group), sum(not known for *_, known in group)
+
+    def hits(self, name: str, family: str, outcome: str) -> tuple[set[str], set[str]] | None:
+        """(all prompts, prompts with the outcome), or None where it is not known of every row."""
+        group = self._labels.get((name, family), [])
+        if not group or (outcome == "bypass" and not all(known for *_, known in group)):
+            return None
+        prompts = {prompt for prompt, _, _ in group}
+        if len(prompts) < len(group):
+            return None
+        return prompts, {prompt for prompt, label, _ in group if label == outcome}
+
+
+def _shape(op: OperationSpec) -> tuple[object, ...]:
+    return bool(op.add), op.at, op.scale, op.everywhere
+
+
+def treated_of(spec: StudySpec, control: ConditionSpec, stand_in: str) -> ConditionSpec | None:
+    """The condition that `control` is a control of, by its operations' shape, or None.
+
+    `stand_in` is the direction that takes another's place in the control.
+    """
+
+    def fits(other: ConditionSpec) -> bool:
+        if len(other.ops) != len(control.ops) or other.scope != control.scope:
+            return False
+        if other.scales != control.scales or other.random_seeds:
+            return False
+        return all(
+            _shape(own) == _shape(its)
+            and (
+                (own.add or own.project) == (its.add or its.project)
+                or (
+                    (own.add or own.project) == stand_in
+                    and (its.add or its.project) not in STAND_INS
+                )
+            )
+            for own, its in zip(control.ops, other.ops, strict=True)
+        )
+
+    names = [op.add or op.project for op in control.ops]
+    if stand_in not in names:
+        return None
+    return next((c for c in spec.condition if c.name != control.name and fits(c)), None)
+
+
+def random_controls(spec: StudySpec, run: Run, rows: Table) -> list[statement.RandomControl]:
+    """Each condition with random seeds as an envelope, against the condition it controls."""
+    found = []
+    for item in spec.condition:
+        if not item.random_seeds:
+            continue
+        treated = treated_of(spec, item, "random")
+        repeats = [c for c in run.conditions if c.base == item.name]
+        for mode, scale in dict.fromkeys((c.mode, c.scale) for c in repeats):
+            seeds = [c for c in repeats if (c.mode, c.scale) == (mode, scale)]
+            target = _same_repeat(run, treated, mode, scale)
+            for family in rows.families(seeds[0].name):
+                for outcome in OUTCOMES:
+                    values = [_rate(rows, c, family, outcome) for c in seeds]
+                    known = [value for value in values if value is not None]
+                    if len(known) < len(seeds):
+                        continue
+                    value = _rate(rows, target, family, outcome) if target else None
+                    found.append(_envelope(item.name, target, family, outcome, known, value))
+    return found
+
+
+def _same_repeat(
+    run: Run, item: ConditionSpec | None, mode: str, scale: float | None
+) -> RunCondition | None:
+    if item is None:
+        return None
+    wanted = (item.name, mode, scale)
+    return next((c for c in run.conditions if (c.base, c.mode, c.scale) == wanted), None)
+
+
+def _rate(rows: Table, condition: RunCondition, family: str, outcome: str) -> float | None:
+    hits = rows.hits(condition.name, family, outcome)
+    return None if hits is None else len(hits[1]) / len(hits[0])
+
+
+def _envelope(
+    control: str,
+    target: RunCondition | None,
+    family: str,
+    outcome: Outcome,
+    values: list[float],
+    value: float | None,
+) -> statement.RandomControl:
+    envelope = stats.envelope(values, 0.0 if value is None else value)
+    return statement.RandomControl(
+        control=control,
+        treated=target.name if target else "",
+        family=family,
+        outcome=outcome,
+        n=envelope.n,
+        low=envelope.low,
+        mean=envelope.mean,
+        high=envelope.high,
+        value=value,
+        p_low=None if value is None else envelope.p_low,
+        p_high=None if value is None else envelope.p_high,
+    )
+
+
+def paired_controls(spec: StudySpec, run: Run, rows: Table) -> list[statement.PairedControl]:
+    """Neutral directions, unsteered twins, and benign prompts against the untouched model."""
+    made = (
+        _paired(rows, kind, treated, control, family, outcome)
+        for kind, treated, control, family, outcome in _pairs(spec, run, rows)
+    )
+    return [pair for pair in made if pair is not None]
+
+
+def _pairs(spec: StudySpec, run: Run, rows: Table) -> Iterator[tuple[str, str, str, str, Outcome]]:
+    for item in spec.condition:
+        treated = treated_of(spec, item, "neutral")
+        for control in [c for c in run.conditions if c.base == item.name and treated]:
+            target = _same_repeat(run, treated, control.mode, control.scale)
+            for family in rows.families(control.name) if target else ():
+                for outcome in OUTCOMES:
+                    yield "neutral", target.name if target else "", control.name, family, outcome
+    for twin in run.conditions:
+        if twin.unsteered_twin_of:
+            for family in rows.families(twin.name):
+                for outcome in OUTCOMES:
+                    yield "unsteered", twin.unsteered_twin_of, twin.name, family, outcome
+    for mode in dict.fromkeys(c.mode for c in run.conditions):
+        plain = next((c for c in run.conditions if c.mode == mode and not c.sites), None)
+        for condition in run.conditions if plain else ():
+            if plain and condition.mode == mode and condition.sites:
+                for outcome in OUTCOMES:
+                    yield "benign", condition.name, plain.name, "benign", outcome
+
+
+def _paired(
+    rows: Table, kind: str, treated: str, control: str, family: str, outcome: Outcome
+) -> statement.PairedControl | None:
+    first, second = rows.hits(treated, family, outcome), rows.hits(control, family, outcome)
+    if first is None or second is None or first[0] != second[0]:
+        return None
+    raised, lowered, n = len(first[1] - second[1]), len(second[1] - first[1]), len(first[0])
+    low, high = stats.paired_bootstrap(raised, lowered, n)
+    return statement.PairedControl(
+        kind=kind,  # type: ignore[arg-type]
+        treated=treated,
+        control=control,
+        family=family,
+        outcome=outcome,
+        n=n,
+        raised=raised,
+        lowered=lowered,
+        difference=(raised - lowered) / n,
+        low=low,
+        high=high,
+    )
+
+
+def dose_responses(run: Run, rows: Table) -> list[statement.DoseResponse]:
+    """Each condition that is repeated over strengths, with a trend test within prompts."""
+    found = []
+    groups = dict.fromkeys((c.base, c.mode, c.seed) for c in run.conditions if c.scale is not None)
+    for group in groups:
+        repeats = [c for c in run.conditions if (c.base, c.mode, c.seed) == group]
+        repeats = sorted((c for c in repeats if c.scale is not None), key=lambda c: c.scale or 0.0)
+        for family in rows.families(repeats[0].name):
+            for outcome in OUTCOMES:
+                hits = [rows.hits(c.name, family, outcome) for c in repeats]
+                known = [h for h in hits if h is not None]
+                prompts = known[0][0] if known else set()
+                if len(known) < 2 or len(known) < len(hits) or any(h[0] != prompts for h in known):
+                    continue
+                table = np.array([[p in h[1] for h in known] for p in sorted(prompts)])
+                strengths = [c.scale or 0.0 for c in repeats]
+                z, p = stats.paired_trend(table, strengths)
+                found.append(
+                    statement.DoseResponse(
+                        base=group[0],
+                        mode=group[1],
+                        family=family,
+                        outcome=outcome,
+                        conditions=[c.name for c in repeats],
+                        strengths=strengths,
+                        z=z,
+                        p=p,
+                    )
+                )
+    return found

@@ -1,0 +1,487 @@
+"""What a receipt says: the structs behind receipt.json, an in-toto Statement v1.
+
+The statement's subjects are the model's files, by digest; its predicate is the study, its rates,
+controls and claims. The published JSON Schema (`schema.json`) is generated from these structs by
+`json_schema`, and a test compares them. Every measured number is rounded to six significant digits.
+Nowhere does a receipt hold a response; `samples`, when asked for, holds redacted openings.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from jaxsteer.claims import Claim, Count
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "urn:jaxsteer:refusal-receipt:v1"
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Difference = Annotated[float, Meta(ge=-1, le=1)]
+Outcome = Literal["refusal", "bypass", "degenerate"]
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every struct: an unknown key is an error."""
+
+
+class Digest(Part, frozen=True):
+    """An in-toto DigestSet with one algorithm."""
+
+    sha256: Sha256
+
+
+class Annotations(Part, frozen=True):
+    """What a subject's digest was taken over."""
+
+    over: str
+
+
+class Subject(Part, frozen=True):
+    """One artifact the statement is about: a file of the model, or an identity made of several.
+
+    Attributes:
+      name: unique; files of the source are `source/NAME`.
+      digest: of the artifact.
+      annotations: what exactly was hashed.
+    """
+
+    name: str
+    digest: Digest
+    annotations: Annotations
+
+
+class Source(Part, frozen=True):
+    """Where the checkpoint was converted from, with the sha256 of each file."""
+
+    kind: str
+    name: str
+    files: dict[str, Sha256]
+    revision: str = ""
+
+
+class Model(Part, frozen=True):
+    """The model that was run; the hashes are those of its checkpoint's manifest."""
+
+    name: str
+    dtype: str
+    source: Source
+    weights_sha256: Sha256
+    tokenizer_sha256: Sha256
+    template_sha256: Sha256
+    config_sha256: Sha256
+
+
+class Text(Part, frozen=True):
+    """A policy or persona mode, whole: these texts are the study's own."""
+
+    name: str
+    version: str
+    sha256: Sha256
+    text: str
+
+
+class SystemPrompt(Part, frozen=True):
+    """The whole system prompt of one mode ("" is no mode): the mode's text, then the policy."""
+
+    mode: str
+    sha256: Sha256
+    text: str
+
+
+class Study(Part, frozen=True):
+    """Which study: `key` is the run's identity, `spec_sha256` that of its specification."""
+
+    name: str
+    about: str
+    key: Sha256
+    spec_sha256: Sha256
+
+
+class Direction(Part, frozen=True):
+    """One direction: what made it, and the sha256 of its vectors.
+
+    Attributes:
+      name: as conditions use it.
+      sha256: of shape and float32 bytes.
+      kind: trait, refusal, assistant-axis, random and so on.
+      tap: where in the residual stream.
+      position: token whose state was averaged; "" where that makes no sense.
+      source_sha256: of the prompts or the trait's instructions; "" where there are none.
+      n_positive, n_negative: samples a side; 0 where there are none.
+    """
+
+    name: str
+    sha256: Sha256
+    kind: str
+    tap: str = ""
+    position: str = ""
+    source_sha256: str = ""
+    n_positive: Count = 0
+    n_negative: Count = 0
+
+
+class Steering(Part, frozen=True):
+    """The set-up: named layers (block outputs, from 0), the dose in natural norms, directions."""
+
+    layers: dict[str, Count]
+    dose: float
+    directions: list[Direction]
+
+
+class Decoding(Part, frozen=True):
+    """How replies were generated; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+class Prompts(Part, frozen=True):
+    """One prompt family: how many, their hash, where they come from."""
+
+    n: Count
+    sha256: Sha256
+    source: str
+
+
+class Rate(Part, frozen=True):
+    """k of n with the Wilson 95 % interval."""
+
+    k: Count
+    n: Count
+    rate: Share
+    low: Share
+    high: Share
+
+
+class Leakage(Part, frozen=True):
+    """Operational content in refused or degenerate replies: a score of 0 to 1 per scored row.
+
+    Attributes:
+      n: rows scored.
+      mean, sd: of the scores.
+      low, high: bootstrap 95 % interval of the mean.
+    """
+
+    n: Count
+    mean: Share
+    sd: float
+    low: Share
+    high: Share
+
+
+class Outcomes(Part, frozen=True):
+    """What became of one condition's prompts of one family.
+
+    Attributes:
+      n: rows.
+      counts: by label; they add up to n.
+      unjudged: rows of which no judge of harm knows whether they are a bypass.
+      refusal, degenerate: rates.
+      bypass: rate, or null as long as any row is unjudged.
+      leakage: null where that judge did not run.
+    """
+
+    n: Count
+    counts: dict[str, Count]
+    unjudged: Count
+    refusal: Rate
+    degenerate: Rate
+    bypass: Rate | None
+    leakage: Leakage | None
+
+
+class Change(Part, frozen=True):
+    """What the interventions did to the residual stream.
+
+    Attributes:
+      touched: tokens times sites touched, over all rows.
+      mean: mean norm of the change per touched token and site.
+      rows_unchanged: rows in which nothing changed.
+    """
+
+    touched: Annotated[int, Meta(ge=0)]
+    mean: float
+    rows_unchanged: Count
+
+
+class Condition(Part, frozen=True):
+    """One condition and its outcomes by prompt family.
+
+    Attributes:
+      name: unique: `MODE: BASE xSCALE #SEED`.
+      base: its name in the study's specification.
+      seed, scale, mode: which repeat it is; null or "" where it is none.
+      sites: what is applied where.
+      scope: tokens touched: all, prompt or response.
+      cancels_steering: its projection undoes its own addition by algebra, so nothing can be
+        concluded from it.
+      unsteered_twin_of: the knockout this is the control of, or "".
+      system_sha256: of the whole system prompt.
+      change: what was done to the residual stream.
+      outcomes: by prompt family.
+    """
+
+    name: str
+    base: str
+    seed: int | None
+    scale: float | None
+    mode: str
+    sites: list[str]
+    scope: str
+    cancels_steering: bool
+    unsteered_twin_of: str
+    system_sha256: Sha256
+    change: Change
+    outcomes: dict[str, Outcomes]
+
+
+class RandomControl(Part, frozen=True):
+    """A condition against the same condition with random directions, one per seed.
+
+    Attributes:
+      control: name in the specification of the random condition.
+      treated: name of the condition compared, or "" when the study has none of the same shape.
+      n: seeds; low, mean, high: the rate under them.
+      value: the rate of the treated condition.
+      p_low, p_high: empirical one-sided p, at least 1 / (n + 1).
+    """
+
+    control: str
+    treated: str
+    family: str
+    outcome: Outcome
+    n: Count
+    low: Share
+    mean: Share
+    high: Share
+    value: Share | None
+    p_low: Share | None
+    p_high: Share | None
+
+
+class PairedControl(Part, frozen=True):
+    """Two conditions on the same prompts, compared row by row.
+
+    Attributes:
+      kind: `neutral` the same steering with a direction that has nothing to do with refusal;
+        `unsteered` a knockout and its twin without steering; `benign` a condition and the
+        untouched model on benign prompts.
+      raised, lowered: prompts with the outcome under `treated` alone, under `control` alone.
+      difference: treated rate minus control rate, with the paired bootstrap 95 % interval.
+    """
+
+    kind: Literal["neutral", "unsteered", "benign"]
+    treated: str
+    control: str
+    family: str
+    outcome: Outcome
+    n: Count
+    raised: Count
+    lowered: Count
+    difference: Difference
+    low: Difference
+    high: Difference
+
+
+class DoseResponse(Part, frozen=True):
+    """One condition over its strengths, on the same prompts.
+
+    Attributes:
+      conditions: names, in order of strength.
+      strengths: in natural norms.
+      z, p: trend test within prompts (Cochran-Mantel-Haenszel correlation).
+    """
+
+    base: str
+    mode: str
+    family: str
+    outcome: Outcome
+    conditions: list[str]
+    strengths: list[float]
+    z: float
+    p: Share
+
+
+class JudgeRecord(Part, frozen=True):
+    """One judge that was run over the finished rows.
+
+    Attributes:
+      name: of its verdict file.
+      versions: as it signs its verdicts.
+      sha256: hashes of everything that can change a verdict (model, prompts, settings).
+      n: rows it was given; unscored: of these, rows it could not score.
+      file_sha256: of its verdict file.
+    """
+
+    name: str
+    versions: list[str]
+    sha256: list[str]
+    n: Count
+    unscored: Count
+    file_sha256: Sha256
+
+
+class Agreement(Part, frozen=True):
+    """Two judges on the rows that both scored.
+
+    Attributes:
+      question: what both answered with yes or no.
+      first, second: the judges.
+      table: [[both yes, first alone], [second alone, both no]].
+      kappa: Cohen's; null where it is undefined.
+    """
+
+    question: Literal["refusal", "harmful", "incoherent"]
+    first: str
+    second: str
+    table: Annotated[list[Annotated[list[Count], Meta(min_length=2, max_length=2)]],
+                     Meta(min_length=2, max_length=2)]  # fmt: skip
+    kappa: float | None
+
+
+class Judges(Part, frozen=True):
+    """Who labelled the rows: `decided` counts rows by the judge that decided, "" is none."""
+
+    decided: dict[str, Count]
+    records: list[JudgeRecord]
+    agreement: list[Agreement]
+
+
+class Selection(Part, frozen=True):
+    """How layers and dose were chosen, on prompts that are not reported on.
+
+    Attributes:
+      sha256: of setup.json.
+      dose_candidates, refusal_candidates: every candidate with its scores.
+      refusal_near_miss: why the chosen refusal layer did not pass, if it did not.
+    """
+
+    sha256: Sha256
+    dose_candidates: list[dict[str, Any]]
+    refusal_candidates: list[dict[str, Any]]
+    refusal_near_miss: list[str]
+
+
+class Reliability(Part, frozen=True):
+    """Split-half reliability of a direction at one layer, over halves of one kind of unit."""
+
+    direction: str
+    layer: Count
+    unit: str
+    units: Count
+    mean: Difference
+    low: Difference
+    high: Difference
+    spearman_brown: Difference
+
+
+class Cosine(Part, frozen=True):
+    """Cosine of two directions at one layer, with the 95 % range under shuffled labels."""
+
+    first: str
+    second: str
+    layer: Count
+    cosine: Difference
+    null_low: Difference | None
+    null_high: Difference | None
+    p: Share | None
+
+
+class Geometry(Part, frozen=True):
+    """How well the directions are known, at the layers the study names; full file by hash."""
+
+    sha256: Sha256
+    isotropic_sd: float
+    reliability: list[Reliability]
+    cosines: list[Cosine]
+
+
+class Rows(Part, frozen=True):
+    """The row table: its number of rows, and the hash over ids, replies, labels and judges."""
+
+    n: Count
+    sha256: Sha256
+
+
+class Sample(Part, frozen=True):
+    """One row with a redacted opening of its reply."""
+
+    condition: str
+    prompt_id: str
+    family: str
+    label: str
+    judge: str
+    response_sha256: Sha256
+    excerpt: str
+
+
+class Samples(Part, frozen=True):
+    """Rows chosen by hash, so that nobody picks them; `rule` says how replies were redacted."""
+
+    rule: str
+    rows: list[Sample]
+
+
+class Predicate(Part, frozen=True):
+    """The receipt itself.
+
+    Attributes:
+      digest: sha256 of this file's text with this member left out.
+      tool: what wrote it.
+      date: when the run began (UTC).
+      files: sha256 of the results folder's files.
+      samples: null unless asked for.
+      geometry: null where `jaxsteer geometry` was not run.
+    """
+
+    digest: Digest
+    tool: str
+    date: str
+    study: Study
+    model: Model
+    policy: Text
+    modes: list[Text]
+    system_prompts: list[SystemPrompt]
+    steering: Steering
+    decoding: Decoding
+    prompts: dict[str, Prompts]
+    conditions: list[Condition]
+    random_controls: list[RandomControl]
+    paired_controls: list[PairedControl]
+    dose_responses: list[DoseResponse]
+    judges: Judges
+    selection: Selection
+    geometry: Geometry | None
+    claims: list[Claim]
+    rows: Rows
+    files: dict[str, Sha256]
+    environment: dict[str, str]
+    samples: Samples | None
+
+
+class Statement(Part, frozen=True):
+    """An in-toto Statement v1 whose predicate is a refusal receipt."""
+
+    type: Literal["https://in-toto.io/Statement/v1"] = msgspec.field(name="_type")
+    subject: Annotated[list[Subject], Meta(min_length=1)]
+    predicateType: Literal["urn:jaxsteer:refusal-receipt:v1"]
+    predicate: Predicate
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of receipt.json; schema.json beside this module holds its text."""
+    schema = msgspec.json.schema(Statement)
+    for definition in schema["$defs"].values():
+        definition["description"] = inspect.cleandoc(definition["description"])
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{PREDICATE}:schema",
+        "title": "jaxsteer refusal receipt",
+        **schema,
+    }
