@@ -1,0 +1,168 @@
+"""A receipt checked: against itself, its page, its results folder and its model.
+
+Each check ends in `ok`, `mismatch` or `unchecked`. What no check can know is said too: whether the
+replies were really the model's, and who wrote the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxsteer.errors import UserError
+from jaxsteer.files import sha256_bytes, sha256_file
+from jaxsteer.receipt import build, form, page, recount
+from jaxsteer.receipt.statement import Statement
+
+Status = Literal["ok", "mismatch", "unchecked"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check.
+
+    Attributes:
+      status: ok, mismatch, or unchecked.
+      what: what was checked.
+      detail: what differs, or why it could not be checked.
+    """
+
+    status: Status
+    what: str
+    detail: str = ""
+
+
+def verify(path: Path, *, folder: Path | None = None, model: Path | None = None) -> list[Check]:
+    """Check a receipt against all that is at hand.
+
+    Args:
+      path: receipt.json.
+      folder: its results folder, to rebuild it from.
+      model: its converted checkpoint, to hash.
+
+    Raises:
+      UserError: the file is no receipt, or what it is checked against cannot be read.
+    """
+    raw = form.read_bytes(path)
+    value = form.parse(raw, str(path))
+    found = form.problems(raw, value)
+    checks = [_check("the file is as it was written", found)]
+    try:
+        receipt = form.convert(value)
+    except UserError as error:
+        return [*checks, Check(status="mismatch", what="the file's shape", detail=str(error))]
+    checks.append(Check(status="ok", what="the file's shape"))
+    for what, problems in recount.checks().items():
+        checks.append(_check(what, list(problems(receipt))))
+    checks.append(_page(path, raw, receipt))
+    checks += _results(value, receipt, folder)
+    checks += _model(receipt, model)
+    checks.append(
+        Check(
+            status="unchecked",
+            what="who wrote the receipt",
+            detail="it carries no signature; sign it as an in-toto statement if that matters",
+        )
+    )
+    return checks
+
+
+def passed(checks: list[Check]) -> bool:
+    """Whether nothing mismatched."""
+    return all(check.status != "mismatch" for check in checks)
+
+
+def _check(what: str, problems: list[str]) -> Check:
+    if not problems:
+        return Check(status="ok", what=what)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return Check(status="mismatch", what=what, detail=problems[0] + more)
+
+
+def _unchecked(what: str, detail: str) -> Check:
+    return Check(status="unchecked", what=what, detail=detail)
+
+
+def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
+    what = f"{build.HTML} shows this receipt"
+    beside = path.parent / build.HTML
+    if not beside.is_file():
+        return _unchecked(what, f"no {build.HTML} beside it")
+    shown = form.read_bytes(beside)
+    digest = sha256_bytes(raw)
+    if page.mark(digest).encode() not in shown:
+        return _check(what, ["it was made from another receipt.json"])
+    if receipt.predicate.tool != build.tool():
+        return _unchecked(what, f"it names this file, but {receipt.predicate.tool} drew it")
+    if page.html(receipt, digest).encode() != shown:
+        return _check(what, ["it was changed since it was drawn"])
+    return _check(what, [])
+
+
+def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> Iterator[Check]:
+    if folder is None:
+        yield _unchecked("the rows behind the counts", "give --results to rebuild the receipt")
+        return
+    p = receipt.predicate
+    changed = []
+    for name, sha256 in p.files.items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
+            changed.append(f"{name} is missing")
+        elif sha256_file(file) != sha256:
+            changed.append(f"{name} differs")
+    yield _check("the results' files", changed)
+    samples = len(p.samples.rows) if p.samples else 0
+    try:
+        again = build.build(folder, samples=samples, measured=p.geometry is not None)
+    except UserError as error:
+        yield Check(
+            status="mismatch", what="the receipt rebuilt from the results", detail=str(error)
+        )
+        return
+    differ = list(_differences(value, again))
+    if p.tool != build.tool():
+        differ = [
+            name for name in differ if name not in ("predicate.tool", "predicate.digest.sha256")
+        ]
+    yield _check("the receipt rebuilt from the results", differ)
+
+
+def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:
+    """Paths at which two receipts differ by more than the last digit kept."""
+    if isinstance(shown, dict) and isinstance(again, dict):
+        for key in sorted({*shown, *again}):
+            path = f"{where}.{key}" if where else str(key)
+            if key not in shown or key not in again:
+                yield path
+            else:
+                yield from _differences(shown[key], again[key], path)
+    elif isinstance(shown, list) and isinstance(again, list) and len(shown) == len(again):
+        for i, (a, b) in enumerate(zip(shown, again, strict=True)):
+            yield from _differences(a, b, f"{where}[{i}]")
+    elif not recount.close(shown, again):
+        yield where
+
+
+def _model(receipt: Statement, folder: Path | None) -> Iterator[Check]:
+    if folder is None:
+        yield _unchecked("the model's files", "give --model to hash them")
+        return
+    from jaxsteer.chatmodel import ChatModel
+
+    # Loading hashes every parameter, the config and the tokenizer against the manifest.
+    identity = ChatModel.load(folder).identity()
+    p = receipt.predicate.model
+    differ = [
+        f"{name} differs"
+        for name in ("weights_sha256", "tokenizer_sha256", "template_sha256", "config_sha256")
+        if identity[name] != getattr(p, name)
+    ]
+    yield _check("the model's weights, tokenizer, chat template and config", differ)
+    known = identity["source"].get("files", {})
+    other = [
+        f"{name} differs" for name, sha256 in p.source.files.items() if known.get(name) != sha256
+    ]
+    yield _check("the manifest's record of the files it was converted from", other)

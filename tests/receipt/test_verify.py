@@ -1,0 +1,317 @@
+"""Verification: what it accepts, and that no changed byte passes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import polars as pl
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.files import sha256_bytes
+from jaxsteer.judges.verdicts import SCHEMA
+from jaxsteer.receipt import build, form, page, recount, verify
+from tests.receipt import made
+
+
+def outcome(path, **more):
+    """mismatch, ok, or refused: what a user sees of a file."""
+    try:
+        return "ok" if verify.passed(verify.verify(path, **more)) else "mismatch"
+    except UserError:
+        return "refused"
+
+
+def failed(path, **more):
+    return {c.what for c in verify.verify(path, **more) if c.status == "mismatch"}
+
+
+def forge(folder, change):
+    """Change a receipt's value and make its digest and page anew, as a forger would."""
+    value = json.loads((folder / build.JSON).read_text())
+    change(value)
+    value["predicate"]["digest"]["sha256"] = form.digest(value)
+    (folder / build.JSON).write_text(form.text(value))
+    (folder / build.HTML).unlink()
+    return folder / build.JSON
+
+
+def test_a_receipt_as_written_passes_with_its_results(finished):
+    checks = verify.verify(finished / build.JSON, folder=finished)
+    assert verify.passed(checks)
+    assert [c.what for c in checks if c.status == "unchecked"] == [
+        "the model's files",
+        "who wrote the receipt",
+    ]
+
+
+def test_what_was_not_given_is_said_to_be_unchecked(finished, tmp_path):
+    shutil.copy(finished / build.JSON, tmp_path)
+    unchecked = [c.what for c in verify.verify(tmp_path / build.JSON) if c.status == "unchecked"]
+    assert unchecked == [
+        "receipt.html shows this receipt",
+        "the rows behind the counts",
+        "the model's files",
+        "who wrote the receipt",
+    ]
+
+
+def test_every_one_of_400_single_byte_changes_is_caught(copied):
+    path = copied / build.JSON
+    raw = path.read_bytes()
+    draw = random.Random(0)
+    at_digest = raw.index(b'"digest"', raw.index(b'"date"'))
+    positions = [draw.randrange(len(raw)) for _ in range(360)]
+    positions += [at_digest + draw.randrange(90) for _ in range(40)]
+    for position in positions:
+        changed = bytearray(raw)
+        changed[position] = draw.choice([b for b in range(256) if b != raw[position]])
+        path.write_bytes(bytes(changed))
+        assert outcome(path) != "ok", (position, raw[position], changed[position])
+
+
+def test_every_single_deletion_and_insertion_of_100_is_caught(copied):
+    path = copied / build.JSON
+    raw = path.read_bytes()
+    draw = random.Random(1)
+    for _ in range(50):
+        at = draw.randrange(len(raw))
+        for changed in (raw[:at] + raw[at + 1 :], raw[:at] + b" " + raw[at:]):
+            path.write_bytes(changed)
+            assert outcome(path) != "ok"
+
+
+@pytest.mark.parametrize("old", [b"\n", b" ", b'"k": 18', b"0.45"])
+def test_changes_that_keep_the_value_are_caught_too(copied, old):
+    new = {b"\n": b"\r\n", b" ": b"  ", b'"k": 18': b'"k": 18.0', b"0.45": b"0.450"}[old]
+    path = copied / build.JSON
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    assert "the file is as it was written" in failed(path)
+
+
+@pytest.mark.parametrize("name", ["receipt.html", "run.json", "setup.json", "responses.parquet",
+                                  "directions.safetensors", "summary.json"])  # fmt: skip
+def test_12_changed_bytes_in_each_file_beside_it_are_caught(copied, name):
+    path = copied / name
+    raw = path.read_bytes()
+    draw = random.Random(name)
+    for _ in range(12):
+        changed = bytearray(raw)
+        position = draw.randrange(len(raw))
+        changed[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(changed))
+        assert outcome(copied / build.JSON, folder=copied) != "ok", position
+
+
+def test_a_removed_file_is_missed(copied):
+    (copied / "setup.json").unlink()
+    assert "the results' files" in failed(copied / build.JSON, folder=copied)
+
+
+def test_rows_of_another_run_do_not_pass(finished, tmp_path):
+    def other(condition, family, i):
+        given = made.usual(condition, family, i)
+        return "refusal" if condition == "persona" and i == 1 else given
+
+    folder = made.folder(tmp_path / "other", label=other)
+    assert failed(finished / build.JSON, folder=folder) == {
+        "the results' files",
+        "the receipt rebuilt from the results",
+    }
+
+
+def conditions(value):
+    return value["predicate"]["conditions"]
+
+
+def claims_of(value):
+    return {claim["name"]: claim for claim in value["predicate"]["claims"]}
+
+
+FORGERIES = {
+    "a rate": lambda v: conditions(v)[0]["outcomes"]["strongreject"]["refusal"].update(rate=0.9),
+    "an interval": lambda v: conditions(v)[0]["outcomes"]["benign"]["refusal"].update(high=0.1),
+    "a count": lambda v: conditions(v)[1]["outcomes"]["strongreject"]["counts"].update(refusal=9),
+    "rows left out": lambda v: conditions(v).pop(),
+    "a verdict": lambda v: claims_of(v)["more bypass"].update(verdict="confirmed"),
+    "a p-value": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(p=0.2),
+    "an adjusted p": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(p_holm=1e-9),
+    "flips": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(lowered=19),
+    "a claim's counts": lambda v: claims_of(v)["restoration"]["comparisons"][0].update(
+        treated_k=20
+    ),
+    "a failed comparison left out": lambda v: claims_of(v)["none by random"].update(comparisons=[]),
+    "algebra as evidence": lambda v: next(
+        c for c in conditions(v) if c["name"] == "persona, out late"
+    ).update(cancels_steering=True),
+    "judged bypass": lambda v: conditions(v)[0]["outcomes"]["strongreject"].update(unjudged=0),
+    "a policy": lambda v: v["predicate"]["policy"].update(text="Anything goes."),
+    "a system prompt": lambda v: conditions(v)[0].update(system_sha256="0" * 64),
+    "the model": lambda v: v["predicate"]["model"].update(weights_sha256="0" * 64),
+    "a subject": lambda v: v["subject"].pop(),
+    "a random seed": lambda v: v["predicate"]["random_controls"][0].update(n=20),
+    "an envelope": lambda v: v["predicate"]["random_controls"][0].update(low=0.1),
+    "a twin": lambda v: v["predicate"]["paired_controls"][0].update(difference=0.5),
+    "the rows": lambda v: v["predicate"]["rows"].update(n=7),
+    "who judged": lambda v: v["predicate"]["judges"]["decided"].update({"keyword-1": 1}),
+}
+
+
+@pytest.mark.parametrize("what", FORGERIES)
+def test_a_forged_figure_with_a_new_digest_does_not_follow_from_the_rest(copied, what):
+    path = forge(copied, FORGERIES[what])
+    assert "the file is as it was written" not in failed(path)
+    assert failed(path)
+
+
+def test_a_consistent_forgery_passes_alone_but_not_with_the_results(copied):
+    # No receipt can know its own rows: another date is consistent with everything else in it.
+    path = forge(copied, lambda v: v["predicate"].update(date="2030-01-01T00:00:00+00:00"))
+    assert outcome(path) == "ok"
+    assert failed(path, folder=copied) == {"the receipt rebuilt from the results"}
+
+
+def test_the_recount_finds_nothing_in_a_receipt_as_written(finished):
+    receipt = form.load(finished / build.JSON)
+    assert [p for check in recount.checks().values() for p in check(receipt)] == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 200_000, b'{"_type": 1e999}', b"1" * 5000],
+)
+def test_what_is_no_receipt_is_refused_in_one_line(tmp_path, raw):
+    (tmp_path / "receipt.json").write_bytes(raw)
+    with pytest.raises(UserError) as caught:
+        verify.verify(tmp_path / "receipt.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_statements_and_missing_files_are_refused(tmp_path):
+    path = tmp_path / "receipt.json"
+    path.write_text(json.dumps({"_type": "https://in-toto.io/Statement/v1", "predicateType": "x"}))
+    with pytest.raises(UserError, match="of another kind"):
+        verify.verify(path)
+    with pytest.raises(UserError, match="cannot read"):
+        verify.verify(tmp_path / "none.json")
+    with pytest.raises(UserError, match="cannot read"):
+        verify.verify(tmp_path)
+
+
+def test_a_page_drawn_from_another_receipt_is_a_mismatch(copied, tmp_path):
+    other = made.folder(tmp_path / "other", study=made.study(claims=[]))
+    build.write(other)
+    shutil.copy(other / build.HTML, copied)
+    [check] = [c for c in verify.verify(copied / build.JSON) if "receipt.html" in c.what]
+    assert (check.status, check.detail) == ("mismatch", "it was made from another receipt.json")
+
+
+def test_a_page_is_bound_to_the_bytes_of_its_receipt(finished):
+    digest = sha256_bytes((finished / build.JSON).read_bytes())
+    assert page.mark(digest) in (finished / build.HTML).read_text()
+
+
+def mutate(value, draw):
+    """One random change somewhere in a JSON value."""
+    spots = []
+
+    def walk(at):
+        for key in at if isinstance(at, dict) else range(len(at)):
+            spots.append((at, key))
+            if isinstance(at[key], dict | list):
+                walk(at[key])
+
+    walk(value)
+    at, key = draw.choice(spots)
+    odd = [None, True, -1, 0, 1, 1e308, 0.5, "", "x", "\x1b[31m", "<script>", [], {}, [[]], 10**30,
+           {"a": 1}, "0" * 64]  # fmt: skip
+    kind = draw.randrange(4)
+    if kind == 0:
+        del at[key]
+    elif kind == 1 and isinstance(at, dict):
+        at[f"{key}x"] = at.pop(key)
+    elif kind == 2 and isinstance(at, list):
+        at.append(at[key])
+    else:
+        at[key] = draw.choice([o for o in odd if o != at[key] or type(o) is not type(at[key])])
+    return value
+
+
+def test_350_mutated_receipts_never_pass_and_never_crash(copied):
+    path = copied / build.JSON
+    text = path.read_text()
+    draw = random.Random(2)
+    for _ in range(350):
+        value = mutate(json.loads(text), draw)
+        path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        assert outcome(path) != "ok"
+
+
+def test_250_mutated_receipts_with_new_digests_never_pass_beside_their_results(copied):
+    path = copied / build.JSON
+    (copied / build.HTML).unlink()
+    text = path.read_text()
+    draw = random.Random(3)
+    for _ in range(250):
+        value = mutate(json.loads(text), draw)
+        if isinstance(value.get("predicate"), dict):
+            if value == json.loads(text):
+                continue
+            value["predicate"]["digest"] = {"sha256": form.digest(value)}
+        path.write_text(form.text(value))
+        if path.read_text() != text:
+            assert outcome(path, folder=copied) != "ok"
+
+
+@pytest.mark.parametrize(
+    ("name", "n"), [("run.json", 90), ("setup.json", 30), ("summary.json", 15)]
+)
+def test_mutated_records_never_crash_a_build_or_pass(copied, name, n):
+    path = copied / name
+    text = path.read_text()
+    draw = random.Random(name)
+    for _ in range(n):
+        path.write_text(json.dumps(mutate(json.loads(text), draw), indent=2))
+        assert outcome(copied / build.JSON, folder=copied) != "ok"
+
+
+VALUES = [None, "", "x", "refusal", 1, -1, 2.5, float("nan"), float("inf"), True, [1.0], b"x"]
+
+
+def damage(frame, draw):
+    """A table with one random change: a column, a cell or a row; None if none came of it."""
+    name = draw.choice(frame.columns)
+    kind = draw.randrange(5)
+    if kind == 0:
+        return frame.drop(name)
+    if kind == 1:
+        return frame.with_columns(pl.Series(name, [draw.choice(VALUES)] * frame.height))
+    if kind == 2:
+        return pl.concat([frame, frame.slice(draw.randrange(frame.height), 1)])
+    if kind == 3:
+        gone = draw.randrange(frame.height)
+        return frame.with_row_index("i").filter(pl.col("i") != gone).drop("i")
+    column = frame[name].to_list()
+    column[draw.randrange(len(column))] = draw.choice(VALUES)
+    changed = frame.with_columns(pl.Series(name, column, strict=False))
+    return None if changed.equals(frame) or changed.schema[name] == pl.Object else changed
+
+
+@pytest.mark.parametrize("name", ["responses", "judges/llama-guard", "judges/leakage"])
+def test_50_damaged_tables_never_crash_a_build_or_pass(tmp_path, name):
+    folder = made.folder(tmp_path / "made")
+    verdicts = made.guard(pl.read_parquet(folder / "responses.parquet")).cast(SCHEMA)
+    (folder / "judges").mkdir()
+    for judge in ("llama-guard", "leakage"):
+        verdicts.write_parquet(folder / f"judges/{judge}.parquet")
+    build.write(folder)
+    assert outcome(folder / build.JSON, folder=folder) == "ok"
+    frame = pl.read_parquet(folder / f"{name}.parquet")
+    draw = random.Random(name)
+    for _ in range(50):
+        changed = damage(frame, draw)
+        if changed is not None:
+            changed.write_parquet(folder / f"{name}.parquet")
+            assert outcome(folder / build.JSON, folder=folder) != "ok"
