@@ -1,0 +1,130 @@
+"""Commands about what results say: receipt (build, verify, diff) and geometry."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from jaxsteer.cli.common import DEMO_MODEL, ModelOption, app, use_compile_cache
+
+
+class BuildUnlessNamed(TyperGroup):
+    """A group in which `receipt RESULTS` means `receipt build RESULTS`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+receipts = typer.Typer(cls=BuildUnlessNamed, no_args_is_help=True)
+app.add_typer(
+    receipts,
+    name="receipt",
+    help="Write a study's receipt: `receipt RESULTS`. Check it, or compare two.",
+)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+@receipts.command()
+def build(
+    results: Annotated[Path, typer.Argument(help="Results folder.")],
+    samples: Annotated[int, typer.Option(min=0, help="Redacted openings to show.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder to write into; default RESULTS.")] = None,
+) -> None:
+    """Write receipt.json and receipt.html of a results folder, and print its claims.
+
+    Example: jaxsteer receipt results/smollm2-demo
+    """
+    from jaxsteer.receipt import form
+    from jaxsteer.receipt.build import write
+    from jaxsteer.receipt.terminal import claims_table
+
+    data, page = write(results, out, samples=samples)
+    _console().print(claims_table(form.load(data)))
+    typer.echo(f"wrote {data} and {page}")
+
+
+@receipts.command()
+def verify(
+    receipt: Annotated[Path, typer.Argument(help="receipt.json.")],
+    results: Annotated[Path | None, typer.Option(help="Results folder to rebuild it from.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Converted checkpoint to hash.")] = None,
+) -> None:
+    """Recompute all that can be; exit 1 when something does not match.
+
+    Example: jaxsteer receipt verify results/demo/receipt.json --results results/demo
+    """
+    from jaxsteer.receipt import verify as verifying
+    from jaxsteer.receipt.terminal import checks_table, verdict
+
+    checks = verifying.verify(receipt, folder=results, model=model)
+    console = _console()
+    console.print(checks_table(checks))
+    console.print(verdict(checks))
+    if not verifying.passed(checks):
+        raise typer.Exit(1)
+
+
+@receipts.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="receipt.json to start from.")],
+    second: Annotated[Path, typer.Argument(help="receipt.json to compare with it.")],
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help='Gate: "METRIC drop|rise > THRESHOLD [in CONDITION]".'),
+    ] = None,
+    mode_a: Annotated[str, typer.Option(help="Persona mode of the first receipt.")] = "",
+    mode_b: Annotated[str, typer.Option(help="Persona mode of the second receipt.")] = "",
+) -> None:
+    """Show which boundary moved between two receipts; exit 1 when a gate fires.
+
+    METRIC is refusal, bypass, degenerate, leakage or benign-refusal; a drop is first minus second.
+
+    Example: jaxsteer receipt diff old.json new.json --fail-if "refusal drop > 0.05 in baseline"
+    """
+    from jaxsteer.receipt import diff as diffs
+    from jaxsteer.receipt import form, gates
+    from jaxsteer.receipt.terminal import diff_tables, fired_text
+
+    asked = gates.parse_all(fail_if or [])
+    comparison = diffs.compare(
+        form.load(first), form.load(second), mode_first=mode_a, mode_second=mode_b
+    )
+    console = _console()
+    for part in diff_tables(comparison):
+        console.print(part)
+    fired = diffs.fired(comparison, asked)
+    for text in fired_text(fired):
+        console.print(text)
+    if fired:
+        raise typer.Exit(1)
+
+
+@app.command()
+def geometry(
+    results: Annotated[Path, typer.Argument(help="Results folder.")],
+    model: ModelOption = DEMO_MODEL,
+    halves: Annotated[int, typer.Option(min=2, help="Random halves per direction.")] = 100,
+    draws: Annotated[int, typer.Option(min=10, help="Shufflings of the labels.")] = 1000,
+) -> None:
+    """Measure how well a study's directions are known, and their cosines against chance.
+
+    Example: jaxsteer geometry results/smollm2-demo
+    """
+    from jaxsteer import geometry as measuring
+    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.receipt.terminal import geometry_table
+
+    use_compile_cache()
+    found = measuring.measure(results, ChatModel.load(model), halves=halves, draws=draws)
+    _console().print(geometry_table(found))
+    typer.echo(f"wrote {results / measuring.FILE}; build the receipt again to have it there")

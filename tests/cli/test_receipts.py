@@ -1,0 +1,120 @@
+"""The receipt commands: exit codes, output, hostile names."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxsteer.cli import main
+from jaxsteer.receipt import build
+from tests.receipt import made
+from tests.receipt.test_page import HOSTILE
+
+
+def run(*args):
+    """(exit code, stdout, stderr) of `jaxsteer ARGS`, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["jaxsteer", *map(str, args)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made.folder(tmp_path_factory.mktemp("cli") / "made")
+
+
+def test_receipt_of_a_folder_builds_verifies_and_shows_its_claims(folder):
+    code, out, _ = run("receipt", folder)
+    assert code == 0
+    assert "suppression" in out
+    assert "confirmed" in out
+    assert (folder / build.JSON).is_file()
+    assert (folder / build.HTML).is_file()
+    code, out, _ = run("receipt", "verify", folder / build.JSON, "--results", folder)
+    assert code == 0
+    assert "could not be made" in out
+
+
+def test_options_may_come_before_the_folder_and_build_may_be_named(folder, tmp_path):
+    assert run("receipt", "--samples", 2, folder, "--out", tmp_path / "a")[0] == 0
+    assert run("receipt", "build", folder, "--samples", 2, "--out", tmp_path / "b")[0] == 0
+    first, second = ((tmp_path / n / build.JSON).read_bytes() for n in "ab")
+    assert first == second
+    assert b'"excerpt"' in first
+
+
+def test_a_changed_receipt_exits_1_and_no_receipt_exits_2(folder, tmp_path):
+    build.write(folder, tmp_path)
+    path = tmp_path / build.JSON
+    path.write_text(path.read_text().replace('"k": 18', '"k": 17', 1))
+    code, out, _ = run("receipt", "verify", path)
+    assert code == 1
+    assert "does not match" in out
+    path.write_text("no")
+    code, _, err = run("receipt", "verify", path)
+    assert code == 2
+    assert err.startswith("jaxsteer: ")
+    assert err.count("\n") == 1
+    assert run("receipt", tmp_path)[0] == 2
+
+
+def test_gates_give_ci_an_exit_code(folder, tmp_path):
+    build.write(folder)
+    build.write(made.folder(tmp_path / "b", label=lambda *of: "degenerate"))
+    pair = folder / build.JSON, tmp_path / "b" / build.JSON
+    code, out, _ = run("receipt", "diff", *pair)
+    assert code == 0
+    assert "moved down" in out
+    code, out, _ = run("receipt", "diff", *pair, "--fail-if", "refusal drop > 0.05")
+    assert code == 1
+    assert "gate fires" in out
+    assert run("receipt", "diff", *pair, "--fail-if", "refusal rise > 0.05")[0] == 0
+    assert run("receipt", "diff", *pair, "--fail-if", "refusal sinks > 0.05")[0] == 2
+    assert run("receipt", "diff", *pair, "--fail-if", "bypass rise > 0.05")[0] == 2
+
+
+def test_hostile_names_cannot_drive_the_terminal(tmp_path):
+    import msgspec
+
+    study = made.study()
+    value = msgspec.to_builtins(study)
+    value["claim"][0]["name"] = HOSTILE
+    value["about"] = HOSTILE
+    found = made.folder(tmp_path / "made", study=msgspec.convert(value, type(study)))
+    outputs = [run("receipt", found)]
+    outputs.append(run("receipt", "verify", found / build.JSON, "--results", found))
+    shutil.copy(found / build.JSON, tmp_path / "b.json")
+    gate = f"refusal drop > 0.5 in {HOSTILE}"
+    outputs.append(
+        run("receipt", "diff", found / build.JSON, tmp_path / "b.json", "--fail-if", gate)
+    )
+    assert [code for code, _, _ in outputs] == [0, 0, 2]
+    for _, out, err in outputs:
+        assert "\x1b" not in out + err
+        assert "\u202e" not in out + err
+
+
+def test_a_process_of_its_own_behaves_the_same(folder, tmp_path):
+    build.write(folder, tmp_path)
+    path = tmp_path / build.JSON
+    path.write_text(path.read_text().replace('"k": 18', '"k": 17', 1))
+    command = [sys.executable, "-m", "jaxsteer.cli", "receipt", "verify", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "does not match" in done.stdout
