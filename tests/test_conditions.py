@@ -46,7 +46,8 @@ def test_only_the_knockout_at_the_steering_layer_cancels_steering():
 def test_dose_and_offsets_are_resolved_into_readable_sites():
     found = by_name(spec.load("smollm2-demo"))
     assert found["persona"].sites == ("add persona at resid_post.5 x4",)
-    assert "project persona at resid_post.6..9" in found["persona, out over late window"].sites
+    late = "project persona at resid_post.6..9 (measured at resid_post.5)"
+    assert late in found["persona, out over late window"].sites
 
 
 @pytest.mark.parametrize(
