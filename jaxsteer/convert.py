@@ -24,9 +24,11 @@ from jaxsteer.files import sha256_file, write_json
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
 GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
+INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
@@ -42,7 +44,7 @@ def convert(source: str | Path, out: Path, dtype: Dtype, revision: str | None = 
         hub id such as `org/name` (the only case that uses the network).
       out: the checkpoint folder to make.
       dtype: of the converted parameters.
-      revision: hub revision.
+      revision: of a hub id: branch, tag or commit; None is the main branch.
 
     Returns:
       `out`.
@@ -54,12 +56,15 @@ def convert(source: str | Path, out: Path, dtype: Dtype, revision: str | None = 
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     path = Path(source)
+    local = path.suffix == ".gguf" or path.is_dir()
+    if local and revision is not None:
+        raise UserError(f"--revision is for hub ids, and {source} is local; leave it out")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no file {path}; give the path of a .gguf file")
         return _convert_gguf(path, out, dtype)
-    if path.is_dir():
-        return _convert_hf(path, out, dtype, {"kind": "folder", "name": path.name})
+    if local:
+        return _convert_hf(path, out, dtype, {"kind": "folder", "name": path.resolve().name})
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         folder = _download(str(source), revision)
         about = {"kind": "hub", "name": str(source), "revision": folder.name}
@@ -71,8 +76,15 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                # Subfolders and "consolidated" files hold the same weights in other forms.
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
     except Exception as error:
         # The hub client raises its own, requests' and httpx's errors; the user needs one line.
         first = (
@@ -122,10 +134,13 @@ def fill(
         except (ValueError, OSError) as error:
             problems.append(f"{name} cannot be read ({error})")
             continue
+        if value.dtype.name not in SOURCE_DTYPES:
+            problems.append(f"{name} has type {value.dtype.name}, not {', '.join(SOURCE_DTYPES)}")
+            continue
         if value.shape != shapes[entry.target]:
             problems.append(f"{name} has shape {value.shape}, expected {shapes[entry.target]}")
             continue
-        params[entry.target] = np.ascontiguousarray(value.astype(DTYPES[dtype]))
+        params[entry.target] = value.astype(DTYPES[dtype], order="C", copy=False)
     missing = [entry.source for entry in entries.values() if entry.target not in params]
     reported = {problem.split(" ")[0] for problem in problems}
     problems += [f"{name} is missing" for name in missing if name not in reported]
@@ -143,7 +158,7 @@ def fill(
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         names = sorted(set(_json(index).get("weight_map", {}).values()))
         files = [folder / name for name in names]
@@ -207,8 +222,9 @@ def _convert_hf(folder: Path, out: Path, dtype: Dtype, about: dict[str, Any]) ->
             else:
                 shutil.copyfile(folder / name, to / name)
 
-    hashed = [folder / "config.json", *files]
-    about = {**about, "files": {f.name: sha256_file(f) for f in hashed}}
+    names = ["config.json", generation.name, INDEX, *TOKENIZER_FILES, *(f.name for f in files)]
+    hashed = [folder / name for name in sorted(names) if (folder / name).is_file()]
+    about = {**about, "files": {file.name: sha256_file(file) for file in hashed}}
     checkpoint.save(
         out,
         target,

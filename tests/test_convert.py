@@ -4,14 +4,17 @@ import json
 import shutil
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from jaxsteer import checkpoint
 from jaxsteer.config import from_hf
 from jaxsteer.convert import GGUF_TYPES, convert, fill
 from jaxsteer.errors import UserError
+from jaxsteer.files import sha256_file
 from jaxsteer.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
 
@@ -81,6 +84,61 @@ def test_remote_code_pointers_are_not_kept(copy, tmp_path):
     )
     out = convert(copy, tmp_path / "out", "float32")
     assert "auto_map" not in (out / "tokenizer/tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_narrow_source_weights_keep_their_values(kind, tmp_path):
+    hf = tiny.qwen2().to(kind)
+    folder = tiny.save(hf, tmp_path / "hf")
+    params = flatten(checkpoint.load(convert(folder, tmp_path / "out", "float32")).params)
+    expected = hf.state_dict()["model.layers.1.self_attn.k_proj.weight"].float().numpy().T
+    np.testing.assert_array_equal(params["layers/1/attn/k/kernel"], expected)
+
+
+def test_the_manifest_has_the_hash_of_every_file_that_was_read(tmp_path):
+    sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
+    out = checkpoint.load(convert(sharded, tmp_path / "out", "float32"))
+    read = [p for p in sharded.iterdir() if p.name != "README.md"]
+    assert out.manifest["source"]["files"] == {p.name: sha256_file(p) for p in sorted(read)}
+    assert {p.name for p in read} >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+
+
+def test_weights_that_are_no_floats_are_refused(copy, tmp_path):
+    def change(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].astype(np.int8)
+
+    edit(copy, change)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has type int8"):
+        convert(copy, tmp_path / "out", "float32")
+
+
+def test_a_revision_of_something_that_has_none_is_refused(source, tmp_path):
+    with pytest.raises(UserError, match="--revision is for hub ids"):
+        convert(source, tmp_path / "out", "float32", revision="main")
+
+
+def test_a_hub_id_is_converted_and_its_commit_recorded(source, tmp_path, monkeypatch):
+    # The hub client's own cache, filled by hand: offline it asks nobody else.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "cache/models--some--model"
+    shutil.copytree(source, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    out = checkpoint.load(convert("some/model", tmp_path / "out", "float32"))
+    about = out.manifest["source"]
+    assert (about["kind"], about["name"], about["revision"]) == ("hub", "some/model", commit)
+    with pytest.raises(UserError, match="cannot fetch some/other from the hub"):
+        convert("some/other", tmp_path / "other", "float32")
 
 
 def test_a_source_that_is_nothing_is_refused(tmp_path):
