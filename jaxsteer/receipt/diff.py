@@ -1,8 +1,8 @@
 """Two receipts side by side: which boundary moved, by how much, with which certainty.
 
 A receipt holds counts and no rows, so the rates are compared as independent ones (Newcombe). Where
-both receipts used the same prompts the true interval is narrower: what is called moved here has
-moved. The interval of a difference is at 95 % for each line; nothing is corrected for their number.
+both receipts used the same prompts, outcomes on a prompt go together and the interval is wider than
+it need be. Each line's interval is at 95 %; nothing is corrected for the number of lines.
 """
 
 from __future__ import annotations
