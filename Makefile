@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh)
 
-.PHONY: help demo test lint parity sweep model clean
+.PHONY: help demo test lint parity sweep model notebooks notebook-html clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,10 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
 	@touch $@
 
+.venv/made-notebooks: .venv/made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	@touch $@
+
 model: .venv/made ## fetch the pinned parts and convert SmolLM2 (once)
 	@$(BIN)/jaxsteer prepare
 
@@ -30,6 +34,12 @@ demo: model ## run the demo study and print its table (LIMIT=n prompts, FULL=1 f
 
 sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [OUT=dir] [FRESH=1]
 	@$(call SWEEP,$(STUDY))
+
+notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 without their code)
+	$(BIN)/marimo $(if $(APP),run,edit) notebooks
+
+notebook-html: .venv/made-notebooks model ## export them to results/html, one self-contained file each [RESULTS=dir]
+	$(BIN)/python -m jaxsteer.charts.offline notebooks/*.py --out results/html $(if $(RESULTS),--results $(RESULTS))
 
 test: .venv/made-dev model ## run every test, against HF transformers on torch and the real SmolLM2
 	$(BIN)/python -m pytest

@@ -176,7 +176,8 @@ def token_map(
     detail = (
         f"{what}; {UNIT}; {count - first} of {count} prompt tokens; colour ends at ±{limit:.2g}"
     )
-    return titled(alt.HConcatChart(hconcat=maps, spacing=26), finding, detail)
+    beside = alt.HConcatChart(hconcat=maps, spacing=26).resolve_scale(color="independent")
+    return titled(beside, finding, detail)
 
 
 def _map(table: pl.DataFrame, name: str, value: str, limit: float, *, first: bool) -> alt.Chart:

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.analysis import directions_made
+from tests.notebooks.browser import ROOT, Reader, opened, serve
+
+NOTEBOOK = ROOT / "notebooks/2_geometry.py"
+CHARTS = (
+    "Drag across layers",
+    "5% would by luck",
+    "the strongest of",
+    "Most opposed",
+    "Two components hold",
+    "Least reliable",
+    "a natural norm is at most",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return directions_made.folder(tmp_path_factory.mktemp("geometry") / "made")
+
+
+@pytest.fixture(scope="module")
+def reader(browser, folder):
+    with serve(NOTEBOOK, "--results", str(folder)) as url, opened(browser, url) as made:
+        yield made
+
+
+def test_it_opens_with_every_chart_drawn(reader: Reader):
+    for words in CHARTS:
+        assert reader.chart(words).texts
+    assert reader.page.get_by_text("Window: layers 0 to 7").count() == 1
+    assert reader.errors == []
+
+
+def test_the_papers_cosines_stand_beside_persona_and_refusal(reader: Reader):
+    words = " ".join(reader.chart(CHARTS[0]).texts)
+    assert "Llama-3.1-8B at its layer 20: −0.180" in words
+    assert "Qwen2.5-7B at its layer 20: −0.279" in words
+
+
+def test_it_is_photographed_light_and_dark(reader: Reader):
+    for scheme in ("light", "dark"):
+        reader.theme(scheme)
+        assert reader.screenshot(f"2_geometry_{scheme}").stat().st_size > 50_000
+    reader.theme("light")
+
+
+def test_a_brush_over_layers_filters_every_other_chart(reader: Reader):
+    others = [reader.chart(words) for words in CHARTS[1:]]
+    before = [chart.picture for chart in others]
+    with reader.runs():
+        reader.chart(CHARTS[0]).brush((0.3, 0.5), (0.7, 0.5))
+    reader.page.get_by_text("Window: layers 2 to 5").wait_for()
+    after = [reader.chart(words).picture for words in CHARTS[1:]]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert any("layers 2 to 5" in text for text in reader.chart(CHARTS[3]).texts)
+
+
+def test_another_pair_redraws_the_first_chart_without_the_papers_marks(reader: Reader):
+    with reader.runs():
+        reader.page.get_by_label("pair").select_option("evil · nurturing")
+    words = " ".join(reader.chart(CHARTS[0]).texts)
+    assert "evil · nurturing: cosine −" in words and "Llama" not in words
+
+
+def test_a_folder_without_results_is_answered_in_one_line(reader: Reader, tmp_path):
+    with reader.runs():
+        box = reader.page.get_by_label("results directory")
+        box.fill(str(tmp_path))
+        box.blur()
+    reader.page.get_by_text("make demo").first.wait_for()
+
+
+def test_unmeasured_geometry_is_a_banner_and_the_rest_is_drawn(reader: Reader, tmp_path):
+    bare = directions_made.folder(tmp_path / "bare", measured=False)
+    with reader.runs():
+        box = reader.page.get_by_label("results directory")
+        box.fill(str(bare))
+        box.blur()
+    reader.page.get_by_text("No geometry.json").wait_for()
+    assert "chance was not measured" in " ".join(reader.chart(CHARTS[0]).texts)
+
+
+def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
+    assert reader.errors == []
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(NOTEBOOK), "--", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_it_runs_as_a_script(folder):
+    done = script("--results", str(folder))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_without_results_it_says_what_to_run_and_ends_well(tmp_path):
+    done = script("--results", str(tmp_path))
+    assert done.returncode == 0
+    assert "make demo" in done.stdout and "Traceback" not in done.stdout + done.stderr
