@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
-	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh)
+	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
 .PHONY: help demo test lint parity sweep model notebooks notebook-html clean
 .DEFAULT_GOAL := help
@@ -29,10 +29,10 @@ help: ## list the targets
 model: .venv/made ## fetch the pinned parts and convert SmolLM2 (once)
 	@$(BIN)/jaxsteer prepare
 
-demo: model ## run the demo study and print its table (LIMIT=n prompts, FULL=1 for all 313)
+demo: model ## run the demo study, print its table, write its receipt (LIMIT=n prompts, FULL=1 for 313)
 	@$(call SWEEP,smollm2-demo)
 
-sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [OUT=dir] [FRESH=1]
+sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [OUT=dir] [FRESH=1] [PLAN=1]
 	@$(call SWEEP,$(STUDY))
 
 notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 without their code)

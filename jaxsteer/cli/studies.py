@@ -23,7 +23,7 @@ def sweep(
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the cost and run nothing.")] = False,
 ) -> None:
-    """Run a study, or what is missing of it, and print its table.
+    """Run a study, or what is missing of it; print its table and its claims, write its receipt.
 
     Stop it whenever you like: the same command goes on where it was.
 
@@ -32,6 +32,8 @@ def sweep(
     from jaxsteer import plan as planning
     from jaxsteer import run, spec
     from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.receipt import build, form
+    from jaxsteer.receipt.terminal import claims_table
     from jaxsteer.show import plan_table, summary_table
 
     if full and limit:
@@ -48,4 +50,6 @@ def sweep(
     folder = out or Path("results") / f"{asked.name}{suffix}"
     summary = run.run_study(asked, loaded, folder, limit=harmful, fresh=fresh)
     console.print(summary_table(summary, asked.name))
-    typer.echo(f"results are in {folder}")
+    receipt, _ = build.write(folder)
+    console.print(claims_table(form.load(receipt)))
+    typer.echo(f"results, receipt.json and receipt.html are in {folder}")
