@@ -64,7 +64,7 @@ def test_a_brush_over_layers_filters_every_other_chart(reader: Reader):
 
 def test_another_pair_redraws_the_first_chart_without_the_papers_marks(reader: Reader):
     with reader.runs():
-        reader.page.get_by_label("pair").select_option("evil · nurturing")
+        reader.page.get_by_label("pair", exact=True).select_option("evil · nurturing")
     words = " ".join(reader.chart(CHARTS[0]).texts)
     assert "evil · nurturing: cosine −" in words and "Llama" not in words
 

@@ -1,0 +1,277 @@
+"""Geometry: how persona, refusal and other directions lie to each other, against chance.
+
+marimo edit notebooks/2_geometry.py
+python notebooks/2_geometry.py -- --results results/smollm2-demo
+"""
+
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="2. Geometry")
+
+with app.setup:
+    from pathlib import Path
+
+    import marimo as mo
+
+    from jaxsteer.analysis import cosines
+    from jaxsteer.charts import geometry as charts
+    from jaxsteer.charts import theme
+    from jaxsteer.errors import UserError
+
+    theme.use()
+    ROOT = Path(__file__).resolve().parent.parent
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    # Geometry
+
+    A direction is a vector for every layer. Two directions $d$ and $e$ are compared by their
+    **cosine**,
+
+    $$\cos(d, e) = \frac{d \cdot e}{\lVert d \rVert \, \lVert e \rVert}$$
+
+    which is $+1$ when they point the same way, $-1$ when they are opposed, and $0$ when moving
+    along one leaves the projection on the other as it was. If a persona direction were nothing but
+    the refusal direction turned around, their cosine would be near $-1$, and "the persona switches
+    refusal off" would say little more than "subtracting refusal removes refusal". The paper finds
+    −0.180 and −0.279 in two large models: far from $-1$, hence two different things.
+
+    A small cosine is no proof of anything by itself. In many dimensions almost any two vectors are
+    nearly perpendicular, and the states of a language model share much that has nothing to do with
+    what was asked. So every number here stands beside what **chance** would give.
+    """)
+    return
+
+
+@app.cell
+def _():
+    results = mo.ui.text(
+        value=str(mo.cli_args().get("results") or "results/smollm2-demo"),
+        label="results directory",
+        full_width=True,
+    )
+    results  # noqa: B018
+    return (results,)
+
+
+@app.cell
+def _(results):
+    try:
+        found, _error = cosines.load(ROOT / results.value), ""
+    except UserError as error:
+        found, _error = None, str(error)
+    if found is None and mo.app_meta().mode == "script":
+        print(_error)
+    mo.stop(found is None, mo.callout(mo.plain_text(_error), kind="warn"))
+    mo.vstack([mo.callout(mo.plain_text(note), kind="warn") for note in found.notes])
+    return (found,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## One pair over depth
+
+    Three kinds of chance are drawn, and they differ.
+
+    - **Grey band**: the *permutation null*. The labels of one direction's samples ("shows the
+      trait" or "does not") are shuffled between whole instructions or prompts, the direction is
+      made anew, and its cosine is taken; 95 % of such cosines lie in the band. Everything the
+      samples share stays in it. The shuffling is done for either direction of the pair, and the
+      wider range is drawn.
+    - **Mauve band**: the range over random directions. It is narrow, about $\pm 2/\sqrt{576}$ in
+      SmolLM2, because it pretends that the stream fills all its dimensions evenly. It does not, and
+      a cosine outside the mauve band alone is no finding.
+    - **Diamonds**, for persona and refusal: what the paper reports for layer 20 of its two models,
+      drawn at the same *share of depth*. (What it calls layer 20 may be our `resid_post.19`:
+      its code numbers the embedding 0.)
+
+    A cosine beyond the grey band at *one* of thirty layers is expected by luck once or twice.
+
+    **Drag across the chart** to choose layers, and everything below follows; a click beside the
+    window removes it.
+    """)
+    return
+
+
+@app.cell
+def _(found):
+    table = cosines.pairs(found)
+    _names = cosines.ranked(table, cosines.whole(found))
+    pair = mo.ui.dropdown(_names, value=_names[0] if _names else None, label="pair")
+    mo.stop(
+        not _names,
+        mo.callout(
+            mo.md("This folder has a single direction, and a cosine needs two."), kind="warn"
+        ),
+    )
+    pair  # noqa: B018
+    return pair, table
+
+
+@app.cell
+def _(found, pair, table):
+    _one = table.filter(table["pair"] == pair.value)
+    _ends = {_one["first"][0], _one["second"][0]}
+    over_layers = mo.ui.altair_chart(
+        charts.pair_chart(
+            _one,
+            cosines.random_cosines(found, _one["first"][0]),
+            cosines.paper(found.n_layers) if _ends == {"persona", "refusal"} else None,
+        )
+    )
+    over_layers  # noqa: B018
+    return (over_layers,)
+
+
+@app.cell
+def _(found, over_layers, table):
+    window = cosines.window_of(over_layers.selections, found.n_layers)
+    averaged = cosines.means(table, window)
+    _names = cosines.ranked(table, window)
+    mo.stop(
+        not averaged.height,
+        mo.callout(mo.md("No pair has a cosine at these layers: choose others."), kind="warn"),
+    )
+    mo.md(f"**Window: {charts.span(window)}**, of {found.n_layers} layers.")
+    return averaged, window
+
+
+@app.cell
+def _(table, window):
+    # Nine panels are as many as one can read; the matrix below has all pairs.
+    charts.pairs_chart(table, cosines.ranked(table, window)[:9], window)
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## All pairs at once
+
+    The mean cosine over the window. Names are ordered by **hierarchical clustering** (average
+    linkage on $1 - \cos$): directions that resemble each other are neighbours, so families show
+    as blocks along the diagonal, and opposed families as blocks of the other colour away from it.
+    The order belongs to the window: choose another one above, and the names may move.
+
+    Where a direction is zero it has no cosine: that layer is left out of the mean and not counted
+    as 0, which would pull every mean towards "unrelated".
+    """)
+    return
+
+
+@app.cell
+def _(averaged, found, window):
+    _names = cosines.strongest(averaged, list(found.named))
+    _ends = averaged["first"].is_in(_names) & averaged["second"].is_in(_names)
+    _shown = averaged.filter(_ends)
+    _order = cosines.hierarchical(cosines.gram(_shown, _names))
+    _sorted = [_names[i] for i in _order]
+    charts.matrix_chart(
+        cosines.matrix_table(_shown, _sorted), _sorted, window, total=len(found.named)
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Opposing pairs
+
+    Do traits with opposite meanings have opposite directions? Often less than one would think.
+    "Evil" and "nurturing" prompts both ask for a *character*, and what characters share pulls
+    their directions together. A pair that is opposed in meaning, yet not in direction, warns
+    against reading a sum of the two as "nothing". Pairs whose trait files name each other as
+    opposites have a diamond.
+    """)
+    return
+
+
+@app.cell
+def _(averaged, found, window):
+    charts.extremes_chart(
+        cosines.extremes(averaged, cosines.opposites(found)), averaged.height, window
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Principal components
+
+    Each direction is scaled to length 1 at every layer of the window, the layers are laid end to
+    end, the mean is taken away, and the axes of largest spread are found. If many traits spread
+    along one axis, they are mostly one trait. Taking the mean away matters: without it the first
+    component is the mean, and "one component explains everything" is then true of anything that
+    points roughly one way. Beware of few points: **three directions always lie in a plane**, and
+    two components hold all of their variance.
+    """)
+    return
+
+
+@app.cell
+def _(averaged, found, window):
+    _names = list(found.named)
+    charts.components_chart(
+        cosines.components(cosines.gram(averaged, _names), _names), window
+    ) if len(_names) > 2 else mo.md("Two directions have a cosine, and no components to speak of.")
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## How well is a direction known?
+
+    Halve the instructions (or questions, or prompts) at random, make the direction from each half,
+    and take the cosine of the two: the **split-half reliability**. It bounds what can be found: two
+    directions whose halves agree to 0.5 only cannot be expected to show a cosine of 1 with each
+    other, even when they are the same. Halving *questions* keeps all instructions on
+    both sides and looks better than halving *instructions*; the latter asks what a new wording of
+    the trait would give, which is the harder question and the more honest one.
+    """)
+    return
+
+
+@app.cell
+def _(found, window):
+    _halved = cosines.reliability(found, window)
+    _missing = [f"{name}: {why}" for name, why in cosines.unreliable(found).items()]
+    mo.vstack(
+        [
+            charts.reliability_chart(_halved, window)
+            if _halved.height
+            else mo.callout(
+                mo.md("Not measured. Run `jaxsteer geometry RESULTS --model DIR`."), kind="warn"
+            ),
+            mo.plain_text("Not halved: " + "; ".join(_missing)) if _missing else mo.md(""),
+        ]
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Lengths
+
+    The stream grows with depth, and so do the directions, which are differences of its means.
+    "Four natural norms" is therefore another push at every layer. Read the gap between a
+    direction's line and the stream's: where it is wide, one natural norm is a nudge, and where it
+    is narrow, a shove. A fair comparison of layers uses equal *shares* of the stream's norm.
+    """)
+    return
+
+
+@app.cell
+def _(found, window):
+    charts.norm_chart(cosines.norms(found, window), window)
+    return
+
+
+if __name__ == "__main__":
+    app.run()
