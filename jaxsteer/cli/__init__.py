@@ -8,9 +8,10 @@ from __future__ import annotations
 import signal
 import sys
 
-from jaxsteer.cli import models, studies  # noqa: F401 (each registers its commands)
+from jaxsteer.cli import judging, models, receipts, studies  # noqa: F401 (each registers itself)
 from jaxsteer.cli.common import app
 from jaxsteer.errors import UserError
+from jaxsteer.show import plain
 
 
 class Stopped(BaseException):
@@ -31,7 +32,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"jaxsteer: {error}", file=sys.stderr)
+        # A message may quote names from files, which must not drive the terminal.
+        print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print("jaxsteer: stopped; what is finished is kept, run again to go on", file=sys.stderr)
