@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from jaxsteer import data, directions, results, rows, setup, shards
+from jaxsteer import data, directions, modes, results, rows, setup, shards
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions
 from jaxsteer.data import Prompt
@@ -109,6 +109,8 @@ def run_study(
         _check_changes(table, compiled)
         with atomic_path(out / "responses.parquet") as temporary:
             table.write_parquet(temporary)
+        if spec.modes and not (out / "modes.json").is_file():
+            write_json(out / "modes.json", _mode_shifts(spec, model, prepared, families))
         return results.refresh_summary(out)
 
 
@@ -121,12 +123,12 @@ def _record(
 ) -> dict[str, Any]:
     """What run.json says: every identity the rows depend on, and the machine."""
     policy = data.policy(spec.system)
-    modes = [data.mode(name) for name in spec.modes]
+    personas = [data.mode(name) for name in spec.modes]
     identity = {
         "study": msgspec.to_builtins(spec),
         "model": model.identity(),
         "policy": _prompt_record(policy),
-        "modes": [_prompt_record(mode) for mode in modes],
+        "modes": [_prompt_record(mode) for mode in personas],
         "layers": prepared.layers,
         "dose": prepared.dose,
         "directions": prepared.record["directions"],
@@ -309,6 +311,23 @@ def _tokens(phase: str, reply: rows.Reply) -> int:
     if phase == "prompt":
         return reply.n_prompt
     return len(reply.tokens) - (0 if reply.stopped else 1)
+
+
+def _mode_shifts(
+    spec: StudySpec,
+    model: ChatModel,
+    prepared: Setup,
+    families: Mapping[str, Sequence[Prompt]],
+) -> list[dict[str, Any]]:
+    probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
+    found = modes.shifts(
+        model,
+        [data.mode(name) for name in spec.modes],
+        data.policy(spec.system).text,
+        [prompt for asked in families.values() for prompt in asked],
+        probed,
+    )
+    return modes.record(found, prepared.layers.get("steer", model.config.n_layers // 2))
 
 
 def _check_changes(table: pl.DataFrame, compiled: Sequence[Condition]) -> None:

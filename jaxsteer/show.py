@@ -61,3 +61,22 @@ def plan_table(plan: Plan, title: str) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> Table:
+    """How far each persona mode moves the last prompt token along each direction."""
+    at = shifts[0]["at"] if shifts else ""
+    table = Table(title=f"{title}: shift by mode at {at}", title_justify="left")
+    table.caption = (
+        "in natural norms of the direction, against the policy alone, with 95 % interval"
+    )
+    names = list(dict.fromkeys(shift["direction"] for shift in shifts))
+    table.add_column("mode")
+    for name in names:
+        table.add_column(name, justify="right")
+    cells = {(shift["mode"], shift["direction"]): shift for shift in shifts}
+    for mode in dict.fromkeys(shift["mode"] for shift in shifts):
+        found = [cells[mode, name] for name in names]
+        texts = [f"{s['shift']:+.2f} ({s['low']:+.2f} to {s['high']:+.2f})" for s in found]
+        table.add_row(Text(plain(mode)), *texts)
+    return table

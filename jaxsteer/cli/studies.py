@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,7 @@ def sweep(
     from jaxsteer.chatmodel import ChatModel
     from jaxsteer.receipt import build, form
     from jaxsteer.receipt.terminal import claims_table
-    from jaxsteer.show import plan_table, summary_table
+    from jaxsteer.show import modes_table, plan_table, summary_table
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -50,6 +51,9 @@ def sweep(
     folder = out or Path("results") / f"{asked.name}{suffix}"
     summary = run.run_study(asked, loaded, folder, limit=harmful, fresh=fresh)
     console.print(summary_table(summary, asked.name))
+    if asked.modes:
+        shifts = json.loads((folder / "modes.json").read_text(encoding="utf-8"))
+        console.print(modes_table(shifts, asked.name))
     receipt, _ = build.write(folder)
     console.print(claims_table(form.load(receipt)))
     typer.echo(f"results, receipt.json and receipt.html are in {folder}")
