@@ -77,6 +77,10 @@ def steer_2d(
     }
     states = [np.asarray([h], np.float32)]
     for step in steps:
+        if step == "cap" and not direction.any():
+            # The zero vector has no direction to cap; adding and removing it do nothing by themselves.
+            states.append(states[-1])
+            continue
         compiled = compile_conditions([[made[step]]], ["all"], n_layers=1, d_model=2)
         site = stream.only(compiled, 0).sites["resid_post"].at(0)
         after, _ = apply(jnp.asarray(states[-1]), site, jnp.array([True]))

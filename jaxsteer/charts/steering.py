@@ -48,6 +48,7 @@ def next_token_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
         label=pl.Series([token_text(text) for text in table["text"]], dtype=pl.String),
         rank=pl.int_range(pl.len()),
     ).with_columns(row=pl.format("{} {}", pl.col("rank").cast(pl.String).str.zfill(2), "label"))
+    shown = shown.drop("text", "token", "rank")
     long = shown.unpivot(
         SIDES, index=["row", "label"], variable_name="side", value_name="probability"
     )
@@ -162,7 +163,9 @@ def token_map(
     limit = float(shown[value].abs().quantile(0.98) or 0) or 1.0
     names = shown["direction"].unique(maintain_order=True).to_list()
     maps = [
-        _map(shown.filter(pl.col("direction") == name), name, value, limit, first=not i)
+        _map(
+            shown.filter(pl.col("direction") == name).drop("text"), name, value, limit, first=not i
+        )
         for i, name in enumerate(names)
     ]
     most = shown.sort(pl.col(value).abs(), descending=True).row(0, named=True)
