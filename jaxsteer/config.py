@@ -7,8 +7,11 @@ not known at all is refused too: silence about an unknown key is how logits drif
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxsteer.errors import UserError
 
@@ -228,8 +231,27 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+# GGUF keys below the architecture's name that `from_gguf` reads.
+_GGUF_READ = {
+    "context_length", "embedding_length", "block_count", "feed_forward_length",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+    "rope.dimension_count", "vocab_size", "tensor_data_layout",
+}  # fmt: skip
+_GGUF_ONLY: dict[str, Any] = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+}
+
+
 def from_gguf(
-    fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    where: str,
+    rope_factors: np.ndarray | None = None,
 ) -> ModelConfig:
     """Read GGUF metadata.
 
@@ -237,9 +259,11 @@ def from_gguf(
       fields: metadata values by key.
       tensors: shapes by GGUF tensor name, outermost axis first.
       where: how to call the file in errors.
+      rope_factors: its tensor rope_freqs.weight: what each rotary frequency is divided by.
 
     Raises:
-      UserError: an unsupported architecture or rope scaling, or a missing field.
+      UserError: an unsupported architecture or rope scaling, an unknown key, a value of another
+        type, or a missing field.
     """
     named = fields.get("general.architecture")
     architecture = next((short for short in ARCHITECTURES.values() if short == named), None)
@@ -248,38 +272,77 @@ def from_gguf(
             f"{where}: architecture {named!r} is not supported; supported: "
             f"{', '.join(ARCHITECTURES.values())}"
         )
-    if "rope_freqs.weight" in tensors or f"{architecture}.rope.scaling.type" in fields:
-        raise UserError(
-            f"{where}: its rope scaling cannot be read back exactly from a GGUF; "
-            "convert the Hugging Face weights instead"
-        )
+    for key, value in fields.items():
+        head, _, name = key.partition(".")
+        if head != architecture or name in _GGUF_READ:
+            continue
+        if name not in _GGUF_ONLY:
+            raise UserError(
+                f"{where}: metadata {key} is unknown, so its effect would be ignored; known: "
+                f"{', '.join(sorted(_GGUF_READ | set(_GGUF_ONLY)))}"
+            )
+        if value != _GGUF_ONLY[name]:
+            raise UserError(
+                f"{where}: {key}={value!r} is not supported; supported: {_GGUF_ONLY[name]}"
+            )
 
-    def field(name: str) -> Any:
+    def field(name: str, cast: Callable[[Any], Any] = int, default: Any = None) -> Any:
         key = f"{architecture}.{name}"
-        if key not in fields:
+        value = fields.get(key, default)
+        if value is None:
             raise UserError(f"{where}: metadata {key} is missing; the file may be truncated")
-        return fields[key]
+        try:
+            return cast(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: {key}={value!r} is not supported; one number is") from None
 
     if "token_embd.weight" not in tensors:
         raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")
-    n_heads, d_model = int(field("attention.head_count")), int(field("embedding_length"))
-    head_dim = int(fields.get(f"{architecture}.attention.key_length", d_model // n_heads))
-    if int(fields.get(f"{architecture}.rope.dimension_count", head_dim)) != head_dim:
-        raise UserError(
-            f"{where}: partial rotary embedding is not supported; supported: full heads"
-        )
+    n_heads, d_model = field("attention.head_count"), field("embedding_length")
+    head_dim = field("attention.key_length", default=d_model // n_heads)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if field(name, default=head_dim) != head_dim:
+            raise UserError(f"{where}: {architecture}.{name} is not the head's width, {head_dim}")
+    theta = field("rope.freq_base", float, 10000.0)
     return ModelConfig(
         architecture=architecture,
         vocab_size=tensors["token_embd.weight"][0],
         d_model=d_model,
-        n_layers=int(field("block_count")),
+        n_layers=field("block_count"),
         n_heads=n_heads,
-        n_kv_heads=int(fields.get(f"{architecture}.attention.head_count_kv", n_heads)),
+        n_kv_heads=field("attention.head_count_kv", default=n_heads),
         head_dim=head_dim,
-        d_ff=int(field("feed_forward_length")),
-        norm_eps=float(field("attention.layer_norm_rms_epsilon")),
-        rope=RopeConfig(theta=float(fields.get(f"{architecture}.rope.freq_base", 10000.0))),
+        d_ff=field("feed_forward_length"),
+        norm_eps=field("attention.layer_norm_rms_epsilon", float),
+        rope=_gguf_rope(theta, head_dim, rope_factors, where),
         qkv_bias=architecture == "qwen2",
         tied="output.weight" not in tensors,
-        max_position=int(field("context_length")),
+        max_position=field("context_length"),
     )
+
+
+def _gguf_rope(theta: float, head_dim: int, factors: np.ndarray | None, where: str) -> RopeConfig:
+    """Llama 3.1 to 3.3 in a GGUF: the factors alone are stored, so their origin is recognised."""
+    if factors is None:
+        return RopeConfig(theta=theta)
+    rope = RopeConfig(theta=theta, kind="llama3", factor=round(float(factors.max()), 4))
+    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    expected = frequency / llama3_frequencies(rope, frequency)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise UserError(
+            f"{where}: its rope_freqs.weight is not Llama 3's scaling of the published models; "
+            "convert the Hugging Face weights instead"
+        )
+    return rope
+
+
+def llama3_frequencies(rope: RopeConfig, frequency: Any) -> Any:
+    """Llama 3's slowed rotary frequencies, float32 or float64 as given; numpy or jax arrays.
+
+    Wavelengths beyond original_max_position / low_freq_factor are slowed by `factor`, those below
+    original_max_position / high_freq_factor are kept, and the band between is interpolated.
+    """
+    turns = rope.original_max_position * frequency / (2 * math.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clip(0.0, 1.0)
+    return frequency * (blend + (1 - blend) / rope.factor)

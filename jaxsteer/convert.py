@@ -28,6 +28,9 @@ SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
 GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"
+# How text is cut before merging, by llama.cpp's name of it.
+GGUF_SPLITS = ("llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm", "gpt-2")
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -120,7 +123,8 @@ def fill(
     problems: list[str] = []
     heads: list[np.ndarray] = []
     for name, _, read in tensors:
-        if name.endswith("rotary_emb.inv_freq"):
+        # Rotary frequencies follow from the config, whose reader has looked at the latter.
+        if name.endswith("rotary_emb.inv_freq") or name == ROPE_FACTORS:
             continue
         if target.tied and name == "lm_head.weight":
             heads.append(read().astype(DTYPES[dtype]))
@@ -270,7 +274,8 @@ def _convert_gguf(path: Path, out: Path, dtype: Dtype) -> Path:
             f"{path} is damaged, truncated or no GGUF ({error}); get it again"
         ) from None
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-    target = config.from_gguf(fields, shapes, path.name)
+    factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
+    target = config.from_gguf(fields, shapes, path.name, factors)
     params = fill(target, _gguf_tensors(reader, path.name), "gguf", dtype, path.name)
     tokenizer = _gguf_tokenizer(fields, path.name)
     checkpoint.save(
@@ -286,25 +291,35 @@ def _convert_gguf(path: Path, out: Path, dtype: Dtype) -> Path:
 
 def _gguf_tokenizer(fields: dict[str, Any], where: str) -> Any:
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_TOKENIZER_MAPPING,
+        convert_gguf_tokenizer,
+    )
 
-    needed = ("tokens", "model", "eos_token_id")
-    for name in needed:
+    for name in ("tokens", "model", "eos_token_id"):
         if f"tokenizer.ggml.{name}" not in fields:
             raise UserError(f"{where}: metadata tokenizer.ggml.{name} is missing")
     if "tokenizer.chat_template" not in fields:
         raise UserError(f"{where}: it carries no chat template; convert a chat model")
+    split = fields.get("tokenizer.ggml.pre")
+    if fields["tokenizer.ggml.model"] == "gpt2" and split not in GGUF_SPLITS:
+        raise UserError(
+            f"{where}: its tokenizer cuts text by {split!r}, which is not supported; supported: "
+            f"{', '.join(GGUF_SPLITS)}; convert the Hugging Face weights instead"
+        )
+    named = GGUF_TOKENIZER_MAPPING["tokenizer"].items()
     ggml = {
-        k.removeprefix("tokenizer.ggml."): v for k, v in fields.items() if "tokenizer.ggml." in k
+        theirs: fields[f"tokenizer.{key}"] for key, theirs in named if f"tokenizer.{key}" in fields
     }
-    ggml["tokenizer_type"] = ggml.pop("model")
-    tokens = ggml["tokens"]
-    backend, _ = convert_gguf_tokenizer(fields["general.architecture"], ggml)
-    named = {
-        f"{ours}_token": tokens[int(ggml[f"{theirs}_token_id"])]
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"{theirs}_token_id" in ggml
+    try:
+        backend, _ = convert_gguf_tokenizer(fields["general.architecture"], ggml)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where}: its tokenizer cannot be built ({error})") from None
+    special = {
+        f"{name}_token": ggml["tokens"][int(ggml[f"{name}_token_id"])]
+        for name in ("bos", "eos", "unk", "pad")
+        if f"{name}_token_id" in ggml
     }
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **named
+        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **special
     )

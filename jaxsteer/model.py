@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.arrays import AnyArray
-from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer.config import ModelConfig, RopeConfig, llama3_frequencies
 from jaxsteer.interventions import Interventions, SiteArrays, apply
 
 KeyValues = Float[Array, "*lead slot kv_head head_dim"]
@@ -143,19 +143,11 @@ class Linear(nnx.Module):
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half"]:
     """Rotary frequencies in radians per token, float32 [head_dim / 2].
 
-    Default: theta^(-2i / head_dim) (RoFormer, section 3.3). `llama3`: wavelengths beyond
-    original_max_position / low_freq_factor are slowed by `factor`, those below
-    original_max_position / high_freq_factor are kept, and the band between is interpolated.
+    Default: theta^(-2i / head_dim) (RoFormer, section 3.3); `llama3` slows some of them.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency = 1.0 / rope.theta**exponent
-    if rope.kind == "default":
-        return frequency
-    wavelength = 2 * jnp.pi / frequency
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    blend = (rope.original_max_position / wavelength - low) / (high - low)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return frequency * (blend + (1 - blend) / rope.factor)
+    return frequency if rope.kind == "default" else llama3_frequencies(rope, frequency)
 
 
 def rotate(

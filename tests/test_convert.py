@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxsteer import checkpoint
-from jaxsteer.config import from_hf
+from jaxsteer.chat import Tokenizer
+from jaxsteer.config import RopeConfig, from_hf
 from jaxsteer.convert import GGUF_TYPES, convert, fill
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file
+from jaxsteer.model import rope_frequencies
 from jaxsteer.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
 
@@ -179,9 +183,10 @@ def test_llama_ggufs_have_their_q_and_k_unpermuted_and_qwen2_ggufs_do_not(tmp_pa
             np.testing.assert_array_equal(from_gguf[path], np.asarray(value))
 
 
-def write_gguf(path, kind, width=256):
+def write_gguf(path, kind, width=256, pre="smollm", extra=lambda writer: None):
     """A small Llama GGUF whose matrices are all of one quantised type; returns them in float32."""
     writer = gguf.GGUFWriter(path, "llama")
+    extra(writer)
     writer.add_block_count(1)
     writer.add_context_length(64)
     writer.add_embedding_length(width)
@@ -189,12 +194,12 @@ def write_gguf(path, kind, width=256):
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    words = ["<unk>", "<s>", "</s>", "ab", *(chr(97 + i) for i in range(12))]
+    words = ["<unk>", "<s>", "</s>", *"abcd1234", "ab", "12", "123", "1234", "\u0120"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 3] + [1] * 13)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "1 2", "12 3", "123 4"])
     writer.add_eos_token_id(2)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     generator = np.random.default_rng(0)
@@ -241,6 +246,71 @@ def test_each_gguf_type_is_dequantised(kind, tmp_path):
         params["layers/0/mlp/up/kernel"].T, expected["blk.0.ffn_up.weight"]
     )
     np.testing.assert_array_equal(params["embed/embedding"], expected["token_embd.weight"])
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [("llama-bpe", ["123", "4"]), ("qwen2", ["1", "2", "3", "4"]), ("smollm", ["1234"])],
+)
+def test_a_gguf_tokenizer_splits_text_as_its_vocabulary_was_learned(pre, pieces, tmp_path):
+    from transformers import AutoTokenizer
+
+    write_gguf(tmp_path / "m.gguf", "F32", pre=pre)
+    out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+    ours = Tokenizer.load(out / "tokenizer").hf
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="m.gguf")
+    assert ours.tokenize("1234") == pieces
+    for text in ("1234", "ab 1234 cd", "a  12</s>d"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (lambda w: w.add_float32("llama.logit_scale", 2.0), r"llama\.logit_scale is unknown"),
+        (lambda w: w.add_array("llama.attention.key_length", [64, 32]), "key_length"),
+        (lambda w: w.add_uint32("llama.attention.value_length", 32), "value_length"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(32, 3, np.float32)), "rope_freqs"),
+        (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "yarn"),
+        (lambda w: w.add_uint32("llama.expert_count", 8), "expert_count"),
+    ],
+)
+def test_gguf_metadata_that_would_change_the_computation_is_refused(extra, message, tmp_path):
+    write_gguf(tmp_path / "m.gguf", "F32", extra=extra)
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_is_recognised_in_a_gguf_by_its_factors(factor, tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
+    )
+    plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
+
+    def extra(writer):
+        writer.add_rope_freq_base(500000.0)
+        factors = (plain / theirs.inv_freq.numpy()).astype(np.float32)
+        writer.add_tensor("rope_freqs.weight", factors)
+
+    write_gguf(tmp_path / "m.gguf", "F32", extra=extra)
+    found = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "out", "float32")).config
+    assert found.rope == RopeConfig(theta=500000.0, kind="llama3", factor=factor)
+    np.testing.assert_allclose(rope_frequencies(found.rope, 64), theirs.inv_freq, rtol=1e-6)
+
+
+def test_a_gguf_tokenizer_that_splits_text_in_an_unknown_way_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "F32", pre="tekken-9")
+    with pytest.raises(UserError, match=r"tekken-9.*llama-bpe"):
+        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
 
 
 def test_an_unsupported_gguf_type_is_refused_by_name(tmp_path):
