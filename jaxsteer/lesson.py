@@ -78,7 +78,7 @@ def steer_2d(
     states = [np.asarray([h], np.float32)]
     for step in steps:
         if step == "cap" and not direction.any():
-            # The zero vector has no direction to cap; adding and removing it do nothing by themselves.
+            # A zero vector has no direction to cap; added or removed it changes nothing anyway.
             states.append(states[-1])
             continue
         compiled = compile_conditions([[made[step]]], ["all"], n_layers=1, d_model=2)
@@ -274,7 +274,7 @@ def survival(
 ) -> pl.DataFrame:
     """How much of an addition a projection some layers later leaves.
 
-    At each distance k from 0 to 4, and then to the last layer in steps of 2, two conditions are
+    At each distance k from 0 to 4, and then to the last layer in steps of 4, two conditions are
     read: the direction of `layer` projected out at layer + k, with and without having been added
     at `layer`. What moves between them is the addition's doing. At k = 0 it is nothing, by algebra:
     (I - uu')(h + a u) = (I - uu') h. One compiled program reads all conditions.
@@ -285,7 +285,7 @@ def survival(
     """
     config, vectors = bench.model.config, bench.directions[name].vectors
     reach = config.n_layers - layer
-    distances = [k for k in range(reach) if k <= 4 or k % 2 == 0]
+    distances = [k for k in range(reach) if k <= 4 or k % 4 == 0]
     added = Add(direction=vectors, layers=(layer,), scale=strength)
     conditions: list[list[Operation]] = [[], [added]]
     for k in distances:

@@ -391,9 +391,9 @@ def _(baseline, bench):
 
 
 @app.cell
-def _(baseline_reply, bench, next_tokens, operations, own, reveal, steered, what):
-    # Naming `next_tokens` makes this cell wait for that chart, which is there sooner.
-    assert next_tokens is not None
+def _(baseline_reply, bench, depth, next_tokens, operations, own, reveal, steered, what):
+    # Naming the charts makes this cell wait for them: they are there sooner than a whole reply.
+    assert next_tokens is not None and depth is not None
     _veiled = bool(own.value.strip()) and not reveal.value
     _note = "Replies to your own prompt are blurred until you ask for them." if _veiled else ""
     _before = text.card("baseline", baseline_reply, "baseline", veiled=_veiled)
@@ -424,8 +424,9 @@ def _():
 @app.cell
 def _(baseline, bench, layer, prompt, steered, what):
     table = lesson.projections(bench, prompt, baseline, steered)
-    steering.depth_chart(table, layer.value, what)
-    return (table,)
+    depth = steering.depth_chart(table, layer.value, what)
+    depth  # noqa: B018
+    return depth, table
 
 
 @app.cell
