@@ -293,8 +293,8 @@ def _line(
         "label": given,
         "judge": judge,
         "cancels_steering": condition.cancels_steering,
-        # Tokens times sites that were touched, and the summed norm of what changed there.
-        "touched": sum(int(realised.touched.sum()) for realised in both),
+        # Tokens times sites where something changed, and the summed norm of the change there.
+        "touched": sum(int(realised.touched[realised.change > 0].sum()) for realised in both),
         "change": rows.total_change(reply),
     }
     for phase, realised in (("prompt", reply.prompt), ("response", reply.response)):
