@@ -200,7 +200,7 @@ class Change(Part, frozen=True):
     """What the interventions did to the residual stream.
 
     Attributes:
-      touched: tokens times sites touched, over all rows.
+      touched: tokens times sites at which something changed, over all rows.
       mean: mean norm of the change per touched token and site.
       rows_unchanged: rows in which nothing changed.
     """
