@@ -13,6 +13,7 @@ BROKEN = {
     "Look:\n" + "---\n" * 9: "loop",
     "It was a cold night and the ship lay still. Then it sank. " + "It sank. " * 8: "loop",
     "".join(f"{i}. The first step.\n" for i in range(1, 8)): "loop",
+    "We go home. " * 7 + "And so the day of the fair came to its end.": "loop",
     "天空天空天空天空天空天空天空天空": "loop",
     "a" * 80: "one character run",
     "\ufffd\ufffd word \ufffd and more": "undecodable bytes",
