@@ -29,6 +29,8 @@ class Bar:
       shares: of each label.
       low, high: of the refusal rate: the Wilson interval, or the range over seeds.
       n: prompts.
+      plain: whether nothing was done to the model.
+      scale: its strength, or None.
       seeds: number of seeds, 1 where there are none.
       cancels: whether it cancels its own steering.
     """
@@ -39,6 +41,8 @@ class Bar:
     low: float
     high: float
     n: int
+    plain: bool
+    scale: float | None
     seeds: int
     cancels: bool
 
@@ -74,9 +78,23 @@ def _bar(
         low=low,
         high=high,
         n=outcomes[0].n,
+        plain=not members[0][0].sites,
+        scale=scale,
         seeds=len(members),
         cancels=members[0][0].cancels_steering,
     )
+
+
+def chosen(every: Sequence[Bar], most: int) -> list[Bar]:
+    """The bars worth drawing: of several modes the untouched model, else at most `most`.
+
+    Strengths make room first, since their trends are told elsewhere on the page.
+    """
+    if len({bar.mode for bar in every}) > 1:
+        plain = [bar for bar in every if bar.plain]
+        return plain or list(every[:most])
+    kept = [bar for bar in every if bar.scale is None] if len(every) > most else list(every)
+    return (kept or list(every))[:most]
 
 
 def svg(bar: Bar) -> str:

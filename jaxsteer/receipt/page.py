@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxsteer.claims import Claim, Comparison
@@ -104,20 +104,20 @@ def _plain(p: Predicate) -> Condition | None:
 
 
 def _outcomes(p: Predicate) -> Iterator[str]:
-    drawn = bars.bars(p.conditions, HARMFUL)
-    if not drawn:
+    every = bars.bars(p.conditions, HARMFUL)
+    if not every:
         return
+    drawn = bars.chosen(every, MOST)
+    modes = {bar.mode for bar in every}
     yield "<h2>What the model did with harmful prompts</h2>"
     yield f'<div class="legend">{bars.legend(drawn)}</div>'
-    rows, mode = [], ""
-    for bar in drawn[:MOST]:
-        if bar.mode != mode:
-            mode = bar.mode
-            rows.append(f'<tr class="mode"><td colspan="4">{esc(mode)}</td></tr>')
+    rows = []
+    for bar in drawn:
+        name = f"{bar.mode}: {bar.name}" if len(modes) > 1 else bar.name
         # A condition that proves nothing must not look as if it did.
         sign = ' <span class="soft">(proves nothing †)</span>' if bar.cancels else ""
         rows.append(
-            f'<tr><td class="label">{esc(bar.name)}{sign}</td><td>{bars.svg(bar)}</td>'
+            f'<tr><td class="label">{esc(name)}{sign}</td><td>{bars.svg(bar)}</td>'
             f'<td class="n">{percent(bar.shares["refusal"])}</td>'
             f'<td class="n soft">{span(bar.low, bar.high)}</td></tr>'
         )
@@ -131,9 +131,24 @@ def _outcomes(p: Predicate) -> Iterator[str]:
             " † The vector is removed where it was added, so the result is that of the removal "
             "alone, by algebra, whatever the model does."
         )
-    if len(drawn) > MOST:
-        note += f" {len(drawn) - MOST} more conditions are in receipt.json."
+    if len(modes) == 1 and len(drawn) < len(every):
+        note += f" {len(every) - len(drawn)} more conditions are in receipt.json."
     yield f'<p class="note">{note}</p>'
+    if len(modes) > 1:
+        yield from _by_mode(every)
+
+
+def _by_mode(every: Sequence[bars.Bar]) -> Iterator[str]:
+    """Refused shares as conditions by modes: what a mode changes reads along a line."""
+    modes = list(dict.fromkeys(bar.mode for bar in every))
+    found = {(bar.name, bar.mode): percent(bar.shares["refusal"]) for bar in every}
+    yield table(
+        ["refused by condition and mode", *(f"#{esc(mode) or 'no mode'}" for mode in modes)],
+        [
+            [esc(name), *(found.get((name, mode), "–") for mode in modes)]
+            for name in dict.fromkeys(bar.name for bar in every)
+        ],
+    )
 
 
 def _claims(p: Predicate) -> Iterator[str]:
@@ -256,7 +271,8 @@ def _controls(p: Predicate) -> Iterator[str]:
                 for s, name in zip(dose.strengths, dose.conditions, strict=True)
                 if name in known and dose.family in known[name].outcomes
             )
-            yield f"<p>{esc(dose.base)}, refused: {steps} (trend p {number(dose.p)}).</p>"
+            name = f"{dose.mode}: {dose.base}" if dose.mode else dose.base
+            yield f"<p>{esc(name)}, refused: {steps} (trend p {number(dose.p)}).</p>"
 
 
 def _setup(p: Predicate) -> Iterator[str]:

@@ -126,6 +126,24 @@ def test_bars_join_seeds_and_fill_their_width(finished):
         assert sum(widths) == pytest.approx(100, abs=0.05)
 
 
+def test_several_modes_are_a_table_of_conditions_by_modes(tmp_path):
+    build.write(made.folder(tmp_path, study=made.study(modes=["calm", "bold"])))
+    pieces = [p.strip() for p in Tags((tmp_path / build.HTML).read_text()).pieces]
+    at = pieces.index("refused by condition and mode")
+    line = [piece for piece in pieces[at:] if piece][:6]
+    assert line == ["refused by condition and mode", "calm", "bold", "baseline", "45 %", "45 %"]
+    assert {"calm: baseline", "bold: baseline"} <= set(pieces)
+
+
+def test_strengths_make_room_when_there_are_too_many_bars(finished):
+    every = bars.bars(form.load(finished / build.JSON).predicate.conditions, "strongreject")
+    assert bars.chosen(every, len(every)) == every
+    fewer = bars.chosen(every, len(every) - 1)
+    assert [bar.name for bar in every if bar not in fewer] == [
+        f"persona by strength x{s}" for s in (1, 2, 4)
+    ]
+
+
 def test_a_condition_that_proves_nothing_is_marked_so(page):
     row = re.search(r"<tr><td class=\"label\">persona, out at steer.*?</tr>", page, re.S)[0]
     assert "proves nothing" in row
