@@ -9,6 +9,7 @@ NAME/tokenizer/       tokenizer.json, tokenizer_config.json, chat template
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -51,8 +52,10 @@ class Checkpoint:
 
 def array_sha256(value: np.ndarray) -> str:
     """Identity of an array: dtype, shape and bytes."""
-    head = f"{value.dtype.name}{tuple(value.shape)}".encode()
-    return sha256_bytes(head + np.ascontiguousarray(value).tobytes())
+    digest = hashlib.sha256(f"{value.dtype.name}{tuple(value.shape)}".encode())
+    # The bytes in place: a copy of the largest tensor is as large as a small model.
+    digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def save(
@@ -89,7 +92,7 @@ def save(
         tokenizer.mkdir()
         write_tokenizer(tokenizer)
         write_json(temporary / "config.json", to_hf(config))
-        _save_params(temporary / "params", nest(params.items()))
+        _save_params(temporary / "params", params, out)
         hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
         files = {f.name: sha256_file(f) for f in sorted(tokenizer.iterdir())}
         manifest = {
@@ -121,16 +124,28 @@ def save(
 
 
 def _orbax() -> Any:
-    # Imported late: orbax takes a second, and its start-up chatter is not for our users.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Imported late: orbax takes a second, and what it logs is said again in the one line we raise.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint
 
     return orbax.checkpoint
 
 
-def _save_params(path: Path, tree: dict[str, Any]) -> None:
-    with _orbax().StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
+def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> None:
+    try:
+        with _orbax().StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), nest(params.items()))
+    except Exception as error:
+        # Tensorstore reports a full disk as a ValueError, its reason at the very end.
+        reason = _first_line(error).split(": ")[-1].split(" [os_error")[0]
+        raise UserError(
+            f"cannot write {out}: {reason}; free space or choose another --out"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint:
@@ -164,9 +179,10 @@ def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint
         raise UserError(f"{path}: config or manifest cannot be read ({error}); {again}") from None
     if sha256_file(path / "config.json") != manifest["config_sha256"]:
         raise UserError(f"{path}/config.json does not match the manifest; {again}")
-    for name, expected in files.items():
+    present = [file.name for file in (path / "tokenizer").glob("*")]
+    for name in sorted({*files, *present}):
         file = path / "tokenizer" / name
-        if not file.is_file() or sha256_file(file) != expected:
+        if name not in present or sha256_file(file) != files.get(name):
             raise UserError(f"{file} is missing or does not match the manifest; {again}")
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -180,10 +196,8 @@ def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint
             params = checkpointer.restore((path / "params").absolute(), target)
     except Exception as error:
         # Orbax and tensorstore raise many types for a damaged store; all mean the same here.
-        first = (
-            str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        )
-        raise UserError(f"{path}/params cannot be read ({first}); {again}") from None
+        reason = _first_line(error)[:160]
+        raise UserError(f"{path}/params cannot be read ({reason}); {again}") from None
     if verify:
         wrong = [
             name

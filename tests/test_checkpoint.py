@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
 from jaxsteer.weights import flatten
 from tests import tiny
+from tests.cli.command import jaxsteer
 
 
 @pytest.fixture
@@ -50,6 +53,46 @@ def test_a_flipped_byte_in_the_parameters_is_caught(saved):
     biggest.write_bytes(bytes(data))
     with pytest.raises(UserError, match="params"):
         checkpoint.load(saved)
+
+
+def test_a_tokenizer_file_that_the_manifest_does_not_know_is_named(saved):
+    # It would change the prompts, and the tokenizer's hash would not say so.
+    (saved / "tokenizer/special_tokens_map.json").write_text('{"eos_token": "<s>"}')
+    with pytest.raises(UserError, match=r"tokenizer/special_tokens_map\.json"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-30], lambda text: "{}", lambda text: "[1]"])
+def test_a_damaged_manifest_is_named(saved, damage):
+    path = saved / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match="config or manifest cannot be read"):
+        checkpoint.load(saved)
+
+
+def test_missing_parameters_are_one_line(saved):
+    shutil.rmtree(saved / "params")
+    with pytest.raises(UserError, match=r"out/params cannot be read \([^\n]*\); convert") as caught:
+        checkpoint.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(saved, tmp_path):
+    source, out = tmp_path / "hf", tmp_path / "big"
+    done = jaxsteer("convert", source, "--out", out, file_limit=20_000)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"jaxsteer: cannot write {out}: File too large; free space")
+    assert done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_an_array_is_known_by_its_type_shape_and_bytes():
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    expected = hashlib.sha256(b"float32(2, 3)" + value.tobytes()).hexdigest()
+    assert checkpoint.array_sha256(value) == expected
+    assert checkpoint.array_sha256(np.asfortranarray(value)) == expected
+    others = [value.reshape(3, 2), value.astype(np.float64), value.view(np.int32), -value]
+    assert expected not in [checkpoint.array_sha256(other) for other in others]
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_and_kept(saved, tmp_path):
