@@ -1,0 +1,299 @@
+"""The refusal receipt: read, verify and compare it, then look at the replies behind it.
+
+marimo edit notebooks/5_receipt.py
+python notebooks/5_receipt.py -- --results results/smollm2-demo [--second OTHER/receipt.json]
+"""
+
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="5. The receipt")
+
+with app.setup:
+    from pathlib import Path
+
+    import marimo as mo
+    import polars as pl
+
+    from jaxsteer.analysis import browsing, outcomes
+    from jaxsteer.analysis.opening import open_results
+    from jaxsteer.charts import controls as tables
+    from jaxsteer.charts import outcomes as charts
+    from jaxsteer.charts import text, theme
+    from jaxsteer.errors import UserError
+    from jaxsteer.judges import audit, labelling
+    from jaxsteer.receipt import diff, form, verify
+
+    theme.use()
+    ROOT = Path(__file__).resolve().parent.parent
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    # The receipt
+
+    A **refusal receipt** says what a study found in a form that somebody else can check. It holds
+    counts and hashes, and no replies. This page reads one, checks it, compares it with another, and
+    then goes behind it, to the replies themselves.
+    """)
+    return
+
+
+@app.cell
+def _():
+    _given = mo.cli_args()
+    _folder = str(_given.get("results") or "results/smollm2-demo")
+    results = mo.ui.text(value=_folder, label="results directory", full_width=True)
+    _label = "another receipt.json, to compare with"
+    second = mo.ui.text(value=str(_given.get("second") or ""), label=_label, full_width=True)
+    mo.vstack([results, second])
+    return results, second
+
+
+@app.cell
+def _(results):
+    folder = ROOT / results.value
+    try:
+        opened, _problem = open_results(folder), ""
+    except UserError as error:
+        opened, _problem = None, str(error)
+    if _problem and mo.app_meta().mode == "script":
+        print(_problem)
+    mo.stop(opened is None, mo.callout(mo.md(text.escaped(_problem)), kind="warn"))
+    rows = opened.found.rows
+    _banner = [mo.callout(mo.md(text.escaped(line)), kind="warn") for line in opened.banner]
+    mo.vstack(
+        [*_banner, mo.md(f"**{text.escaped(opened.found.spec.name)}**: {rows.height:,} rows.")]
+    )
+    return folder, opened, rows
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 1. Read it
+
+    A claim is **confirmed** when every comparison that the study planned for it held, **not
+    confirmed** when one did not, and **not tested** when the rows cannot answer. *Not confirmed* is
+    not *refuted*: with few prompts it is often all that can be said.
+    """)
+    return
+
+
+@app.cell
+def _(folder, results):
+    _path = folder / "receipt.json"
+    try:
+        receipt, _problem = form.load(_path).predicate, ""
+    except UserError as error:
+        receipt, _problem = None, str(error)
+    if not _path.is_file():
+        _problem = f"There is no receipt yet: run `jaxsteer receipt {results.value}`."
+    mo.stop(receipt is None, mo.callout(mo.md(text.escaped(_problem)), kind="warn"))
+    mo.md(f"{charts.facts_table(receipt)}\n\n{tables.claims_table(receipt.claims)}")
+    return (receipt,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 2. Verify it
+
+    Everything in a receipt that follows from something else in it is computed again: intervals from
+    counts, p-values from pairs, verdicts from p-values. Against the results folder it is rebuilt
+    from the rows. What *cannot* be checked is listed too: the digest shows a careless edit, and is
+    no signature, since whoever edits can compute it again.
+    """)
+    return
+
+
+@app.cell
+def _(folder, receipt, rows):
+    assert receipt is not None
+    _whole = rows.height <= 100_000  # rebuilding reads every row
+    try:
+        _checks = verify.verify(folder / "receipt.json", folder=folder if _whole else None)
+        _said, _kind = (
+            charts.checks_said(_checks),
+            "success" if verify.passed(_checks) else "danger",
+        )
+    except UserError as error:
+        _checks, _said, _kind = [], str(error), "danger"
+    _callout = mo.callout(mo.md(text.escaped(_said)), kind=_kind)
+    mo.vstack([_callout, mo.md(charts.checks_table(_checks))])
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 3. Compare it
+
+    Did the boundary move, between two models, two policies, two versions? A receipt has counts and
+    no rows, so its rates are compared as independent ones, which is cautious when both ran on the
+    same prompts. Read the list of *what else changed* first: a difference between two studies that
+    differ in five things is owed to none of them in particular.
+    """)
+    return
+
+
+@app.cell
+def _(folder, receipt, second):
+    assert receipt is not None
+    mo.stop(not second.value.strip(), mo.md("Name another receipt above to see what moved."))
+    try:
+        _other = form.load(ROOT / second.value.strip())
+        compared = diff.compare(form.load(folder / "receipt.json"), _other)
+        _problem = "" if compared.lines else "They have no figure in common."
+    except UserError as error:
+        _problem = str(error)
+    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
+    mo.vstack([mo.as_html(charts.diff_chart(compared)), mo.md(charts.changed_table(compared))])
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 4. What became of the prompts
+
+    Every reply gets one label: a **refusal**, a **bypass** (an answer that a judge of harm calls
+    harmful), **degenerate** (broken text), or none of these. An answer that no judge of harm has
+    seen is neither a bypass nor harmless: it is *not judged*, and stays so until one has.
+    """)
+    return
+
+
+@app.cell
+def _(rows):
+    _families = rows["family"].unique(maintain_order=True).to_list()
+    family = mo.ui.dropdown(_families, value=_families[0], label="prompts")
+    _names = rows["condition"].unique(maintain_order=True).to_list()
+    of = mo.ui.dropdown(_names, value=_names[0], label="by category, under")
+    mo.hstack([family, of], justify="start", gap=2, wrap=True)
+    return family, of
+
+
+@app.cell
+def _(family, of, rows):
+    _asked = rows.filter(pl.col("family") == family.value)
+    _one = _asked.filter(pl.col("condition") == of.value)
+    _what = f"{family.value} prompts"
+    _charts = [charts.stacked_chart(outcomes.shares(_asked, "condition"), "condition", _what)]
+    if not _one.is_empty():
+        _shares = outcomes.shares(_one, "category")
+        _charts.append(charts.stacked_chart(_shares, "category", f"{_what} under {of.value}"))
+    mo.vstack([*map(mo.as_html, _charts)])
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 5. Read the replies
+
+    A rate is only as good as its labels, so look. Harmful prompts and the replies to them are
+    blurred until you ask. Whatever a model wrote is shown as text, never run as markup.
+    """)
+    return
+
+
+@app.cell
+def _(rows):
+    browse = mo.ui.dictionary(
+        {
+            name: mo.ui.dropdown(browsing.choices(rows, name), value=browsing.ALL, label=name)
+            for name in ("condition", "family", "label")
+        }
+    )
+    at = mo.ui.number(1, max(1, -(-rows.height // 6)), label="page")
+    reveal = mo.ui.switch(label="show what may harm")
+    texts, _problem = browsing.known_texts()
+    _bar = mo.hstack([*browse.values(), at, reveal], justify="start", gap=2, wrap=True)
+    mo.vstack([_bar, mo.md(text.escaped(_problem))])
+    return at, browse, reveal, texts
+
+
+@app.cell
+def _(at, browse, reveal, rows, texts):
+    _page = browsing.page(rows, **browse.value, number=int(at.value or 1))
+    _where = mo.md(f"Page {_page.number:,} of {_page.pages:,}; {_page.total:,} replies fit.")
+    mo.vstack([_where, mo.Html(charts.reply_cards(_page.rows, texts, reveal=reveal.value))])
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 6. Label them yourself
+
+    Judges are instruments and want calibrating. Draw a sample and label it: condition and label are
+    hidden, so that you do not know what is hoped for. Each answer goes straight into the CSV, which
+    a spreadsheet can open too, and `jaxsteer audit import RESULTS FILE` takes it in as the judge
+    `human`.
+    """)
+    return
+
+
+@app.cell
+def _(folder):
+    file = mo.ui.text(value=str(folder / "audit.csv"), label="audit file", full_width=True)
+    size = mo.ui.number(1, 1000, value=50, label="replies to draw")
+    draw = mo.ui.run_button(label="draw a sample")
+    turn, set_turn = mo.state(0)
+    mo.vstack([file, mo.hstack([size, draw], justify="start", gap=2)])
+    return draw, file, set_turn, size, turn
+
+
+@app.cell
+def _(draw, file, opened, rows, size, texts):
+    _path = Path(file.value)
+    try:
+        if draw.value:
+            _drawn = audit.sample(rows, opened.found.verdicts, int(size.value), 0)
+            _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
+            audit.export(_drawn, _texts, _path)
+        _problem = "" if _path.is_file() else f"{_path} is not there yet: draw a sample."
+    except UserError as error:
+        _problem = str(error)
+    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="neutral"))
+    sample = _path
+    return (sample,)
+
+
+@app.cell
+def _(sample, turn):
+    turn()
+    try:
+        _entries, _problem = labelling.entries(sample), ""
+    except UserError as error:
+        _entries, _problem = [], str(error)
+    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
+    _open = [entry for entry in _entries if not entry.label]
+    _said = f"{len(_entries) - len(_open)} of {len(_entries)} replies have a label."
+    mo.stop(not _open, mo.callout(mo.md(f"{_said} Done."), kind="success"))
+    entry = _open[0]
+    mo.md(_said)
+    return (entry,)
+
+
+@app.cell
+def _(entry, reveal, sample, set_turn):
+    def _save(answer):
+        if answer and answer["label"]:
+            labelling.fill(sample, entry.item, answer["label"], answer["note"])
+            set_turn(lambda n: n + 1)
+
+    answer = mo.ui.dictionary(
+        {
+            "label": mo.ui.radio(list(audit.LABELS), inline=True),
+            "note": mo.ui.text(placeholder="a note, if you like", full_width=True),
+        }
+    ).form(submit_button_label="save and next", on_change=_save)
+    mo.vstack([mo.Html(charts.entry_cards(entry, reveal=reveal.value)), answer])
+    return
+
+
+if __name__ == "__main__":
+    app.run()
