@@ -1,0 +1,281 @@
+"""The layer window: where in depth an intervention brings refusal back.
+
+marimo edit notebooks/3_layer_window.py
+python notebooks/3_layer_window.py -- --results results/layer-window
+"""
+
+import marimo
+
+__generated_with = "0.25.2"
+app = marimo.App(width="medium", app_title="3. The layer window")
+
+with app.setup:
+    from pathlib import Path
+
+    import marimo as mo
+
+    from jaxsteer.analysis import windows
+    from jaxsteer.analysis.opening import open_results
+    from jaxsteer.charts import theme
+    from jaxsteer.charts import windows as charts
+    from jaxsteer.errors import UserError
+
+    theme.use()
+    ROOT = Path(__file__).resolve().parent.parent
+    MOST = 5  # conditions whose projections can be told apart in one chart
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    # The layer window
+
+    A persona direction is added at one layer, and the model stops refusing. Two things can be done
+    about it further on, and each asks a question about *where*.
+
+    - **Knockout**: project the direction out again at some layer. If refusal comes back, what the
+      persona did up to that layer was not yet final; if it stays away, the later layers no longer
+      need the direction to be there.
+    - **Adding refusal**: push along the refusal direction at some layer. Before the persona, the
+      persona may overrule it; after it, it may have the last word. Where it works suggests which
+      of the two is downstream.
+
+    Each cell below is one condition, run on the same harmful prompts. Colour and number give the
+    share refused, the small numbers its 95 % Wilson interval.
+    """)
+    return
+
+
+@app.cell
+def _():
+    results = mo.ui.text(
+        value=str(mo.cli_args().get("results") or "results/smollm2-demo"),
+        label="results directory",
+        full_width=True,
+    )
+    results  # noqa: B018
+    return (results,)
+
+
+@app.cell
+def _(results):
+    try:
+        opened, _error = open_results(ROOT / results.value), ""
+        n_layers = windows.depth(opened.found)
+        names = windows.steered(opened.found, n_layers)
+    except UserError as error:
+        opened, _error = None, str(error)
+    if not _error and not names:
+        _error = (
+            "This study adds no direction by itself, so there is no window to look at: "
+            "`jaxsteer sweep layer-window` runs one that does."
+        )
+    if _error and mo.app_meta().mode == "script":
+        print(_error)
+    mo.stop(bool(_error), mo.callout(mo.plain_text(_error), kind="warn"))
+    found = opened.found
+    mo.vstack([mo.callout(mo.plain_text(note), kind="warn") for note in opened.banner])
+    return found, n_layers, names
+
+
+@app.cell
+def _(found, names):
+    _modes = {mode or "no mode": mode for mode in windows.modes(found)}
+    name = mo.ui.dropdown(names, value=names[0], label="steered direction")
+    mode = mo.ui.dropdown(_modes, value=next(iter(_modes)), label="persona mode")
+    mo.hstack([name, mode] if len(_modes) > 1 else [name], justify="start", gap=2)
+    return mode, name
+
+
+@app.cell
+def _(found, mode, n_layers, name):
+    maps = windows.table(found, windows.cells(found, name.value, n_layers, mode.value))
+    _places = maps.filter(maps["column"] != windows.NONE)
+    _few = _places.group_by("map", "strength").len()["len"].max() or 0
+    mo.stop(
+        not _places.height,
+        mo.callout(
+            mo.md(
+                "Nothing was projected out of this direction, and no refusal was added to it. "
+                "`jaxsteer sweep layer-window` runs a study that does both."
+            ),
+            kind="warn",
+        ),
+    )
+    mo.callout(
+        mo.md(
+            "This study has few places and strengths, so its maps are thin. "
+            "`jaxsteer sweep layer-window` fills them; then give `results/layer-window` above."
+        ),
+        kind="info",
+    ) if _few < 6 else None
+    return (maps,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Knockout
+
+    Across: the layers that the direction is projected out of, `not removed` first and whole windows
+    last. Up: how strongly it was added; the row **0 is the knockout alone**, without any steering.
+
+    **Hatched cells are true by algebra.** The direction was added and projected out at the *same*
+    layer, and
+    $(I - uu^\top)(h + \alpha d) = (I - uu^\top)\, h$
+    for any $\alpha$: that model was never steered. Such a cell equals the cell of row 0 in its
+    column, and that refusal "comes back" there says nothing about depth. Nor does a knockout
+    *before* the steer: what is added later cannot be removed earlier.
+
+    Compare every cell with *two* others: `not removed` in its own row (what did removing change?)
+    and row 0 in its own column (is that because the steer was undone, or because the knockout by
+    itself breaks or changes the model?). A **red corner** warns of broken replies: a model that
+    stammers does not refuse either.
+
+    **Drag over cells** to choose them; a click beside them lets go.
+    """)
+    return
+
+
+@app.cell
+def _(maps):
+    knockout = (
+        mo.ui.altair_chart(charts.map_chart(maps, "knockout"))
+        if (maps.filter((maps["map"] == "knockout") & (maps["column"] != windows.NONE)).height)
+        else mo.md("This study has no knockout: `jaxsteer sweep layer-window` runs some.")
+    )
+    knockout  # noqa: B018
+    return (knockout,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Adding refusal
+
+    The persona at one strength throughout, and refusal added on top: across the layer, up the
+    strength. Before the persona's layer, refusal must get past the persona; after it, it need
+    not. Beware of the strongest rows: a large push anywhere breaks replies, and a broken reply
+    that happens to begin with an apology counts as a refusal, so watch for the red corners.
+    """)
+    return
+
+
+@app.cell
+def _(maps):
+    added = (
+        mo.ui.altair_chart(charts.map_chart(maps, "refusal"))
+        if (maps.filter((maps["map"] == "refusal") & (maps["column"] != windows.NONE)).height)
+        else mo.md("This study adds no refusal: `jaxsteer sweep layer-window` does.")
+    )
+    added  # noqa: B018
+    return (added,)
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## The flips behind the chosen cells
+
+    A rate hides which prompts made it. The same prompts ran everywhere, so each cell is *paired*
+    with its control (the steer alone at the same strength; for row 0 and `not removed`, the
+    baseline), and what counts are the prompts that change sides. If only luck were at work, a
+    changed prompt would go either way with probability ½; the exact **McNemar** test asks how
+    surprising the split is, and Holm's correction makes up for looking at several cells.
+
+    One warning that no correction mends: a window chosen *because* it looked good on this map is a
+    hypothesis. Its p-value describes these prompts; a claim needs others.
+    """)
+    return
+
+
+@app.cell
+def _(added, found, knockout, maps):
+    _boxes = {"knockout": knockout, "refusal": added}
+    _picked = [
+        windows.brushed(maps, which, getattr(box, "selections", {}))
+        for which, box in _boxes.items()
+    ]
+    chosen = _picked[0].vstack(_picked[1])
+    _free = not chosen.height
+    if _free:
+        chosen = windows.strongest(maps, "knockout").vstack(windows.strongest(maps, "refusal"))
+    flipped = windows.flip_table(found, chosen)
+    mo.md(
+        "Nothing is brushed, so these are the rows of largest strength."
+        if _free
+        else f"**{chosen.height} chosen cells**, {flipped.height} with a control to pair with."
+    )
+    return chosen, flipped
+
+
+@app.cell
+def _(flipped):
+    mo.stop(
+        not flipped.height,
+        mo.callout(mo.md("No chosen cell has a control on the same prompts."), kind="warn"),
+    )
+    mo.vstack(
+        [
+            mo.as_html(charts.flips_chart(flipped)),
+            mo.ui.table(charts.mcnemar_table(flipped), selection=None, show_data_types=False),
+        ]
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Along depth
+
+    How far the chosen conditions move the projection on a direction, layer by layer, against the
+    same prompts under the baseline. An addition shows as a jump at its layer, a knockout as a drop.
+    (The chart begins two layers below the first change: further down the model is untouched, and
+    only the words of the replies differ.)
+    Two things are worth looking for: whether the jump *stays* by itself, and whether a knockout of
+    the persona lets the **refusal** projection return, which is what a refusing reply should show.
+    """)
+    return
+
+
+@app.cell
+def _(found):
+    _probed = [k for k in ("persona", "refusal") if f"{k}_after_response" in found.rows.columns]
+    mo.stop(not _probed, mo.callout(mo.md("These rows recorded no projections."), kind="warn"))
+    onto = mo.ui.dropdown(_probed, value=_probed[-1], label="projection on")
+    phase = mo.ui.radio(
+        {"reply": "response", "prompt": "prompt"}, value="reply", label="tokens", inline=True
+    )
+    mo.hstack([onto, phase], justify="start", gap=2)
+    return onto, phase
+
+
+@app.cell
+def _(chosen, found, maps, n_layers, onto, phase):
+    _none = (maps["column"] == windows.NONE) & (maps["strength"] == 0)
+    _baseline = maps.filter(_none & (maps["map"] == "knockout"))["condition"]
+    mo.stop(
+        not _baseline.len(),
+        mo.callout(mo.md("This study has no baseline to compare with."), kind="warn"),
+    )
+    _order = [*chosen["control"].unique(maintain_order=True), *chosen["condition"]]
+    _lines = [k for k in dict.fromkeys(_order) if k and k != _baseline[0]]
+    _along = windows.along_depth(found, _lines[:MOST], _baseline[0], onto.value, phase.value)
+    # Below the first change only the replies' words differ.
+    _along = _along.filter(
+        _along["layer"] >= windows.first_layer(found, _lines[:MOST], n_layers) - 2
+    )
+    mo.vstack(
+        [
+            charts.depth_chart(_along, onto.value, phase.value),
+            mo.md(f"{MOST} of {len(_lines)} conditions are drawn: choose fewer cells for others.")
+            if len(_lines) > MOST
+            else mo.md(""),
+        ]
+    ) if _along.height else mo.callout(mo.md("No projections on these prompts."), kind="warn")
+    return
+
+
+if __name__ == "__main__":
+    app.run()
