@@ -186,8 +186,8 @@ def _():
     ## 4. Why projecting out where you added cancels
 
     Now both, at the same layer: first add $\alpha d$, then project $d$ out. Two roads are drawn,
-    one with the addition (orange, then green) and one without it (grey). **Move the strength**: the
-    end point does not move.
+    one with the addition (orange, then green) and one without it (grey); all run along $d$, and
+    stand side by side only to be seen. **Move the strength**: the end point does not move.
 
     $$(I - u u^\top)(h + \alpha d)
     = (I - u u^\top)\, h + \alpha \underbrace{(I - u u^\top)\, d}_{=\,0}

@@ -97,13 +97,21 @@ function drawing(state, colours) {
     made.append(line(times(-far, v), times(far, v), { stroke: colours.result, class: "span" }));
   }
   made.append(arrow([0, 0], d, colours.d), arrow([0, 0], h, "currentColor"));
+  // With several steps all roads run along u; side by side they can be told apart.
+  const aside = (k, [a, b]) => {
+    const by = times(steps.length > 1 ? 0.13 * k : 0, [-u[1], u[0]]);
+    return [plus(a, by), plus(b, by)];
+  };
   states.slice(1).forEach((to, i) => {
-    made.append(arrow(states[i], to, steps[i] === "add" ? colours.d : colours.result, "thin"));
+    const colour = steps[i] === "add" ? colours.d : colours.result;
+    made.append(arrow(...aside(-i, [states[i], to]), colour, "thin"));
   });
   if (steps.length > 1) {
     // The road without the addition ends in the same point.
     const direct = path(h, d, { ...state, steps: steps.slice(1) }).at(-1);
-    made.append(arrow(h, direct, "currentColor", "thin"));
+    const plain = arrow(...aside(1, [h, direct]), "currentColor", "thin");
+    plain.setAttribute("opacity", 0.6);
+    made.append(plain);
     const between = steps[0] === "add" ? `h ${signed(strength)} d` : "";
     made.append(name(states[1], between, colours.d));
   }

@@ -163,50 +163,60 @@ def token_map(
     limit = float(shown[value].abs().quantile(0.98) or 0) or 1.0
     names = shown["direction"].unique(maintain_order=True).to_list()
     maps = [
-        _map(
-            shown.filter(pl.col("direction") == name).drop("text"), name, value, limit, first=not i
-        )
-        for i, name in enumerate(names)
+        _map(shown.filter(pl.col("direction") == name).drop("text"), name, value, limit)
+        for name in names
     ]
-    most = shown.sort(pl.col(value).abs(), descending=True).row(0, named=True)
-    finding = (
-        f"Largest {'change' if value == 'change' else 'projection'}: "
-        f"{most['direction']} {most[value]:+.2f} at layer {most['layer']}, "
-        f"“{token_text(most['text'])}”"
-    ).replace("-", "−")
-    if value == "change" and not most["change"]:
-        finding = "Nothing is changed at any layer or token"
-    detail = (
-        f"{what}; {UNIT}; {count - first} of {count} prompt tokens; colour ends at ±{limit:.2g}"
+    # One legend for all, to the right, so that the maps start on one line.
+    maps[0] = maps[0].encode(y=_layer_axis(shown, title=LAYER))
+    ends = alt.Legend(
+        title=UNIT, orient="right", gradientLength=150, values=[-limit, 0, limit], format="+.2~g"
     )
+    maps[-1] = maps[-1].encode(color=_heat(value, limit, ends))
+    last_layer = shown.filter(pl.col("layer") == pl.col("layer").max())
+    most = last_layer.sort(pl.col(value).abs(), descending=True).row(0, named=True)
+    kind = "change" if value == "change" else "projection"
+    finding = (
+        f"The last layer's largest {kind} is {most['direction']} {most[value]:+.2f}, "
+        f"on “{token_text(most['text'])}”"
+    ).replace("-", "−")
+    if value == "change" and not shown["change"].abs().max():
+        finding = "Nothing is changed at any layer or token"
+    part = f"{count - first} of {count} prompt tokens"
+    detail = f"{what}; {UNIT}; {part}; colour ends at ±{limit:.2g}"
     beside = alt.HConcatChart(hconcat=maps, spacing=26).resolve_scale(color="independent")
     return titled(beside, finding, detail)
 
 
-def _map(table: pl.DataFrame, name: str, value: str, limit: float, *, first: bool) -> alt.Chart:
+def _heat(value: str, limit: float, legend: alt.Legend | None) -> alt.Color:
+    return alt.Color(f"{value}:Q", scale=theme.around_zero(limit), legend=legend)
+
+
+def _layer_axis(table: pl.DataFrame, title: str | None) -> alt.Y:
+    marked = [layer for layer in table["layer"].unique().sort() if layer % 5 == 0]
+    axis = alt.Axis(values=marked, labels=title is not None)
+    return alt.Y("layer:O", sort="descending", title=title, axis=axis)
+
+
+def _map(table: pl.DataFrame, name: str, value: str, limit: float) -> alt.Chart:
     tokens = table["label"].n_unique()
     words = alt.Axis(
         labelExpr="slice(datum.label, 5)", labelAngle=-90, labelFont=theme.MONO, labelFontSize=10
     )
-    x = alt.X("label:N", sort=None, title=None, axis=words)
-    layers = [layer for layer in table["layer"].unique().sort() if layer % 5 == 0]
-    y = alt.Y(
-        "layer:O",
-        sort="descending",
-        title=LAYER if first else None,
-        axis=alt.Axis(values=layers, labels=first),
-    )
-    ends = [-limit, 0, limit]
-    legend = alt.Legend(title=UNIT, gradientLength=180, values=ends, format="+.2~g")
-    colour = alt.Color(
-        f"{value}:Q", scale=theme.around_zero(limit), legend=legend if first else None
-    )
     tooltip = [
         alt.Tooltip("label:N", title="token"),
-        "layer:O",
+        alt.Tooltip("layer:O"),
         *(alt.Tooltip(f"{k}:Q", format=theme.SIGNED) for k in ("baseline", "steered", "change")),
     ]
-    chart = alt.Chart(table).mark_rect().encode(x=x, y=y, color=colour, tooltip=tooltip)
+    chart = (
+        alt.Chart(table)
+        .mark_rect()
+        .encode(
+            x=alt.X("label:N", sort=None, title=None, axis=words),
+            y=_layer_axis(table, title=None),
+            color=_heat(value, limit, None),
+            tooltip=tooltip,
+        )
+    )
     title = alt.TitleParams(name, fontSize=13, color=theme.colour(name), offset=6)
     return chart.properties(width=max(130, min(620, 12 * tokens)), height=270, title=title)
 

@@ -46,7 +46,7 @@ def replies(reader: Reader) -> list[str]:
 
 def test_it_opens_with_every_part_drawn(reader: Reader):
     assert reader.page.locator(".plane").count() == 4
-    for words in ("likeliest next token", "At the last layer", "Largest change", "Projected out"):
+    for words in ("likeliest next token", "At the last layer", "largest change", "Projected out"):
         assert reader.chart(words).texts
     assert len(replies(reader)) == 2 and all(replies(reader))
     assert reader.errors == []
