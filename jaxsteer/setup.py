@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from jaxsteer import conditions, data, directions, selection
+from jaxsteer import conditions, data, directions, extract, selection
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.data import Prompt
 from jaxsteer.directions import Direction
@@ -28,7 +28,6 @@ from jaxsteer.progress import Progress
 from jaxsteer.spec import DirectionSpec, SelectionSpec, StudySpec
 
 VERSION = "2"
-SPLIT_SEED = 11
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +70,8 @@ def split(chosen: SelectionSpec, study: str) -> Split:
     Raises:
       UserError: the spec asks for more prompts than there are.
     """
-    harmful = data.sample(data.harmbench(), 0, SPLIT_SEED)
-    harmless = data.sample(data.harmless(), 0, SPLIT_SEED)
+    harmful = data.sample(data.harmbench(), 0, extract.SPLIT_SEED)
+    harmless = data.sample(data.harmless(), 0, extract.SPLIT_SEED)
     train, validation = chosen.refusal_train, chosen.refusal_validation
     for name, needed, there in (
         ("HarmBench", train + validation + chosen.prompts, len(harmful)),
@@ -83,9 +82,10 @@ def split(chosen: SelectionSpec, study: str) -> Split:
                 f"study {study}: [selection] asks for {needed} {name} prompts (refusal_train, "
                 f"refusal_validation, prompts), there are {there}"
             )
+    harmful_train, harmless_train = extract.refusal_prompts(train, validation)
     return Split(
-        harmful_train=harmful[:train],
-        harmless_train=harmless[validation : validation + train],
+        harmful_train=harmful_train,
+        harmless_train=harmless_train,
         harmful_validation=harmful[train : train + validation],
         harmless_validation=harmless[:validation],
         selection=harmful[train + validation : train + validation + chosen.prompts],
@@ -193,21 +193,10 @@ def _direction(
     if item.kind == "user-persona":
         return directions.extract_user_persona(model, name, data.trait(item.trait), item.position)
     if item.kind == "assistant-axis":
-        material = data.roles()
-        roles = [(role["name"], role["instruction"]) for role in material["roles"]]
-        return directions.extract_assistant_axis(
-            model, material["default"], roles, material["questions"]
-        )
+        return extract.assistant_axis(model)
     if item.kind == "refusal":
         prompts = split(_selection(spec, "the refusal direction"), spec.name)
-        return directions.extract_contrast(
-            model,
-            name,
-            "refusal",
-            [p.text for p in prompts.harmful_train],
-            [p.text for p in prompts.harmless_train],
-            data.policy(spec.system).text,
-        )
+        return extract.refusal(model, spec.system, prompts.harmful_train, prompts.harmless_train)
     missing = [other for other in item.of if other not in found]
     if missing:
         raise UserError(

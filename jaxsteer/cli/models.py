@@ -47,46 +47,44 @@ def convert(
 
 @app.command()
 def extract(
-    what: Annotated[str, typer.Argument(help="A trait's name or .toml, or assistant-axis.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(help="Traits (names or .toml), refusal, assistant-axis, random-SEED."),
+    ],
     model: ModelOption = DEMO_MODEL,
-    out: Annotated[Path, typer.Option(help="safetensors file to write.")] = Path(
+    out: Annotated[Path, typer.Option(help="File to add them to.")] = Path(
         "results/directions.safetensors"
     ),
     position: Annotated[
-        str, typer.Option(help="prompt_end, response_start or response_avg.")
+        str, typer.Option(help="Of traits: prompt_end, response_start or response_avg.")
     ] = "prompt_end",
+    policy: Annotated[str, typer.Option(help="Of refusal: the system prompt.")] = "safety-v2",
     seed: Annotated[int, typer.Option(help="Seed of sampled replies.")] = 0,
 ) -> None:
-    """Extract a direction and save it with its provenance.
+    """Extract directions and save them with their provenance, beside those the file holds.
 
-    Example: jaxsteer extract compliant --out results/compliant.safetensors
+    Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
     from jaxsteer import activations, data, directions
     from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.extract import named
 
     if position not in activations.POSITIONS:
         raise UserError(
             f"unknown position {position!r}; they are {', '.join(activations.POSITIONS)}"
         )
     asked = cast(activations.Position, position)
+    data.policy(policy)
+    found = directions.load(out) if out.is_file() else {}
     use_compile_cache()
-    if what == "assistant-axis":
-        loaded, material = ChatModel.load(model), data.roles()
-        roles = [(role["name"], role["instruction"]) for role in material["roles"]]
-        direction = directions.extract_assistant_axis(
-            loaded,
-            material["default"],
-            roles,
-            material["questions"],
-            asked,
-            seed=seed,
-        )
-    else:
-        trait = data.trait(what)
-        loaded = ChatModel.load(model)
-        direction = directions.extract_trait(loaded, trait, [asked], seed=seed)[asked]
-    directions.save(out, [direction])
-    typer.echo(f"wrote {out}: {direction.name}, {direction.vectors.shape}, {direction.sha256[:12]}")
+    loaded = ChatModel.load(model)
+    for direction in found.values():
+        directions.check_model(direction, loaded, str(out))
+    for name in what:
+        made = named(loaded, name, found, position=asked, policy=policy, seed=seed)
+        found[made.name] = made
+        directions.save(out, list(found.values()))
+        typer.echo(f"{out}: {made.name}, {made.vectors.shape}, {made.sha256[:12]}")
 
 
 @app.command()
@@ -116,9 +114,11 @@ def generate(
     from jaxsteer import directions, rows, steer_text
     from jaxsteer.chatmodel import ChatModel
     from jaxsteer.generate import Decoding
-    from jaxsteer.interventions import compile_conditions
+    from jaxsteer.interventions import SCOPES, compile_conditions
     from jaxsteer.show import plain
 
+    if scope not in SCOPES:
+        raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")
     use_compile_cache()
     asked = steer_text.parse(steer or [], project or [])
     found = directions.load(directions_file) if asked else {}
@@ -129,7 +129,7 @@ def generate(
     operations = steer_text.operations(asked, found)
     conditions = compile_conditions(
         [[], operations],
-        [scope, scope],  # type: ignore[list-item]
+        [scope, scope],
         n_layers=loaded.config.n_layers,
         d_model=loaded.config.d_model,
     )

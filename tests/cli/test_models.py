@@ -1,0 +1,81 @@
+"""convert, extract and generate as a user types them; bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsteer import directions
+from jaxsteer.directions import Direction
+from tests import tiny
+from tests.cli.command import jaxsteer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    source = tiny.save(tiny.llama(), folder / "hf")
+    done = jaxsteer("convert", source, "--out", folder / "tiny")
+    assert done.returncode == 0, done.stderr
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def vectors(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("vectors") / "d.safetensors"
+    for names in (["compliant", "random-3"], ["refusal"]):
+        done = jaxsteer("extract", *names, "--model", model, "--out", path)
+        assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_extract_adds_to_what_a_file_holds(vectors):
+    found = directions.load(vectors)
+    assert list(found) == ["compliant", "random-3", "refusal"]
+    assert found["random-3"].provenance["norm_of"] == "compliant"
+
+
+def test_generate_prints_baseline_and_steered_side_by_side_with_the_realised_change(model, vectors):
+    done = jaxsteer(
+        *("generate", "w4 w5", "--model", model, "--directions", vectors),
+        *("--steer", "compliant@1x4", "--project", "compliant@2", "--max-new-tokens", 6),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "baseline" in done.stdout and "steered" in done.stdout
+    assert "realised change" in done.stdout
+
+
+def bad(*arguments):
+    done = jaxsteer(*arguments)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(model, vectors, tmp_path):
+    held = vectors.read_bytes()
+    here = ("--model", model, "--directions", vectors)
+    assert "no manifest.json" in bad("generate", "w4", "--model", tmp_path)
+    assert "resid_post.9" in bad("generate", "w4", *here, "--steer", "compliant@9x1")
+    assert "no direction 'charm'" in bad("generate", "w4", *here, "--steer", "charm@1x1")
+    assert "NAME@LAYERxSCALE" in bad("generate", "w4", *here, "--steer", "compliant")
+    assert "unknown scope" in bad("generate", "w4", *here, "--scope", "some")
+    assert "prompt is empty" in bad("generate", "  ", *here)
+    assert "special token" in bad("generate", "w4 </s>", *here)
+    extract = ("--model", model, "--out", vectors)
+    assert "no trait charm" in bad("extract", "charm", *extract)
+    assert "unknown position" in bad("extract", "compliant", *extract, "--position", "middle")
+    assert "no policy" in bad("extract", "refusal", *extract, "--policy", "none")
+    trait = tmp_path / "mine.toml"
+    trait.write_text('name = "mine"\n')
+    assert "mine.toml" in bad("extract", trait, *extract)
+    assert "no model at" in bad("convert", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert vectors.read_bytes() == held and not (tmp_path / "out").exists()
+
+
+def test_a_direction_of_another_models_width_is_refused(model, tmp_path):
+    wide = Direction(name="v", vectors=np.ones((3, 99), np.float32), provenance={})
+    directions.save(tmp_path / "d.safetensors", [wide])
+    said = bad("generate", "w4", "--model", model, "--directions", tmp_path / "d.safetensors",
+               "--steer", "v@1x1")  # fmt: skip
+    assert "(3, 99)" in said and "(3, 32)" in said
