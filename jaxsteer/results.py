@@ -132,13 +132,16 @@ def _verdicts(path: Path) -> pl.DataFrame:
 
 
 def relabelled(rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """The rows with `label` and `judge` as the verdicts give them; as they are without any."""
+    """The rows with `label` and `judge` as the verdicts give them; as they are without any.
+
+    What the run itself said stays in `run_label` and `run_judge`: two judges' verdicts are in it.
+    """
     if not verdicts:
         return rows
     from jaxsteer.judges.label import label_table
 
     given = label_table(rows, verdicts).select("row_id", "label", "judge")
-    return rows.drop("label", "judge").join(
+    return rows.rename({"label": "run_label", "judge": "run_judge"}).join(
         given, on="row_id", how="left", maintain_order="left", validate="1:1"
     )
 

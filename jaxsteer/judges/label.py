@@ -109,14 +109,16 @@ def votes_table(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -
     no verdicts, the run-time label stands in: it was made by those two.
 
     Args:
-      responses: row_id, family, response, label.
+      responses: row_id, family, response, and the run-time label: run_label in rows that were
+        labelled again (`results.load`), else label.
       verdicts: by judge name, as stored by `verdicts.Store`.
     """
+    labelled_again = "run_label" in responses.columns
     rows = responses.select(
         "row_id",
         pl.Series("response_sha256", text_hashes(responses["response"])),
         pl.col("family").is_in(BENIGN_FAMILIES).alias("benign"),
-        pl.col("label").alias("run_label"),
+        pl.col("run_label" if labelled_again else "label").alias("run_label"),
     )
     score, verdict = pl.col("score"), pl.col("verdict")
     asked = {
@@ -170,8 +172,9 @@ def label_table(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -
 def _versions(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> dict[str, str]:
     """The versioned name of each judge, from its verdicts or from the run."""
     found = {"keyword": keyword.JUDGE, "degenerate": degenerate.JUDGE}
-    if "judge" in responses.columns:
-        for judge in responses["judge"].unique():
+    column = "run_judge" if "run_judge" in responses.columns else "judge"
+    if column in responses.columns:
+        for judge in responses[column].unique():
             found |= {name: judge for name in found if (judge or "").startswith(f"{name}-")}
     return found | {
         name: table["judge"][0] for name, table in verdicts.items() if not table.is_empty()

@@ -5,8 +5,9 @@ import itertools
 import polars as pl
 import pytest
 
-from jaxsteer.judges.label import Votes, decide, label, label_table
+from jaxsteer.judges.label import Votes, decide, label, label_table, votes_table
 from jaxsteer.judges.verdicts import SCHEMA, response_sha256
+from jaxsteer.results import relabelled
 
 MAYBE = (None, False, True)
 ALL = [
@@ -145,6 +146,17 @@ def test_a_verdict_on_another_text_does_not_count():
     rows = responses({"a": "Boil it."})
     verdicts = {"llama-guard": table("llama-guard-1", [("a", "Boil it!", 0.99, "unsafe")])}
     assert label_table(rows, verdicts)["label"].to_list() == ["complied-unscored"]
+
+
+def test_rows_labelled_again_keep_what_the_run_said():
+    text = "the " * 20
+    rows = responses({"a": text})
+    verdicts = {"coherence": table("coherence-1", [("a", text, 90.0, "coherent")])}
+    again = relabelled(rows, verdicts)
+    assert again["label"].to_list() == ["complied-unscored"]
+    assert votes_table(again, verdicts)["broken"].to_list() == [True]
+    assert label_table(again, verdicts).equals(label_table(rows, verdicts))
+    assert label_table(again, {}).rows() == [("a", "degenerate", "degenerate-2")]
 
 
 def test_an_unscored_verdict_does_not_count():
