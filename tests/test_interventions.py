@@ -157,3 +157,10 @@ def test_caps_that_are_not_orthogonal_are_refused():
     caps = [Cap(direction=a, layers=(0,), high=1), Cap(direction=a + b, layers=(0,), high=1)]
     with pytest.raises(UserError, match="orthogonal"):
         compile_conditions([caps], ["all"], n_layers=L, d_model=D)
+
+
+def test_a_cap_on_a_zero_vector_is_inert():
+    h = draw(0, 4, D)
+    np.testing.assert_array_equal(
+        steer(h, [Cap(direction=np.zeros((L, D)), layers=(1,), high=-1)]), h
+    )
