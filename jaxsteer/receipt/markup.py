@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from jaxsteer.show import plain
 
+HARMFUL = "strongreject"
 MOST = 40  # rows of any table; a page is read, receipt.json holds everything
 
 
@@ -51,3 +52,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     )
     cells = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<table class="{kind}">\n{cells}\n</table>{more}'
+
+
+def family_words(name: str) -> str:
+    """A prompt family as readers call it."""
+    return {HARMFUL: "harmful"}.get(name, esc(name))

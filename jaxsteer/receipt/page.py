@@ -12,12 +12,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxsteer.claims import Claim, Comparison
-from jaxsteer.receipt import bars
-from jaxsteer.receipt.markup import MOST, esc, number, percent, points, span, table
+from jaxsteer.receipt import bars, details
+from jaxsteer.receipt.markup import (
+    HARMFUL,
+    MOST,
+    esc,
+    family_words,
+    number,
+    percent,
+    points,
+    span,
+    table,
+)
 from jaxsteer.receipt.statement import Condition, Predicate, Statement
 
 STYLE = Path(__file__).parent / "receipt.css"
-HARMFUL = "strongreject"
+
 SIGNS = {
     "confirmed": "✓ confirmed",
     "not confirmed": "✗ not confirmed",
@@ -58,17 +68,17 @@ def _body(p: Predicate, digest: str) -> Iterator[str]:
     yield from _head(p)
     yield from _outcomes(p)
     yield from _claims(p)
-    yield from _benign(p)
-    yield from _controls(p)
-    yield from _setup(p)
-    yield from _judges(p)
-    yield from _samples(p)
-    yield from _identity(p, digest)
-    yield from _foot(p)
+    yield from details.benign(p)
+    yield from details.controls(p)
+    yield from details.setup(p)
+    yield from details.judges(p)
+    yield from details.samples(p)
+    yield from details.identity(p, digest)
+    yield from details.foot(p)
 
 
 def _head(p: Predicate) -> Iterator[str]:
-    prompts = ", ".join(f"{f.n} {_family(name)} prompts" for name, f in p.prompts.items())
+    prompts = ", ".join(f"{f.n} {family_words(name)} prompts" for name, f in p.prompts.items())
     yield (
         f'<header><p class="kicker">Refusal receipt · {esc(p.study.name)}</p>'
         f"<h1>{esc(p.study.about or p.study.name)}</h1>"
@@ -93,10 +103,6 @@ def _head(p: Predicate) -> Iterator[str]:
         )  # fmt: skip
     cells = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
     yield f'<div class="tiles">{cells}</div>'
-
-
-def _family(name: str) -> str:
-    return {"strongreject": "harmful"}.get(name, esc(name))
 
 
 def _plain(p: Predicate) -> Condition | None:
@@ -206,233 +212,4 @@ def _line(c: Comparison) -> str:
         f"{head}: {percent(c.treated_k / c.n)} against {percent(c.control_k / c.n)} {c.outcome}, "
         f"difference {points(c.difference)} ({points(low)} to {points(high)}), "
         f"adjusted p {number(c.p_holm)}"
-    )
-
-
-def _benign(p: Predicate) -> Iterator[str]:
-    drawn = bars.bars(p.conditions, "benign")
-    if not drawn:
-        return
-    yield "<h2>Benign prompts: is the model still useful?</h2>"
-    rows = [
-        [
-            esc(f"{bar.mode}: {bar.name}" if bar.mode else bar.name),
-            percent(bar.shares["refusal"]),
-            span(bar.low, bar.high),
-            percent(bar.shares["degenerate"]),
-            str(bar.n),
-        ]
-        for bar in drawn
-    ]
-    yield table(["condition", "#refused", "#95 %", "#broken text", "#prompts"], rows)
-
-
-def _controls(p: Predicate) -> Iterator[str]:
-    shown = [c for c in p.random_controls if c.outcome == "refusal" and c.family == HARMFUL]
-    pairs = [
-        c
-        for c in p.paired_controls
-        if c.outcome == "refusal" and c.family == HARMFUL and c.kind != "benign"
-    ]
-    if not shown and not pairs:
-        return
-    yield "<h2>Controls</h2>"
-    if shown:
-        yield table(
-            ["random directions", "stand in for", "#seeds", "#refused", "#range", "#real direction",
-             "#p"],
-            [
-                [esc(c.control), esc(c.treated or "–"), str(c.n), percent(c.mean),
-                 span(c.low, c.high), "–" if c.value is None else percent(c.value),
-                 number(None if c.p_low is None or c.p_high is None
-                        else min(1.0, 2 * min(c.p_low, c.p_high)))]
-                for c in shown
-            ],
-        )  # fmt: skip
-        yield (
-            '<p class="note">p: how often a random direction lies as far out, counted over the '
-            "seeds, both ways; it cannot be below 2 / (seeds + 1).</p>"
-        )
-    if pairs:
-        words = {"neutral": "neutral direction", "unsteered": "the same removal, unsteered"}
-        yield table(
-            ["condition", "against", "kind of control", "#difference", "#95 %"],
-            [
-                [esc(c.treated), esc(c.control), words[c.kind], points(c.difference),
-                 f"{points(c.low)} to {points(c.high)}"]
-                for c in pairs
-            ],
-        )  # fmt: skip
-    for dose in p.dose_responses:
-        if dose.outcome == "refusal" and dose.family == HARMFUL:
-            known = {c.name: c for c in p.conditions}
-            steps = ", ".join(
-                f"x{s:g}: {percent(known[name].outcomes[dose.family].refusal.rate)}"
-                for s, name in zip(dose.strengths, dose.conditions, strict=True)
-                if name in known and dose.family in known[name].outcomes
-            )
-            name = f"{dose.mode}: {dose.base}" if dose.mode else dose.base
-            yield f"<p>{esc(name)}, refused: {steps} (trend p {number(dose.p)}).</p>"
-
-
-def _setup(p: Predicate) -> Iterator[str]:
-    yield "<h2>What was done, and what it changed inside the model</h2>"
-    layers = ", ".join(
-        f"{esc(name)} = {layer}" for name, layer in sorted(p.steering.layers.items())
-    )
-    kinds = [d for d in p.steering.directions if d.kind != "random"]
-    n_random = len(p.steering.directions) - len(kinds)
-    yield (
-        f"<p>Layers: {layers or 'none'}; dose: {p.steering.dose:g} times the direction's length. "
-        f"Directions: {', '.join(f'{esc(d.name)} ({esc(d.kind)})' for d in kinds) or 'none'}"
-        f"{f' and {n_random} random' if n_random else ''}. Chosen on prompts that are not reported "
-        f"here ({len(p.selection.dose_candidates)} strengths and layers tried)"
-        + (f"; note: {esc(', '.join(p.selection.refusal_near_miss))} at the refusal layer"
-           if p.selection.refusal_near_miss else "")
-        + ".</p>"
-    )  # fmt: skip
-    seen: dict[tuple[str, str, float | None], list[Condition]] = {}
-    for c in p.conditions:
-        if c.sites and c.mode == p.conditions[0].mode:
-            seen.setdefault((c.mode, c.base, c.scale), []).append(c)
-    rows = [
-        [
-            esc(members[0].name if len(members) == 1 else f"{members[0].base} (first seed)"),
-            esc("; ".join(members[0].sites)),
-            "" if members[0].scope == "all" else esc(members[0].scope),
-            f"{members[0].change.mean:.3g}",
-        ]
-        for members in seen.values()
-    ]
-    yield table(["condition", "applied (layers count from 0)", "tokens", "#mean change"], rows)
-    yield (
-        '<p class="note">Mean change: length of what was really added to or taken from the '
-        "model's state, per token and place; a condition that changed nothing is refused by the "
-        "run.</p>"
-    )
-    if p.geometry is not None:
-        yield from _geometry(p)
-
-
-def _geometry(p: Predicate) -> Iterator[str]:
-    assert p.geometry is not None
-    yield table(
-        ["direction", "halves by", "#layer", "#agreement of halves", "#95 %"],
-        [
-            [esc(r.direction), esc(r.unit), str(r.layer), f"{r.mean:+.2f}",
-             f"{r.low:+.2f} to {r.high:+.2f}"]
-            for r in p.geometry.reliability
-        ],
-    )  # fmt: skip
-    yield table(
-        ["cosine of", "and", "#layer", "#cosine", "#by chance (labels shuffled)", "#p"],
-        [
-            [esc(c.first), esc(c.second), str(c.layer), f"{c.cosine:+.2f}",
-             "–" if c.null_low is None or c.null_high is None
-             else f"{c.null_low:+.2f} to {c.null_high:+.2f}", number(c.p)]
-            for c in p.geometry.cosines
-        ],
-    )  # fmt: skip
-
-
-def _judges(p: Predicate) -> Iterator[str]:
-    yield "<h2>Who labelled the replies</h2>"
-    decided = ", ".join(
-        f"{esc(name) if name else 'nobody'} {count}" for name, count in p.judges.decided.items()
-    )
-    unjudged = sum(o.unjudged for c in p.conditions for o in c.outcomes.values())
-    words = f"<p>Rows by the judge that decided: {decided}."
-    if unjudged:
-        words += f" Of {unjudged} of {p.rows.n} rows nobody judged whether they do harm."
-    yield words + "</p>"
-    if p.judges.agreement:
-        yield table(
-            ["question", "judge", "judge", "#both yes", "#first only", "#second only", "#both no",
-             "#kappa"],
-            [
-                [a.question, esc(a.first), esc(a.second),
-                 *(str(count) for row in a.table for count in row),
-                 "–" if a.kappa is None else f"{a.kappa:.2f}"]
-                for a in p.judges.agreement
-            ],
-        )  # fmt: skip
-
-
-def _samples(p: Predicate) -> Iterator[str]:
-    if p.samples is None:
-        return
-    yield "<h2>Redacted openings</h2>"
-    yield table(
-        ["condition", "prompt", "label", "opening"],
-        [
-            [
-                esc(s.condition),
-                esc(s.prompt_id),
-                esc(s.label),
-                f'<span class="soft">{esc(s.excerpt)}</span>',
-            ]
-            for s in p.samples.rows
-        ],
-    )
-    yield f'<p class="note">{esc(p.samples.rule)}</p>'
-
-
-def _identity(p: Predicate, digest: str) -> Iterator[str]:
-    yield "<h2>System prompt</h2>"
-    for prompt in p.system_prompts[:8]:
-        name = f"<b>{esc(prompt.mode)}</b>\n" if prompt.mode else ""
-        yield f'<div class="prompt">{name}{esc(prompt.text)}</div>'
-    if len(p.system_prompts) > 8:
-        yield f'<p class="note">{len(p.system_prompts) - 8} more in receipt.json.</p>'
-    yield f'<p class="note">Policy {esc(p.policy.name)}, version {esc(p.policy.version)}.</p>'
-    yield "<h2>Exactly which model, prompts and program</h2>"
-    m, d = p.model, p.decoding
-    source = f"{m.source.name} {m.source.revision}".strip()
-    decoding = (
-        "greedy" if d.temperature == 0 else f"temperature {d.temperature:g}, top_p {d.top_p:g}"
-    )
-    lines = [
-        ("model", f"{esc(m.name)} ({esc(m.dtype)}), converted from {esc(source)}"),
-        ("weights", _hash(m.weights_sha256)),
-        ("tokenizer", _hash(m.tokenizer_sha256)),
-        ("chat template", _hash(m.template_sha256)),
-        ("config", _hash(m.config_sha256)),
-        ("policy text", _hash(p.policy.sha256)),
-    ]
-    lines += [
-        (f"{_family(name)} prompts", f"{f.n} from {esc(f.source)} {_hash(f.sha256)}")
-        for name, f in p.prompts.items()
-    ]
-    lines += [
-        (f"direction {esc(direction.name)}", _hash(direction.sha256))
-        for direction in p.steering.directions
-        if direction.kind != "random"
-    ]
-    lines += [
-        ("decoding", f"{decoding}, at most {d.max_new_tokens} tokens"),
-        ("specification", _hash(p.study.spec_sha256)),
-        ("run", _hash(p.study.key)),
-        ("row table", f"{p.rows.n} rows {_hash(p.rows.sha256)}"),
-        ("receipt.json", _hash(digest)),
-        ("software", ", ".join(f"{esc(k)} {esc(v)}" for k, v in sorted(p.environment.items())
-                               if k not in ("device", "platform"))),
-        ("hardware", f"{esc(p.environment.get('device', ''))}, "
-                     f"{esc(p.environment.get('platform', ''))}"),
-        ("begun", esc(p.date)),
-    ]  # fmt: skip
-    cells = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines)
-    yield f"<dl>{cells}</dl>"
-
-
-def _hash(sha256: str) -> str:
-    return f'<span class="hash">{esc(sha256)}</span>'
-
-
-def _foot(p: Predicate) -> Iterator[str]:
-    yield (
-        '<footer><p class="note">To check: <code>jaxsteer receipt verify receipt.json --results '
-        "DIR --model DIR</code> recomputes every figure. This page holds no replies, only counts "
-        "and hashes. A receipt says what one model did with these prompts under these judges; it "
-        "does not say that the model is safe, nor who made the file: it carries no signature. "
-        f"Written by {esc(p.tool)}.</p></footer>"
     )
