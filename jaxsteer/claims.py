@@ -354,6 +354,7 @@ def _judged(c: Comparison, p_holm: float) -> Comparison:
     if c.bound is not None and c.margin is not None:
         passed = c.bound <= c.margin
         why = f"new on {c.raised} of {c.n} prompts, so up to {c.bound:.0%}, over {c.margin:.0%}"
+        why += "; too few prompts to tell" if c.raised <= c.margin * c.n else ""
         return dataclasses.replace(c, passed=passed, reason="" if passed else why)
     right_way = c.raised < c.lowered if c.expect == "lower" else c.raised > c.lowered
     passed = right_way and p_holm < ALPHA

@@ -261,9 +261,9 @@ def _normal(excess: float, variance: float) -> tuple[float, float]:
 def spearman_brown(correlation: float) -> float:
     """Reliability of a whole from the correlation of its halves, 2r / (1 + r).
 
-    Spearman 1910, Brown 1910. -1 and below have no meaning as a reliability and give -1.
+    Spearman 1910, Brown 1910. Halves that do not agree, or disagree, show no reliability: 0.
 
     >>> round(spearman_brown(0.6), 3)
     0.75
     """
-    return -1.0 if correlation <= -1 else max(-1.0, 2 * correlation / (1 + correlation))
+    return 2 * correlation / (1 + correlation) if correlation > 0 else 0.0

@@ -199,6 +199,7 @@ def test_few_raised_asks_the_upper_wilson_bound_not_the_share(tmp_path, raised, 
     [c] = claim.comparisons
     assert c.bound == pytest.approx(proportion_confint(raised, 40, method="wilson")[1])
     assert (c.passed, c.p, c.margin) == (passed, None, 0.15)
+    assert c.reason.endswith("too few prompts to tell") == (not passed)
 
 
 def test_prompts_lowered_do_not_make_up_for_prompts_raised(tmp_path):

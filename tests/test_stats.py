@@ -206,4 +206,4 @@ def test_spearman_brown_predicts_the_reliability_of_the_double_length(rng):
     half = np.corrcoef(halves[0], halves[1])[0, 1]
     whole = np.corrcoef(halves[:2].mean(axis=0), halves[2:].mean(axis=0))[0, 1]
     assert spearman_brown(half) == pytest.approx(whole, abs=0.02)
-    assert spearman_brown(-1.0) == -1.0
+    assert spearman_brown(-0.3) == spearman_brown(-1.0) == 0.0
