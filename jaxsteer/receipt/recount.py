@@ -129,9 +129,14 @@ def _claims(receipt: Statement) -> Problems:
         made = claims.decide(claim.name, claim.says, settled)
         for shown, right in zip(claim.comparisons, made.comparisons, strict=True):
             for field in dataclasses.fields(right):
+                # Another version may say the same in other words.
+                if field.name == "reason" and p.tool != build.tool():
+                    continue
                 if not close(getattr(shown, field.name), getattr(right, field.name)):
                     yield f"claim {claim.name}: {field.name} of {shown.treated} does not follow"
-        if (claim.verdict, claim.reason) != (made.verdict, made.reason):
+        if claim.verdict != made.verdict or (
+            claim.reason != made.reason and p.tool == build.tool()
+        ):
             yield f"claim {claim.name}: the counts say {made.verdict}, the receipt {claim.verdict}"
 
 

@@ -173,6 +173,26 @@ def test_a_consistent_forgery_passes_alone_but_not_with_the_results(copied):
     assert failed(path, folder=copied) == {"the receipt rebuilt from the results"}
 
 
+def test_another_versions_words_pass_and_another_versions_figures_do_not(copied):
+    def reworded(value):
+        value["predicate"]["tool"] = "jaxsteer 0.0.9"
+        for claim in claims_of(value).values():
+            claim["reason"] = "because"
+
+    path = forge(copied, reworded)
+    assert outcome(path, folder=copied) == "ok"
+    forge_again = json.loads(path.read_text())
+    FORGERIES["a p-value"](forge_again)
+    forge_again["predicate"]["digest"]["sha256"] = form.digest(forge_again)
+    path.write_text(form.text(forge_again))
+    assert failed(path) == {"claims follow from their counts"}
+
+
+def test_this_versions_words_must_follow_from_its_figures(copied):
+    path = forge(copied, lambda v: claims_of(v)["suppression"].update(reason="clear as day"))
+    assert failed(path) == {"claims follow from their counts"}
+
+
 def test_the_recount_finds_nothing_in_a_receipt_as_written(finished):
     receipt = form.load(finished / build.JSON)
     assert [p for check in recount.checks().values() for p in check(receipt)] == []
