@@ -168,6 +168,8 @@ def headline(made: Sequence[Finding]) -> str:
     n = {status: sum(f.status == status for f in made) for status in ("stands", "breaks")}
     rest = len(made) - sum(n.values())
     words = f"{n['breaks']} of {len(made)} controls break their claim"
+    if n["breaks"] == 1:
+        words = f"1 of {len(made)} controls breaks its claim"
     if not n["breaks"]:
         words = f"None of {len(made)} controls breaks its claim"
     return f"{words}; against {n['stands']} the claim stands, {rest} cannot tell"

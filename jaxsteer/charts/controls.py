@@ -223,8 +223,7 @@ def envelope_chart(table: pl.DataFrame, outcome: str = "refusal") -> alt.LayerCh
     )
     seeds_n = table.filter(pl.col("kind") == "random").group_by("row").len()["len"].to_list()
     finding = (
-        f"Of {count} treated conditions, {outside} outside the range of the same operations with "
-        "random directions"
+        f"Outside the range of their random directions: {outside} of {count} treated conditions"
     )
     detail = (
         f"share of prompts, n = {_span(table['n'].to_list())} each, Wilson 95 % intervals; shaded: "
@@ -322,10 +321,11 @@ def mcnemar_table(found: flips.Flips, outcome: str, treated: str, control: str) 
         [f"{control}: {outcome}", found.both, f"{lost} lost"],
         [f"{control}: not", f"{gained} gained", found.neither],
     ]
+    equal = p_value(found.p) if found.p < 0.0001 else f"= {p_value(found.p)}"
     words = (
         f"Only the {lost + gained} prompts off the diagonal count: if nothing but chance decided "
         f"which way they fall, a split at least as lopsided as {lost} to {gained} would come up "
-        f"with p = {p_value(found.p)} (exact McNemar, two-sided, not corrected)."
+        f"with p {equal} (exact McNemar, two-sided, not corrected)."
     )
     return f"{markdown_table(head, rows)}\n\n{words}"
 

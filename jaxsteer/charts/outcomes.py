@@ -164,8 +164,19 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
     return titled(chart, finding, detail)
 
 
+def masked(text: str) -> str:
+    """The shape of a text without its letters: what stands behind a veil.
+
+    >>> masked("Hello, you")
+    '██████ ███'
+    """
+    return "".join(c if c in " \n" else "█" for c in text)
+
+
 def reply_cards(rows: pl.DataFrame, texts: Mapping[str, str], *, reveal: bool) -> str:
     """Prompt and reply side by side, one pair a row; what may harm is veiled unless revealed.
+
+    A veil is drawn over a mask, so that what may harm is not in the page before it is asked for.
 
     Args:
       rows: prompt_id, family, condition, label, judge, response.
@@ -175,15 +186,13 @@ def reply_cards(rows: pl.DataFrame, texts: Mapping[str, str], *, reveal: bool) -
     made = []
     for row in rows.iter_rows(named=True):
         veiled = may_harm(row["family"]) and not reveal
-        asked = card(
-            f"{row['prompt_id']} · {row['family']}",
-            texts.get(row["prompt_id"], UNKNOWN),
-            "baseline",
-            veiled=veiled,
-        )
+        show = masked if veiled else str
+        head = f"{row['prompt_id']} · {row['family']}"
+        prompt = texts.get(row["prompt_id"], UNKNOWN)
+        asked = card(head, show(prompt), "baseline", veiled=veiled)
         said = row["label"] + (f" ({row['judge']})" if row["judge"] else "")
         role = LABELS.get(row["label"], "baseline")
-        replied = card(f"{row['condition']} · {said}", row["response"], role, veiled=veiled)
+        replied = card(f"{row['condition']} · {said}", show(row["response"]), role, veiled=veiled)
         made.append(cards(asked, replied))
     return '<div style="display: grid; gap: 22px">' + "".join(made) + "</div>"
 
@@ -217,6 +226,7 @@ def changed_table(found: Comparison) -> str:
 def entry_cards(entry: Entry, *, reveal: bool) -> str:
     """A reply to label, with its prompt; nothing tells the condition, or what judges said."""
     veiled = may_harm(entry.family) and not reveal
-    asked = card(f"prompt · {entry.family}", entry.prompt, "baseline", veiled=veiled)
-    replied = card("reply", entry.response, "baseline", veiled=veiled)
+    show = masked if veiled else str
+    asked = card(f"prompt · {entry.family}", show(entry.prompt), "baseline", veiled=veiled)
+    replied = card("reply", show(entry.response), "baseline", veiled=veiled)
     return cards(asked, replied)

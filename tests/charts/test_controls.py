@@ -26,7 +26,7 @@ def test_each_seed_has_a_point_with_an_interval_and_n(found):
     inside = table.filter(pl.col("rate").is_between("low", "high"))
     assert inside.height == table.height and (table["n"] == 40).all()
     words = " ".join(charts.envelope_chart(table).to_dict()["title"]["text"])
-    assert words.startswith("Of 2 treated conditions, 2 outside")
+    assert words.endswith(": 2 of 2 treated conditions")
 
 
 def test_flipped_prompts_stand_first(found):
@@ -52,3 +52,10 @@ def test_cells_of_a_table_are_text_whatever_they_hold():
     table = charts.markdown_table(["a"], [["<img src=x> | **b**\n| c"]])
     assert table.count("\n") == 2 and "<img" not in table and "**" not in table
     assert table.splitlines()[2].count("|") == 2
+
+
+def test_a_tiny_p_is_bounded_and_a_larger_one_given(found):
+    for condition, words in (("persona", "p < 0.0001"), ("persona, out late", "p = 0.5 ")):
+        paired = flips.pairs(found.rows, condition, "baseline", "strongreject")
+        counted = flips.flips(paired, "refusal")
+        assert words in charts.mcnemar_table(counted, "refusal", condition, "baseline")
