@@ -62,7 +62,9 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
     axis = alt.Axis(labelAngle=0, labelExpr=words, orient="bottom", labelLimit=WIDE + 14)
     x = alt.X("column:N", sort=columns, title=across, axis=axis)
     y = alt.Y("norms:N", sort=norms, title=up)
-    brush = alt.selection_interval(name="cells", encodings=["x", "y"])
+    # The frame must show on top of filled cells, light and dark.
+    frame = alt.BrushConfig(fill=theme.INK, fillOpacity=0.05, stroke=theme.INK, strokeWidth=2)
+    brush = alt.selection_interval(name="cells", encodings=["x", "y"], mark=frame)
     blue = theme.PALETTE["refusal"]
     scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue + "b0"])
     legend = alt.Legend(title="refused", format=theme.PERCENT, values=[0, 0.5, 1])
@@ -239,7 +241,9 @@ def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
     colours = [palette[i % len(palette)] for i in range(len(names))]
     dashes = [[1, 0], [6, 3], [2, 3], [9, 3, 2, 3], [4, 6]]
     colour = alt.Color("condition:N", scale=alt.Scale(domain=names, range=colours))
-    colour = colour.legend(title=None, orient="bottom", direction="vertical", labelLimit=500)
+    colour = colour.legend(
+        title=None, orient="bottom", direction="vertical", labelLimit=500, symbolOpacity=1
+    )
     dash = alt.StrokeDash(
         "condition:N",
         scale=alt.Scale(domain=names, range=[dashes[i % 5] for i in range(len(names))]),
