@@ -145,6 +145,6 @@ def test_a_row_is_the_same_alone_reversed_and_among_longer_rows_and_other_condit
 
 def tokens(model, prompts, conditions, batch=32):
     replies = torch_side.ours(
-        model, prompts, conditions, new_tokens=24, batch=batch, keep_logits=False
+        model, prompts, conditions, new_tokens=16, batch=batch, keep_logits=False
     )
     return [reply.tokens.tolist() for reply in replies]
