@@ -99,9 +99,12 @@ def test_two_processes_do_not_share_a_folder(command, tmp_path):
     first = start(command, out)
     tick = threading.Event()
     while not list(out.glob("shards/*.parquet")) and first.poll() is None:
-        tick.wait(0.01)
+        tick.wait(0.002)
+    # Held where it is, so that it cannot finish before the other has asked for the folder.
+    first.send_signal(signal.SIGSTOP)
     second = start(command, out)
     _, errors = second.communicate()
     assert second.returncode == 2 and "in use" in errors
+    first.send_signal(signal.SIGCONT)
     first.terminate()
     first.communicate()
