@@ -19,7 +19,15 @@ import torch
 from jaxsteer import rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.generate import Decoding
-from jaxsteer.interventions import Add, Cap, Operation, Project, Scope, compile_conditions
+from jaxsteer.interventions import (
+    Add,
+    Cap,
+    Interventions,
+    Operation,
+    Project,
+    Scope,
+    compile_conditions,
+)
 
 
 class Hooked:
@@ -127,6 +135,20 @@ def greedy(hf: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[l
     return [r[: next((i for i, t in enumerate(r) if t in ends), len(r))] for r in replies]
 
 
+def compiled(
+    model: ChatModel,
+    conditions: Sequence[Sequence[Operation]],
+    scopes: Sequence[Scope] | None = None,
+) -> Interventions:
+    """Conditions stacked for this model, in the scopes given or on all tokens."""
+    return compile_conditions(
+        conditions,
+        scopes or ["all"] * len(conditions),
+        n_layers=model.config.n_layers,
+        d_model=model.config.d_model,
+    )
+
+
 def ours(
     model: ChatModel,
     prompts: Sequence[Sequence[int]],
@@ -138,12 +160,7 @@ def ours(
     keep_logits: bool = True,
 ) -> list[rows.Reply]:
     """jaxsteer's greedy replies, conditions in the outer order and prompts in the inner."""
-    stacked = compile_conditions(
-        conditions,
-        scopes or ["all"] * len(conditions),
-        n_layers=model.config.n_layers,
-        d_model=model.config.d_model,
-    )
+    stacked = compiled(model, conditions, scopes)
     requests = [
         rows.Request(tokens=p, condition=c) for c in range(len(conditions)) for p in prompts
     ]
