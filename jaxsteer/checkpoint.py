@@ -92,6 +92,7 @@ def save(
         tokenizer.mkdir()
         write_tokenizer(tokenizer)
         write_json(temporary / "config.json", to_hf(config))
+        _claim(temporary / "space", sum(value.nbytes for value in params.values()))
         _save_params(temporary / "params", params, out)
         hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
         files = {f.name: sha256_file(f) for f in sorted(tokenizer.iterdir())}
@@ -117,7 +118,7 @@ def save(
             shutil.rmtree(old)
     except OSError as error:
         raise UserError(
-            f"cannot write {out}: {error}; free space or choose another --out"
+            f"cannot write {out}: {error.strerror}; free space or choose another --out"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -131,9 +132,24 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
+def _claim(path: Path, size: int) -> None:
+    """Take `size` bytes of disk and give them back: Orbax fails on a full disk for pages on end."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    path.unlink()
+
+
 def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> None:
+    orbax = _orbax()
+    kinds = orbax.type_handlers
+    # By default every array is copied first, which is the model a second time. Ours change no more.
+    handlers = kinds.create_type_handler_registry(
+        (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, kinds.ArrayHandler()),
+    )
+    handler = orbax.PyTreeCheckpointHandler(type_handler_registry=handlers)
     try:
-        with _orbax().StandardCheckpointer() as checkpointer:
+        with orbax.AsyncCheckpointer(handler) as checkpointer:
             checkpointer.save(path.absolute(), nest(params.items()))
     except Exception as error:
         # Tensorstore reports a full disk as a ValueError, its reason at the very end.

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import gguf
 import huggingface_hub
@@ -143,6 +145,46 @@ def test_a_hub_id_is_converted_and_its_commit_recorded(source, tmp_path, monkeyp
     assert (about["kind"], about["name"], about["revision"]) == ("hub", "some/model", commit)
     with pytest.raises(UserError, match="cannot fetch some/other from the hub"):
         convert("some/other", tmp_path / "other", "float32")
+
+
+# Converts under a limit on this process's own memory: what it has once everything is imported and
+# a first model is converted, and so many bytes more.
+UNDER_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+from jaxsteer.convert import convert
+small, large, out, room = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+convert(small, out / "small", "float32")
+status = dict(line.split(":") for line in open("/proc/self/status"))
+held = int(status["VmData"].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + room, held + room))
+convert(large, out / "made", "float32")
+"""
+
+
+def test_conversion_needs_the_output_and_little_more(copy, tmp_path):
+    large = tmp_path / "large"
+    shutil.copytree(copy, large)
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64, "vocab_size": 8000}
+    raw = json.loads((large / "config.json").read_text()) | wide
+    (large / "config.json").write_text(json.dumps(raw | {"num_attention_heads": 16}))
+    config = from_hf(json.loads((large / "config.json").read_text()), "test")
+    shapes = param_shapes(config)
+    size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+    tensors = {}
+    for entry in table(config, "hf"):
+        shape = shapes[entry.target][:: -1 if entry.rule == "transpose" else 1]
+        tensors[entry.source] = np.full(shape, 0.5, np.float32)
+    save_file(tensors, large / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, copy, large, tmp_path, str(int(1.4 * size))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert size > 200e6 and done.returncode == 0, done.stderr
+    assert (tmp_path / "made/manifest.json").is_file()
 
 
 def test_a_source_that_is_nothing_is_refused(tmp_path):
