@@ -54,8 +54,10 @@ class Progress:
             self.bar.update(self.task, completed=self.done, speed=speed)
         elif now - self.said > 10 or self.done == self.total:
             self.said = now
-            left = (self.total - self.done) * elapsed / self.fresh
-            parts = [f"{self.done}/{self.total} {self.unit}", speed, f"{left:.0f} s left"]
+            left = ""
+            if self.fresh:
+                left = f"{(self.total - self.done) * elapsed / self.fresh:.0f} s left"
+            parts = [f"{self.done}/{self.total} {self.unit}", speed, left]
             print(
                 f"{self.title}: {', '.join(part for part in parts if part)}",
                 file=sys.stderr,
