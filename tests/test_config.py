@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxsteer import config
 from jaxsteer.config import from_hf, to_hf
 from jaxsteer.errors import UserError
 
@@ -53,9 +54,9 @@ QWEN2 = {
 
 @pytest.mark.parametrize("raw", [LLAMA, QWEN2], ids=["llama", "qwen2"])
 def test_the_papers_models_are_read_and_written_back(raw):
-    config = from_hf(raw, "test")
-    assert from_hf(to_hf(config), "test") == config
-    assert config.head_dim == 128 and config.qkv_bias == (raw is QWEN2)
+    read = from_hf(raw, "test")
+    assert from_hf(to_hf(read), "test") == read
+    assert read.head_dim == 128 and read.qkv_bias == (raw is QWEN2)
 
 
 def test_llama3_scaling_is_read_in_both_spellings():
@@ -87,6 +88,35 @@ def test_llama3_scaling_is_read_in_both_spellings():
 def test_what_would_change_the_computation_is_refused_by_name(change, message):
     with pytest.raises(UserError, match=message):
         from_hf(LLAMA | change, "test")
+
+
+# Another value of every key that is read, and what it is read from.
+OTHER_VALUES = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 128257,
+    "hidden_size": 2048,
+    "num_hidden_layers": 31,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 14337,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("key", sorted(config._READ))
+def test_every_key_that_is_read_changes_what_is_computed(key):
+    assert from_hf(LLAMA | {key: OTHER_VALUES[key]}, "test") != from_hf(LLAMA, "test")
+
+
+def test_a_key_is_either_read_or_inert_or_has_one_value():
+    assert not config._READ & config._INERT
+    assert not (config._READ | config._INERT) & set(config._ONLY)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])

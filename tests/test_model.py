@@ -10,9 +10,10 @@ import torch
 
 from jaxsteer import activations, chat
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.config import RopeConfig
+from jaxsteer.config import ModelConfig, RopeConfig
 from jaxsteer.convert import convert
-from jaxsteer.model import graph
+from jaxsteer.model import graph, rope_frequencies
+from jaxsteer.weights import nest, param_shapes
 from tests import tiny
 
 FAMILIES = {"llama": tiny.llama, "qwen2": tiny.qwen2}
@@ -70,20 +71,68 @@ def test_resid_mid_is_what_the_mlp_norm_reads(pair):
     np.testing.assert_allclose(captured["resid_mid"][0, 1][real[0]], seen[0][0], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"norm_eps": 0.5},
-        {"rope": RopeConfig(theta=50.0)},
-        {"rope": RopeConfig(theta=10000.0, kind="llama3", factor=3.0, original_max_position=16)},
-    ],
-)
-def test_config_values_that_have_no_weights_change_the_logits(pair, change):
+# How a change of each config field shows; a field that is added must say how it does.
+OTHER_LOGITS = {
+    "norm_eps": {"norm_eps": 0.5},
+    "rope": {"rope": RopeConfig(theta=50.0)},
+    # As many query weights, cut into heads of another width.
+    "head_dim": {"head_dim": 6, "n_heads": 8, "n_kv_heads": 4},
+}
+OTHER_SHAPES = {
+    "vocab_size": 65, "d_model": 36, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4, "d_ff": 52,
+    "qkv_bias": None, "tied": None,
+}  # fmt: skip
+TESTED_ELSEWHERE = {
+    "architecture": "test_weights: only Llama's GGUFs have q and k permuted",
+    "max_position": "test_generate: a prompt beyond the context is refused",
+}
+
+
+def test_every_config_field_is_known_to_matter():
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    assert fields == {*OTHER_LOGITS, *OTHER_SHAPES, *TESTED_ELSEWHERE}
+
+
+@pytest.mark.parametrize("name", OTHER_LOGITS)
+def test_config_values_that_have_no_weights_change_the_logits(name):
+    # One layer's worth of everything, whatever the fixture's head width is.
+    config = ModelConfig(
+        architecture="llama", vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2,
+        head_dim=12, d_ff=32, norm_eps=1e-5, rope=RopeConfig(theta=1e4), qkv_bias=False,
+        tied=True, max_position=512,
+    )  # fmt: skip
+    draw = np.random.default_rng(0)
+    shapes = param_shapes(config)
+    params = nest(
+        (path, draw.standard_normal(shape).astype(np.float32)) for path, shape in shapes.items()
+    )
+    changed = dataclasses.replace(config, **OTHER_LOGITS[name])
+    assert param_shapes(changed) == shapes
+    ids, real = chat.left_pad([list(range(3, 23))], 32)
+    logits = [
+        activations.read(graph(c), params, ids, real, np.zeros((1, 0, 32), np.float32), ())[1]
+        for c in (config, changed)
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+def test_config_values_that_have_weights_refuse_those_of_another_model(pair, name):
     _, model = pair
-    _, plain, real = run(model, ROWS)
-    changed = graph(dataclasses.replace(model.config, **change))
-    _, other, _ = run(model, ROWS, definition=changed)
-    assert np.abs(plain - other)[real].max() > 1e-3
+    value = OTHER_SHAPES[name]
+    value = not getattr(model.config, name) if value is None else value
+    changed = dataclasses.replace(model.config, **{name: value})
+    assert param_shapes(changed) != param_shapes(model.config)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RopeConfig)])
+def test_every_field_of_a_llama3_rope_turns_the_frequencies(field):
+    rope = RopeConfig(theta=1e4, kind="llama3", factor=8.0, original_max_position=64)
+    value = "default" if field == "kind" else 1.5 * getattr(rope, field)
+    value = int(value) if field == "original_max_position" else value
+    changed = dataclasses.replace(rope, **{field: value})
+    gap = np.abs(rope_frequencies(rope, 32) - rope_frequencies(changed, 32))
+    assert gap.max() > 1e-3 * np.abs(rope_frequencies(rope, 32)).max()
 
 
 def test_bfloat16_weights_keep_their_dtype_and_stay_close(tmp_path):
