@@ -3,15 +3,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jaxsteer import rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
 from jaxsteer.generate import Decoding, Sampling, generate
-from jaxsteer.interventions import Add, Project, compile_conditions
+from jaxsteer.interventions import Add, Cap, Project, compile_conditions, everywhere
 from jaxsteer.masks import causal_mask, positions
-from tests import tiny
+from tests import oracle, tiny
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,53 @@ def test_logits_are_kept_when_asked_for_and_explain_every_token(model):
         assert reply.logits.shape == (len(reply.tokens) + reply.stopped, model.config.vocab_size)
         np.testing.assert_array_equal(reply.logits.argmax(-1)[: len(reply.tokens)], reply.tokens)
     assert run(model, requests, [[]])[0].logits is None
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "response"])
+def test_every_tap_and_operation_equals_torch_hooks_at_every_step(model, rng, scope):
+    shape = (model.config.n_layers, model.config.d_model)
+    a, b, c = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    conditions = [
+        [Add(direction=a, layers=(0,), scale=2.0, tap="embed")],
+        [Project(directions=(a, a + b), layers=(0, 2), tap="resid_mid")],
+        [Cap(direction=a, layers=(1,), low=-0.1, high=0.3, tap="resid_mid")],
+        [Add(direction=a, layers=(0, 1), scale=-1.5, measured_at=2)],
+        [Add(direction=a, layers=(1,), scale=2.0), Cap(direction=b, layers=(1,), high=-0.2)],
+        [
+            Add(direction=a, layers=(1,), scale=2.0),
+            Project(directions=(b, c), layers=(1,), measured_at=0),
+            Cap(direction=a - b, layers=(1, 2), low=0.5),
+            Add(direction=c, layers=(2,), scale=1.0, tap="resid_mid"),
+        ],
+    ]
+    hf, prompts = tiny.llama(), [[3, 9, 33], [41, 8, 8, 9], list(range(3, 30))]
+    replies = oracle.ours(
+        model, prompts, conditions, [scope] * len(conditions), new_tokens=6, batch=18
+    )
+    for i, reply in enumerate(replies):
+        operations, prompt = conditions[i // 3], prompts[i % 3]
+        expected = oracle.steps(hf, prompt, reply, operations, scope)
+        np.testing.assert_allclose(reply.logits, expected, atol=1e-4)
+        plain = oracle.steps(hf, prompt, reply)
+        assert np.abs(plain - expected).max() > 1e-2 or len(expected) == 1
+
+
+def test_projecting_everywhere_equals_ablating_every_write(model, rng):
+    # As its authors ablate a refusal direction: each block's input, and what attention and MLP add.
+    vectors = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
+    hf, prompts = tiny.llama(), [[3, 9, 33], list(range(3, 30))]
+    replies = oracle.ours(model, prompts, [everywhere(vectors, 1)], new_tokens=6, batch=2)
+    unit = torch.tensor(vectors[1] / np.linalg.norm(vectors[1]))
+
+    def ablated(h):
+        return h - (h @ unit)[..., None] * unit
+
+    def output(_module, _args, out):
+        return (ablated(out[0]), *out[1:]) if isinstance(out, tuple) else ablated(out)
+
+    for block in hf.model.layers:
+        block.register_forward_pre_hook(lambda _module, args: (ablated(args[0]), *args[1:]))
+        block.self_attn.register_forward_hook(output)
+        block.mlp.register_forward_hook(output)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        np.testing.assert_allclose(reply.logits, oracle.steps(hf, prompt, reply), atol=1e-4)
