@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsteer import rows
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from jaxsteer.errors import UserError
+from jaxsteer.generate import Decoding
+from jaxsteer.interventions import Add, Project, compile_conditions
+from jaxsteer.rows import Request
+from tests import tiny
+
+PROMPTS = [[3] * 40, [4, 9], [5, 8, 7], [6, 41, 12, 9], [3, 9]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    return ChatModel.load(
+        convert(tiny.save(tiny.qwen2(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+def run(model, requests, conditions=((),), new_tokens=5, batch=3):
+    stacked = compile_conditions(
+        conditions,
+        ["all"] * len(conditions),
+        n_layers=model.config.n_layers,
+        d_model=model.config.d_model,
+    )
+    decoding = Decoding(max_new_tokens=new_tokens, eos=(63,))
+    return list(rows.run(model, requests, stacked, decoding, batch=batch))
+
+
+def test_every_request_comes_back_once_shortest_prompts_first(model):
+    batches = run(model, [Request(tokens=p) for p in PROMPTS])
+    assert [[reply.index for reply in batch] for batch in batches] == [[1, 2, 3], [4], [0]]
+    for reply in (reply for batch in batches for reply in batch):
+        assert reply.n_prompt == len(PROMPTS[reply.index])
+        assert reply.text == model.tokenizer.decode(reply.tokens)
+        assert len(reply.tokens) == 5 and not reply.stopped
+
+
+def test_no_requests_give_no_batches(model):
+    assert run(model, []) == []
+
+
+def test_each_row_has_its_own_conditions_change(model, rng):
+    v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
+    conditions = [
+        [],
+        [Add(direction=v, layers=(0,), scale=2.0)],
+        [Project(directions=(v,), layers=(2,))],
+    ]
+    requests = [Request(tokens=p, condition=c) for c in (2, 0, 1) for p in PROMPTS[1:3]]
+    replies = sorted(
+        (r for b in run(model, requests, conditions) for r in b), key=lambda r: r.index
+    )
+    changed = [np.flatnonzero(reply.prompt["resid_post"].change).tolist() for reply in replies]
+    assert changed == [[2], [2], [], [], [0], [0]]
+
+
+def test_total_change_sums_tokens_layers_and_taps(model, rng):
+    v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
+    both = [Add(direction=v, layers=(0,), scale=1.0), Add(direction=v, layers=(1,), scale=3.0,
+            tap="resid_mid")]  # fmt: skip
+    ((reply,),) = run(model, [Request(tokens=PROMPTS[1])], [both])
+    # Two prompt tokens and four of the five new ones are read by the model.
+    expected = 6 * (np.linalg.norm(v[0]) + 3 * np.linalg.norm(v[1]))
+    assert rows.total_change(reply) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(model):
+    requests = [Request(tokens=p) for p in ([4, 9], [3] * 509)]
+    stacked = compile_conditions(
+        [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    batches = rows.run(model, requests, stacked, Decoding(max_new_tokens=5, eos=(63,)), batch=1)
+    with pytest.raises(UserError, match="509 tokens and at most 507 fit"):
+        next(batches)
