@@ -144,7 +144,7 @@ def refusal_candidates(
     """Score each layer's vector: ablate on harmful, ablate and add on harmless prompts.
 
     Prompts are token ids. Layers in the last fifth of depth are filtered, as are candidates
-    with KL above `kl_limit` or an induced score below 0.
+    with KL above `kl_limit`, an induced score below 0, or a score that is no number.
     """
     config = model.config
     conditions: list[list[Operation]] = [[]]
@@ -165,12 +165,14 @@ def refusal_candidates(
         divergence = kl(plain, score(harmless, 1 + 2 * i)).mean()
         induce = refusal_score(score(harmless, 2 + 2 * i), opening).mean()
         reasons = []
-        if layer >= 0.8 * config.n_layers:
+        if layer >= config.n_layers * 4 // 5:
             reasons.append("in the last fifth")
         if divergence > kl_limit:
             reasons.append(f"KL {divergence:.2f} > {kl_limit}")
         if induce < 0:
             reasons.append(f"induced score {induce:.2f} < 0")
+        if not np.isfinite([bypass, divergence, induce]).all():
+            reasons.append("a score is not finite")
         found.append(
             RefusalCandidate(
                 layer=layer,
@@ -197,7 +199,7 @@ def choose_refusal(
     eligible = [c for c in candidates if not c.reasons]
     if eligible:
         return min(eligible, key=lambda c: c.bypass)
-    nearest = sorted(candidates, key=lambda c: (len(c.reasons), c.kl))
+    nearest = sorted(candidates, key=lambda c: (not np.isfinite(c.kl), len(c.reasons), c.kl))
     if allow_near_miss:
         return nearest[0]
     shown = "; ".join(f"resid_post.{c.layer}: {', '.join(c.reasons)}" for c in nearest[:3])
