@@ -17,6 +17,7 @@ H head_dim, V vocabulary, L layer, P captured position, R probe direction.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -225,6 +226,14 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype)
 
 
+def exact_products() -> AbstractContextManager[Any]:
+    """Products of float32 in float32: GPUs and TPUs round their inputs to fewer bits by default.
+
+    Whoever wants that speed converts the model to bfloat16, whose products this does not touch.
+    """
+    return jax.default_matmul_precision("highest")
+
+
 class Decoder(nnx.Module):
     """A decoder-only transformer. Parameters are zeros until `bind` fills them."""
 
@@ -260,13 +269,14 @@ class Decoder(nnx.Module):
         """
         taps = _Taps(steering, capture)
         angle = positions[:, None] * rope_frequencies(self.config.rope, self.config.head_dim)
-        h = taps.visit("embed", 0, self.embed.embedding[...][tokens])
         written = []
-        for index, block in enumerate(self.layers):
-            mixed, kv = block.attn(block.attn_norm(h), angle, visible, cache[index], slot)
-            written.append(kv)
-            h = taps.visit("resid_mid", index, h + mixed)
-            h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
+        with exact_products():
+            h = taps.visit("embed", 0, self.embed.embedding[...][tokens])
+            for index, block in enumerate(self.layers):
+                mixed, kv = block.attn(block.attn_norm(h), angle, visible, cache[index], slot)
+                written.append(kv)
+                h = taps.visit("resid_mid", index, h + mixed)
+                h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
         captured, realised = taps.results()
         return Forward(
             hidden=self.final_norm(h), cache=written, captured=captured, realised=realised
@@ -274,10 +284,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "token d_model"]) -> Float[Array, "token vocab"]:
         """Next-token logits, float32, from `Forward.hidden`."""
-        if self.config.tied:
-            table = self.embed.embedding[...]
-            return jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=jnp.float32)
-        return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+        with exact_products():
+            if self.config.tied:
+                table = self.embed.embedding[...]
+                return jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=jnp.float32)
+            return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
 
 
 class _Taps:

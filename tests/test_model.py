@@ -144,3 +144,14 @@ def test_bfloat16_weights_keep_their_dtype_and_stay_close(tmp_path):
     _, a, real = run(wide, ROWS)
     _, b, _ = run(narrow, ROWS)
     assert np.abs(a - b)[real].max() < 0.1 * np.abs(a[real]).max()
+
+
+def test_float32_products_are_float32_on_every_device(pair):
+    # Unless told otherwise, GPUs and TPUs round the inputs of a float32 product to fewer bits.
+    _, model = pair
+    ids, real = chat.left_pad(ROWS[:1], 64)
+    arguments = (model.definition, model.params, ids, real, np.ones((1, 1, 64), np.float32))
+    program = activations.read.lower(*arguments, ("embed", "resid_post")).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) > 20
+    assert [line for line in products if "[HIGHEST, HIGHEST]" not in line] == []
