@@ -9,26 +9,23 @@ section 2.3). Sums run in float64.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxsteer import activations, rows
 from jaxsteer.activations import Position
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.data import Trait
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, canonical_json, sha256_bytes
-from jaxsteer.generate import Decoding, Sampling
-from jaxsteer.interventions import Layers, compile_conditions
-from jaxsteer.prefix import shared_length, shared_lengths
+from jaxsteer.interventions import Layers
+from jaxsteer.means import SAMPLED, chat_means, group_means, sample_replies
+from jaxsteer.prefix import shared_length
 
 FORMAT = "jaxsteer-directions-1"
 
@@ -58,94 +55,6 @@ class Direction:
         return np.divide(self.vectors, norms, out=np.zeros_like(self.vectors), where=norms > 0)
 
 
-class Mean:
-    """A streamed mean in float64: add rows in any order, memory of one row."""
-
-    def __init__(self) -> None:
-        self.total: np.ndarray | None = None
-        self.count = 0
-
-    def add(self, value: np.ndarray) -> None:
-        """Take one sample in."""
-        wide = np.asarray(value, np.float64)
-        self.total = wide.copy() if self.total is None else self.total + wide
-        self.count += 1
-
-    def value(self) -> np.ndarray:
-        """The mean of what was added; at least one sample must have been."""
-        assert self.total is not None
-        return self.total / self.count
-
-
-def mean_activations(
-    model: ChatModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    asked: Sequence[Position],
-    shared: Sequence[int] | None = None,
-) -> tuple[Float[np.ndarray, "position n_layers d_model"], Float[np.ndarray, "position n_layers"]]:
-    """Mean `resid_post` over rows at each asked position, and the mean of its norm; float64.
-
-    `shared` is how many leading tokens of each prompt to run once (see `prefix`).
-    """
-    mean, norm = Mean(), Mean()
-    for _, captured in activations.capture(
-        model.definition, model.config, model.params, prompts, responses, asked, shared=shared
-    ):
-        mean.add(captured)
-        norm.add(np.linalg.norm(captured.astype(np.float64), axis=-1))
-    return np.swapaxes(mean.value(), 0, 1), np.swapaxes(norm.value(), 0, 1)
-
-
-def sample_replies(
-    model: ChatModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    seed: int,
-    max_new_tokens: int,
-    shared: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """Unsteered replies at temperature 1 and top_p 0.95 (PROTOCOL: the recipe of the study)."""
-    plain = compile_conditions(
-        [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model
-    )
-    shared = [0] * len(prompts) if shared is None else shared
-    requests = [
-        rows.Request(tokens=p, row_id=i, shared=n)
-        for i, (p, n) in enumerate(zip(prompts, shared, strict=True))
-    ]
-    decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos, sample=True)
-    replies: list[list[int]] = [[] for _ in prompts]
-    sampling = Sampling(seed=seed, temperature=1.0, top_p=0.95)
-    for batch in rows.run(model, requests, plain, decoding, sampling=sampling):
-        for reply in batch:
-            replies[reply.index] = [int(t) for t in reply.tokens]
-    return replies
-
-
-def _side(
-    model: ChatModel,
-    chats: Sequence[tuple[str, str]],
-    asked: Sequence[Position],
-    *,
-    seed: int,
-    max_new_tokens: int,
-) -> tuple[np.ndarray, np.ndarray, int]:
-    prompts = [model.tokenizer.chat(user, system) for system, user in chats]
-    shared = shared_lengths(prompts, [system for system, _ in chats])
-    responses: list[list[int]] = [[] for _ in prompts]
-    if any(position != "prompt_end" for position in asked):
-        responses = sample_replies(
-            model, prompts, seed=seed, max_new_tokens=max_new_tokens, shared=shared
-        )
-        kept = [i for i, response in enumerate(responses) if response]
-        prompts, responses = [prompts[i] for i in kept], [responses[i] for i in kept]
-        shared = [shared[i] for i in kept]
-        if not prompts:
-            raise UserError("every sampled reply was empty, so response positions have no tokens")
-    return *mean_activations(model, prompts, responses, asked, shared), len(prompts)
-
-
 def extract_trait(
     model: ChatModel,
     trait: Trait,
@@ -159,32 +68,28 @@ def extract_trait(
     Every instruction meets every question once, so both sides see the same questions. At
     `prompt_end` nothing is sampled: the state does not depend on the reply.
     """
-    positive, norm, n_positive = _side(
+    positive, negative = chat_means(
         model,
-        [(system, question) for system in trait.positive for question in trait.questions],
+        [
+            [(system, question) for system in side for question in trait.questions]
+            for side in (trait.positive, trait.negative)
+        ],
         asked,
         seed=seed,
-        max_new_tokens=max_new_tokens,
-    )
-    negative, _, n_negative = _side(
-        model,
-        [(system, question) for system in trait.negative for question in trait.questions],
-        asked,
-        seed=seed + 1,
         max_new_tokens=max_new_tokens,
     )
     return {
         position: _direction(
             model,
             trait.name,
-            positive[i] - negative[i],
+            positive.stream[i] - negative.stream[i],
             kind="trait",
             position=position,
-            n_positive=n_positive,
-            n_negative=n_negative,
+            n_positive=positive.count,
+            n_negative=negative.count,
             source_sha256=trait.sha256,
-            seed=seed,
-            residual_norm=_rounded(norm[i]),
+            residual_norm=_rounded(positive.norm[i]),
+            **_sampled(position, seed, max_new_tokens),
         )
         for i, position in enumerate(asked)
     }
@@ -199,16 +104,14 @@ def extract_contrast(
     system: str | None,
 ) -> Direction:
     """mean(positive prompts) - mean(negative prompts) at the last prompt token."""
-    chats = [[model.tokenizer.chat(text, system) for text in side] for side in (positive, negative)]
-    shared = shared_length(chats[0] + chats[1])
-    (one, norm), (two, _) = (
-        mean_activations(model, side, [[]] * len(side), ["prompt_end"], [shared] * len(side))
-        for side in chats
-    )
+    prompts = [model.tokenizer.chat(text, system) for text in (*positive, *negative)]
+    groups = [0] * len(positive) + [1] * len(negative)
+    shared = [shared_length(prompts)] * len(prompts)
+    one, two = group_means(model, prompts, [[]] * len(prompts), groups, ["prompt_end"], shared)
     return _direction(
         model,
         name,
-        one[0] - two[0],
+        one.stream[0] - two.stream[0],
         kind=kind,
         position="prompt_end",
         n_positive=len(positive),
@@ -216,7 +119,7 @@ def extract_contrast(
         source_sha256=sha256_bytes(
             canonical_json([list(positive), list(negative), system]).encode()
         ),
-        residual_norm=_rounded(norm[0]),
+        residual_norm=_rounded(one.norm[0]),
     )
 
 
@@ -235,29 +138,29 @@ def extract_assistant_axis(
     Roles count equally however many replies each has (assistant axis, Lu et al. 2026). It points
     toward the assistant.
     """
-
-    def mean(systems: Iterable[str], offset: int) -> tuple[np.ndarray, np.ndarray]:
-        chats = [(system, question) for system in systems for question in questions]
-        value, norm, _ = _side(
-            model, chats, [position], seed=seed + offset, max_new_tokens=max_new_tokens
-        )
-        return value[0], norm[0]
-
-    assistant, norm = mean(default, 0)
-    role_means = [mean([instruction], 1 + i)[0] for i, (_, instruction) in enumerate(roles)]
+    assistant, *others = chat_means(
+        model,
+        [
+            [(system, question) for system in systems for question in questions]
+            for systems in (default, *([instruction] for _, instruction in roles))
+        ],
+        [position],
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
     return _direction(
         model,
         "assistant-axis",
-        assistant - np.mean(role_means, axis=0),
+        assistant.stream[0] - np.mean([role.stream[0] for role in others], axis=0),
         kind="assistant-axis",
         position=position,
-        n_positive=len(default) * len(questions),
-        n_negative=len(roles) * len(questions),
+        n_positive=assistant.count,
+        n_negative=sum(role.count for role in others),
         source_sha256=sha256_bytes(
             canonical_json([list(default), [list(r) for r in roles], list(questions)]).encode()
         ),
-        seed=seed,
-        residual_norm=_rounded(norm),
+        residual_norm=_rounded(assistant.norm[0]),
+        **_sampled(position, seed, max_new_tokens),
     )
 
 
@@ -278,34 +181,33 @@ def extract_user_persona(
     left out, so the two sides may differ in size.
     """
 
-    def side(instructions: Sequence[str], offset: int) -> tuple[np.ndarray, np.ndarray, int]:
-        chats = [(i, question) for i in instructions for question in trait.questions]
-        prompts = [model.tokenizer.chat(question, i) for i, question in chats]
-        replies = sample_replies(model, prompts, seed=seed + offset, max_new_tokens=max_new_tokens)
-        said = [text for text in map(model.tokenizer.decode, replies) if text.strip()]
-        if not said:
+    def said(instructions: Sequence[str]) -> list[tuple[str, str]]:
+        prompts = [model.tokenizer.chat(q, i) for i in instructions for q in trait.questions]
+        replies = sample_replies(model, prompts, seed=seed, max_new_tokens=max_new_tokens)
+        texts = [text for text in map(model.tokenizer.decode, replies) if text.strip()]
+        if not texts:
             raise UserError(f"every sampled reply of trait {trait.name} was empty")
-        return _side(
-            model,
-            [(system, text) for text in said],
-            [asked],
-            seed=seed + 2 + offset,
-            max_new_tokens=max_new_tokens,
-        )
+        return [(system, text) for text in texts]
 
-    positive, norm, n_positive = side(trait.positive, 0)
-    negative, _, n_negative = side(trait.negative, 1)
+    positive, negative = chat_means(
+        model,
+        [said(trait.positive), said(trait.negative)],
+        [asked],
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
     return _direction(
         model,
         name,
-        positive[0] - negative[0],
+        positive.stream[0] - negative.stream[0],
         kind="user-persona",
         position=asked,
-        n_positive=n_positive,
-        n_negative=n_negative,
+        n_positive=positive.count,
+        n_negative=negative.count,
         source_sha256=sha256_bytes(canonical_json([trait.sha256, system]).encode()),
         seed=seed,
-        residual_norm=_rounded(norm[0]),
+        sampled={**SAMPLED, "max_new_tokens": max_new_tokens},
+        residual_norm=_rounded(positive.norm[0]),
     )
 
 
@@ -354,6 +256,13 @@ def random_like(direction: Direction, seed: int) -> Direction:
     )
 
 
+def _sampled(position: Position, seed: int, max_new_tokens: int) -> dict[str, Any]:
+    """What the provenance says of the replies behind a direction."""
+    if position == "prompt_end":
+        return {}
+    return {"seed": seed, "sampled": {**SAMPLED, "max_new_tokens": max_new_tokens}}
+
+
 def _rounded(values: np.ndarray) -> list[float]:
     return [round(float(value), 4) for value in values]
 
@@ -380,14 +289,19 @@ def save(path: Path, directions: Sequence[Direction]) -> None:
         "provenance": canonical_json({d.name: d.provenance for d in directions}),
     }
     with atomic_path(path) as temporary:
-        save_file({d.name: d.vectors for d in directions}, temporary, metadata=metadata)
+        try:
+            save_file({d.name: d.vectors for d in directions}, temporary, metadata=metadata)
+        except SafetensorError as error:
+            # Its own errors for the file system's: a full disk, for one.
+            raise OSError(0, str(error).rsplit(": ", 1)[-1]) from None
 
 
 def load(path: Path) -> dict[str, Direction]:
     """Read a directions file.
 
     Raises:
-      UserError: missing, not safetensors, or without jaxsteer's provenance.
+      UserError: missing, not safetensors, without jaxsteer's provenance, or with a tensor that is
+        no float32 [layer, width].
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -396,12 +310,16 @@ def load(path: Path) -> dict[str, Direction]:
                 raise UserError(f"{path} is not a {FORMAT} file; make one with `jaxsteer extract`")
             provenance = json.loads(metadata["provenance"])
             # keys() is a method of the safetensors handle, which is no mapping.
-            names = list(file.keys())
+            found = {name: file.get_tensor(name) for name in list(file.keys())}
+            for name, vectors in found.items():
+                if vectors.ndim != 2 or vectors.dtype != np.float32:
+                    raise UserError(
+                        f"{path}: {name!r} is {vectors.dtype.name} {vectors.shape}, a direction is "
+                        "float32 (layers, width); extract it again"
+                    )
             return {
-                name: Direction(
-                    name=name, vectors=file.get_tensor(name), provenance=provenance[name]
-                )
-                for name in names
+                name: Direction(name=name, vectors=vectors, provenance=provenance[name])
+                for name, vectors in found.items()
             }
     except FileNotFoundError:
         raise UserError(f"no directions file {path}; make one with `jaxsteer extract`") from None
@@ -427,8 +345,3 @@ def check_model(direction: Direction, model: ChatModel, where: str) -> None:
             f"{where}: direction {direction.name!r} was extracted from other weights "
             f"({str(made_on)[:12]}, this model is {model.weights_sha256[:12]}); extract it again"
         )
-
-
-def stable_id(*parts: str) -> int:
-    """A 32-bit number from text, the same in every run and process."""
-    return int.from_bytes(hashlib.sha256("\x1f".join(parts).encode()).digest()[:4], "big")

@@ -20,12 +20,12 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from jaxsteer import data, directions, modes, results, rows, setup, shards
+from jaxsteer import data, modes, results, rows, setup, shards
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions
 from jaxsteer.data import Prompt
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, canonical_json, sha256_bytes, write_json
+from jaxsteer.files import atomic_path, canonical_json, sha256_bytes, stable_id, write_json
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import compile_conditions
 from jaxsteer.judges.label import label
@@ -224,7 +224,7 @@ def _finish_rows(
         rows.Request(
             tokens=tokens[i],
             condition=index[planned[i][0].name],
-            row_id=directions.stable_id(planned[i][0].name, planned[i][1].id),
+            row_id=stable_id(planned[i][0].name, planned[i][1].id),
             shared=shared[i],
         )
         for i in todo

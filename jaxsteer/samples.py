@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxsteer import activations, data, directions, setup
+from jaxsteer import activations, data, setup
 from jaxsteer.activations import Position
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.data import Trait
 from jaxsteer.directions import Direction
 from jaxsteer.interventions import Layers
+from jaxsteer.means import sample_replies
 from jaxsteer.spec import StudySpec
 
 
@@ -66,11 +67,12 @@ def trait_samples(
     return _gather(
         model,
         [
-            _Side(list(trait.positive), 0, seed),
-            _Side(list(trait.negative), n, seed + 1),
+            _Side(list(trait.positive), 0),
+            _Side(list(trait.negative), n),
         ],
         trait.questions,
         position,
+        seed,
         max_new_tokens,
     )
 
@@ -86,9 +88,9 @@ def axis_samples(
     max_new_tokens: int = 48,
 ) -> Samples:
     """The states behind `directions.extract_assistant_axis`: default prompts against roles."""
-    parts = [_Side(list(default), 0, seed)]
-    parts += [_Side([role], len(default) + i, seed + 1 + i) for i, role in enumerate(roles)]
-    return _gather(model, parts, questions, position, max_new_tokens)
+    parts = [_Side(list(default), 0)]
+    parts += [_Side([role], len(default) + i) for i, role in enumerate(roles)]
+    return _gather(model, parts, questions, position, seed, max_new_tokens)
 
 
 def contrast_samples(
@@ -110,11 +112,10 @@ def contrast_samples(
 
 @dataclasses.dataclass(frozen=True)
 class _Side:
-    """Instructions that are sampled together: their texts, first unit number and seed."""
+    """Instructions that count as one: their texts and first unit number."""
 
     instructions: list[str]
     first: int
-    seed: int
 
 
 def _gather(
@@ -122,26 +123,25 @@ def _gather(
     sides: Sequence[_Side],
     questions: Sequence[str],
     position: Position,
+    seed: int,
     max_new_tokens: int,
 ) -> Samples:
     """Samples of instruction x question, the first side positive and all others negative."""
-    prompts: list[list[int]] = []
-    responses: list[list[int]] = []
-    labels: list[tuple[bool, int, int]] = []
-    for number, side in enumerate(sides):
-        own = [model.tokenizer.chat(q, i) for i in side.instructions for q in questions]
-        replies: list[list[int]] = [[] for _ in own]
-        if position != "prompt_end":
-            replies = directions.sample_replies(
-                model, own, seed=side.seed, max_new_tokens=max_new_tokens
-            )
-        for k, (prompt, reply) in enumerate(zip(own, replies, strict=True)):
-            # An empty reply has no response positions; extraction leaves it out too.
-            if reply or position == "prompt_end":
-                unit, question = divmod(k, len(questions))
-                prompts.append(prompt)
-                responses.append(reply)
-                labels.append((number == 0, side.first + unit, question))
+    chats = [(i, q) for side in sides for i in side.instructions for q in questions]
+    prompts = [model.tokenizer.chat(question, instruction) for instruction, question in chats]
+    responses: list[list[int]] = [[] for _ in prompts]
+    if position != "prompt_end":
+        responses = sample_replies(model, prompts, seed=seed, max_new_tokens=max_new_tokens)
+    labels = [
+        (number == 0, side.first + unit, question)
+        for number, side in enumerate(sides)
+        for unit in range(len(side.instructions))
+        for question in range(len(questions))
+    ]
+    # An empty reply has no response positions; extraction leaves it out too.
+    kept = [i for i, reply in enumerate(responses) if reply or position == "prompt_end"]
+    prompts, responses = [prompts[i] for i in kept], [responses[i] for i in kept]
+    labels = [labels[i] for i in kept]
     positive, instruction, question_of = (np.array(column) for column in zip(*labels, strict=True))
     return Samples(
         values=_states(model, prompts, responses, position),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
-from jaxsteer import activations, data, directions
+from jaxsteer import activations, data, directions, means
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.directions import Direction
@@ -75,6 +78,46 @@ def test_sampled_positions_depend_on_the_seed_and_on_nothing_else(model):
         assert one[position].sha256 == same[position].sha256 != other[position].sha256
 
 
+def test_a_reply_depends_on_its_prompt_and_the_seed_whatever_runs_beside_it(model):
+    prompts = [[3, 9, 8], [4, 20], [5, 7, 30, 31]]
+
+    def replies(some, seed=1):
+        return means.sample_replies(model, some, seed=seed, max_new_tokens=6)
+
+    together = replies(prompts)
+    assert replies(prompts[::-1]) == together[::-1]
+    assert replies(prompts[1:2]) == together[1:2]
+    assert replies(prompts, 2) != together
+
+
+def test_provenance_says_how_replies_were_sampled_if_any_were(model):
+    asked = ("prompt_end", "response_avg")
+    made = directions.extract_trait(model, TRAIT, asked, seed=3, max_new_tokens=4)
+    assert "seed" not in made["prompt_end"].provenance
+    assert made["response_avg"].provenance["seed"] == 3
+    sampled = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 4}
+    assert made["response_avg"].provenance["sampled"] == sampled
+
+
+def test_the_assistant_axis_gives_each_role_the_same_weight(hf, model):
+    default, roles, questions = ["w20", "w21 w22"], [("a", "w3"), ("b", "w4 w5")], ["w6", "w7 w8"]
+    made = directions.extract_assistant_axis(model, default, roles, questions, "prompt_end")
+
+    def mean(*systems):
+        rows = [model.tokenizer.chat(q, system) for system in systems for q in questions]
+        return last_states(hf, rows).mean(axis=0)
+
+    expected = mean(*default) - (mean("w3") + mean("w4 w5")) / 2
+    np.testing.assert_allclose(made.vectors[:-1], expected, atol=2e-5)
+    assert (made.provenance["n_positive"], made.provenance["n_negative"]) == (4, 4)
+
+
+def test_a_side_that_never_says_anything_is_named(model):
+    silent = dataclasses.replace(model, eos=tuple(range(model.config.vocab_size)))
+    with pytest.raises(UserError, match="reply under 'w0 w1' was empty"):
+        directions.extract_trait(silent, TRAIT, ["response_avg"], max_new_tokens=2)
+
+
 def test_captures_at_the_three_positions_are_hf_states_and_their_mean(hf, model):
     prompt, response = model.tokenizer.chat("w4 w5", "w6"), [9, 10, 11]
     ((_, captured),) = activations.capture(
@@ -96,7 +139,7 @@ def test_position_weights_of_the_documented_row():
 
 
 def test_streamed_means_keep_what_float32_sums_lose():
-    mean = directions.Mean()
+    mean = means.Mean()
     values = np.full(20_000, 0.1, np.float32)
     values[0] = 1e7
     for value in values:
@@ -151,6 +194,15 @@ def test_files_that_are_no_directions_are_refused_by_name(tmp_path, content):
     path = tmp_path / "d.safetensors"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"d\.safetensors"):
+        directions.load(path)
+
+
+@pytest.mark.parametrize("vectors", [np.zeros((3, 4)), np.zeros(3, np.float32)])
+def test_tensors_that_are_no_directions_are_refused(tmp_path, vectors):
+    path = tmp_path / "d.safetensors"
+    about = {"format": directions.FORMAT, "provenance": '{"v": {}}'}
+    save_file({"v": vectors}, path, metadata=about)
+    with pytest.raises(UserError, match=r"d\.safetensors: 'v' is float.*extract it again"):
         directions.load(path)
 
 

@@ -45,8 +45,8 @@ def test_generate_prints_baseline_and_steered_side_by_side_with_the_realised_cha
     assert "realised change" in done.stdout
 
 
-def bad(*arguments):
-    done = jaxsteer(*arguments)
+def bad(*arguments, **limits):
+    done = jaxsteer(*arguments, **limits)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     return lines[0]
@@ -71,6 +71,14 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(model, vectors, 
     assert "mine.toml" in bad("extract", trait, *extract)
     assert "no model at" in bad("convert", tmp_path / "nothing", "--out", tmp_path / "out")
     assert vectors.read_bytes() == held and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_while_extracting_is_one_line_and_keeps_the_old_file(model, vectors):
+    held = vectors.read_bytes()
+    said = bad("extract", "evil", "--model", model, "--out", vectors, file_limit=1000)
+    assert f"cannot write {vectors}" in said and "free space" in said
+    assert vectors.read_bytes() == held
+    assert [path.name for path in vectors.parent.iterdir()] == [vectors.name]
 
 
 def test_a_direction_of_another_models_width_is_refused(model, tmp_path):
