@@ -14,13 +14,18 @@ console = Console(stderr=True)
 
 
 class Progress:
-    """Counts rows of one phase: `with Progress("study", 100) as p: p.advance(4, tokens=160)`."""
+    """Counts rows of one phase: `with Progress("study", 100) as p: p.advance(4, tokens=160)`.
 
-    def __init__(self, title: str, total: int, done: int = 0, unit: str = "rows"):
-        self.title, self.total, self.done, self.unit = title, total, done, unit
+    `quiet` counts and says nothing, in a process whose rows another one reports.
+    """
+
+    def __init__(
+        self, title: str, total: int, done: int = 0, unit: str = "rows", *, quiet: bool = False
+    ):
+        self.title, self.total, self.done, self.unit, self.quiet = title, total, done, unit, quiet
         self.fresh, self.tokens = 0, 0
         self.started = self.said = time.monotonic()
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and not quiet
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -36,7 +41,7 @@ class Progress:
             self.task = self.bar.add_task(
                 self.title, total=self.total, completed=self.done, speed="(compiling)"
             )
-        else:
+        elif not self.quiet:
             print(
                 f"{self.title}: {self.done}/{self.total} {self.unit}", file=sys.stderr, flush=True
             )
@@ -52,7 +57,7 @@ class Progress:
         speed = f"{self.tokens / elapsed:.0f} tokens/s" if self.tokens else ""
         if self.live:
             self.bar.update(self.task, completed=self.done, speed=speed)
-        elif now - self.said > 10 or self.done == self.total:
+        elif not self.quiet and (now - self.said > 10 or self.done == self.total):
             self.said = now
             left = ""
             if self.fresh:

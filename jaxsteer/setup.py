@@ -135,6 +135,18 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
     return Setup(directions=found, layers=layers, dose=dose, record=record)
 
 
+def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
+    """The setup that another process made in the folder; None until it is there whole."""
+    record = read_record(out / "setup.json")
+    if record.get("key") != key(spec, model) or "directions" not in record:
+        return None
+    path = out / "directions.safetensors"
+    found = directions.load(path) if path.is_file() else {}
+    if hashes(found) != record["directions"]:
+        return None
+    return Setup(directions=found, layers=record["layers"], dose=record["dose"], record=record)
+
+
 def hashes(found: Mapping[str, Direction]) -> dict[str, str]:
     """sha256 of each direction, by name."""
     return {name: direction.sha256 for name, direction in sorted(found.items())}

@@ -2,7 +2,11 @@
 
 Each finished batch is one Parquet shard, written aside, synced and renamed, so a process may be
 killed at any moment and loses the batch in flight. A lock held by the operating system keeps a
-second process out, and is gone with the first however it ends.
+second run out, and is gone with the first however it ends.
+
+Of several processes that share a run, the first holds the lock and all write shards: a name says
+what is in it, so none can spoil another's. On a mounted bucket the lock reaches one host only; a
+second run elsewhere would then do the same rows again, and change none.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -69,3 +73,24 @@ def read(folder: Path, key: str) -> list[pl.DataFrame]:
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it, its rows run again") from None
     return found
+
+
+def table(folder: Path, key: str, names: Sequence[str]) -> pl.DataFrame | None:
+    """All rows of the run `key`, in the order of `names`; None while one is missing."""
+    found = read(folder, key)
+    if not found:
+        return None
+    # A row is there twice if a process of an earlier, broken run was still at it: both are equal.
+    rows = pl.concat(found).unique("row_id")
+    if set(names) - set(rows["row_id"]):
+        return None
+    order = pl.DataFrame({"row_id": names})
+    return order.join(rows, on="row_id", how="left", maintain_order="left")
+
+
+def count(folder: Path, key: str, known: dict[str, int]) -> int:
+    """How many rows the shards of the run `key` hold; `known` remembers those counted before."""
+    for path in folder.glob(f"{key[:16]}-*.parquet"):
+        if path.name not in known:
+            known[path.name] = pl.scan_parquet(path).select(pl.len()).collect().item()
+    return sum(known.values())

@@ -1,0 +1,244 @@
+"""Several processes share one study: the same command on every host, one results folder.
+
+JAX's own engine (`jax.distributed`) joins them, lets them wait for each other and notices when one
+is gone. Each has its own model and devices; what they share is the list of rows:
+
+    process 0            makes directions and selection, holds the folder's lock, writes the table
+    every process        reads the setup, runs its share of the rows, writes their shards
+
+A process that ends, in whatever way, ends the others within HEARTBEAT seconds, and the same
+command goes on from the shards, with as many processes as one likes.
+
+The folder must be one that all hosts mount. It needs no lock between hosts and no order between
+files: whole files that appear under their final name are enough, be it late. An NFS mount and a
+mounted bucket both do that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NoReturn, TypeVar
+
+from jaxsteer.errors import UserError
+from jaxsteer.files import stable_id
+
+# Seconds without a sign of life after which a process counts as gone, and to wait for all of them
+# at the start. JAX's own 100 would leave a slice that is paid for idle; the sign is given by a
+# thread of its own, however busy the process is.
+HEARTBEAT = 20
+ARRIVAL = 300
+# Seconds until a file written on one host shows on another: NFS looks again after 60, as does a
+# mounted bucket.
+VISIBLE = 120
+# A slow process is not a gone one: as long as there are signs of life, wait.
+_MONTH = 30 * 24 * 3600 * 1000
+GO_ON = "what is finished is kept, run the same command again on every host to go on"
+
+Found = TypeVar("Found")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """This process among those that share a study.
+
+    Attributes:
+      process: its number, from 0.
+      count: how many there are.
+    """
+
+    process: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prepares the study and writes its results."""
+        return self.process == 0
+
+    def share(self, prompts: Sequence[str]) -> set[int]:
+        """Which rows are this process's; shares differ by one row at most.
+
+        The rows of one prompt stay together where they can, since they share work. Whose a row is
+        depends on the list of rows and the number of processes alone.
+
+        Args:
+          prompts: the prompt's id of every row of the study.
+
+        >>> [Hosts(process=p, count=2).share(["a", "b", "a", "b"]) for p in range(2)]
+        [{0, 2}, {1, 3}]
+        """
+        # By hash, so that each share has its part of every family: some have long replies.
+        order = sorted(range(len(prompts)), key=lambda i: (stable_id(prompts[i]), prompts[i]))
+        size = len(order)
+        return set(
+            order[size * self.process // self.count : size * (self.process + 1) // self.count]
+        )
+
+    def meet(self, place: str) -> None:
+        """Wait until every process is here.
+
+        Args:
+          place: a name that is met at once only.
+
+        Raises:
+          UserError: a process is gone; most often JAX ends this one before that is said.
+        """
+        if self.count == 1:
+            return
+        import orbax.checkpoint
+
+        wait = orbax.checkpoint.multihost.get_barrier_sync_fn()
+        failed: list[Exception] = []
+
+        def cross() -> None:
+            try:
+                wait(key=f"jaxsteer-{place}", timeout_ms=_MONTH)
+            except Exception as error:
+                failed.append(error)
+
+        # In a thread, since a signal cannot interrupt the main one in foreign code.
+        crossing = threading.Thread(target=cross, daemon=True)
+        crossing.start()
+        crossing.join()
+        if failed:
+            # JAX is ending this process as well, and `words` says why better than we could.
+            threading.Event().wait(HEARTBEAT)
+            raise UserError(f"lost another process; {GO_ON}") from failed[0]
+
+    def seen(self, find: Callable[[], Found | None]) -> Found | None:
+        """What `find` finds in the shared folder, tried until what others wrote must be visible."""
+        limit = time.monotonic() + (VISIBLE if self.count > 1 else 0)
+        while (found := find()) is None and time.monotonic() < limit:
+            time.sleep(1)
+        return found
+
+
+ALONE = Hosts()
+
+
+def join(
+    address: str,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    arrival: int = ARRIVAL,
+) -> Hosts:
+    """Join the other processes of this run; call it before anything else of JAX.
+
+    Args:
+      address: HOST:PORT of process 0, a free port there; `auto` asks the cluster (TPU pods, Slurm,
+        Open MPI), and takes what is given in $JAX_COORDINATOR_ADDRESS.
+      processes: how many processes there are; None asks the cluster.
+      process: this one's number, from 0; None asks the cluster.
+      arrival: seconds to wait for the others.
+
+    Raises:
+      UserError: no cluster is found, numbers that do not fit, or the port is taken. When others do
+        not come, JAX ends the process and one line says so.
+    """
+    if address != "auto" and not re.fullmatch(r".+:\d{1,5}", address):
+        raise UserError(f"--hosts {address!r} is neither auto nor HOST:PORT of process 0")
+    if (processes is None) != (process is None) or (address != "auto" and process is None):
+        raise UserError("--hosts HOST:PORT, --processes and --process go together; give all three")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise UserError(f"--process {process} is none of 0 to {processes - 1}")
+    import jax
+
+    _word_native_messages()
+    # It would take SIGTERM for itself, with which a stop is asked for.
+    jax.config.update("jax_enable_preemption_service", False)
+    # No arrays go between processes; and its library greets the world on stdout.
+    jax.config.update("jax_cpu_collectives_implementation", None)
+    try:
+        jax.distributed.initialize(
+            None if address == "auto" else address,
+            processes,
+            process,
+            initialization_timeout=arrival,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except ValueError:
+        raise UserError(
+            "--hosts auto finds no TPU pod, Slurm or Open MPI job here; give "
+            "--hosts HOST:PORT --processes N --process I"
+        ) from None
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--hosts {address}: {first}; is the port taken?") from None
+    return Hosts(process=jax.process_index(), count=jax.process_count())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; when it shares a run, without waiting for the others, who then end too."""
+    # Whoever never imported JAX has not joined, and should not import it only to end.
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+# -- What JAX says when a process is gone ----------------------------------------------------------
+#
+# Its client then prints a native stack and aborts, and Python is not asked. So what native code
+# prints goes through a second process, which says the same in one line.
+
+_FATAL = "JAX distributed service detected fatal errors"
+_ABOUT = ("coordination_service", _FATAL)
+
+
+def _word_native_messages() -> None:
+    import resource
+
+    # An abort would otherwise write the whole model to a core file first.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    # A session of its own: a Ctrl-C in the terminal is not for it.
+    wording = subprocess.Popen(
+        [sys.executable, "-m", "jaxsteer.hosts"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert wording.stdin is not None
+    sys.stderr.flush()
+    # Python's own messages go where they went.
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(wording.stdin.fileno(), 2)
+    wording.stdin.close()
+
+
+def words(lines: Iterable[str]) -> Iterator[str]:
+    """What to print of a process's native messages: all, but one line when others are gone."""
+    held: list[str] = []
+    for line in lines:
+        if held or any(mark in line for mark in _ABOUT):
+            held.append(line)
+        else:
+            yield line
+    text = "".join(held)
+    yield f"jaxsteer: {_lost(text)}; {GO_ON}\n" if _FATAL in text else text
+
+
+def _lost(text: str) -> str:
+    status = text.rpartition("absl::Status: ")[2].partition("\n")[0]
+    if silent := re.search(r"stopped sending heartbeats\):\s*([\d\s,]*\d)", text):
+        numbers = re.findall(r"\d+", silent[1])
+        return f"lost process{'es' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+    if "RegisterTask" in text:
+        return "not all processes of this run came in time"
+    if status.startswith("UNAVAILABLE"):
+        return "lost process 0"
+    return f"lost another process ({status})"
+
+
+if __name__ == "__main__":
+    for said in words(line.decode(errors="replace") for line in sys.stdin.buffer):
+        sys.stderr.write(said)
+        sys.stderr.flush()
