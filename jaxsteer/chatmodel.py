@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxsteer import checkpoint
 from jaxsteer.chat import Tokenizer
 from jaxsteer.config import ModelConfig
 from jaxsteer.files import sha256_bytes
 from jaxsteer.model import Decoder, Params, graph
+from jaxsteer.parallel import param_shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class ChatModel:
       weights_sha256: identity of the parameters.
       tokenizer_sha256: identity of tokenizer and chat template.
       manifest: the checkpoint's manifest: where it came from, and every hash.
+      mesh: the devices that its parameters are spread over; None for one device.
     """
 
     name: str
@@ -40,15 +44,17 @@ class ChatModel:
     weights_sha256: str
     tokenizer_sha256: str
     manifest: dict[str, Any]
+    mesh: Mesh | None = None
 
     @classmethod
-    def load(cls, folder: Path, *, verify: bool = True) -> ChatModel:
-        """Load a converted checkpoint.
+    def load(cls, folder: Path, *, verify: bool = True, mesh: Mesh | None = None) -> ChatModel:
+        """Load a converted checkpoint, onto a mesh piece by piece.
 
         Raises:
           UserError: not a checkpoint, or a file that does not match the manifest.
         """
-        loaded = checkpoint.load(folder, verify=verify)
+        lies = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
+        loaded = checkpoint.load(folder, verify=verify, shardings=lies)
         dtype = loaded.params["embed"]["embedding"].dtype
         return cls(
             name=folder.name,
@@ -60,6 +66,7 @@ class ChatModel:
             weights_sha256=loaded.manifest["weights_sha256"],
             tokenizer_sha256=loaded.manifest["tokenizer_sha256"],
             manifest=loaded.manifest,
+            mesh=mesh,
         )
 
     def identity(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxsteer.config import ModelConfig, from_hf, to_hf
 from jaxsteer.errors import UserError
@@ -164,13 +165,32 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint:
-    """Load a checkpoint.
+def _on_host(value: jax.Array) -> np.ndarray:
+    """An array put together on the host from its pieces, which no device ever holds whole."""
+    pieces = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    # An accelerator's array keeps what was once read of it on the host: read a copy, and drop it.
+    read = [np.asarray(p.data if p.device.platform == "cpu" else jnp.copy(p.data)) for p in pieces]
+    if len(pieces) == 1:
+        return read[0]
+    whole = np.empty(value.shape, value.dtype)
+    for piece, part in zip(pieces, read, strict=True):
+        whole[piece.index] = part
+    return whole
+
+
+def load(
+    path: Path,
+    *,
+    verify: bool = True,
+    shardings: Callable[[ModelConfig], Mapping[str, Sharding]] | None = None,
+) -> Checkpoint:
+    """Load a checkpoint, each device reading its own pieces.
 
     Args:
       path: the folder.
-      verify: recompute every hash of the manifest.
-      sharding: a jax sharding for all parameters; None puts them on the default device.
+      verify: recompute every hash of the manifest, one parameter at a time on the host.
+      shardings: from the config to where each parameter lies, by path; None puts all of them on
+        this process's first device.
 
     Raises:
       UserError: not a checkpoint, or a file or parameter that does not match the manifest.
@@ -200,11 +220,14 @@ def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint
         file = path / "tokenizer" / name
         if name not in present or sha256_file(file) != files.get(name):
             raise UserError(f"{file} is missing or does not match the manifest; {again}")
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = param_shapes(config)
+    lies = (
+        dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
+        if shardings is None
+        else shardings(config)
+    )
     target = nest(
-        (name, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+        (name, jax.ShapeDtypeStruct(shape, dtype, sharding=lies[name]))
         for name, shape in shapes.items()
     )
     try:
@@ -218,7 +241,7 @@ def load(path: Path, *, verify: bool = True, sharding: Any = None) -> Checkpoint
         wrong = [
             name
             for name, value in flatten(params).items()
-            if array_sha256(np.asarray(value)) != hashes.get(name)
+            if array_sha256(_on_host(value)) != hashes.get(name)
         ]
         if wrong or sha256_bytes(canonical_json(hashes).encode()) != manifest["weights_sha256"]:
             what = ", ".join(wrong[:3]) or "manifest"

@@ -1,0 +1,106 @@
+"""Run tiny models on meshes of eight virtual CPU devices, for `test_parallel`, in its own process.
+
+The number of devices is fixed when JAX starts, so these runs cannot share a process with the other
+tests; all of them share one, since JAX and the models load slowly. What came out goes to a file.
+
+    python -m tests.meshes OUT NAME=CHECKPOINT...
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from jaxtyping import install_import_hook
+
+with install_import_hook("jaxsteer", "beartype.beartype"):
+    import numpy as np
+
+    from jaxsteer import parallel, prefix
+    from jaxsteer.chat import left_pad
+    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
+    from jaxsteer.interventions import Add, Cap, Project, compile_conditions
+    from jaxsteer.weights import flatten
+
+MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
+SYSTEM = [3, 9, 33, 4, 17]
+PROMPTS = [[3, 9, 33], [5] * 14, list(range(3, 17)), [41, 8, 8, 9], [7], [8, 60, 22, 3, 3, 19]]
+CONDITIONS = 4
+
+
+def conditions(model: ChatModel) -> Any:
+    """No intervention, and every operation at every tap."""
+    rng = np.random.default_rng(0)
+    shape = (model.config.n_layers, model.config.d_model)
+    a, b, c = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    listed = [
+        [],
+        [Add(direction=a, layers=(0,), scale=2.0, tap="embed")],
+        [Project(directions=(a, b), layers=(0, 2), tap="resid_mid")],
+        [Add(direction=c, layers=(1,), scale=2.0), Cap(direction=b, layers=(1,), high=-0.2)],
+    ]
+    return compile_conditions(
+        listed, ["all"] * len(listed), n_layers=shape[0], d_model=model.config.d_model
+    )
+
+
+def plain(model: ChatModel) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and logits of 24 rows behind a shared beginning, all of them in one batch."""
+    stacked = conditions(model)
+    probes = no_probes(model.config.n_layers, model.config.d_model)
+    condition = np.arange(len(PROMPTS) * CONDITIONS) % CONDITIONS
+    tokens, real = left_pad([PROMPTS[i // CONDITIONS] for i in range(len(condition))], 16)
+    begun = prefix.fill(
+        model.definition,
+        model.params,
+        [SYSTEM] * CONDITIONS,
+        list(range(CONDITIONS)),
+        stacked,
+        probes,
+    )
+    rows = Rows(
+        tokens=tokens,
+        real=real,
+        interventions=stacked.rows(condition),
+        ids=np.arange(len(condition), dtype=np.uint32),
+        prefix=prefix.take(begun, condition),
+    )
+    rows = parallel.place(rows, model.config, model.mesh)
+    decoding = Decoding(max_new_tokens=6, eos=(63,), keep_logits=True)
+    out = generate(model.definition, decoding, model.params, rows, probes, Sampling())
+    return np.asarray(out.tokens), np.asarray(out.logits)
+
+
+def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
+    """Device number and shape of every piece of every parameter."""
+    return {
+        path: [(shard.device.id, shard.data.shape) for shard in value.addressable_shards]
+        for path, value in flatten(model.params).items()
+    }
+
+
+def main(out: Path, folders: dict[str, Path]) -> None:
+    """Run every model on one device and on every mesh, and write what came out."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, folder in folders.items():
+        for shape in ("", *MESHES):
+            mesh = parallel.mesh(shape) if shape else None
+            model = ChatModel.load(folder, mesh=mesh)
+            tokens, logits = plain(model)
+            found[name, shape] = {
+                "tokens": tokens,
+                "logits": logits,
+                "pieces": pieces(model),
+                "notes": parallel.notes(model.config, mesh) if mesh else [],
+            }
+    out.write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), {k: Path(v) for k, v in (a.split("=", 1) for a in sys.argv[2:])})
