@@ -231,7 +231,11 @@ def load(
         for name, shape in shapes.items()
     )
     try:
-        with _orbax().StandardCheckpointer() as checkpointer:
+        orbax = _orbax()
+        # By itself: Orbax would have all processes that share a study read together.
+        own = jax.process_index()
+        alone = orbax.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        with orbax.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             params = checkpointer.restore((path / "params").absolute(), target)
     except Exception as error:
         # Orbax and tensorstore raise many types for a damaged store; all mean the same here.
