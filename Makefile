@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
-.PHONY: help demo test lint parity sweep model notebooks notebook-html clean
+.PHONY: help demo test lint parity sweep model notebooks notebook-html tpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,15 @@ notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 
 
 notebook-html: .venv/made-notebooks model ## export them to results/html, one self-contained file each [RESULTS=dir]
 	$(BIN)/python -m jaxsteer.charts.offline notebooks/*.py --out results/html $(if $(RESULTS),--results $(RESULTS))
+
+# Beside the environment, not in it: found there, it would speak up in every run without a TPU.
+.venv/made-tpu: .venv/made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/tpu libtpu \
+		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it, nothing else does"; exit 2; }
+	@touch $@
+
+tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not there [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
+	TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so $(BIN)/jaxsteer tpu-check $(CHECK)
 
 test: .venv/made-dev model ## run every test, against HF transformers on torch and the real SmolLM2
 	$(BIN)/python -m pytest
