@@ -17,6 +17,7 @@ mounted bucket both do that.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -40,6 +41,8 @@ VISIBLE = 120
 # A slow process is not a gone one: as long as there are signs of life, wait.
 _MONTH = 30 * 24 * 3600 * 1000
 GO_ON = "what is finished is kept, run the same command again on every host to go on"
+
+_meetings = itertools.count()
 
 Found = TypeVar("Found")
 
@@ -84,7 +87,7 @@ class Hosts:
         """Wait until every process is here.
 
         Args:
-          place: a name that is met at once only.
+          place: the same everywhere, for whoever reads a trace.
 
         Raises:
           UserError: a process is gone; most often JAX ends this one before that is said.
@@ -93,12 +96,14 @@ class Hosts:
             return
         import orbax.checkpoint
 
+        # Every process comes to the same meetings in the same order, and none is held twice.
+        meeting = f"jaxsteer-{next(_meetings)}-{place}"
         wait = orbax.checkpoint.multihost.get_barrier_sync_fn()
         failed: list[Exception] = []
 
         def cross() -> None:
             try:
-                wait(key=f"jaxsteer-{place}", timeout_ms=_MONTH)
+                wait(key=meeting, timeout_ms=_MONTH)
             except Exception as error:
                 failed.append(error)
 

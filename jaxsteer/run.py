@@ -7,11 +7,13 @@ that belongs to another run is refused, naming what differs. `results` says what
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from jaxsteer.data import Prompt
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, canonical_json, sha256_bytes, stable_id, write_json
 from jaxsteer.generate import Decoding, Sampling
+from jaxsteer.hosts import ALONE, Hosts
 from jaxsteer.interventions import compile_conditions
 from jaxsteer.judges.label import label
 from jaxsteer.model import Realised
@@ -76,8 +79,12 @@ def run_study(
     *,
     limit: int | None = None,
     fresh: bool = False,
+    hosts: Hosts = ALONE,
 ) -> list[dict[str, Any]]:
     """Run what is missing of a study in `out` and write its results; returns the summary.
+
+    Processes that share the study run their shares of the rows; the first one does all the rest,
+    and only it returns a summary, the others an empty one.
 
     Args:
       spec: the study.
@@ -85,10 +92,48 @@ def run_study(
       out: results folder; finished rows in it are kept.
       limit: number of StrongREJECT prompts instead of the spec's; 0 is all.
       fresh: forget what `out` holds.
+      hosts: the processes that run this study together, all with the same arguments.
 
     Raises:
       UserError: `out` belongs to another run or is in use, or an intervention changed nothing.
     """
+    families = prompts(spec, limit)
+    with _held(out, fresh) if hosts.first else contextlib.nullcontext():
+        if hosts.first:
+            prepared = setup.prepare(spec, model, out)
+        else:
+            hosts.meet("setup")
+            prepared = _setup_of_first(spec, model, out, hosts)
+        compiled = conditions(spec, prepared.directions, prepared.layers, prepared.dose)
+        record = _record(spec, model, prepared, compiled, families)
+        if hosts.first:
+            _claim(out / "run.json", record)
+            hosts.meet("setup")
+        else:
+            _check_claim(out / "run.json", record, hosts)
+        planned = plan(compiled, families)
+        folder, key = out / "shards", record["key"]
+        _finish_rows(spec, model, folder, key, prepared, compiled, planned, hosts)
+        if not hosts.first:
+            return []
+        names = [row_name(condition.name, prompt.id) for condition, prompt in planned]
+        table = hosts.seen(lambda: shards.table(folder, key, names))
+        if table is None:
+            raise UserError(
+                f"{folder} lacks rows that other processes finished; is it one folder that all "
+                "hosts share? Run the same command again to go on"
+            )
+        _check_changes(table, compiled)
+        with atomic_path(out / "responses.parquet") as temporary:
+            table.write_parquet(temporary)
+        if spec.modes and not (out / "modes.json").is_file():
+            write_json(out / "modes.json", _mode_shifts(spec, model, prepared, families))
+        return results.refresh_summary(out)
+
+
+@contextlib.contextmanager
+def _held(out: Path, fresh: bool) -> Iterator[None]:
+    """Hold the results folder, emptied if `fresh`."""
     others = {path.name for path in out.iterdir()} - {".lock"} if out.is_dir() else set()
     if others and not (out / "setup.json").is_file():
         raise UserError(f"{out} holds something else than results; choose another --out")
@@ -97,21 +142,7 @@ def run_study(
             for path in out.iterdir():
                 if path.name != ".lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        prepared = setup.prepare(spec, model, out)
-        compiled = conditions(spec, prepared.directions, prepared.layers, prepared.dose)
-        families = prompts(spec, limit)
-        record = _record(spec, model, prepared, compiled, families)
-        _claim(out / "run.json", record)
-        planned = plan(compiled, families)
-        table = _finish_rows(
-            spec, model, out / "shards", record["key"], prepared, compiled, planned
-        )
-        _check_changes(table, compiled)
-        with atomic_path(out / "responses.parquet") as temporary:
-            table.write_parquet(temporary)
-        if spec.modes and not (out / "modes.json").is_file():
-            write_json(out / "modes.json", _mode_shifts(spec, model, prepared, families))
-        return results.refresh_summary(out)
+        yield
 
 
 def _record(
@@ -203,6 +234,30 @@ def _claim(path: Path, record: Mapping[str, Any]) -> None:
         )
 
 
+def _setup_of_first(spec: StudySpec, model: ChatModel, out: Path, hosts: Hosts) -> Setup:
+    """What process 0 prepared."""
+    prepared = hosts.seen(lambda: setup.read(spec, model, out))
+    if prepared is None:
+        raise UserError(
+            f"process {hosts.process} does not find in {out} what process 0 prepared; give all "
+            "processes the same command, and an --out that all hosts share"
+        )
+    return prepared
+
+
+def _check_claim(path: Path, record: Mapping[str, Any], hosts: Hosts) -> None:
+    """Refuse to help with another run than process 0's."""
+
+    def same() -> bool | None:
+        return setup.read_record(path).get("key") == record["key"] or None
+
+    if not hosts.seen(same):
+        raise UserError(
+            f"process {hosts.process} was asked for another run than process 0 claims in {path}; "
+            "give all processes the same command"
+        )
+
+
 def _finish_rows(
     spec: StudySpec,
     model: ChatModel,
@@ -211,15 +266,17 @@ def _finish_rows(
     prepared: Setup,
     compiled: Sequence[Condition],
     planned: Sequence[Planned],
-) -> pl.DataFrame:
-    done = shards.read(folder, key)
-    finished = {row_id for shard in done for row_id in shard["row_id"]}
-    names = [row_name(condition.name, prompt.id) for condition, prompt in planned]
-    todo = [i for i, name in enumerate(names) if name not in finished]
+    hosts: Hosts,
+) -> None:
+    """Run what no shard holds of this process's share, and wait for the others."""
+    finished = {row_id for shard in shards.read(folder, key) for row_id in shard["row_id"]}
+    done = {i for i, row in enumerate(planned) if row_name(row[0].name, row[1].id) in finished}
+    share = hosts.share([prompt.id for _, prompt in planned])
     index = {condition.name: c for c, condition in enumerate(compiled)}
     tokens = [model.tokenizer.chat(prompt.text, condition.system) for condition, prompt in planned]
     # Of all rows, not of those still to do: what is shared must not depend on an interruption.
     shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
+    todo = sorted(share - done)
     requests = [
         rows.Request(
             tokens=tokens[i],
@@ -249,7 +306,12 @@ def _finish_rows(
         temperature=spec.decoding.temperature or 1.0,
         top_p=spec.decoding.top_p,
     )
-    with Progress("study", len(planned), done=len(planned) - len(todo)) as progress:
+    if not hosts.first:
+        said = f"{len(todo)} of its {len(share)} rows to run"
+        print(f"process {hosts.process} of {hosts.count}: {said}", file=sys.stderr, flush=True)
+    # Of several processes, the first reports the rows of all.
+    whole, counted = hosts.first and hosts.count > 1, dict[str, int]()
+    with Progress("study", len(planned), done=len(done), quiet=not hosts.first) as progress:
         for batch in rows.run(
             model,
             requests,
@@ -260,12 +322,12 @@ def _finish_rows(
             batch=spec.decoding.batch,
         ):
             lines = [_line(*planned[todo[reply.index]], reply, probed) for reply in batch]
-            shard = pl.DataFrame(lines, schema_overrides=_SCHEMA)
-            shards.write(folder, key, shard)
-            done.append(shard)
-            progress.advance(len(batch), tokens=sum(len(reply.tokens) for reply in batch))
-    order = pl.DataFrame({"row_id": names})
-    return order.join(pl.concat(done), on="row_id", how="left", maintain_order="left")
+            shards.write(folder, key, pl.DataFrame(lines, schema_overrides=_SCHEMA))
+            fresh = shards.count(folder, key, counted) - progress.done if whole else len(batch)
+            progress.advance(fresh, tokens=sum(len(reply.tokens) for reply in batch))
+        hosts.meet("rows")
+        if whole and progress.done < len(planned):
+            progress.advance(shards.count(folder, key, counted) - progress.done)
 
 
 # Columns whose type a shard's own values may not show.

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 
 from jaxsteer.cli import judging, models, receipts, studies  # noqa: F401 (each registers itself)
 from jaxsteer.cli.common import app
 from jaxsteer.errors import UserError
+from jaxsteer.hosts import leave
 from jaxsteer.show import plain
 
 
@@ -34,7 +36,10 @@ def main() -> None:
     except UserError as error:
         # A message may quote names from files, which must not drive the terminal.
         print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Stopped as stopped:
         print("jaxsteer: stopped; what is finished is kept, run again to go on", file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        leave(128 + stopped.number)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
