@@ -1,0 +1,380 @@
+"""Run the benchmarks: python -m tests.bench [--only PART,...] [--full] [--rounds N] [--show].
+
+Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `ceilings`, `compile` and
+`scaling`. What is measured goes to results/bench/bench.json as it comes, and into a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+
+from tests.bench import figures, table
+from tests.bench.job import Job
+from tests.bench.worker import cores
+
+ROOT = Path(__file__).parent.parent.parent
+CHECKPOINT = ROOT / "checkpoints/smollm2-135m"
+PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
+SEED = 0
+# (name, label, library, batch sizes to choose from, rows of a round, target)
+PEERS: tuple[tuple[str, str, str, tuple[int, ...], int, float], ...] = (
+    ("hf-1", "HF + hooks, one prompt at a time", "hf", (1,), 12, 20.0),
+    ("hf-8", "HF + hooks, batch 8", "hf", (8,), 32, 5.0),
+    ("hf-best", "HF + hooks, best batch", "hf", (16, 32, 64), 64, 3.0),
+    ("lens", "TransformerLens, best batch", "lens", (8, 32, 64), 48, 6.0),
+    ("nnsight", "nnsight, best batch", "nnsight", (8, 32, 64), 48, 6.0),
+)
+PARTS = ("study", *(peer[0] for peer in PEERS), "ceilings", "compile", "scaling")
+TUNING_TOKENS = 12
+
+
+class Failed(Exception):
+    """A library that does not load or run here, and why."""
+
+
+class Worker:
+    """A process that runs rows with one library; see `worker`."""
+
+    def __init__(
+        self, errors: IO[str], python: Path, name: str, *paths: Path, cache: Path | None = None
+    ):
+        environment = os.environ | {
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        if cache is not None:
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        self.errors = errors
+        self.process = subprocess.Popen(
+            [str(python), "-m", "tests.bench.worker", name, *map(str, paths)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+        )
+        self.loaded = self._read()
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """One request and its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"failed": self._last_words()}
+        if "failed" in answer:
+            raise Failed(answer["failed"])
+        return answer
+
+    def _last_words(self) -> str:
+        self.process.wait()
+        self.errors.seek(0)
+        return (self.errors.read().strip().splitlines() or ["it ended"])[-1]
+
+    def close(self) -> None:
+        """End the process by ending its input."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@contextmanager
+def worker(python: Path, name: str, *paths: Path, cache: Path | None = None) -> Iterator[Worker]:
+    """A worker, ended at the end."""
+    with tempfile.TemporaryFile("w+") as errors:
+        started = Worker(errors, python, name, *paths, cache=cache)
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+class Bench:
+    """One run of the benchmarks; `record` is what is written.
+
+    Attributes:
+      out: folder of the results.
+      record: everything measured so far.
+      rounds: turns of each pair.
+      full: peers run every row of the study, once.
+    """
+
+    def __init__(self, out: Path, rounds: int, full: bool, console: Console):
+        self.out, self.rounds, self.full, self.console = out, rounds, full, console
+        self.record: dict[str, Any] = {
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "machine": machine(),
+            "versions": {"python": platform.python_version()},
+            "peers": [],
+        }
+
+    def save(self) -> None:
+        """Write what there is."""
+        path = self.out / "bench.json"
+        path.with_suffix(".tmp").write_text(json.dumps(self.record, indent=1))
+        path.with_suffix(".tmp").replace(path)
+
+    def say(self, text: str) -> None:
+        """A line about what goes on."""
+        self.console.print(f"[dim]{datetime.datetime.now():%H:%M:%S}[/] {text}", highlight=False)
+
+    def paths(self) -> tuple[Path, Path, Path]:
+        """What a worker of jaxsteer is given: checkpoint, folder of the setup, our folder."""
+        study = self.out / "study"
+        study.mkdir(parents=True, exist_ok=True)
+        # A demo that ran here has the setup; a copy, since another version may make it anew.
+        for name in ("setup.json", "directions.safetensors"):
+            made = ROOT / "results/smollm2-demo" / name
+            if made.is_file() and not (study / name).is_file():
+                shutil.copy(made, study / name)
+        return CHECKPOINT, study, self.out
+
+    def run(self, parts: set[str]) -> None:
+        """Run parts in an order that leaves the machine to one library at a time."""
+        python = Path(sys.executable)
+        with tempfile.TemporaryDirectory() as folder:
+            cold = None
+            if "compile" in parts:
+                self.say("compiling, with an empty cache")
+                with worker(python, "jaxsteer", *self.paths(), cache=Path(folder)) as first:
+                    cold = self._twice(first)
+            cache = Path(folder) if cold else None
+            with worker(python, "jaxsteer", *self.paths(), cache=cache) as ours:
+                self.record["versions"] |= ours.loaded["versions"]
+                self.job = Job.load(self.out / "job")
+                self.say("compiling, from the cache" if cold else "warming up")
+                cached = self._twice(ours)
+                self._study(ours, 3 if parts == {"study"} else 1)
+                if cold:
+                    self.record["compile"] = {
+                        "programs": cold["programs"],
+                        "cold_s": cold["first"] - cold["second"],
+                        "cached_s": cached["first"] - cached["second"],
+                        "later": self.study_programs - cached["programs"],
+                    }
+                for peer in PEERS:
+                    if peer[0] in parts:
+                        self._peer(ours, *peer)
+                if "ceilings" in parts:
+                    self._ceilings(ours)
+        if "scaling" in parts:
+            self.say("cost against conditions, rows, layers and width")
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.bench.scaling", str(CHECKPOINT)],
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                check=True,
+            )
+            self.record["scaling"] = json.loads(done.stdout)
+            self.save()
+
+    def _twice(self, ours: Worker) -> dict[str, Any]:
+        """Seconds of the first and second run of rows that need every program of the study."""
+        rows = covering(Job.load(self.out / "job"))
+        first = ours.ask("run", rows=rows, batch=0)
+        second = ours.ask("run", rows=rows, batch=0)
+        return {
+            "first": first["seconds"],
+            "second": second["seconds"],
+            "programs": first["programs"],
+        }
+
+    def _study(self, ours: Worker, times: int) -> None:
+        rows = list(range(len(self.job.tokens)))
+        seconds = []
+        for number in range(times):
+            self.say(f"the whole study, {len(rows)} rows ({number + 1} of {times})")
+            done = ours.ask("run", rows=rows, batch=0)
+            seconds.append(done["seconds"])
+        self.tokens, self.study_programs = done["tokens"], done["programs"]
+        self.record["study"] = {
+            "rows": len(rows),
+            "conditions": len(self.job.conditions),
+            "slots": self.job.batch,
+            "prompt_tokens": sum(map(len, self.job.tokens)),
+            "new_tokens": sum(map(len, self.tokens)),
+            "seconds": figures.median(seconds),
+            "all_seconds": seconds,
+            "peak_bytes": done["peak_bytes"],
+        }
+        self.save()
+
+    def _peer(
+        self,
+        ours: Worker,
+        name: str,
+        label: str,
+        library: str,
+        sizes: tuple[int, ...],
+        count: int,
+        target: float,
+    ) -> None:
+        found: dict[str, Any] = {"name": name, "label": label, "target": target}
+        try:
+            if not PEERS_PYTHON.is_file():
+                raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
+            self.say(f"{label}: loading")
+            with worker(PEERS_PYTHON, library, self.out / "job", self.out / "hf") as peer:
+                self.record["versions"] |= peer.loaded["versions"]
+                found |= self._turns(ours, peer, label, sizes, count)
+        except Failed as error:
+            found["skipped"] = str(error)
+            self.say(f"{label}: skipped, {error}")
+        self.record["peers"].append(found)
+        self.save()
+
+    def _turns(
+        self, ours: Worker, peer: Worker, label: str, sizes: tuple[int, ...], count: int
+    ) -> dict[str, Any]:
+        batch, tried = self._tuned(peer, sizes)
+        rows = figures.sample(self.job.condition, count, batch, SEED)
+        if self.full:
+            rows = list(range(len(self.job.tokens)))
+        peer.ask("run", rows=rows[:1], batch=batch, new_tokens=2)
+        rounds = []
+        for number in range(1 if self.full else self.rounds):
+            self.say(f"{label}: {len(rows)} rows, batch {batch} ({number + 1})")
+            theirs = peer.ask("run", rows=rows, batch=batch)
+            own = ours.ask("run", rows=rows, batch=0)
+            rounds.append(
+                {
+                    "rows": len(rows),
+                    "theirs_s": theirs["seconds"],
+                    "ours_s": own["seconds"],
+                }
+            )
+        same = [self.tokens[row] for row in rows]
+        return {
+            "batch": batch,
+            "tried": tried,
+            "all_rounds": rounds,
+            "agreement": figures.agreement(same, theirs["tokens"]),
+            "peak_bytes": theirs["peak_bytes"],
+            **figures.compared(self.record["study"], rounds, len(self.job.tokens)),
+        }
+
+    def _tuned(self, peer: Worker, sizes: tuple[int, ...]) -> tuple[int, dict[str, float]]:
+        """The batch size with most rows per second, on one batch of each with short replies."""
+        if len(sizes) == 1:
+            return sizes[0], {}
+        tried: dict[str, float] = {}
+        for size in sizes:
+            rows = figures.sample(self.job.condition, 1, size, SEED)
+            done = peer.ask("run", rows=rows, batch=size, new_tokens=TUNING_TOKENS)
+            tried[str(size)] = len(rows) / done["seconds"]
+        return int(max(tried, key=lambda size: tried[size])), tried
+
+    def _ceilings(self, ours: Worker) -> None:
+        self.say("ceilings of the machine")
+        rows = sorted({1, 8, 32, 64, 128, self.job.batch})
+        self.record["ceilings"] = {"JAX": ours.ask("ceilings", library="jax", rows=rows)}
+        try:
+            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf") as peer:
+                found = peer.ask("ceilings", library="torch", rows=rows)
+                self.record["ceilings"]["torch"] = found
+        except (Failed, OSError):
+            self.say("no torch to measure with")
+        self.say("prefill and decode alone")
+        self.record["phases"] = shares(
+            ours.ask("phases", batch=0), list(self.record["ceilings"].values())
+        )
+        self.save()
+
+
+def covering(job: Job) -> list[int]:
+    """Rows that together need every program: of each prompt length one, conditions in turn."""
+    chosen: dict[int, int] = {}
+    for row, tokens in enumerate(job.tokens):
+        chosen.setdefault(len(tokens), row)
+    conditions = {job.condition[row]: row for row in range(len(job.tokens))}
+    return sorted({*chosen.values(), *conditions.values()})
+
+
+def shares(phases: dict[str, Any], ceilings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rates of prefill and decode, their ceilings, and the shares of them."""
+    work = figures.Work(**phases["work"])
+    flops = max(found["matmul"] for found in ceilings)
+    bandwidth = max(found["read"] for found in ceilings)
+    slots = phases["slots"]
+    at_rows = max(found["matmul_rows"][str(slots)] for found in ceilings)
+    prefill = phases["prompt_tokens"] / phases["prefill_s"]
+    decode = phases["new_tokens"] / phases["decode_s"]
+    most = work.decode_ceiling(slots, flops, bandwidth)
+    computing = slots * work.decode_flops / flops
+    return {
+        "measured": phases,
+        "prefill": {
+            "rate": prefill,
+            "ceiling": work.prefill_ceiling(flops),
+            "bound": "compute",
+            "share": prefill / work.prefill_ceiling(flops),
+        },
+        "decode": {
+            "rate": decode,
+            "ceiling": most,
+            "bound": "compute" if slots / computing <= most * 1.0001 else "memory",
+            "share": decode / most,
+            "share_at_rows": decode / work.decode_ceiling(slots, at_rows, bandwidth),
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and how busy it was."""
+    info = Path("/proc/cpuinfo")
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in (info.read_text().splitlines() if info.is_file() else [])
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores(),
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "load": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated")
+    parser.add_argument("--full", action="store_true", help="peers run every row of the study")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each pair")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/bench")
+    parser.add_argument("--show", action="store_true", help="print the last table again")
+    options = parser.parse_args()
+    console = Console()
+    if options.show:
+        table.show(json.loads((options.out / "bench.json").read_text()), console)
+        return
+    parts = set(options.only.split(","))
+    if parts - set(PARTS):
+        parser.error(f"no part {sorted(parts - set(PARTS))[0]!r}; they are {', '.join(PARTS)}")
+    bench = Bench(options.out, options.rounds, options.full, console)
+    bench.run(parts)
+    table.show(bench.record, console)
+
+
+if __name__ == "__main__":
+    main()

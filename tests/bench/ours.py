@@ -1,0 +1,109 @@
+"""jaxsteer behind the same method as its peers, and what it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsteer import rows
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.generate import Decoding
+from tests.bench import workload
+from tests.bench.figures import Work
+from tests.bench.workload import Workload
+
+
+class Ours:
+    """`rows.run` over rows of the demo study; writes the job for the peers when it is made.
+
+    Attributes:
+      programs: made since then, or read from the cache of compiled ones.
+    """
+
+    def __init__(self, checkpoint: Path, results: Path, out: Path):
+        self.model = ChatModel.load(checkpoint, verify=False)
+        self.work = workload.demo(self.model, results)
+        self.work.job.save(out / "job")
+        if not (out / "hf/config.json").is_file():
+            workload.hf_folder(self.model, checkpoint / "tokenizer", out / "hf")
+        self.programs = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration: float, **_: Any) -> None:
+        self.programs += event == "/jax/core/compile/backend_compile_duration"
+
+    def run(
+        self, chosen: Sequence[int], batch: int, new_tokens: int | None = None
+    ) -> list[list[int]]:
+        """Reply tokens of each row, in the order given; `batch` is the study's own for 0."""
+        decoding = self.work.decoding
+        if new_tokens:
+            decoding = dataclasses.replace(decoding, max_new_tokens=new_tokens)
+        return replies(self.model, self.work, chosen, batch or self.work.batch, decoding)
+
+
+def replies(
+    model: ChatModel, work: Workload, chosen: Sequence[int], batch: int, decoding: Decoding
+) -> list[list[int]]:
+    """Reply tokens of chosen rows: the call that a run of the study makes, other rows skipped."""
+    found: dict[int, list[int]] = {}
+    for finished in rows.run(
+        model,
+        work.requests,
+        work.interventions,
+        decoding,
+        probes=work.probes,
+        batch=batch,
+        skip=set(range(len(work.requests))) - set(chosen),
+    ):
+        found |= {reply.index: np.asarray(reply.tokens).tolist() for reply in finished}
+    return [found[row] for row in chosen]
+
+
+def phases(ours: Ours, batch: int, new_tokens: int = 17) -> dict[str, Any]:
+    """Tokens and best-of-two seconds of prefill alone and of decode alone, all slots full.
+
+    The rows share nothing: one condition that acts before the first block, each prompt run whole.
+    With no token that ends a reply, a run with more new tokens differs from one with a single new
+    token by decode steps and nothing else.
+    """
+    work, batch = ours.work, batch or ours.work.batch
+    number = next(
+        (c for c, sites in enumerate(work.job.conditions) if sites and sites[0].layer == 0), 0
+    )
+    plain = [dataclasses.replace(r, shared=0) for r in work.requests if r.condition == number]
+    # As many rows as fill the slots once: none waits for another to end.
+    plain = (plain * batch)[:batch]
+    alone = dataclasses.replace(work, requests=plain)
+    seconds = {}
+    for count in (1, new_tokens):
+        decoding = Decoding(max_new_tokens=count, eos=())
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            replies(ours.model, alone, range(batch), batch, decoding)
+            times.append(time.perf_counter() - start)
+        seconds[count] = min(times[1:])
+    prompt = float(np.mean([len(r.tokens) for r in plain]))
+    return {
+        "slots": batch,
+        "prompt_tokens": int(prompt * batch),
+        "prefill_s": seconds[1],
+        "new_tokens": batch * (new_tokens - 1),
+        "decode_s": seconds[new_tokens] - seconds[1],
+        "work": dataclasses.asdict(
+            Work.of(ours.model.config, prompt=prompt, context=prompt + new_tokens / 2)
+        ),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What it stands on."""
+    return {name: importlib.metadata.version(name) for name in ("jaxsteer", "jax", "jaxlib")}

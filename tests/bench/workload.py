@@ -1,0 +1,158 @@
+"""The demo study's rows, as a run makes them, and the same rows as a job for other libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxsteer import run, setup, spec, weights
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.conditions import Condition, conditions
+from jaxsteer.config import to_hf
+from jaxsteer.files import stable_id
+from jaxsteer.generate import Decoding
+from jaxsteer.interventions import Add, Interventions, Operation, Project, compile_conditions
+from jaxsteer.prefix import shared_lengths
+from jaxsteer.rows import Request
+from tests.bench.job import Job, Site
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A study ready for `rows.run`.
+
+    Attributes:
+      names: of the conditions, in order.
+      requests: one per row, conditions in the outer order.
+      interventions: the conditions stacked.
+      probes: unit directions that a run records projections on [layer, probe, d_model].
+      decoding: static settings.
+      batch: rows that decode together, as the spec says.
+      job: the same rows for other libraries.
+    """
+
+    names: list[str]
+    requests: list[Request]
+    interventions: Interventions
+    probes: np.ndarray
+    decoding: Decoding
+    batch: int
+    job: Job
+
+
+def demo(model: ChatModel, results: Path) -> Workload:
+    """The demo study; its setup is read from `results`, or made there.
+
+    Args:
+      model: the demo's model.
+      results: a results folder of the demo study, or a folder to prepare one in.
+    """
+    study = spec.load(Path(spec.__file__).parent / "studies/smollm2-demo.toml")
+    prepared = setup.prepare(study, model, results)
+    compiled = conditions(study, prepared.directions, prepared.layers, prepared.dose)
+    planned = run.plan(compiled, run.prompts(study))
+    tokens = [model.tokenizer.chat(prompt.text, condition.system) for condition, prompt in planned]
+    probed = [name for name in run.PROBES if name in prepared.directions]
+    probes = np.stack([prepared.directions[name].unit() for name in probed], axis=1)
+    return build(
+        model,
+        compiled,
+        tokens,
+        [condition for condition, _ in planned],
+        [stable_id(condition.name, prompt.id) for condition, prompt in planned],
+        probes.astype(np.float32),
+        study.decoding.max_new_tokens,
+        study.decoding.batch,
+    )
+
+
+def build(
+    model: ChatModel,
+    compiled: Sequence[Condition],
+    tokens: list[list[int]],
+    of: Sequence[Condition],
+    ids: Sequence[int],
+    probes: np.ndarray,
+    max_new_tokens: int,
+    batch: int,
+) -> Workload:
+    """Rows of these tokens, row i under condition `of[i]`."""
+    index = {condition.name: c for c, condition in enumerate(compiled)}
+    shared = shared_lengths(tokens, [condition.system for condition in of])
+    numbers = [index[condition.name] for condition in of]
+    return Workload(
+        names=[condition.name for condition in compiled],
+        requests=[
+            Request(tokens=t, condition=c, row_id=i, shared=s)
+            for t, c, i, s in zip(tokens, numbers, ids, shared, strict=True)
+        ],
+        interventions=compile_conditions(
+            [condition.operations for condition in compiled],
+            [condition.scope for condition in compiled],
+            n_layers=model.config.n_layers,
+            d_model=model.config.d_model,
+        ),
+        probes=probes,
+        decoding=Decoding(max_new_tokens=max_new_tokens, eos=model.eos),
+        batch=batch,
+        job=Job(
+            tokens=tokens,
+            condition=numbers,
+            conditions=[sites(condition.operations) for condition in compiled],
+            max_new_tokens=max_new_tokens,
+            eos=list(model.eos),
+            batch=batch,
+        ),
+    )
+
+
+def sites(operations: Sequence[Operation]) -> list[Site]:
+    """Where a condition's operations act, in the order that a forward pass meets the places."""
+    found: dict[tuple[int, int, str], Site] = {}
+    order = {"embed": -1, "resid_mid": 0, "resid_post": 1}
+    for operation in operations:
+        assert isinstance(operation, (Add, Project)), "the demo caps nothing"
+        for layer in operation.layers:
+            measured = layer if operation.measured_at is None else operation.measured_at
+            key = (
+                order[operation.tap] if operation.tap == "embed" else layer,
+                order[operation.tap],
+                operation.tap,
+            )
+            site = found.setdefault(key, Site(tap=operation.tap, layer=layer, added=[], removed=[]))
+            if isinstance(operation, Add):
+                site.added.append(np.float32(operation.scale) * operation.direction[measured])
+            else:
+                site.removed.extend(d[measured] for d in operation.directions)
+    return [found[key] for key in sorted(found)]
+
+
+def hf_folder(model: ChatModel, tokenizer: Path, out: Path) -> Path:
+    """The model's parameters in HF's own format, for whoever loads that.
+
+    Args:
+      model: float32 parameters.
+      tokenizer: folder of the tokenizer's files.
+      out: folder to write.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(tokenizer, out)
+    flat = weights.flatten(model.params)
+    tensors: dict[str, Any] = {}
+    for entry in weights.table(model.config, "hf"):
+        value = np.asarray(flat[entry.target])
+        # A transpose is a view, and what is saved is the buffer below it.
+        tensors[entry.source] = np.ascontiguousarray(
+            value.T if entry.rule == "transpose" else value
+        )
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = to_hf(model.config) | {"dtype": "float32", "eos_token_id": list(model.eos)}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
