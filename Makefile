@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
-.PHONY: help demo test lint parity sweep model notebooks notebook-html tpu-check clean
+.PHONY: help demo test lint parity bench sweep model notebooks notebook-html tpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,6 +60,14 @@ lint: .venv/made-dev ## ruff and mypy
 
 parity: .venv/made-dev model ## measure agreement with HF transformers and write docs/parity.md
 	$(BIN)/python -m tests.parity docs/parity.md
+
+.venv-bench/made: tests/bench/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@ \
+		|| echo "not all of tests/bench/peers.txt can be installed here: those peers will be skipped"
+
+bench: .venv/made-dev model .venv-bench/made ## time the demo study beside HF hooks, TransformerLens and nnsight, 15 min [ONLY=hf-1,lens] [FULL=1] [ROUNDS=n]
+	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean: ## remove the environment and caches (results and checkpoints stay)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
