@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
 	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
-.PHONY: help demo test lint parity bench sweep model notebooks notebook-html tpu-check clean
+.PHONY: help demo test lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,23 @@ notebook-html: .venv/made-notebooks model ## export them to results/html, one se
 		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it, nothing else does"; exit 2; }
 	@touch $@
 
+sweep-tpu: .venv/made ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [MESH=..] [PLAN=1]
+	@$(BIN)/jaxsteer launch $(STUDY) --tpu "$(TPU)" --zone "$(ZONE)" $(if $(STORE),--store $(STORE)) \
+		$(if $(SPOT),--spot) $(if $(MODEL),--model $(MODEL)) $(if $(MESH),--mesh $(MESH)) \
+		$(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) $(if $(PLAN),--dry-run)
+
+# Apart, since it needs an older click and uvicorn than we do.
+.venv-sky/made:
+	@test -n "$(PYTHON)" || { echo "SkyPilot needs Python 3.11 to 3.13: install one, or give PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet --disable-pip-version-check 'skypilot[gcp]==0.14.1'
+	@touch $@
+
+sky: .venv-sky/made ## install SkyPilot, which sweep-tpu needs, into .venv-sky (600 MB)
+
+sky-check: .venv/made .venv-sky/made ## have SkyPilot's own parser read the tasks of sweep-tpu
+	@HOME=$$(mktemp -d) SKYPILOT_DISABLE_USAGE_COLLECTION=1 .venv-sky/bin/python tests/check_sky.py $(BIN)/jaxsteer
+
 tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not there [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
 	TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so $(BIN)/jaxsteer tpu-check $(CHECK)
 
@@ -70,4 +87,4 @@ bench: .venv/made-dev model .venv-bench/made ## time the demo study beside HF ho
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean: ## remove the environment and caches (results and checkpoints stay)
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sky .pytest_cache .mypy_cache .ruff_cache .hypothesis

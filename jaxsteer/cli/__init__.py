@@ -9,7 +9,13 @@ import signal
 import sys
 import traceback
 
-from jaxsteer.cli import judging, models, receipts, studies  # noqa: F401 (each registers itself)
+from jaxsteer.cli import (  # noqa: F401 (each registers itself)
+    cloud,
+    judging,
+    models,
+    receipts,
+    studies,
+)
 from jaxsteer.cli.common import app
 from jaxsteer.errors import UserError
 from jaxsteer.hosts import leave

@@ -1,0 +1,142 @@
+"""What is launched on a TPU: refusals before money is spent, and the task's own commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from jaxsteer import cloud
+from jaxsteer.cli.common import app
+from jaxsteer.convert import convert
+from jaxsteer.errors import UserError
+from tests import tiny
+
+ZONE = ("--zone", "us-west4-a")
+
+
+def launch(*arguments: object) -> str:
+    """Run the command in this process; its errors are raised as they are."""
+    done = CliRunner().invoke(app, ["launch", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "accelerator", "runtime", "single"),
+    [
+        ("v5e-8", "tpu-v5litepod-8", "v2-alpha-tpuv5-lite", True),
+        ("v5litepod-256", "tpu-v5litepod-256", "v2-alpha-tpuv5-lite", False),
+        ("v6e-16", "tpu-v6e-16", "v2-alpha-tpuv6e", False),
+        ("tpu-v5p-8", "tpu-v5p-8", "v2-alpha-tpuv5", True),
+        ("v5p-384", "tpu-v5p-384", "v2-alpha-tpuv5", False),
+        ("v4-8", "tpu-v4-8", "tpu-ubuntu2204-base", True),
+    ],
+)
+def test_tpu_names_are_spelt_as_skypilot_and_google_do(name, accelerator, runtime, single):
+    assert cloud.tpu(name) == cloud.Tpu(accelerator=accelerator, runtime=runtime, single=single)
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e-7", "v5e-512", "v5p-100", "v5p-1", "v4-16384", "v7x-8", "H100", "v5e", "v6e-08"]
+)
+def test_a_tpu_that_does_not_exist_is_refused(name):
+    with pytest.raises(UserError, match=f"there is no TPU '{name}'"):
+        cloud.tpu(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("smollm2-dem", "--tpu", "v5e-8", *ZONE), "no study"),
+        (("smollm2-demo", "--tpu", "v5e-8", "--zone", "us-west4"), "no zone"),
+        (("smollm2-demo", "--tpu", "v5e-16", *ZONE), "slice share results; give --store"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--spot"), "disk goes with it; give --store"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--store", "s3://x"), "neither gs://BUCKET"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "8"), "mesh '8'"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "a; b"), "neither a hub id"),
+    ],
+)
+def test_what_would_fail_on_the_machine_is_refused_here(arguments, said):
+    with pytest.raises(UserError, match=said):
+        launch(*arguments, "--dry-run")
+
+
+def test_a_study_the_machine_would_not_get_is_refused(tmp_path):
+    with pytest.raises(UserError, match="what the machine gets"):
+        launch(tiny.study_file(tmp_path), "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+def test_a_dry_run_prints_the_task_and_the_command_and_no_token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    options = ("--store", "gs://mine", "--spot", "--limit", 20, "--mesh", "data=2,model=4")
+    said = launch("smollm2-demo", "--tpu", "v5e-8", *ZONE, *options, "--dry-run")
+    task = yaml.safe_load(said)
+    assert task["resources"]["accelerators"] == "tpu-v5litepod-8" and task["resources"]["use_spot"]
+    assert task["resources"]["infra"] == "gcp/us-west4/us-west4-a"
+    assert task["file_mounts"] == {"/store": {"source": "gs://mine", "mode": "MOUNT"}}
+    assert task["envs"]["OUT"] == "/store/results/smollm2-demo-limit-20"
+    assert task["envs"]["OPTIONS"] == "--limit 20 --mesh data=2,model=4"
+    assert said.splitlines()[-1].endswith("jobs launch TASK.yaml --secret HF_TOKEN")
+    assert "hf_secret" not in said
+
+
+def test_a_machine_that_keeps_its_results_is_stopped_and_not_deleted():
+    kept = cloud.command(Path("f"), spot=False, kept=True, token=False)
+    held = cloud.command(Path("f"), spot=False, kept=False, token=False)
+    assert "--down" in kept and "--down" not in held
+    assert "--idle-minutes-to-autostop" in held
+
+
+def test_without_skypilot_one_line_says_how_to_install_it(monkeypatch, tmp_path):
+    study = Path("tiny.toml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    tiny.study_file(tmp_path)
+    with pytest.raises(UserError, match="not installed; `make sky`"):
+        launch(study, "--tpu", "v5e-8", *ZONE)
+
+
+def test_the_tasks_commands_run_a_study(tmp_path):
+    model = convert(tiny.save(tiny.llama(), tmp_path / "hf"), tmp_path / "model", "float32")
+    study = tiny.study_file(tmp_path)
+    home = tmp_path / "home"
+    # On the machine this environment is made by the task's setup.
+    activate = home / "jaxsteer-env/bin/activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    filled = cloud.task(
+        str(study),
+        name="tiny",
+        machine=cloud.tpu("v5e-8"),
+        zone="us-west4-a",
+        store=str(tmp_path),
+        spot=True,
+        model=str(model),
+        options="--limit 2",
+    )
+    given = os.environ | filled["envs"] | {"HOME": str(home), "SKYPILOT_NUM_NODES": "1"}
+    done = subprocess.run(
+        ["bash", "-c", yaml.safe_load(cloud.text(filled))["run"]],
+        env=given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "results/tiny"
+    assert pl.read_parquet(out / "responses.parquet").height == 18
+    assert re.search(rf"are in {out}$", done.stdout.strip())
+
+
+def test_the_scripts_are_bash():
+    task = yaml.safe_load((Path(cloud.__file__).parent / "sweep.yaml").read_text())
+    for part in ("setup", "run"):
+        subprocess.run(["bash", "-n", "-c", task[part]], check=True)
