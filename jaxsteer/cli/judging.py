@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jaxsteer.cli.common import app, use_compile_cache
+from jaxsteer.cli.common import MeshOption, app, use_compile_cache
 
 if TYPE_CHECKING:
     from jaxsteer.judges import judging
@@ -65,6 +65,7 @@ def judge(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Replace what these judges said before.")
     ] = False,
+    mesh: MeshOption = None,
 ) -> None:
     """Judge the replies of a finished study; what is judged already is kept.
 
@@ -94,6 +95,7 @@ def judge(
         endpoint=endpoint,
         guard=guard_model,
         guard_batch=batch,
+        mesh=mesh,
         rubric=rubric,
         prompts=prompts,
         limit=limit,

@@ -8,7 +8,14 @@ from typing import Annotated, cast
 import typer
 from rich.console import Console
 
-from jaxsteer.cli.common import DEMO_MODEL, ModelOption, app, use_compile_cache
+from jaxsteer.cli.common import (
+    DEMO_MODEL,
+    MeshOption,
+    ModelOption,
+    app,
+    open_model,
+    use_compile_cache,
+)
 from jaxsteer.errors import UserError
 
 
@@ -60,13 +67,13 @@ def extract(
     ] = "prompt_end",
     policy: Annotated[str, typer.Option(help="Of refusal: the system prompt.")] = "safety-v2",
     seed: Annotated[int, typer.Option(help="Seed of sampled replies.")] = 0,
+    mesh: MeshOption = None,
 ) -> None:
     """Extract directions and save them with their provenance, beside those the file holds.
 
     Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
     from jaxsteer import activations, data, directions
-    from jaxsteer.chatmodel import ChatModel
     from jaxsteer.extract import named
 
     if position not in activations.POSITIONS:
@@ -77,7 +84,7 @@ def extract(
     data.policy(policy)
     found = directions.load(out) if out.is_file() else {}
     use_compile_cache()
-    loaded = ChatModel.load(model)
+    loaded = open_model(model, mesh)
     for direction in found.values():
         directions.check_model(direction, loaded, str(out))
     for name in what:
@@ -103,6 +110,7 @@ def generate(
     ] = Path("results/directions.safetensors"),
     scope: Annotated[str, typer.Option(help="all, prompt or response.")] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    mesh: MeshOption = None,
 ) -> None:
     """Print the baseline reply and the steered one side by side.
 
@@ -112,7 +120,6 @@ def generate(
     from rich.text import Text
 
     from jaxsteer import directions, rows, steer_text
-    from jaxsteer.chatmodel import ChatModel
     from jaxsteer.generate import Decoding
     from jaxsteer.interventions import SCOPES, compile_conditions
     from jaxsteer.show import plain
@@ -122,7 +129,7 @@ def generate(
     use_compile_cache()
     asked = steer_text.parse(steer or [], project or [])
     found = directions.load(directions_file) if asked else {}
-    loaded = ChatModel.load(model)
+    loaded = open_model(model, mesh)
     for name in {item.name for item in asked}:
         if name in found:
             directions.check_model(found[name], loaded, str(directions_file))

@@ -10,7 +10,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from jaxsteer.cli.common import DEMO_MODEL, ModelOption, app, use_compile_cache
+from jaxsteer.cli.common import (
+    DEMO_MODEL,
+    MeshOption,
+    ModelOption,
+    app,
+    open_model,
+    use_compile_cache,
+)
 
 
 class BuildUnlessNamed(TyperGroup):
@@ -115,16 +122,16 @@ def geometry(
     model: ModelOption = DEMO_MODEL,
     halves: Annotated[int, typer.Option(min=2, help="Random halves per direction.")] = 100,
     draws: Annotated[int, typer.Option(min=10, help="Shufflings of the labels.")] = 1000,
+    mesh: MeshOption = None,
 ) -> None:
     """Measure how well a study's directions are known, and their cosines against chance.
 
     Example: jaxsteer geometry results/smollm2-demo
     """
     from jaxsteer import geometry as measuring
-    from jaxsteer.chatmodel import ChatModel
     from jaxsteer.receipt.terminal import geometry_table
 
     use_compile_cache()
-    found = measuring.measure(results, ChatModel.load(model), halves=halves, draws=draws)
+    found = measuring.measure(results, open_model(model, mesh), halves=halves, draws=draws)
     _console().print(geometry_table(found))
     typer.echo(f"wrote {results / measuring.FILE}; build the receipt again to have it there")

@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jaxsteer.cli.common import DEMO_MODEL, ModelOption, app, use_compile_cache
+from jaxsteer.cli.common import (
+    DEMO_MODEL,
+    MeshOption,
+    ModelOption,
+    app,
+    open_model,
+    use_compile_cache,
+)
 from jaxsteer.errors import UserError
 
 
@@ -23,6 +30,7 @@ def sweep(
     full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the cost and run nothing.")] = False,
+    mesh: MeshOption = None,
     hosts: Annotated[
         str | None,
         typer.Option(help="Share the study: auto (TPU pod, Slurm, Open MPI), or HOST:PORT."),
@@ -46,7 +54,6 @@ def sweep(
     from jaxsteer import hosts as sharing
     from jaxsteer import plan as planning
     from jaxsteer import run, spec
-    from jaxsteer.chatmodel import ChatModel
     from jaxsteer.receipt import build, form
     from jaxsteer.receipt.terminal import claims_table
     from jaxsteer.show import modes_table, plan_table, summary_table
@@ -60,7 +67,7 @@ def sweep(
     if hosts is not None and not plan:
         joined = sharing.join(hosts, processes, process)
     use_compile_cache()
-    loaded = ChatModel.load(model)
+    loaded = open_model(model, mesh)
     harmful = 0 if full else limit
     console = Console(width=None if sys.stdout.isatty() else 110)
     if plan:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxsteer import chat, rows
@@ -67,13 +68,13 @@ class Guard:
         }
 
 
-def load(folder: Path) -> Guard:
-    """Load a converted guard.
+def load(folder: Path, mesh: Mesh | None = None) -> Guard:
+    """Load a converted guard, onto a mesh piece by piece.
 
     Raises:
       UserError: no checkpoint, or one whose template or vocabulary is no guard's.
     """
-    return prepare(ChatModel.load(folder))
+    return prepare(ChatModel.load(folder, mesh=mesh))
 
 
 def prepare(model: ChatModel) -> Guard:

@@ -48,6 +48,7 @@ class Options:
       endpoint: of the judges that ask one.
       guard: folder of the converted Llama-Guard.
       guard_batch: rows it judges at once.
+      mesh: devices to spread the guard over, such as data=2,model=4; None for one.
       rubric: folder with the two files of the StrongREJECT rubric; None takes the pinned wheel's.
       prompts: CSV of forbidden prompts, if the study did not use the pinned ones.
       limit: at most so many rows per judge in this run; None is all.
@@ -57,6 +58,7 @@ class Options:
     endpoint: Endpoint | None = None
     guard: Path | None = None
     guard_batch: int = 8
+    mesh: str | None = None
     rubric: Path | None = None
     prompts: Path | None = None
     limit: int | None = None
@@ -230,10 +232,12 @@ def _prepared(name: str, options: Options) -> tuple[Run, str, dict[str, Any], di
         identity = {"limits": limits, "thinking": thinking.VERSION}
         return _by_rule(_degenerate), degenerate.VERSION, identity, {}
     if name == "llama-guard":
+        from jaxsteer import parallel
         from jaxsteer.judges import guard as guards
 
         assert options.guard is not None
-        guard = guards.load(options.guard)
+        mesh = None if options.mesh is None else parallel.mesh(options.mesh)
+        guard = guards.load(options.guard, mesh)
 
         def by_guard(items: Sequence[Item], keep: Keep) -> None:
             for findings in guards.judge(guard, items, batch=options.guard_batch):
