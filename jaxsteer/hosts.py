@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -43,6 +44,7 @@ _MONTH = 30 * 24 * 3600 * 1000
 GO_ON = "what is finished is kept, run the same command again on every host to go on"
 
 _meetings = itertools.count()
+_joined = threading.Event()
 
 Found = TypeVar("Found")
 
@@ -74,7 +76,7 @@ class Hosts:
           prompts: the prompt's id of every row of the study.
 
         >>> [Hosts(process=p, count=2).share(["a", "b", "a", "b"]) for p in range(2)]
-        [{0, 2}, {1, 3}]
+        [{1, 3}, {0, 2}]
         """
         # By hash, so that each share has its part of every family: some have long replies.
         order = sorted(range(len(prompts)), key=lambda i: (stable_id(prompts[i]), prompts[i]))
@@ -99,22 +101,12 @@ class Hosts:
         # Every process comes to the same meetings in the same order, and none is held twice.
         meeting = f"jaxsteer-{next(_meetings)}-{place}"
         wait = orbax.checkpoint.multihost.get_barrier_sync_fn()
-        failed: list[Exception] = []
-
-        def cross() -> None:
-            try:
-                wait(key=meeting, timeout_ms=_MONTH)
-            except Exception as error:
-                failed.append(error)
-
-        # In a thread, since a signal cannot interrupt the main one in foreign code.
-        crossing = threading.Thread(target=cross, daemon=True)
-        crossing.start()
-        crossing.join()
-        if failed:
+        try:
+            _interruptibly(lambda: wait(key=meeting, timeout_ms=_MONTH))
+        except Exception as error:
             # JAX is ending this process as well, and `words` says why better than we could.
             threading.Event().wait(HEARTBEAT)
-            raise UserError(f"lost another process; {GO_ON}") from failed[0]
+            raise UserError(f"lost another process; {GO_ON}") from error
 
     def seen(self, find: Callable[[], Found | None]) -> Found | None:
         """What `find` finds in the shared folder, tried until what others wrote must be visible."""
@@ -147,43 +139,74 @@ def join(
       UserError: no cluster is found, numbers that do not fit, or the port is taken. When others do
         not come, JAX ends the process and one line says so.
     """
-    if address != "auto" and not re.fullmatch(r".+:\d{1,5}", address):
+    port = address.rpartition(":")[2]
+    if address != "auto" and not (re.fullmatch(r".+:\d{1,5}", address) and int(port) < 2**16):
         raise UserError(f"--hosts {address!r} is neither auto nor HOST:PORT of process 0")
     if (processes is None) != (process is None) or (address != "auto" and process is None):
         raise UserError("--hosts HOST:PORT, --processes and --process go together; give all three")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process {process} is none of 0 to {processes - 1}")
+    if process == 0 and address != "auto":
+        _check_free(int(port))
     import jax
 
+    _joined.set()
     _word_native_messages()
     # It would take SIGTERM for itself, with which a stop is asked for.
     jax.config.update("jax_enable_preemption_service", False)
     # No arrays go between processes; and its library greets the world on stdout.
     jax.config.update("jax_cpu_collectives_implementation", None)
     try:
-        jax.distributed.initialize(
-            None if address == "auto" else address,
-            processes,
-            process,
-            initialization_timeout=arrival,
-            heartbeat_timeout_seconds=HEARTBEAT,
+        _interruptibly(
+            lambda: jax.distributed.initialize(
+                None if address == "auto" else address,
+                processes,
+                process,
+                initialization_timeout=arrival,
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
         )
     except ValueError:
         raise UserError(
             "--hosts auto finds no TPU pod, Slurm or Open MPI job here; give "
             "--hosts HOST:PORT --processes N --process I"
         ) from None
-    except RuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--hosts {address}: {first}; is the port taken?") from None
     return Hosts(process=jax.process_index(), count=jax.process_count())
+
+
+def _check_free(port: int) -> None:
+    # JAX would say it, or crash (jaxlib 0.10).
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot have port {port} ({error.strerror}); choose another in --hosts"
+            ) from None
+
+
+def _interruptibly(wait: Callable[[], None]) -> None:
+    """Wait in a thread: a signal cannot interrupt the main one while it is in foreign code."""
+    failed: list[Exception] = []
+
+    def waiting() -> None:
+        try:
+            wait()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=waiting, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def leave(code: int) -> NoReturn:
     """End this process; when it shares a run, without waiting for the others, who then end too."""
-    # Whoever never imported JAX has not joined, and should not import it only to end.
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
+    if _joined.is_set():
+        # An orderly end of JAX waits for the others, or crashes when it never began.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

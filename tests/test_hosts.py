@@ -1,0 +1,160 @@
+"""Shares of rows, what is said when processes are missing, and real processes that wait in vain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxsteer import hosts
+from jaxsteer.errors import UserError
+from jaxsteer.hosts import Hosts
+
+PROMPTS = st.lists(st.sampled_from([f"p{i}" for i in range(9)]), max_size=60)
+
+
+@given(PROMPTS, st.integers(1, 8))
+def test_every_row_is_one_processs_and_shares_are_even(prompts, count):
+    shares = [Hosts(process=p, count=count).share(prompts) for p in range(count)]
+    assert Counter(row for share in shares for row in share) == Counter(range(len(prompts)))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(PROMPTS, st.integers(1, 8))
+def test_the_rows_of_few_prompts_are_split(prompts, count):
+    owners: dict[str, set[int]] = {}
+    for p in range(count):
+        for row in Hosts(process=p, count=count).share(prompts):
+            owners.setdefault(prompts[row], set()).add(p)
+    # A cut between two neighbours splits at most one prompt.
+    assert sum(len(of) - 1 for of in owners.values()) <= count - 1
+
+
+def test_one_process_has_all_rows_and_waits_for_nobody():
+    assert hosts.ALONE.share(["a", "b", "a"]) == {0, 1, 2}
+    hosts.ALONE.meet("anywhere")
+    assert hosts.ALONE.seen(lambda: None) is None
+
+
+def test_what_another_host_wrote_is_looked_for_until_it_shows():
+    answers = iter([None, "there"])
+    assert Hosts(process=1, count=2).seen(lambda: next(answers)) == "there"
+
+
+def test_other_native_messages_pass_at_once():
+    said = []
+    lines = iter(["W1 some warning\n", "I1 more\n"])
+    for text in hosts.words(lines):
+        said.append((text, next(lines, None)))
+    assert said[0] == ("W1 some warning\n", "I1 more\n")
+
+
+def test_a_warning_of_the_service_is_not_swallowed_when_nobody_is_lost():
+    lines = ["W1 coordination_service.cc:1] slow\n", "next\n"]
+    assert "".join(hosts.words(lines)) == "".join(lines)
+
+
+def test_all_lost_processes_are_named():
+    status = "absl::Status: UNAVAILABLE: The following tasks are unhealthy (stopped sending "
+    lines = [f"F1 client.h:80] Terminating process because the {hosts._FATAL}. {status}"]
+    lines += ["heartbeats):\n", "1\n", "3\n", "The tasks have crashed.\n", "*** stack trace:\n"]
+    (line,) = hosts.words(lines)
+    assert line == f"jaxsteer: lost processes 1, 3; {hosts.GO_ON}\n"
+
+
+def test_a_loss_in_words_we_do_not_know_is_passed_on():
+    (line,) = hosts.words([f"F1] the {hosts._FATAL}. absl::Status: INTERNAL: new words\n"])
+    assert "lost another process (INTERNAL: new words)" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("10.0.0.1",), "neither auto nor HOST:PORT"),
+        (("10.0.0.1:99999", 2, 0), "neither auto nor HOST:PORT"),
+        (("10.0.0.1:1234", 2), "go together"),
+        (("10.0.0.1:1234",), "go together"),
+        (("auto", None, 1), "go together"),
+        (("10.0.0.1:1234", 2, 2), "none of 0 to 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, said):
+    with pytest.raises(UserError, match=said):
+        hosts.join(*arguments)
+
+
+# -- Real processes, one of two or without a cluster -----------------------------------------------
+
+JOIN = """
+import sys
+from jaxsteer import cli, hosts
+address, processes, process = sys.argv[1:]
+def app():
+    hosts.join(address, *(int(n) if n else None for n in (processes, process)), arrival=4)
+cli.app = app
+cli.main()
+"""
+
+
+def joining(address: str, processes: object = "", process: object = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", JOIN, address, str(processes), str(process)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_without_a_cluster_auto_says_what_to_give():
+    process = joining("auto")
+    _, said = process.communicate()
+    assert process.returncode == 2 and said.count("\n") == 1
+    assert "finds no TPU pod, Slurm or Open MPI job here; give --hosts HOST:PORT" in said
+
+
+def test_a_port_that_is_taken_is_said():
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        process = joining(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)
+        _, said = process.communicate()
+    assert process.returncode == 2
+    assert said.count("\n") == 1 and "Address already in use" in said
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_when_the_other_does_not_come_one_line_says_so(number):
+    process = joining(free_address(), 2, number)
+    _, said = process.communicate()
+    assert process.returncode not in (0, None)
+    assert said == f"jaxsteer: not all processes of this run came in time; {hosts.GO_ON}\n"
+
+
+def test_a_stop_while_waiting_for_the_others_is_heard():
+    address = free_address()
+    process = joining(address, 2, 0)
+    host, port = address.split(":")
+    tick = threading.Event()
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                break
+        tick.wait(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 143 and "stopped" in said.splitlines()[-1]
