@@ -123,7 +123,7 @@ class Bench:
         self.record: dict[str, Any] = {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "machine": machine(),
-            "versions": {"python": platform.python_version()},
+            "versions": {"python": platform.python_version(), "commit": commit()},
             "peers": [],
         }
 
@@ -336,6 +336,14 @@ def shares(phases: dict[str, Any], ceilings: list[dict[str, Any]]) -> dict[str, 
             "share_at_rows": decode / work.decode_ceiling(slots, at_rows, bandwidth),
         },
     }
+
+
+def commit() -> str:
+    """The code that runs; `-dirty` where it is not what was committed."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, Any]:
