@@ -9,6 +9,7 @@ from jaxsteer import results, run, setup, shards, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
+from jaxsteer.hosts import Hosts
 from tests import tiny
 
 
@@ -163,3 +164,45 @@ def test_a_setup_goes_on_where_it_stopped(model, study, tmp_path):
     again = setup.prepare(study, model, out)
     assert (out / "directions.safetensors").stat().st_mtime_ns == written
     assert again.record == made.record and again.layers == {"steer": 1, "late": 2}
+
+
+def test_another_process_reads_the_setup_and_nothing_before_it_is_whole(model, study, tmp_path):
+    out = tmp_path / "results"
+    assert setup.read(study, model, out) is None
+    made = setup.prepare(study, model, out)
+    read = setup.read(study, model, out)
+    assert read.record == made.record and read.layers == made.layers and read.dose == made.dose
+    assert setup.hashes(read.directions) == setup.hashes(made.directions)
+    (out / "directions.safetensors").unlink()
+    assert setup.read(study, model, out) is None
+
+
+# One process alone, with the number of another: it waits for nobody and has no rows.
+SECOND = Hosts(process=1, count=1)
+
+
+@pytest.fixture(scope="module")
+def first(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    run.run_study(spec.load(tiny.study_file(folder)), model, folder / "results")
+    return folder / "results"
+
+
+def test_a_process_without_rows_leaves_the_results_alone(model, first, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    study = spec.load(tiny.study_file(tmp_path))
+    assert run.run_study(study, model, first, hosts=SECOND) == []
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("scale = 4.0", "scale = 5.0", "asked for another run than process 0"),
+        ("dose = 3.0", "dose = 2.0", "does not find in .* what process 0 prepared"),
+    ],
+)
+def test_a_process_asked_for_another_run_is_refused(model, first, tmp_path, old, new, said):
+    other = spec.load(tiny.study_file(tmp_path, (old, new)))
+    with pytest.raises(UserError, match=f"process 1 .*{said}"):
+        run.run_study(other, model, first, hosts=SECOND)

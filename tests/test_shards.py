@@ -62,3 +62,29 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         shards.locked(tmp_path / "file/results"),
     ):
         pass
+
+
+def test_the_table_is_there_when_every_row_is_and_in_the_order_asked_for(tmp_path):
+    names = ["x/2", "x/1", "x/3"]
+    assert shards.table(tmp_path, KEY, names) is None
+    shards.write(tmp_path, KEY, ROWS)
+    assert shards.table(tmp_path, KEY, names) is None
+    third = pl.DataFrame({"row_id": ["x/3"], "response": ["three"], "n_tokens": [3]})
+    shards.write(tmp_path, KEY, third)
+    assert shards.table(tmp_path, KEY, names)["n_tokens"].to_list() == [2, 1, 3]
+
+
+def test_a_row_that_two_processes_ran_is_in_the_table_once(tmp_path):
+    shards.write(tmp_path, KEY, ROWS)
+    shards.write(tmp_path, KEY, ROWS[1:])
+    assert shards.table(tmp_path, KEY, ["x/1", "x/2"]).equals(ROWS)
+
+
+def test_the_rows_of_all_shards_are_counted_as_they_come(tmp_path):
+    known: dict[str, int] = {}
+    assert shards.count(tmp_path, KEY, known) == 0
+    shards.write(tmp_path, KEY, ROWS)
+    shards.write(tmp_path, "b" * 64, ROWS)
+    assert shards.count(tmp_path, KEY, known) == 2
+    shards.write(tmp_path, KEY, ROWS[:1])
+    assert shards.count(tmp_path, KEY, known) == 3
