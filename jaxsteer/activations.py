@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer import chat
 from jaxsteer.config import ModelConfig
+from jaxsteer.depth import fill
 from jaxsteer.errors import UserError
 from jaxsteer.interventions import Interventions
 from jaxsteer.masks import causal_mask, positions
 from jaxsteer.model import Capture, Decoder, Params, Steering, bind
-from jaxsteer.prefix import Prefix, fill, opened, take
+from jaxsteer.prefix import Prefix, opened, take
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")
@@ -57,9 +58,10 @@ def read(
     """
     model = bind(definition, params)
     n_layers, d_model = model.config.n_layers, model.config.d_model
+    dtype = model.embed.embedding[...].dtype
 
     def one(tokens, real, weights, interventions, prefix):
-        cache, before = opened(model, prefix, tokens.shape[0])
+        cache, before = opened(model.config, n_layers, prefix, tokens.shape[0], dtype)
         steering = None
         if interventions is not None:
             steering = Steering(
@@ -146,7 +148,7 @@ def capture(
         numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(beginnings))}
         beginning = [numbers[tokens] for tokens in beginnings]
         unprobed = np.zeros((config.n_layers, 0, config.d_model), np.float32)
-        prefix = fill(definition, params, list(numbers), [0] * len(numbers), None, unprobed)
+        prefix = fill(definition, config, params, list(numbers), [0] * len(numbers), None, unprobed)
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
     for width, members in batches([len(r) for r in rows], config.max_position, batch):

@@ -1,8 +1,9 @@
-"""Steered generation: prefill and decode of many rows as one compiled program.
+"""Steered generation, plainly: prefill and decode of a batch of rows as one compiled program.
 
-One row's program is written once (`_prefill`, `_step`) and lifted over rows with `jax.vmap`; the
+One row's program is written once (`_prefill`, `step`) and lifted over rows with `jax.vmap`; the
 decode loop runs on the device and stops when every row has. Each row brings its own intervention
-as data, so all conditions of a study share one program per prompt-length bucket.
+as data, so all conditions of a study share one program per prompt-length bucket. Studies run
+their rows in `slots`, which gives these tokens sooner; this is what it is compared with.
 
 Rows are left-padded, so every prompt ends in the same column and every decode step writes the
 same cache slot for all rows. For a row of 3 real tokens in a bucket of 4 and 2 new tokens:
@@ -31,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsteer.arrays import AnyArray
 from jaxsteer.interventions import Interventions
-from jaxsteer.masks import causal_mask, positions
+from jaxsteer.masks import causal_mask, positions, visible_slots
 from jaxsteer.model import Cache, Decoder, Params, Realised, Steering, bind
 from jaxsteer.prefix import Prefix, opened
 
@@ -72,7 +73,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Prompts ready to run; every field has a leading row axis.
+    """Prompts ready to run; every field has a leading row axis, or is one row's.
 
     Attributes:
       tokens: left-padded prompt ids.
@@ -82,10 +83,10 @@ class Rows:
       prefix: the beginning of each row's prompt, already run; `tokens` then holds the rest.
     """
 
-    tokens: Int[AnyArray, "row token"]
-    real: Bool[AnyArray, "row token"]
+    tokens: Int[AnyArray, "*row token"]
+    real: Bool[AnyArray, "*row token"]
     interventions: Interventions
-    ids: UInt32[AnyArray, " row"]
+    ids: UInt32[AnyArray, " *row"]
     prefix: Prefix | None = None
 
 
@@ -148,7 +149,8 @@ def _prefill(
     probes: Array,
     new_tokens: int,
 ) -> tuple[Array, Cache, dict[str, Realised]]:
-    cache, before = opened(model, prefix, tokens.shape[0])
+    dtype = model.embed.embedding[...].dtype
+    cache, before = opened(model.config, model.config.n_layers, prefix, tokens.shape[0], dtype)
     steering = Steering(
         interventions=interventions,
         touched=real & interventions.on_prompt,
@@ -163,41 +165,59 @@ def _prefill(
         jnp.int32(before.shape[0]),
         steering=steering,
     )
-    room = [(0, new_tokens), (0, 0), (0, 0)]
+    room = [(0, 0), (0, new_tokens), (0, 0)]
     grown = [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in out.cache]
     return model.logits(out.hidden[-1:])[0], grown, out.realised
 
 
-def _step(
+def step(
     model: Decoder,
-    token: Array,
-    position: Array,
-    live: Array,
-    prompt: Array,
+    token: Int[Array, ""],
+    position: Int[Array, ""],
+    live: Bool[Array, ""],
+    held: Bool[Array, " slot"],
+    start: Int[Array, ""],
+    newest: Int[Array, ""],
     cache: Cache,
     interventions: Interventions,
-    probes: Array,
-    slot: Array,
-) -> tuple[Array, Cache, dict[str, Realised]]:
-    slots = cache[0][0].shape[0]
-    prompt_slots = jnp.zeros((slots,), bool).at[: prompt.shape[0]].set(prompt)
-    index = jnp.arange(slots)
-    visible = prompt_slots | ((index >= prompt.shape[0]) & (index <= slot))
+    probes: Float[Array, "layer probe d_model"],
+) -> tuple[Float[Array, " vocab"], Cache, dict[str, Realised]]:
+    """Read one row's newest token: the logits of the next, the cache, the realised change.
+
+    Args:
+      model: with its parameters.
+      token: the newest token.
+      position: its rotary position.
+      live: whether the row still runs; one that does not is neither steered nor counted.
+      held: which cache slots hold a real token of the prompt.
+      start: the slot of the first generated token.
+      newest: the slot that `token` takes.
+      cache: keys and values per layer.
+      interventions: this row's.
+      probes: unit directions whose projections are recorded.
+    """
     steering = Steering(
         interventions=interventions,
         touched=(live & interventions.on_response)[None],
         real=live[None],
         probes=probes,
     )
-    out = model(token[None], position[None], visible[None, :], cache, slot, steering=steering)
+    visible = visible_slots(held, start, newest)[None, :]
+    out = model(token[None], position[None], visible, cache, newest, steering=steering)
     return model.logits(out.hidden)[0], out.cache, out.realised
 
 
-def _choose(logits: Array, row_id: Array, step: Array, sampling: Sampling, sample: bool) -> Array:
-    """The next token of one row; its randomness depends on (seed, row id, step) only."""
+def choose(
+    logits: Float[Array, " vocab"],
+    row_id: UInt32[Array, ""],
+    index: Int[Array, ""],
+    sampling: Sampling,
+    sample: bool,
+) -> Int[Array, ""]:
+    """Token `index` of one row's reply; its randomness depends on (seed, row id, index) only."""
     if not sample:
         return jnp.argmax(logits).astype(jnp.int32)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row_id), step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row_id), index)
     scaled = logits / sampling.temperature
     order = jnp.argsort(-scaled)
     probability = jax.nn.softmax(scaled[order])
@@ -205,6 +225,11 @@ def _choose(logits: Array, row_id: Array, step: Array, sampling: Sampling, sampl
     before = jnp.cumsum(probability) - probability
     kept = jnp.where(before < sampling.top_p, scaled[order], -jnp.inf)
     return order[jax.random.categorical(key, kept)].astype(jnp.int32)
+
+
+def ends(token: Int[Array, "*rows"], decoding: Decoding) -> Bool[Array, "*rows"]:
+    """Whether a token ends a reply."""
+    return jnp.any(token[..., None] == jnp.asarray(decoding.eos, jnp.int32), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "decoding"))
@@ -236,20 +261,22 @@ def generate(
     # Prompt slots of the cache: the shared prefix first, then each row's own tokens.
     held = real if rows.prefix is None else jnp.concatenate([rows.prefix.real, real], axis=1)
     width = held.shape[1]
-    eos = jnp.asarray(decoding.eos, jnp.int32)
     kept = model.config.vocab_size if decoding.keep_logits else 0
     prefill = jax.vmap(functools.partial(_prefill, model), in_axes=(0, 0, 0, 0, None, None))
-    step_rows = jax.vmap(functools.partial(_step, model), in_axes=(0, 0, 0, 0, 0, 0, None, None))
-    choose = jax.vmap(
-        functools.partial(_choose, sampling=sampling, sample=decoding.sample),
+    step_rows = jax.vmap(
+        functools.partial(step, model), in_axes=(0, 0, 0, 0, None, None, 0, 0, None)
+    )
+    choose_rows = jax.vmap(
+        functools.partial(choose, sampling=sampling, sample=decoding.sample),
         in_axes=(0, 0, None),
     )
+    room = jnp.zeros((count, decoding.max_new_tokens), bool)
+    held_slots = jnp.concatenate([held, room], axis=1)
 
     def emit(state: _State, logits: Array) -> _State:
         """Choose and write one new token per live row, and retire the rows that it ends."""
-        token = choose(logits, row_ids, state.step)
-        ended = jnp.any(token[:, None] == eos, axis=-1)
-        live = state.live & ~ended
+        token = choose_rows(logits, row_ids, state.step)
+        live = state.live & ~ends(token, decoding)
         tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
         return dataclasses.replace(
             state,
@@ -266,11 +293,12 @@ def generate(
             state.last,
             state.position,
             state.live,
-            held,
+            held_slots,
+            jnp.int32(width),
+            width + state.step - 1,
             state.cache,
             rows.interventions,
             probes,
-            width + state.step - 1,
         )
         state = dataclasses.replace(
             state,

@@ -84,6 +84,17 @@ class Interventions:
         """
         return jax.tree.map(lambda a: np.asarray(a)[condition], self)
 
+    def layers(self, first: int, last: int) -> Interventions:
+        """Layers `first` to `last` - 1 of stacked ones, then counted from 0; without `embed`."""
+        return dataclasses.replace(
+            self,
+            sites={
+                tap: jax.tree.map(lambda a: a[:, first:last], site)
+                for tap, site in self.sites.items()
+                if tap != "embed"
+            },
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Add:

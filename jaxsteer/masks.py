@@ -33,3 +33,19 @@ def positions(
     """Positions counted over real tokens: [F, T, T] -> [0, 0, 1], after [F, T] -> [1, 1, 2]."""
     start = 0 if before is None else jnp.sum(before)
     return start + jnp.maximum(jnp.cumsum(real) - 1, 0)
+
+
+def visible_slots(
+    held: Bool[Array, " slots"], start: Int[Array, ""], newest: Int[Array, ""]
+) -> Bool[Array, " slots"]:
+    """Which cache slots a generated token sees: the prompt's real ones, and replies up to itself.
+
+    Args:
+      held: which slots hold a real token of the prompt.
+      start: the slot of the first generated token.
+      newest: the slot of this one.
+
+    held = [F, T, T, F, F, F] with start 3 and newest 4 gives [F, T, T, T, T, F].
+    """
+    index = jnp.arange(held.shape[0])
+    return held | ((index >= start) & (index <= newest))

@@ -17,8 +17,9 @@ H head_dim, V vocabulary, L layer, P captured position, R probe direction.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jaxsteer.arrays import AnyArray
 from jaxsteer.config import ModelConfig, RopeConfig, llama3_frequencies
 from jaxsteer.interventions import Interventions, SiteArrays, apply
 
-KeyValues = Float[Array, "*lead slot kv_head head_dim"]
+KeyValues = Float[Array, "*lead kv_head slot head_dim"]
 Cache = list[tuple[KeyValues, KeyValues]]
 Params = dict[str, Any]
 
@@ -161,6 +162,60 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
+def write(
+    cache: Float[Array, "kv_head slot head_dim"],
+    new: Float[Array, "token kv_head head_dim"],
+    slot: Int[Array, ""],
+) -> Float[Array, "kv_head slot head_dim"]:
+    """The cache with a pass's tokens in it, from `slot` on."""
+    new = jnp.swapaxes(new, 0, 1)
+
+    def in_place(cache: Array, new: Array, slot: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+
+    def everywhere(cache: Array, new: Array, slot: Array) -> Array:
+        return jnp.where((jnp.arange(cache.shape[1]) == slot)[:, None], new, cache)
+
+    if new.shape[1] > 1:
+        return in_place(cache, new, slot)
+    # Rows with slots of their own write one by one on a TPU, which takes longer than writing all.
+    return jax.lax.platform_dependent(cache, new, slot, tpu=everywhere, default=in_place)
+
+
+def _by_products(
+    q: Float[Array, "token kv_head group head_dim"],
+    keys: Float[Array, "kv_head slot head_dim"],
+    values: Float[Array, "kv_head slot head_dim"],
+    visible: Bool[Array, "token slot"],
+) -> Float[Array, "token kv_head group head_dim"]:
+    """Attention as matrix products."""
+    score = jnp.einsum("tkgh,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
+    weight = _weights(score, visible, q)
+    return jnp.einsum("kgts,ksh->tkgh", weight, values)
+
+
+def _by_sums(
+    q: Float[Array, "1 kv_head group head_dim"],
+    keys: Float[Array, "kv_head slot head_dim"],
+    values: Float[Array, "kv_head slot head_dim"],
+    visible: Bool[Array, "1 slot"],
+) -> Float[Array, "1 kv_head group head_dim"]:
+    """The same for one token, over the cache as it lies: for products XLA on a CPU copies it."""
+    score = jnp.sum(q[0, :, :, None].astype(jnp.float32) * keys[:, None], axis=-1)
+    weight = _weights(score[:, :, None], visible, q)
+    wide = weight[:, :, 0, :, None].astype(jnp.float32)
+    return jnp.sum(wide * values[:, None], axis=2)[None].astype(q.dtype)
+
+
+def _weights(
+    score: Float[Array, "kv_head group token slot"],
+    visible: Bool[Array, "token slot"],
+    q: Float[Array, "token kv_head group head_dim"],
+) -> Float[Array, "kv_head group token slot"]:
+    score = jnp.where(visible, score * q.shape[-1] ** -0.5, -1e30)
+    return jax.nn.softmax(score, axis=-1).astype(q.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with a key-value cache (Ainslie et al. 2023)."""
 
@@ -185,14 +240,15 @@ class Attention(nnx.Module):
         q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
         k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
         v = self.v(x).reshape(tokens, -1, self.head_dim)
-        keys = jax.lax.dynamic_update_slice_in_dim(cache[0], k, slot, axis=0)
-        values = jax.lax.dynamic_update_slice_in_dim(cache[1], v, slot, axis=0)
+        keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
-        score = jnp.einsum("tkgh,skh->kgts", q, keys, preferred_element_type=jnp.float32)
-        score = jnp.where(visible, score * self.head_dim**-0.5, -1e30)
-        weight = jax.nn.softmax(score, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("kgts,skh->tkgh", weight, values)
+        if tokens > 1:
+            mixed = _by_products(q, keys, values, visible)
+        else:
+            mixed = jax.lax.platform_dependent(
+                q, keys, values, visible, cpu=_by_sums, default=_by_products
+            )
         return self.o(mixed.reshape(tokens, -1)), (keys, values)
 
 
@@ -234,6 +290,39 @@ def exact_products() -> AbstractContextManager[Any]:
     return jax.default_matmul_precision("highest")
 
 
+class Blocks(nnx.Module):
+    """Some consecutive layers, to be run without the rest of the model (see `prefill`)."""
+
+    def __init__(self, config: ModelConfig, n: int, dtype: DTypeLike):
+        self.config = config
+        self.layers = nnx.List([Block(config, dtype) for _ in range(n)])
+
+
+def run_blocks(
+    config: ModelConfig,
+    blocks: Iterable[Block],
+    h: Float[Array, "token d_model"],
+    positions: Int[Array, " token"],
+    visible: Bool[Array, "token slot"],
+    cache: Cache,
+    slot: Int[Array, ""],
+    taps: Taps,
+) -> tuple[Float[Array, "token d_model"], Cache]:
+    """One row through consecutive layers: the residual stream after them, and their cache.
+
+    Arguments as for the whole model (`Decoder`); `cache` and the layers of `taps` are theirs only.
+    """
+    angle = positions[:, None] * rope_frequencies(config.rope, config.head_dim)
+    written = []
+    with exact_products():
+        for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
+            mixed, kv = block.attn(block.attn_norm(h), angle, visible, kept, slot)
+            written.append(kv)
+            h = taps.visit("resid_mid", index, h + mixed)
+            h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
+    return h, written
+
+
 class Decoder(nnx.Module):
     """A decoder-only transformer. Parameters are zeros until `bind` fills them."""
 
@@ -267,20 +356,17 @@ class Decoder(nnx.Module):
           steering: what to apply at the taps; None runs the plain model.
           capture: which taps to read; None reads nothing and costs nothing.
         """
-        taps = _Taps(steering, capture)
-        angle = positions[:, None] * rope_frequencies(self.config.rope, self.config.head_dim)
-        written = []
-        with exact_products():
-            h = taps.visit("embed", 0, self.embed.embedding[...][tokens])
-            for index, block in enumerate(self.layers):
-                mixed, kv = block.attn(block.attn_norm(h), angle, visible, cache[index], slot)
-                written.append(kv)
-                h = taps.visit("resid_mid", index, h + mixed)
-                h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
+        taps = Taps(steering, capture)
+        h = self.embedded(tokens, taps)
+        h, written = run_blocks(self.config, self.layers, h, positions, visible, cache, slot, taps)
         captured, realised = taps.results()
         return Forward(
             hidden=self.final_norm(h), cache=written, captured=captured, realised=realised
         )
+
+    def embedded(self, tokens: Int[Array, " token"], taps: Taps) -> Float[Array, "token d_model"]:
+        """The residual stream where it begins, after the tap `embed`."""
+        return taps.visit("embed", 0, self.embed.embedding[...][tokens])
 
     def logits(self, hidden: Float[Array, "token d_model"]) -> Float[Array, "token vocab"]:
         """Next-token logits, float32, from `Forward.hidden`."""
@@ -291,8 +377,8 @@ class Decoder(nnx.Module):
             return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
 
 
-class _Taps:
-    """Collects what the taps of one forward pass apply, capture and measure, in layer order."""
+class Taps:
+    """Applies, captures and measures at the taps of one forward pass, in layer order."""
 
     def __init__(self, steering: Steering | None, capture: Capture | None):
         self.steering, self.capture = steering, capture
@@ -300,6 +386,7 @@ class _Taps:
         self.realised: dict[str, list[Realised]] = {}
 
     def visit(self, tap: str, layer: int, h: Array) -> Array:
+        """The stream as it leaves a tap."""
         if self.steering is not None and tap in self.steering.interventions.sites:
             site = self.steering.interventions.sites[tap].at(layer)
             h = self._steer(tap, layer, h, site)
@@ -328,6 +415,7 @@ class _Taps:
         return new
 
     def results(self) -> tuple[dict[str, Array], dict[str, Realised]]:
+        """What was captured and what was changed, by tap, layers stacked."""
         captured = {tap: jnp.stack(layers) for tap, layers in self.captured.items()}
         realised = {
             tap: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
@@ -336,10 +424,10 @@ class _Taps:
         return captured, realised
 
 
-def empty_cache(config: ModelConfig, slots: int, dtype: DTypeLike) -> Cache:
-    """One row's cache of zeros: per layer, keys and values [slot, kv_head, head_dim]."""
-    shape = (slots, config.n_kv_heads, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
+def empty_cache(config: ModelConfig, n_layers: int, slots: int, dtype: DTypeLike) -> Cache:
+    """One row's cache of zeros: per layer, keys and values [kv_head, slot, head_dim]."""
+    shape = (config.n_kv_heads, slots, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers)]
 
 
 def graph(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef[Decoder]:
@@ -347,7 +435,17 @@ def graph(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef[D
     return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, dtype)))
 
 
-def bind(definition: nnx.GraphDef[Decoder], params: Params) -> Decoder:
+def blocks_graph(
+    config: ModelConfig, n: int, dtype: DTypeLike = jnp.float32
+) -> nnx.GraphDef[Blocks]:
+    """`n` consecutive layers without their parameters, as `graph` is the model."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Blocks(config, n, dtype)))
+
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def bind(definition: nnx.GraphDef[M], params: Params) -> M:
     """Put parameters (a nested dict of arrays, paths as in `weights.param_shapes`) in the model."""
     return nnx.merge(definition, _state(params))
 

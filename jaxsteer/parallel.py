@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.config import ModelConfig
 from jaxsteer.errors import UserError
+from jaxsteer.model import Params
 from jaxsteer.weights import param_shapes
 
 AXES = ("data", "model")
@@ -163,6 +164,13 @@ def place(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
     for leaf in leaves:
         check_batch(np.shape(leaf)[0], mesh)
     return jax.tree.unflatten(structure, jax.device_put(leaves, shardings(tree, config, mesh)))
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that a model's parameters are spread over; None for one device."""
+    sharding = params["embed"]["embedding"].sharding
+    found = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return found if isinstance(found, Mesh) else None
 
 
 def keep(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:

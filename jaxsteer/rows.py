@@ -1,25 +1,33 @@
-"""Run many (condition, prompt) rows through the compiled program, a batch at a time.
+"""Run many (condition, prompt) rows through the compiled programs, as fast as they end.
 
-The batch size is fixed and short batches are filled with padding rows, so that a row is computed
-by the same program whoever its neighbours are.
+What rows have in common is run once (`prefix`: a system prompt; `depth`: layers below the first
+where conditions differ), then `slots` decode together and are refilled as rows end. All
+sizes follow from the whole list of rows and never from who is left or beside whom, so an
+interrupted run goes on in the same programs and ends in the same results.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer import chat
-from jaxsteer.activations import batches
+from jaxsteer import chat, parallel, prefill, slots
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.generate import Decoding, Replies, Rows, Sampling, generate, no_probes
+from jaxsteer.depth import BATCH, Work, descend, fill
+from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Interventions
 from jaxsteer.model import Realised
-from jaxsteer.prefix import Prefix, fill, take
+from jaxsteer.prefill import Prefilled
+from jaxsteer.prefix import Prefix
+
+# Decode steps between looks at the host: a run that is stopped waits no longer than these.
+CHUNK = 16
+# Cache slots are a multiple of this: a TPU copies a cache of other lengths at every look.
+WHOLE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,11 @@ class Reply:
     logits: Float[np.ndarray, "chosen vocab"] | None = None
 
 
+def cache_slots(prompt: int, new_tokens: int) -> int:
+    """How long a row's cache is: the widest prompt and its reply, rounded up to a whole part."""
+    return -(-(prompt + new_tokens) // WHOLE) * WHOLE
+
+
 def run(
     model: ChatModel,
     requests: Sequence[Request],
@@ -74,8 +87,19 @@ def run(
     probes: Float[np.ndarray, "layer probe d_model"] | None = None,
     sampling: Sampling | None = None,
     batch: int = 32,
+    skip: Collection[int] = (),
 ) -> Iterator[list[Reply]]:
-    """Yield finished batches, shortest prompts first; see `Reply.index` for the order given.
+    """Yield finished rows, about `batch` at a time; see `Reply.index` for the order given.
+
+    Args:
+      model: the model to run.
+      requests: all rows, those to skip too: they decide sizes and what is shared.
+      interventions: stacked conditions, host arrays.
+      decoding: static decoding settings.
+      probes: unit directions whose projections are recorded; None for none.
+      sampling: dynamic sampling settings, unread when greedy.
+      batch: number of slots: rows that decode together.
+      skip: indices of requests that need no run.
 
     Raises:
       UserError: a prompt that does not fit the model's context with its reply.
@@ -83,32 +107,139 @@ def run(
     config = model.config
     if probes is None:
         probes = no_probes(config.n_layers, config.d_model)
+    sampling = sampling or Sampling()
+    mesh = parallel.mesh_of(model.params)
+    parallel.check_batch(batch, mesh)
+    parallel.check_batch(BATCH, mesh)
     limit = config.max_position - decoding.max_new_tokens
     for request in requests:
         chat.bucket(len(request.tokens), limit)
-    prefix, beginning = _beginnings(model, requests, interventions, probes)
-    own = [list(request.tokens[request.shared :]) for request in requests]
-    for width, members in batches([len(tokens) for tokens in own], limit, batch):
-        filler = batch - len(members)
-        tokens, real = chat.left_pad([own[i] for i in members] + [[]] * filler, width)
-        rows = Rows(
-            tokens=tokens,
-            real=real,
-            interventions=interventions.rows(
-                np.array([requests[i].condition for i in members] + [0] * filler)
-            ),
-            ids=np.array([requests[i].row_id for i in members] + [0] * filler, np.uint32),
-            prefix=prefix
-            and take(prefix, np.array([beginning[i] for i in members] + [0] * filler)),
+    todo = [i for i in range(len(requests)) if i not in skip]
+    if not todo:
+        return
+    source = _Prefills(model, requests, interventions, decoding, probes, sampling, limit)
+    waiting = source.rows(todo)
+    state: slots.Slots | None = None
+    # Who sits in each slot: a request's index, and what was changed over its prompt.
+    seated: dict[int, _Seat] = {}
+    finished: list[Reply] = []
+    queue: _Queue | None = None
+    while True:
+        while len(seated) < batch:
+            if queue is None or not queue.seats:
+                queue = next(waiting, None)
+                if queue is None:
+                    break
+            if state is None:
+                room = cache_slots(source.width, decoding.max_new_tokens)
+                state = slots.empty(config, decoding, batch, room, queue.prefilled, mesh)
+            free = [slot for slot in range(batch) if slot not in seated]
+            entering, queue.seats = queue.seats[: len(free)], queue.seats[len(free) :]
+            rows_in = np.zeros(BATCH, np.int32)
+            put = np.full(BATCH, batch, np.int32)
+            for n, (slot, seat) in enumerate(zip(free, entering, strict=False)):
+                rows_in[n], put[n], seated[slot] = seat.row, slot, seat
+            state = slots.insert(decoding, state, queue.prefilled, rows_in, put)
+        if state is None or not seated:
+            break
+        # While rows wait, an eighth of the slots free is worth a look; later all may end.
+        keep = len(seated) - max(batch // 8, 1) if queue is not None else 0
+        state = slots.advance(
+            model.definition, decoding, model.params, state, probes, sampling, CHUNK, keep
         )
-        replies = generate(
-            model.definition, decoding, model.params, rows, probes, sampling or Sampling()
+        live = np.asarray(state.live)
+        ended = [slot for slot in seated if not live[slot]]
+        if ended:
+            out = jax.device_get(
+                (state.tokens, state.length, state.stopped, state.emitted, state.response)
+            )
+            for slot in ended:
+                logits = state.logits[slot] if decoding.keep_logits else None
+                finished.append(_reply(model, requests, seated.pop(slot), slot, out, logits))
+        if len(finished) >= batch:
+            yield finished
+            finished = []
+    if finished:
+        yield finished
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Seat:
+    """A row on its way: its request, its place among those prefilled with it, and its prompt."""
+
+    index: int
+    row: int
+    prompt: dict[str, Realised]
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Queue:
+    """Rows prefilled together, and those of them that have no slot yet."""
+
+    prefilled: Prefilled
+    seats: list[_Seat]
+
+
+class _Prefills:
+    """Prompts read in batches: shared beginnings first, then each row's own tokens."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        requests: Sequence[Request],
+        interventions: Interventions,
+        decoding: Decoding,
+        probes: np.ndarray,
+        sampling: Sampling,
+        limit: int,
+    ):
+        self.model, self.requests = model, requests
+        self.decoding, self.sampling = decoding, sampling
+        prefix, beginning = _beginnings(model, requests, interventions, probes)
+        own = [request.tokens[request.shared :] for request in requests]
+        self.work = Work(
+            definition=model.definition,
+            config=model.config,
+            params=model.params,
+            interventions=interventions,
+            probes=probes,
+            conditions=[request.condition for request in requests],
+            tokens=own,
+            prompts=[(tuple(request.tokens), request.shared) for request in requests],
+            prefix=prefix,
+            beginning=beginning,
         )
-        replies = jax.tree.map(np.asarray, replies)
-        yield [
-            _reply(model, i, len(requests[i].tokens), slot, replies, decoding.keep_logits)
-            for slot, i in enumerate(members)
-        ]
+        self.buckets = [chat.bucket(len(tokens), limit) for tokens in own]
+        # Slots of the longest prompt, its shared beginning first.
+        begun = 0 if prefix is None else prefix.real.shape[1]
+        self.width = begun + max(self.buckets)
+
+    def rows(self, todo: Sequence[int]) -> Iterator[_Queue]:
+        """Prefill requests `todo`, shortest first, all rows of some prompts before the next."""
+        for width in sorted({self.buckets[i] for i in todo}):
+            for done in descend(self.work, [i for i in todo if self.buckets[i] == width], width):
+                ids = [self.requests[i].row_id for i in done.rows]
+                of_rows = (
+                    done.real,
+                    self.work.beginnings(done.rows, BATCH),
+                    self.work.done(done.rows, BATCH),
+                    np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
+                )
+                prefilled = prefill.finish(
+                    self.model.definition,
+                    self.decoding,
+                    self.model.params,
+                    done.levels,
+                    done.places,
+                    *self.work.placed(of_rows),
+                    self.sampling,
+                )
+                realised = jax.device_get(prefilled.realised)
+                seats = []
+                for row, i in enumerate(done.rows):
+                    change = jax.tree.map(lambda leaf, row=row: leaf[row], realised)
+                    seats.append(_Seat(index=i, row=row, prompt=change))
+                yield _Queue(prefilled=prefilled, seats=seats)
 
 
 def _beginnings(
@@ -127,6 +258,7 @@ def _beginnings(
     ]
     prefix = fill(
         model.definition,
+        model.config,
         model.params,
         [tokens for _, tokens in numbers],
         [condition for condition, _ in numbers],
@@ -137,19 +269,24 @@ def _beginnings(
 
 
 def _reply(
-    model: ChatModel, index: int, n_prompt: int, slot: int, replies: Replies, keep_logits: bool
+    model: ChatModel,
+    requests: Sequence[Request],
+    seat: _Seat,
+    slot: int,
+    out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Realised]],
+    logits: jax.Array | None,
 ) -> Reply:
-    length, stopped = int(replies.length[slot]), bool(replies.stopped[slot])
-    tokens = np.asarray(replies.tokens[slot, :length])
+    tokens, length, stopped, emitted, response = out
+    ids = np.array(tokens[slot, : length[slot]])
     return Reply(
-        index=index,
-        n_prompt=n_prompt,
-        tokens=tokens,
-        text=model.tokenizer.decode(tokens),
-        stopped=stopped,
-        prompt=jax.tree.map(lambda a: a[slot], replies.prompt),
-        response=jax.tree.map(lambda a: a[slot], replies.response),
-        logits=np.array(replies.logits[slot, : length + stopped]) if keep_logits else None,
+        index=seat.index,
+        n_prompt=len(requests[seat.index].tokens),
+        tokens=ids,
+        text=model.tokenizer.decode(ids),
+        stopped=bool(stopped[slot]),
+        prompt=seat.prompt,
+        response=jax.tree.map(lambda leaf: np.array(leaf[slot]), response),
+        logits=None if logits is None else np.asarray(logits[: emitted[slot]]),
     )
 
 

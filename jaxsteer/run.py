@@ -25,12 +25,13 @@ import polars as pl
 from jaxsteer import data, modes, results, rows, setup, shards
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions
+from jaxsteer.config import ModelConfig
 from jaxsteer.data import Prompt
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, canonical_json, sha256_bytes, stable_id, write_json
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.hosts import ALONE, Hosts
-from jaxsteer.interventions import compile_conditions
+from jaxsteer.interventions import Interventions, compile_conditions
 from jaxsteer.judges.label import label
 from jaxsteer.model import Realised
 from jaxsteer.prefix import shared_lengths
@@ -65,6 +66,16 @@ def plan(compiled: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]
         if family != "benign" or condition.benign
         for prompt in asked
     ]
+
+
+def stacked(compiled: Sequence[Condition], config: ModelConfig) -> Interventions:
+    """The conditions' operations as arrays, in their order."""
+    return compile_conditions(
+        [condition.operations for condition in compiled],
+        [condition.scope for condition in compiled],
+        n_layers=config.n_layers,
+        d_model=config.d_model,
+    )
 
 
 def row_name(condition: str, prompt_id: str) -> str:
@@ -274,24 +285,16 @@ def _finish_rows(
     share = hosts.share([prompt.id for _, prompt in planned])
     index = {condition.name: c for c, condition in enumerate(compiled)}
     tokens = [model.tokenizer.chat(prompt.text, condition.system) for condition, prompt in planned]
-    # Of all rows, not of those still to do: what is shared must not depend on an interruption.
     shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
-    todo = sorted(share - done)
     requests = [
         rows.Request(
             tokens=tokens[i],
-            condition=index[planned[i][0].name],
-            row_id=stable_id(planned[i][0].name, planned[i][1].id),
+            condition=index[condition.name],
+            row_id=stable_id(condition.name, prompt.id),
             shared=shared[i],
         )
-        for i in todo
+        for i, (condition, prompt) in enumerate(planned)
     ]
-    stacked = compile_conditions(
-        [condition.operations for condition in compiled],
-        [condition.scope for condition in compiled],
-        n_layers=model.config.n_layers,
-        d_model=model.config.d_model,
-    )
     probed = [name for name in PROBES if name in prepared.directions]
     probes = np.zeros((model.config.n_layers, len(probed), model.config.d_model), np.float32)
     for p, name in enumerate(probed):
@@ -307,21 +310,23 @@ def _finish_rows(
         top_p=spec.decoding.top_p,
     )
     if not hosts.first:
-        said = f"{len(todo)} of its {len(share)} rows to run"
-        print(f"process {hosts.process} of {hosts.count}: {said}", file=sys.stderr, flush=True)
+        todo = len(share - done)
+        said = f"process {hosts.process} of {hosts.count}: {todo} of its {len(share)} rows to run"
+        print(said, file=sys.stderr, flush=True)
     # Of several processes, the first reports the rows of all.
     whole, counted = hosts.first and hosts.count > 1, dict[str, int]()
     with Progress("study", len(planned), done=len(done), quiet=not hosts.first) as progress:
         for batch in rows.run(
             model,
             requests,
-            stacked,
+            stacked(compiled, model.config),
             decoding,
             probes=probes,
             sampling=sampling,
             batch=spec.decoding.batch,
+            skip=done | (set(range(len(planned))) - share),
         ):
-            lines = [_line(*planned[todo[reply.index]], reply, probed) for reply in batch]
+            lines = [_line(*planned[reply.index], reply, probed) for reply in batch]
             shards.write(folder, key, pl.DataFrame(lines, schema_overrides=_SCHEMA))
             fresh = shards.count(folder, key, counted) - progress.done if whole else len(batch)
             progress.advance(fresh, tokens=sum(len(reply.tokens) for reply in batch))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from jaxsteer import activations, chat, rows
 from jaxsteer.chatmodel import ChatModel
+from jaxsteer.depth import fill
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.generate import Decoding, no_probes
@@ -27,7 +28,7 @@ from jaxsteer.interventions import (
 )
 from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal
-from jaxsteer.prefix import fill, shared_length, take
+from jaxsteer.prefix import shared_length, take
 
 Report = Callable[[int], None]
 
@@ -105,6 +106,7 @@ def last_logits(
     shared = shared_length(prompts)
     prefix = fill(
         model.definition,
+        config,
         model.params,
         [prompts[0][:shared]],
         [condition],

@@ -137,7 +137,8 @@ def read_prompt(
     """
     model = bind(definition, params)
     tokens, real = jnp.asarray(tokens), jnp.asarray(real)
-    cache = empty_cache(model.config, tokens.shape[0], model.embed.embedding[...].dtype)
+    dtype = model.embed.embedding[...].dtype
+    cache = empty_cache(model.config, model.config.n_layers, tokens.shape[0], dtype)
     out, projections = _forward(
         model,
         interventions,
@@ -151,7 +152,7 @@ def read_prompt(
         jnp.int32(0),
     )
     logits = model.logits(out.hidden[-1:])[0]
-    space = [(0, room), (0, 0), (0, 0)]
+    space = [(0, 0), (0, room), (0, 0)]
     state = State(
         cache=[(jnp.pad(k, space), jnp.pad(v, space)) for k, v in out.cache],
         real=jnp.pad(real, (0, room)),

@@ -9,7 +9,7 @@ from jaxsteer import rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
-from jaxsteer.generate import Decoding, Sampling, generate
+from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Add, Cap, Project, compile_conditions, everywhere
 from jaxsteer.masks import causal_mask, positions
 from tests import oracle, tiny
@@ -48,18 +48,6 @@ def test_masks_hide_padding_and_count_positions_over_real_tokens():
     expected = [[False, False, False], [False, True, False], [False, True, True]]
     np.testing.assert_array_equal(causal_mask(real), expected)
     np.testing.assert_array_equal(positions(real), [0, 0, 1])
-
-
-def test_three_and_thirty_conditions_compile_the_same_number_of_programs(model, rng):
-    vectors = rng.standard_normal((model.config.n_layers, model.config.d_model))
-    counts = []
-    for n in (3, 30):
-        generate.clear_cache()
-        conditions = [[Add(direction=vectors, layers=(1,), scale=float(c))] for c in range(n)]
-        requests = [rows.Request(tokens=p, condition=c) for c in range(n) for p in PROMPTS]
-        run(model, requests, conditions)
-        counts.append(generate._cache_size())
-    assert counts == [1, 1]
 
 
 def test_a_row_stops_at_the_end_token_and_does_not_keep_it(model):

@@ -13,7 +13,6 @@ from jaxsteer.errors import UserError
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Add, Project, compile_conditions
 from tests import tiny
-from tests.conftest import chats
 
 
 @pytest.fixture(scope="module", params=[tiny.llama, tiny.qwen2], ids=["llama", "qwen2"])
@@ -115,15 +114,6 @@ def test_captures_equal_those_of_whole_prompts(model):
         np.testing.assert_allclose(whole[i], split[i], atol=1e-5)
 
 
-def test_conditions_compile_nothing(model, rng):
-    counts = []
-    for copies in (1, 12):
-        prefix._fill.clear_cache()
-        run(model, PROMPTS, conditions(model, rng) * copies, len(START))
-        counts.append(prefix._fill._cache_size())
-    assert counts == [1, 1]
-
-
 def test_a_prompt_that_does_not_fit_says_its_whole_length(model):
     with pytest.raises(UserError, match="605 tokens"):
         run(model, [[*START, *[3] * 600]], [[]], 5)
@@ -134,16 +124,3 @@ def test_shared_length_leaves_each_prompt_a_token_of_its_own():
     assert prefix.shared_length([[1, 2], [1, 2]]) == 1
     assert prefix.shared_length([[7]]) == 0
     assert prefix.shared_lengths([[1, 2, 3], [9], [1, 2, 4]], ["a", "b", "a"]) == [2, 0, 2]
-
-
-def test_the_real_model_gives_the_same_tokens_with_a_shared_system_prompt(smollm2, rng):
-    prompts = chats(smollm2, 16)[1::2]
-    shared = prefix.shared_length(prompts)
-    assert shared >= 10
-    made = conditions(smollm2, rng)
-    for one, other in zip(
-        run(smollm2, prompts, made, 0, new_tokens=32),
-        run(smollm2, prompts, made, shared, new_tokens=32),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one.tokens, other.tokens)

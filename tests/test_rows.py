@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def run(model, requests, conditions=((),), new_tokens=5, batch=3):
 
 def test_every_request_comes_back_once_shortest_prompts_first(model):
     batches = run(model, [Request(tokens=p) for p in PROMPTS])
-    assert [[reply.index for reply in batch] for batch in batches] == [[1, 2, 3], [4], [0]]
+    assert [[reply.index for reply in batch] for batch in batches] == [[1, 2, 3], [4, 0]]
     for reply in (reply for batch in batches for reply in batch):
         assert reply.n_prompt == len(PROMPTS[reply.index])
         assert reply.text == model.tokenizer.decode(reply.tokens)
@@ -45,6 +46,46 @@ def test_every_request_comes_back_once_shortest_prompts_first(model):
 
 def test_no_requests_give_no_batches(model):
     assert run(model, []) == []
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_row_is_the_same_to_the_bit_whoever_is_run_with_it(model, rng, batch):
+    v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
+    conditions = [
+        [],
+        [Add(direction=v, layers=(1,), scale=2.0)],
+        [Project(directions=(v,), layers=(2,))],
+    ]
+    requests = [Request(tokens=p, condition=c) for c in range(3) for p in PROMPTS]
+    stacked = compile_conditions(
+        conditions, ["all"] * 3, n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    # Ends at different times: token 22 comes early in some replies and never in others.
+    decoding = Decoding(max_new_tokens=12, eos=(22,))
+    whole, rest = (
+        sorted(
+            (r for b in rows.run(model, requests, stacked, decoding, batch=batch, skip=skip)
+             for r in b),
+            key=lambda r: r.index,
+        )
+        for skip in ((), (0, 3, 4, 5, 6, 7, 11, 13))
+    )  # fmt: skip
+    assert [r.index for r in rest] == [1, 2, 8, 9, 10, 12, 14]
+    for reply in rest:
+        same = whole[reply.index]
+        np.testing.assert_array_equal(reply.tokens, same.tokens)
+        for ours, theirs in ((reply.prompt, same.prompt), (reply.response, same.response)):
+            for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_rows_that_are_all_skipped_run_nothing(model):
+    stacked = compile_conditions(
+        [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    decoding = Decoding(max_new_tokens=5, eos=(63,))
+    requests = [Request(tokens=p) for p in PROMPTS]
+    assert list(rows.run(model, requests, stacked, decoding, skip=range(5))) == []
 
 
 def test_each_row_has_its_own_conditions_change(model, rng):

@@ -1,0 +1,238 @@
+"""Which rows share which layers: prompts run as one until their interventions differ.
+
+Two rows with the same prompt whose interventions agree below a layer have the same residual
+stream there, keys and values included. Prefill goes through the layers in segments (`prefill`), and
+before each one rows that are still the same are one entry. In a study that steers at
+resid_post.17 of 30 layers, 24 conditions on one prompt cost one prompt's work up to layer 15, and
+those that only differ from layer 20 on are one until then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from jaxsteer import chat, parallel, prefill
+from jaxsteer.config import ModelConfig
+from jaxsteer.interventions import Interventions, compile_conditions
+from jaxsteer.model import Decoder, Params, blocks_graph
+from jaxsteer.prefill import Level
+from jaxsteer.prefix import Prefix, take
+
+# Entries of a batch: enough tokens for full speed, few enough that a last batch wastes little.
+BATCH = 16
+# The width of shared beginnings is a multiple of this.
+STEP = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """Rows to prefill, and all that it takes; the lists have one entry per row.
+
+    Attributes:
+      definition: from `model.graph`.
+      config: the model's configuration.
+      params: its parameters.
+      interventions: stacked conditions, host arrays.
+      probes: unit directions whose projections are recorded.
+      conditions: index into `interventions`.
+      tokens: the prompt's own tokens, without its shared beginning.
+      prompts: equal for rows with the same prompt.
+      prefix: shared beginnings, already run; None for none.
+      beginning: which of them each row has.
+    """
+
+    definition: nnx.GraphDef[Decoder]
+    config: ModelConfig
+    params: Params
+    interventions: Interventions
+    probes: Float[np.ndarray, "layer probe d_model"]
+    conditions: Sequence[int]
+    tokens: Sequence[Sequence[int]]
+    prompts: Sequence[Hashable]
+    prefix: Prefix | None
+    beginning: Sequence[int]
+
+    def beginnings(self, rows: Sequence[int], batch: int) -> Prefix | None:
+        """The beginnings of some rows, filled up to `batch`."""
+        if self.prefix is None:
+            return None
+        return take(self.prefix, _filled([self.beginning[i] for i in rows], batch))
+
+    def done(self, rows: Sequence[int], batch: int) -> Interventions:
+        """The interventions of some rows, filled up to `batch`."""
+        return self.interventions.rows(_filled([self.conditions[i] for i in rows], batch))
+
+    def placed(self, tree: Any) -> Any:
+        """Row-leading arrays, on the devices of the parameters."""
+        return parallel.place(tree, self.config, parallel.mesh_of(self.params))
+
+    def padded(self, rows: Sequence[int], width: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The own tokens of some rows, left-padded; fillers have no real token."""
+        some = [list(self.tokens[i]) for i in rows]
+        return chat.left_pad(some + [[]] * (batch - len(some)), width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Rows that have been through all layers.
+
+    Attributes:
+      rows: which, at most as many as a batch has entries.
+      levels: what `embed` and each segment left.
+      places: where each row is at each level; fillers are at 0.
+      real: which of their own tokens are not padding.
+    """
+
+    rows: list[int]
+    levels: list[Level]
+    places: Int[np.ndarray, "level entry"]
+    real: Bool[np.ndarray, "entry token"]
+
+
+def _filled(numbers: Sequence[int], batch: int) -> Int[np.ndarray, " entry"]:
+    return np.array([*numbers] + [0] * (batch - len(numbers)), np.int32)
+
+
+def kinds(interventions: Interventions) -> list[list[int]]:
+    """[depth][condition]: conditions of one number do the same to prompts below that depth.
+
+    Three conditions that add nothing, v at layer 1, and w at layer 1, in a model of two layers:
+        [[0, 0, 0], [0, 0, 0], [0, 1, 2]]
+    """
+    sites = {tap: jax.tree.map(np.asarray, site) for tap, site in interventions.sites.items()}
+    n_layers = sites["resid_post"].add.shape[1]
+    touched = np.asarray(interventions.on_prompt)
+    digests = [hashlib.sha256(bytes([int(on)])) for on in touched]
+
+    def take_in(taps: Sequence[str], layer: int) -> None:
+        for condition, digest in enumerate(digests):
+            # A condition that leaves prompts alone does the same to all of them, whatever it is.
+            for tap in [t for t in taps if t in sites and touched[condition]]:
+                for leaf in jax.tree.leaves(sites[tap]):
+                    digest.update(leaf[condition, layer].tobytes())
+
+    found = []
+    take_in(["embed"], 0)
+    for layer in range(n_layers + 1):
+        numbers: dict[bytes, int] = {}
+        found.append([numbers.setdefault(d.digest(), len(numbers)) for d in digests])
+        if layer < n_layers:
+            take_in(["resid_mid", "resid_post"], layer)
+    return found
+
+
+def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) -> Iterator[Batch]:
+    """Take rows through all layers, depth first: memory holds one batch per segment.
+
+    Args:
+      work: what the rows are.
+      rows: which of them to run; their own tokens fit `width`.
+      width: padded length of their own tokens.
+      batch: entries of a batch.
+    """
+    known = kinds(work.interventions)
+    stages = prefill.stages(work.config.n_layers)
+
+    def run(level: int, above: Level | None, entries: list[list[int]], parent: list[int]) -> Level:
+        first = [members[0] for members in entries]
+        tokens, real = work.padded(first, width, batch)
+        done = work.done(first, batch)
+        if above is None:
+            return prefill.embed(work.definition, work.params, *work.placed((tokens, real, done)))
+        start, end = stages[level - 1]
+        begun = work.beginnings(first, batch)
+        if begun is not None:
+            begun = dataclasses.replace(begun, cache=begun.cache[start:end], realised={})
+        return prefill.segment(
+            blocks_graph(work.config, end - start, above.stream.dtype),
+            prefill.part(work.params, start, end),
+            above.stream,
+            *work.placed((_filled(parent, batch), real, begun, done.layers(start, end))),
+            work.probes[start:end],
+        )
+
+    def below(
+        level: int, levels: list[Level], places: dict[int, tuple[int, ...]]
+    ) -> Iterator[Batch]:
+        """From here down: `places` says where each row is at every level so far."""
+        if level > len(stages):
+            ordered = list(places)
+            for at in range(0, len(ordered), batch):
+                some = ordered[at : at + batch]
+                where = np.zeros((len(levels), batch), np.int32)
+                where[:, : len(some)] = np.array([places[i] for i in some]).T
+                _, real = work.padded(some, width, batch)
+                yield Batch(rows=some, levels=levels, places=where, real=real)
+            return
+        depth = 0 if level == 0 else stages[level - 1][1]
+        # Kind by kind, so that a full batch stays one kind and its children fill theirs.
+        entries: dict[tuple[int, Hashable], list[int]] = {}
+        for i in sorted(places, key=lambda i: known[depth][work.conditions[i]]):
+            entries.setdefault((known[depth][work.conditions[i]], work.prompts[i]), []).append(i)
+        listed = list(entries.values())
+        for at in range(0, len(listed), batch):
+            few = listed[at : at + batch]
+            parent = [places[members[0]][-1] if level else 0 for members in few]
+            done = run(level, levels[-1] if level else None, few, parent)
+            inside = {i: (*places[i], place) for place, members in enumerate(few) for i in members}
+            yield from below(level + 1, [*levels, done], inside)
+
+    yield from below(0, [], {i: () for i in rows})
+
+
+def fill(
+    definition: nnx.GraphDef[Decoder],
+    config: ModelConfig,
+    params: Params,
+    beginnings: Sequence[Sequence[int]],
+    conditions: Sequence[int],
+    interventions: Interventions | None,
+    probes: Float[np.ndarray, "layer probe d_model"],
+) -> Prefix:
+    """Run the beginnings of prompts, each under one condition; an empty one is all padding.
+
+    Args:
+      definition: from `model.graph`.
+      config: the model's configuration.
+      params: the model's parameters.
+      beginnings: token ids.
+      conditions: index into `interventions` of each.
+      interventions: stacked conditions; None runs the plain model.
+      probes: unit directions whose projections are recorded.
+
+    Returns:
+      One entry per beginning and fillers up to a full batch, all in one width: the longest,
+      rounded up to a multiple of 16.
+    """
+    if interventions is None:
+        interventions = compile_conditions(
+            [[]], ["all"], n_layers=config.n_layers, d_model=config.d_model
+        )
+    work = Work(
+        definition=definition,
+        config=config,
+        params=params,
+        interventions=interventions,
+        probes=probes,
+        conditions=conditions,
+        tokens=beginnings,
+        prompts=[tuple(tokens) for tokens in beginnings],
+        prefix=None,
+        beginning=[],
+    )
+    width = -(-max(1, *map(len, beginnings)) // STEP) * STEP
+    parts, order = [], []
+    for done in descend(work, range(len(beginnings)), width):
+        parts.append(prefill.beginnings(done.levels, done.places, done.real))
+        order += done.rows + [-1] * (BATCH - len(done.rows))
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return take(joined, np.argsort([n if n >= 0 else len(order) for n in order], kind="stable"))

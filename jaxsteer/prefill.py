@@ -1,0 +1,266 @@
+"""Prefill in segments: a few layers at a time over a batch of prompts, each from a parent's stream.
+
+    embed -> segment (layers 0 to 4) -> segment (5 to 9) -> ... -> finish (logits, first token)
+
+A segment is a program that knows its layers only by what it is given: their parameters, what is
+done in them, what came out of the layers before. So all segments of a model are one compiled
+program, and prompts that have been the same so far can be one entry of a batch until they part
+(`depth` says which). On its way a row passes through other batches at other places: `parent` says
+where each entry goes on from, and `finish` puts together what a row left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxsteer.arrays import AnyArray
+from jaxsteer.generate import Decoding, Sampling, choose, ends
+from jaxsteer.interventions import Interventions
+from jaxsteer.masks import causal_mask, positions
+from jaxsteer.model import (
+    Blocks,
+    Cache,
+    Decoder,
+    Params,
+    Realised,
+    Steering,
+    Taps,
+    bind,
+    run_blocks,
+)
+from jaxsteer.prefix import Prefix, opened
+
+
+def stages(n_layers: int) -> list[tuple[int, int]]:
+    """First and last + 1 of each segment's layers: about eight segments, of one size if it goes.
+
+    >>> stages(32)[:2], len(stages(32)), len(stages(30))
+    ([(0, 4), (4, 8)], 8, 6)
+    >>> stages(31)[-2:]
+    [(24, 28), (28, 31)]
+    """
+    least = -(-n_layers // 8)
+    size = next((s for s in range(least, 2 * least) if n_layers % s == 0), least)
+    return [(first, min(first + size, n_layers)) for first in range(0, n_layers, size)]
+
+
+def part(params: Params, first: int, last: int) -> Params:
+    """The parameters of layers `first` to `last` - 1, which then count from 0."""
+    return {"layers": {str(i - first): params["layers"][str(i)] for i in range(first, last)}}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Level:
+    """What one segment leaves; every leaf has a leading axis of entries, or is one entry's.
+
+    Attributes:
+      stream: the residual stream after its layers.
+      cache: keys and values of its layers, of the prompt's own tokens.
+      realised: what was changed in its layers.
+    """
+
+    stream: Float[Array, "*entry token d_model"]
+    cache: Cache
+    realised: dict[str, Realised]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """Rows whose prompts have been read; every leaf has a leading row axis, or is one row's.
+
+    Attributes:
+      token: the first token of the reply.
+      live: whether the reply goes on, so that token is part of it.
+      stopped: whether that token ended it.
+      logits: what it was chosen from; no column unless `Decoding.keep_logits`.
+      cache: keys and values per layer, shared beginning first.
+      held: which cache slots hold a real token.
+      realised: change over the prompt, per tap and layer.
+      interventions: one entry per row.
+      ids: a stable number per row.
+    """
+
+    token: Int[Array, " *row"]
+    live: Bool[Array, " *row"]
+    stopped: Bool[Array, " *row"]
+    logits: Float[Array, "*row kept"]
+    cache: Cache
+    held: Bool[Array, "*row slot"]
+    realised: dict[str, Realised]
+    interventions: Interventions
+    ids: UInt32[Array, " *row"]
+
+
+def _steering(interventions: Interventions, real: Array, probes: Array) -> Steering:
+    return Steering(
+        interventions=interventions,
+        touched=real & interventions.on_prompt,
+        real=real,
+        probes=probes,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("definition",))
+def embed(
+    definition: nnx.GraphDef[Decoder],
+    params: Params,
+    tokens: Int[AnyArray, "entry token"],
+    real: Bool[AnyArray, "entry token"],
+    interventions: Interventions,
+) -> Level:
+    """The residual stream where it begins, steered there if a condition asks.
+
+    Args:
+      definition: from `model.graph`; static.
+      params: the model's parameters.
+      tokens: left-padded ids of the prompts' own tokens.
+      real: which of them are not padding.
+      interventions: one entry per prompt.
+    """
+    model = bind(definition, params)
+
+    def one(tokens: Array, real: Array, interventions: Interventions) -> Level:
+        nothing = jnp.zeros((1, 0, model.config.d_model))
+        taps = Taps(_steering(interventions, real, nothing), None)
+        stream = model.embedded(tokens, taps)
+        return Level(stream=stream, cache=[], realised=taps.results()[1])
+
+    return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(real), interventions)
+
+
+@functools.partial(jax.jit, static_argnames=("definition",))
+def segment(
+    definition: nnx.GraphDef[Blocks],
+    params: Params,
+    stream: Float[Array, "above token d_model"],
+    parent: Int[AnyArray, " entry"],
+    real: Bool[AnyArray, "entry token"],
+    prefix: Prefix | None,
+    interventions: Interventions,
+    probes: Float[AnyArray, "layer probe d_model"],
+) -> Level:
+    """Run some layers over prompts.
+
+    Args:
+      definition: from `model.blocks_graph`; static.
+      params: of these layers (`part`).
+      stream: what came out of the layers before, by their own entries.
+      parent: which of those each entry goes on from.
+      real: which tokens are not padding.
+      prefix: each entry's beginning, already run, of these layers; None for none.
+      interventions: one entry per prompt, of these layers (`Interventions.layers`).
+      probes: unit directions whose projections are recorded, of these layers.
+    """
+    blocks = bind(definition, params)
+
+    def one(
+        stream: Array, real: Array, prefix: Prefix | None, interventions: Interventions
+    ) -> Level:
+        cache, before = opened(
+            blocks.config, len(blocks.layers), prefix, real.shape[0], stream.dtype
+        )
+        taps = Taps(_steering(interventions, real, jnp.asarray(probes)), None)
+        after, written = run_blocks(
+            blocks.config,
+            blocks.layers,
+            stream,
+            positions(real, before),
+            causal_mask(real, before),
+            cache,
+            jnp.int32(before.shape[0]),
+            taps,
+        )
+        own = jax.tree.map(lambda kv: kv[:, before.shape[0] :], written)
+        return Level(stream=after, cache=own, realised=taps.results()[1])
+
+    from_parents = stream[jnp.asarray(parent)]
+    return jax.vmap(one)(from_parents, jnp.asarray(real), prefix, interventions)
+
+
+def _joined(
+    levels: Sequence[Level], places: Int[AnyArray, "level row"]
+) -> tuple[Array, Cache, dict[str, Realised]]:
+    """What rows left at every level: the last stream, and the cache and changes of all layers."""
+    of_rows = [
+        jax.tree.map(lambda leaf, at=at: leaf[at], level)
+        for level, at in zip(levels, jnp.asarray(places), strict=True)
+    ]
+    cache = [kv for level in of_rows for kv in level.cache]
+    realised = {}
+    for tap in dict.fromkeys(tap for level in of_rows for tap in level.realised):
+        layers = [level.realised[tap] for level in of_rows if tap in level.realised]
+        realised[tap] = jax.tree.map(lambda *some: jnp.concatenate(some, axis=1), *layers)
+    return of_rows[-1].stream, cache, realised
+
+
+@jax.jit
+def beginnings(
+    levels: Sequence[Level],
+    places: Int[AnyArray, "level row"],
+    real: Bool[AnyArray, "row token"],
+) -> Prefix:
+    """Prompts that have been read, as the beginnings of other prompts; arguments as `finish`."""
+    _, cache, realised = _joined(levels, places)
+    return Prefix(cache=cache, real=jnp.asarray(real), realised=realised)
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "decoding"))
+def finish(
+    definition: nnx.GraphDef[Decoder],
+    decoding: Decoding,
+    params: Params,
+    levels: Sequence[Level],
+    places: Int[AnyArray, "level row"],
+    real: Bool[AnyArray, "row token"],
+    prefix: Prefix | None,
+    interventions: Interventions,
+    ids: UInt32[AnyArray, " row"],
+    sampling: Sampling,
+) -> Prefilled:
+    """Put rows together from what they left at every level, and choose their first tokens.
+
+    Args:
+      definition: from `model.graph`; static.
+      decoding: static decoding settings.
+      params: the model's parameters.
+      levels: of `embed` and every segment, in order.
+      places: where each row is at each level.
+      real: which of the prompts' own tokens are not padding.
+      prefix: each row's beginning, already run; None for none.
+      interventions: one entry per row.
+      ids: a stable number per row.
+      sampling: dynamic sampling settings, unread when greedy.
+    """
+    model = bind(definition, params)
+    kept = model.config.vocab_size if decoding.keep_logits else 0
+    stream, cache, realised = _joined(levels, places)
+    held = real = jnp.asarray(real)
+    if prefix is not None:
+        cache = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=2), prefix.cache, cache)
+        held = jnp.concatenate([prefix.real, real], axis=1)
+        realised = jax.tree.map(jnp.add, realised, prefix.realised)
+    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(stream[:, -1:])[:, 0]
+    pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
+    token = jax.vmap(pick, in_axes=(0, 0, None))(logits, jnp.asarray(ids), jnp.int32(0))
+    is_real = jnp.any(real, axis=1)
+    stopped = is_real & ends(token, decoding)
+    return Prefilled(
+        token=token,
+        live=is_real & ~stopped,
+        stopped=stopped,
+        logits=logits[:, :kept],
+        cache=cache,
+        held=held,
+        realised=realised,
+        interventions=jax.tree.map(jnp.asarray, interventions),
+        ids=jnp.asarray(ids),
+    )

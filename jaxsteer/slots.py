@@ -1,0 +1,216 @@
+"""Decode in slots: a fixed number of rows at a time, each leaving when it ends.
+
+A row that was read (`prefill`) is put into a free slot and decodes there beside rows that began
+earlier, so that short replies never wait for long ones. All slots have one shape, so one program
+serves a whole study, and every slot keeps its own place in its own cache: what a row comes to
+depends on nobody beside it. A slot's cache, for a row of 3 prompt tokens prefilled in a width of 4:
+
+    slot       0    1   2   3   4   5   6   7
+    holds      pad  a   b   c   x   y   .   .      start is 4; two tokens of the reply were read
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxsteer import parallel
+from jaxsteer.arrays import AnyArray
+from jaxsteer.config import ModelConfig
+from jaxsteer.generate import Decoding, Sampling, choose, ends, step
+from jaxsteer.interventions import Interventions
+from jaxsteer.model import Cache, Decoder, Params, Realised, bind
+from jaxsteer.prefill import Prefilled
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """The rows that decode together; every leaf has a leading row axis.
+
+    Attributes:
+      live: slots whose row has not ended; the others are free.
+      stopped: whether an end-of-sequence token ended the row.
+      emitted: tokens chosen so far, an ending one included.
+      length: tokens of the reply so far.
+      last: the newest token, not yet read by the model.
+      position: its rotary position.
+      tokens: output buffer; entries from `length` on mean nothing.
+      logits: output buffer of the logits, no column unless `Decoding.keep_logits`.
+      cache: keys and values per layer.
+      held: which cache slots hold a real token of the prompt.
+      start: the cache slot of the reply's first token.
+      response: running sums of the realised change.
+      interventions: one entry per row.
+      ids: a stable number per row, for sampling.
+    """
+
+    live: Bool[Array, " row"]
+    stopped: Bool[Array, " row"]
+    emitted: Int[Array, " row"]
+    length: Int[Array, " row"]
+    last: Int[Array, " row"]
+    position: Int[Array, " row"]
+    tokens: Int[Array, "row new_token"]
+    logits: Float[Array, "row new_token kept"]
+    cache: Cache
+    held: Bool[Array, "row slot"]
+    start: Int[Array, " row"]
+    response: dict[str, Realised]
+    interventions: Interventions
+    ids: UInt32[Array, " row"]
+
+
+def _opening(decoding: Decoding, slots: int, prefilled: Prefilled) -> Slots:
+    """Prefilled rows as they enter their slots: room for the reply, the first token chosen."""
+    count, width = prefilled.held.shape
+    room = slots - width
+    tokens = jnp.zeros((count, decoding.max_new_tokens), jnp.int32)
+    logits = jnp.zeros((count, decoding.max_new_tokens, prefilled.logits.shape[1]))
+    return Slots(
+        live=prefilled.live & (decoding.max_new_tokens > 1),
+        stopped=prefilled.stopped,
+        emitted=jnp.ones((count,), jnp.int32),
+        length=prefilled.live.astype(jnp.int32),
+        last=prefilled.token,
+        position=jnp.sum(prefilled.held, axis=1).astype(jnp.int32),
+        tokens=tokens.at[:, 0].set(prefilled.token),
+        logits=logits.at[:, 0].set(prefilled.logits),
+        # All of a slot is written, so nothing of the row that had it before is left.
+        cache=jax.tree.map(
+            lambda kv: jnp.pad(kv, [(0, 0), (0, 0), (0, room), (0, 0)]), prefilled.cache
+        ),
+        held=jnp.pad(prefilled.held, [(0, 0), (0, room)]),
+        start=jnp.full((count,), width, jnp.int32),
+        response=jax.tree.map(jnp.zeros_like, prefilled.realised),
+        interventions=prefilled.interventions,
+        ids=prefilled.ids,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "decoding", "batch", "slots", "mesh"))
+def empty(
+    config: ModelConfig,
+    decoding: Decoding,
+    batch: int,
+    slots: int,
+    prefilled: Prefilled,
+    mesh: Mesh | None = None,
+) -> Slots:
+    """Slots without rows, shaped for those of `prefilled`.
+
+    Args:
+      config: the model's configuration; static.
+      decoding: static decoding settings.
+      batch: number of slots; static.
+      slots: cache slots of each: the longest prompt and its reply; static.
+      prefilled: read for its shapes only.
+      mesh: the devices to lie on; None for one device.
+    """
+    opening = _opening(decoding, slots, prefilled)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype), opening)
+    return parallel.keep(zeros, config, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("decoding",), donate_argnames=("state",))
+def insert(
+    decoding: Decoding,
+    state: Slots,
+    prefilled: Prefilled,
+    take: Int[AnyArray, " some"],
+    put: Int[AnyArray, " some"],
+) -> Slots:
+    """Put rows `take` of `prefilled` into slots `put`.
+
+    Both have a fixed length, so that how many rows enter compiles nothing: a `put` beyond the
+    last slot puts nothing. Of 4 slots, take [2, 0, 0] and put [1, 4, 4] fill slot 1 with row 2.
+
+    Args:
+      decoding: static decoding settings.
+      state: the slots; its memory is taken over.
+      prefilled: rows ready to decode.
+      take: row of `prefilled` for each.
+      put: slot for each.
+    """
+    rows = jax.tree.map(lambda leaf: leaf[jnp.asarray(take)], prefilled)
+    entering = _opening(decoding, state.held.shape[1], rows)
+    return jax.tree.map(
+        lambda old, new: old.at[jnp.asarray(put)].set(new, mode="drop"), state, entering
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "decoding"), donate_argnames=("state",))
+def advance(
+    definition: nnx.GraphDef[Decoder],
+    decoding: Decoding,
+    params: Params,
+    state: Slots,
+    probes: Float[AnyArray, "layer probe d_model"],
+    sampling: Sampling,
+    steps: int | Int[AnyArray, ""],
+    keep: int | Int[AnyArray, ""],
+) -> Slots:
+    """Decode until `steps` steps are done or no more than `keep` rows are live.
+
+    Args:
+      definition: from `model.graph`; static.
+      decoding: static decoding settings.
+      params: the model's parameters.
+      state: the slots; its memory is taken over.
+      probes: unit directions whose projections are recorded.
+      sampling: dynamic sampling settings, unread when greedy.
+      steps: most tokens to add to a row.
+      keep: come back as soon as the live rows are this few, so that free slots can be filled.
+    """
+    model = bind(definition, params)
+    count = len(state.live)
+    index = jnp.arange(count)
+    step_rows = jax.vmap(functools.partial(step, model), in_axes=(0,) * 8 + (None,))
+    choose_rows = jax.vmap(
+        functools.partial(choose, sampling=sampling, sample=decoding.sample), in_axes=(0, 0, 0)
+    )
+
+    def body(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
+        done, s = carry
+        logits, cache, realised = step_rows(
+            s.last,
+            s.position,
+            s.live,
+            s.held,
+            s.start,
+            s.start + s.emitted - 1,
+            s.cache,
+            s.interventions,
+            jnp.asarray(probes),
+        )
+        token = choose_rows(logits, s.ids, s.emitted)
+        ended = s.live & ends(token, decoding)
+        going = s.live & ~ended
+        # A row that has ended writes beyond its buffer, which writes nothing.
+        at = jnp.where(s.live, s.emitted, decoding.max_new_tokens)
+        emitted = s.emitted + s.live
+        return done + 1, dataclasses.replace(
+            s,
+            live=going & (emitted < decoding.max_new_tokens),
+            stopped=s.stopped | ended,
+            emitted=emitted,
+            length=s.length + going,
+            last=jnp.where(s.live, token, s.last),
+            position=s.position + s.live,
+            tokens=s.tokens.at[index, at].set(token, mode="drop"),
+            logits=s.logits.at[index, at].set(logits[:, : s.logits.shape[2]], mode="drop"),
+            cache=cache,
+            response=jax.tree.map(jnp.add, s.response, realised),
+        )
+
+    def more(carry: tuple[Array, Slots]) -> Array:
+        done, s = carry
+        return (done < steps) & (jnp.sum(s.live) > keep)
+
+    return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
