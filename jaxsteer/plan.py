@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import chat, run
+from jaxsteer import chat, rows, run
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions, depth
 from jaxsteer.config import ModelConfig
-from jaxsteer.data import Prompt
+from jaxsteer.depth import BATCH, STEP, kinds
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
+from jaxsteer.prefill import stages
+from jaxsteer.prefix import shared_lengths
 from jaxsteer.spec import StudySpec
 from jaxsteer.weights import param_shapes
 
@@ -34,11 +36,12 @@ class Plan:
       conditions: number of conditions, twins and repeats included.
       rows: number of (condition, prompt) rows.
       prompt_tokens: real prompt tokens of all rows.
-      padded_tokens: prompt tokens as computed, padding and short batches' fillers included.
+      computed_tokens: prompt tokens as computed: padding and short batches' fillers included, what
+        rows share counted once, and a share of the layers as that share of a token.
       new_tokens: most tokens that can be generated.
-      programs: padded prompt widths, each of which compiles one program.
+      widths: padded widths of the prompts' own tokens, for each of which prefill compiles.
       weights_bytes: memory of the parameters.
-      cache_bytes: memory of one batch's keys and values at the widest prompt.
+      cache_bytes: memory of the slots' keys and values.
       seconds: rough time of the rows, without setup and compilation, every reply at full length.
       open_choices: what the setup still has to choose before the rows run.
     """
@@ -46,9 +49,9 @@ class Plan:
     conditions: int
     rows: int
     prompt_tokens: int
-    padded_tokens: int
+    computed_tokens: int
     new_tokens: int
-    programs: tuple[int, ...]
+    widths: tuple[int, ...]
     weights_bytes: int
     cache_bytes: int
     seconds: float
@@ -64,26 +67,25 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     config = model.config
     compiled = stand_in_conditions(spec, config)
     planned = run.plan(compiled, run.prompts(spec, limit))
-    lengths = _lengths(model, planned)
+    tokens = _tokens(model, planned)
+    shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
     batch, new = spec.decoding.batch, spec.decoding.max_new_tokens
-    limit_tokens = config.max_position - new
-    by_width: dict[int, int] = {}
-    for length in lengths:
-        width = chat.bucket(length, limit_tokens)
-        by_width[width] = by_width.get(width, 0) + 1
-    batches = {width: -(-count // batch) for width, count in by_width.items()}
-    padded = sum(width * batch * count for width, count in batches.items())
-    steps = sum(batches.values()) * new
+    widths = [
+        chat.bucket(len(prompt) - common, config.max_position - new)
+        for prompt, common in zip(tokens, shared, strict=True)
+    ]
+    computed = _computed(config, compiled, planned, widths, shared)
+    begun = -(-max(shared, default=0) // STEP) * STEP
+    slots = rows.cache_slots(begun + max(widths, default=0), new)
     itemsize = np.dtype(model.params["embed"]["embedding"].dtype).itemsize
-    slots = max(by_width, default=0) + new
     prefill_rate, decode_rate = speeds(config, batch)
     return Plan(
         conditions=len(compiled),
         rows=len(planned),
-        prompt_tokens=sum(lengths),
-        padded_tokens=padded,
+        prompt_tokens=sum(map(len, tokens)),
+        computed_tokens=round(computed),
         new_tokens=len(planned) * new,
-        programs=tuple(sorted(by_width)),
+        widths=tuple(sorted(set(widths))),
         weights_bytes=n_params(config) * itemsize,
         cache_bytes=2
         * config.n_layers
@@ -92,9 +94,34 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         * config.n_kv_heads
         * config.head_dim
         * itemsize,
-        seconds=padded / prefill_rate + steps / decode_rate,
+        seconds=computed / prefill_rate + -(-len(planned) // batch) * new / decode_rate,
         open_choices=_open(spec),
     )
+
+
+def _computed(
+    config: ModelConfig,
+    compiled: Sequence[Condition],
+    planned: Sequence[run.Planned],
+    widths: Sequence[int],
+    shared: Sequence[int],
+) -> float:
+    """Prompt tokens through the whole model that prefill comes to, its sharing counted."""
+    known = kinds(run.stacked(compiled, config))
+    number = {condition.name: c for c, condition in enumerate(compiled)}
+    whole = 0.0
+    for first, last in stages(config.n_layers):
+        kind = known[last]
+        entries: dict[int, set[Hashable]] = {}
+        for (condition, prompt), width, common in zip(planned, widths, shared, strict=True):
+            group = kind[number[condition.name]]
+            entries.setdefault(width, set()).add((group, condition.system, prompt.id))
+            if common:
+                begun = -(-common // STEP) * STEP
+                entries.setdefault(begun, set()).add((group, condition.system))
+        padded = sum(-(-len(some) // BATCH) * BATCH * width for width, some in entries.items())
+        whole += padded * (last - first) / config.n_layers
+    return whole
 
 
 def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
@@ -118,12 +145,12 @@ def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]
     return conditions(spec, stand_ins, named, 1.0 if spec.dose is None else spec.dose)
 
 
-def _lengths(model: ChatModel, planned: list[tuple[Condition, Prompt]]) -> list[int]:
-    known: dict[tuple[str, str], int] = {}
+def _tokens(model: ChatModel, planned: Sequence[run.Planned]) -> list[list[int]]:
+    known: dict[tuple[str, str], list[int]] = {}
     for condition, prompt in planned:
         key = (condition.system, prompt.id)
         if key not in known:
-            known[key] = len(model.tokenizer.chat(prompt.text, condition.system))
+            known[key] = model.tokenizer.chat(prompt.text, condition.system)
     return [known[condition.system, prompt.id] for condition, prompt in planned]
 
 

@@ -47,13 +47,13 @@ def plan_table(plan: Plan, title: str) -> Table:
     table.add_column()
     table.add_column(justify="right")
     megabytes = 1 / 2**20
-    widths = ", ".join(map(str, plan.programs))
+    widths = ", ".join(map(str, plan.widths))
     for name, value in (
         ("conditions (controls included)", f"{plan.conditions}"),
         ("rows", f"{plan.rows}"),
-        ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.padded_tokens:,} with padding)"),
+        ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.computed_tokens:,} to compute)"),
         ("new tokens, at most", f"{plan.new_tokens:,}"),
-        ("programs to compile", f"{len(plan.programs)} (prompts padded to {widths})"),
+        ("prompt widths", f"{widths} (what is common to them apart)"),
         ("memory", f"weights {plan.weights_bytes * megabytes:,.0f} MiB"),
         ("", f"cache of a batch {plan.cache_bytes * megabytes:,.0f} MiB"),
         ("time of the rows here, rough", f"{plan.seconds / 60:,.1f} min"),

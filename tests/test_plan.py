@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from jaxsteer import plan, run, spec
+from jaxsteer import plan, prefill, run, setup, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.config import ModelConfig, RopeConfig
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
-from jaxsteer.generate import generate
 from tests import tiny
 
 LLAMA_8B = ModelConfig(
@@ -35,14 +34,30 @@ def model(tmp_path_factory):
     )
 
 
-def test_a_plan_foretells_rows_and_programs_of_the_run(model, tmp_path):
+def test_a_plan_foretells_rows_widths_and_tokens_of_the_run(model, tmp_path, monkeypatch):
     study = tiny.study(tmp_path)
     planned = plan.plan(study, model)
-    generate.clear_cache()
+    widths, tokens = set(), [0.0]
+    finish, segment = prefill.finish, prefill.segment
+
+    def finished(*args):
+        widths.add(args[5].shape[1])
+        return finish(*args)
+
+    def counted(*args):
+        layers = args[5].cache if args[5] else args[1]["layers"]
+        tokens[0] += args[4].size * len(layers) / model.config.n_layers
+        return segment(*args)
+
+    setup.prepare(study, model, tmp_path / "results")
+    monkeypatch.setattr(prefill, "finish", finished)
+    monkeypatch.setattr(prefill, "segment", counted)
     summary = run.run_study(study, model, tmp_path / "results")
     assert planned.rows == sum(entry["n"] for entry in summary)
     assert planned.conditions == len({entry["condition"] for entry in summary})
-    assert len(planned.programs) == generate._cache_size()
+    assert planned.widths == tuple(sorted(widths))
+    # Batches are cut as they come, so a few more fillers than the plan counts.
+    assert planned.computed_tokens <= tokens[0] <= 1.5 * planned.computed_tokens
     assert planned.open_choices == ()
 
 
