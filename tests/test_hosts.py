@@ -97,20 +97,26 @@ def test_arguments_that_do_not_fit_are_refused(arguments, said):
 JOIN = """
 import sys
 from jaxsteer import cli, hosts
-address, processes, process = sys.argv[1:]
+address, processes, process, arrival = sys.argv[1:]
 def app():
-    hosts.join(address, *(int(n) if n else None for n in (processes, process)), arrival=4)
+    numbers = (int(n) if n else None for n in (processes, process))
+    joined = hosts.join(address, *numbers, arrival=int(arrival))
+    joined.meet("here")
+    print(f"{joined.process} of {joined.count}")
 cli.app = app
 cli.main()
 """
 
 
-def joining(address: str, processes: object = "", process: object = "") -> subprocess.Popen[str]:
+def joining(
+    address: str, processes: object = "", process: object = "", *, arrival: int = 60, **env: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", JOIN, address, str(processes), str(process)],
+        [sys.executable, "-c", JOIN, address, str(processes), str(process), str(arrival)],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
     )
 
 
@@ -120,11 +126,35 @@ def free_address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) != 0
+
+
 def test_without_a_cluster_auto_says_what_to_give():
     process = joining("auto")
     _, said = process.communicate()
     assert process.returncode == 2 and said.count("\n") == 1
     assert "finds no TPU pod, Slurm or Open MPI job here; give --hosts HOST:PORT" in said
+
+
+def test_in_a_slurm_job_auto_finds_the_others():
+    # What Slurm sets; JAX makes the port from the job's number.
+    port = next(port for port in range(61440, 65536) if is_free(port))
+    both = [
+        joining(
+            "auto",
+            SLURM_JOB_ID=str(port - 61440),
+            SLURM_STEP_NODELIST="127.0.0.1",
+            SLURM_NTASKS="2",
+            SLURM_PROCID=str(process),
+            SLURM_LOCALID=str(process),
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate() for process in both]
+    assert said == [("0 of 2\n", ""), ("1 of 2\n", "")]
+    assert [process.returncode for process in both] == [0, 0]
 
 
 def test_a_port_that_is_taken_is_said():
@@ -139,7 +169,7 @@ def test_a_port_that_is_taken_is_said():
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_when_the_other_does_not_come_one_line_says_so(number):
-    process = joining(free_address(), 2, number)
+    process = joining(free_address(), 2, number, arrival=2)
     _, said = process.communicate()
     assert process.returncode not in (0, None)
     assert said == f"jaxsteer: not all processes of this run came in time; {hosts.GO_ON}\n"
