@@ -14,6 +14,7 @@ from jaxsteer.cli import (  # noqa: F401 (each registers itself)
     judging,
     models,
     receipts,
+    scale,
     studies,
 )
 from jaxsteer.cli.common import app

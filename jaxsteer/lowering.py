@@ -1,0 +1,216 @@
+"""The programs of a sweep, compiled for a mesh without a weight: shapes, types and shardings only.
+
+What a run would hold is worked out by the run's own functions: `jax.eval_shape` takes a batch of
+prompts through `prefill` and into `slots`, and `parallel` says where each array would lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsteer import depth, hlo, parallel, prefill, slots
+from jaxsteer.config import ModelConfig
+from jaxsteer.generate import Decoding, Sampling
+from jaxsteer.interventions import Interventions, Project, compile_conditions
+from jaxsteer.model import blocks_graph, graph
+from jaxsteer.prefix import Prefix
+from jaxsteer.rows import WHOLE
+from jaxsteer.weights import nest, param_shapes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled program on one device.
+
+    Attributes:
+      held: bytes of its arguments.
+      made: bytes of its results that are not written over its arguments.
+      temporaries: bytes it needs while it runs.
+      once: cost of running it, without its decode loop.
+      turn: cost of one turn of that loop.
+      seconds: how long it took to compile.
+    """
+
+    held: int
+    made: int
+    temporaries: int
+    once: hlo.Cost
+    turn: hlo.Cost
+    seconds: float
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes on one device of arrays that have a shape, a type and a sharding."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+
+def compiled(program: Callable[..., Any], *arguments: Any) -> Program:
+    """Compile a jitted function for the devices that its arguments lie on.
+
+    Raises:
+      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED if it cannot fit, whatever it shares with.
+    """
+    started = time.perf_counter()
+    done = program.lower(*arguments).compile()  # type: ignore[attr-defined]
+    memory = done.memory_analysis()
+    once, turn = hlo.costs(done.as_text())
+    return Program(
+        held=memory.argument_size_in_bytes,
+        made=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        once=once,
+        turn=turn,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class Sweep:
+    """A sweep of one model on one mesh, in bfloat16.
+
+    Each row brings what a study asks of it at `resid_post`: a vector added, a direction removed;
+    and one direction is recorded.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, new_tokens: int):
+        self.config, self.mesh = config, mesh
+        self.definition = graph(config, jnp.bfloat16)
+        self.decoding = Decoding(max_new_tokens=new_tokens, eos=(0, 1))
+        lies = parallel.param_shardings(config, mesh)
+        self.params = nest(
+            (path, jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=lies[path]))
+            for path, shape in param_shapes(config).items()
+        )
+        vector = np.ones((config.n_layers, config.d_model), np.float32)
+        self.asked = compile_conditions(
+            [[Project(directions=(vector,), layers=(0,))]],
+            ["all"],
+            n_layers=config.n_layers,
+            d_model=config.d_model,
+        )
+
+    def lay(self, tree: Any) -> Any:
+        """A tree of row-leading shapes as a run would lay it on the mesh."""
+        leaves, structure = jax.tree.flatten(tree)
+        lies = parallel.shardings(tree, self.config, self.mesh)
+        placed = [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            for leaf, where in zip(leaves, lies, strict=True)
+        ]
+        return jax.tree.unflatten(structure, placed)
+
+    def whole(self, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        """An array that every device has all of."""
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec())
+        )
+
+    def rows(self, count: int, dtype: Any, *shape: int) -> Any:
+        """One array of rows."""
+        return self.lay(jax.ShapeDtypeStruct((count, *shape), dtype))
+
+    def interventions(self, count: int) -> Interventions:
+        """Of that many rows."""
+        return self.lay(
+            jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), self.asked)
+        )
+
+    def probes(self, layers: int) -> jax.ShapeDtypeStruct:
+        """One probe direction in each of some layers."""
+        return self.whole(jnp.float32, layers, 1, self.config.d_model)
+
+    def _places(self) -> jax.ShapeDtypeStruct:
+        return self.whole(jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, depth.BATCH)
+
+    def segment(
+        self, stream: Any, layers: tuple[int, int], width: int, prefix: Prefix | None
+    ) -> tuple[Any, ...]:
+        """The program of some layers over a batch of prompts, and its arguments."""
+        first, last = layers
+        if prefix is not None:
+            prefix = dataclasses.replace(prefix, cache=prefix.cache[first:last], realised={})
+        asked = jax.eval_shape(lambda i: i.layers(first, last), self.interventions(depth.BATCH))
+        return (
+            prefill.segment,
+            blocks_graph(self.config, last - first, jnp.bfloat16),
+            prefill.part(self.params, first, last),
+            stream,
+            self.rows(depth.BATCH, jnp.int32),
+            self.rows(depth.BATCH, bool, width),
+            prefix,
+            self.lay(asked),
+            self.probes(last - first),
+        )
+
+    def levels(self, width: int, prefix: Prefix | None) -> list[prefill.Level]:
+        """What a batch of prompts leaves at every level."""
+        real = self.rows(depth.BATCH, bool, width)
+        tokens = self.rows(depth.BATCH, jnp.int32, width)
+        asked = self.interventions(depth.BATCH)
+        embed = functools.partial(prefill.embed, self.definition)
+        made = [self.lay(jax.eval_shape(embed, self.params, tokens, real, asked))]
+        for layers in prefill.stages(self.config.n_layers):
+            run, blocks, *arguments = self.segment(made[-1].stream, layers, width, prefix)
+            made.append(self.lay(jax.eval_shape(functools.partial(run, blocks), *arguments)))
+        return made
+
+    def prefix(self, width: int) -> Prefix:
+        """Beginnings of a batch of prompts, already run."""
+        real = self.rows(depth.BATCH, bool, width)
+        levels = self.levels(width, None)
+        return self.lay(jax.eval_shape(prefill.beginnings, levels, self._places(), real))
+
+    def finish(self, levels: list[prefill.Level], width: int, prefix: Prefix) -> tuple[Any, ...]:
+        """The program that puts rows together, and its arguments."""
+        return (
+            prefill.finish,
+            self.definition,
+            self.decoding,
+            self.params,
+            levels,
+            self._places(),
+            self.rows(depth.BATCH, bool, width),
+            prefix,
+            self.interventions(depth.BATCH),
+            self.rows(depth.BATCH, jnp.uint32),
+            Sampling(),
+        )
+
+    def state(self, batch: int, beginning: int, longest: int) -> slots.Slots:
+        """The slots: so many rows, with room for a beginning, the longest prompt and its reply."""
+        prefix = self.prefix(beginning)
+        levels = self.levels(longest, prefix)
+        run, definition, decoding, *arguments = self.finish(levels, longest, prefix)
+        prefilled = jax.eval_shape(
+            functools.partial(run, definition, decoding), *arguments[:-1], sampling=Sampling()
+        )
+        room = beginning + longest + self.decoding.max_new_tokens
+        room = -(-room // WHOLE) * WHOLE
+        empty = functools.partial(slots.empty, self.config, self.decoding, batch, room)
+        return self.lay(jax.eval_shape(empty, prefilled))
+
+    def advance(self, state: slots.Slots) -> tuple[Any, ...]:
+        """The program that decodes, and its arguments."""
+        count = self.whole(jnp.int32)
+        return (
+            slots.advance,
+            self.definition,
+            self.decoding,
+            self.params,
+            state,
+            self.probes(self.config.n_layers),
+            Sampling(),
+            count,
+            count,
+        )

@@ -1,0 +1,365 @@
+"""Compile the sweep for TPUs that are not there: what fits, how fast, how large a batch.
+
+XLA's TPU compiler runs on any Linux machine and needs only the name of a slice. So the programs of
+a real sweep (`slots.advance`, `prefill.segment`, `prefill.finish`) are compiled for full-size
+models without a weight, and what the compiler says is set against what the chip can do:
+
+    left        = HBM - (weights + cache + what else the program holds + its temporaries)
+    step        = estimated cycles / clock + what the links need for the exchanged bytes
+    bound       = (weights + cache, each read once) / HBM bandwidth
+    table       = batches of rows x new tokens x step + batches of prompts x segments
+
+Nothing here was measured on a TPU; every number is the compiler's or a data sheet's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jaxsteer import hlo, lowering, parallel, prefill
+from jaxsteer.chips import HOP, Chip, chip_of, devices
+from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer.depth import BATCH
+from jaxsteer.errors import UserError
+from jaxsteer.rows import CHUNK
+
+# Published configurations: meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-7B.
+MODELS = {
+    "llama-3.1-8b": ModelConfig(
+        architecture="llama",
+        vocab_size=128256,
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        d_ff=14336,
+        norm_eps=1e-5,
+        rope=RopeConfig(
+            theta=500000.0,
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position=8192,
+        ),
+        qkv_bias=False,
+        tied=False,
+        max_position=131072,
+    ),
+    "qwen2.5-7b": ModelConfig(
+        architecture="qwen2",
+        vocab_size=152064,
+        d_model=3584,
+        n_layers=28,
+        n_heads=28,
+        n_kv_heads=4,
+        head_dim=128,
+        d_ff=18944,
+        norm_eps=1e-6,
+        rope=RopeConfig(theta=1000000.0),
+        qkv_bias=True,
+        tied=False,
+        max_position=32768,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A study to foretell: by default the paper's table, in prompts as long as StrongREJECT's.
+
+    Attributes:
+      prompts: number of prompts.
+      conditions: number of conditions.
+      new_tokens: tokens of each reply; all replies count as that long.
+      beginning: padded tokens of the system prompt that rows share.
+      prompt: padded tokens of a usual prompt.
+      longest: padded tokens of the longest prompt, for which every slot has room.
+    """
+
+    prompts: int = 313
+    conditions: int = 11
+    new_tokens: int = 150
+    beginning: int = 48
+    prompt: int = 64
+    longest: int = 256
+
+    @property
+    def rows(self) -> int:
+        """Number of (condition, prompt) rows."""
+        return self.prompts * self.conditions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One model on one slice; memory is per chip and in bytes.
+
+    Attributes:
+      model: name in `MODELS`.
+      topology: chip and shape of the slice.
+      mesh: sizes of the data and the model axis.
+      batch: rows that decode together.
+      weights: parameters.
+      cache: keys and values of the chip's rows.
+      other: what else stays: interventions, buffers.
+      temporaries: what the dearer of decoding and prefill takes for a while.
+      left: of HBM; negative if it does not fit.
+      step_seconds: one new token for every row, as the compiler estimates.
+      exchange_seconds: the part of it that links need; overlap with the rest is not counted on.
+      chunk_seconds: what entering and leaving a chunk of steps costs, once per chunk.
+      bound_seconds: reading weights and cache once at full bandwidth.
+      exchanges: what devices exchange in a step.
+      exchanged_bytes: their results on one device, added up.
+      prefill_seconds: one segment of layers over a batch of prompts.
+      largest_batch: rows that fit, confirmed by compiling; None if it was not asked for.
+      table_seconds: the whole table: compiled estimate, every reply at full length.
+      compile_seconds: of all programs of this check.
+      notes: what the model axis could not split.
+    """
+
+    model: str
+    topology: str
+    mesh: dict[str, int]
+    batch: int
+    weights: int
+    cache: int
+    other: int
+    temporaries: int
+    left: int
+    step_seconds: float
+    exchange_seconds: float
+    chunk_seconds: float
+    bound_seconds: float
+    exchanges: tuple[hlo.Exchange, ...]
+    exchanged_bytes: int
+    prefill_seconds: float
+    largest_batch: int | None
+    table_seconds: float
+    compile_seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the chip holds it."""
+        return self.left >= 0
+
+
+class DoesNotFitError(UserError):
+    """A program needs more memory than the chip has, whatever else is there."""
+
+
+def default_mesh(config: ModelConfig, count: int) -> dict[str, int]:
+    """The mesh for a slice: up to four devices share a model, whose heads they divide.
+
+    >>> default_mesh(MODELS["llama-3.1-8b"], 8)
+    {'data': 2, 'model': 4}
+    """
+    model = max(m for m in (1, 2, 4) if count % m == 0 and config.n_kv_heads % m == 0)
+    return {"data": count // model, "model": model}
+
+
+def exchange_seconds(exchanges: tuple[hlo.Exchange, ...], model: int, chip: Chip) -> float:
+    """What the links of a ring of `model` chips need, both ways around it.
+
+    Every chip passes on (n - 1) / n of a result for an all-gather, a reduce-scatter or an
+    all-to-all, and twice that for an all-reduce; a result is at its last chip after n / 2 hops.
+    All exchanges are counted as along the model axis, which has nearly all of their bytes.
+    """
+    if model == 1:
+        return 0.0
+    seconds = 0.0
+    for e in exchanges:
+        passes = 2 if e.kind == "all-reduce" else 1
+        moved = e.nbytes * (1 if e.kind == "collective-permute" else (model - 1) / model)
+        hops = 1 if e.kind == "collective-permute" else model / 2
+        seconds += e.times * passes * (moved / (2 * chip.link) + hops * HOP)
+    return seconds
+
+
+def largest(
+    batches: tuple[int, int], needed: tuple[int, int], room: int, multiple: int, most: int
+) -> int:
+    """The largest batch whose bytes fit, from the bytes of two batches and a straight line.
+
+    >>> largest((64, 128), (1000, 1640), 2000, 8, 10000)
+    160
+
+    Args:
+      batches: two batch sizes.
+      needed: bytes of each.
+      room: bytes there are.
+      multiple: what it has to be a multiple of.
+      most: a limit that is of no use to exceed.
+    """
+    slope = (needed[1] - needed[0]) / (batches[1] - batches[0])
+    rows = batches[0] + (room - needed[0]) / slope if slope > 0 else most
+    return max(0, int(min(rows, most) // multiple * multiple))
+
+
+def table_seconds(
+    table: Table, batch: int, step: float, chunk: float, prefill_batch: float
+) -> tuple[float, float]:
+    """Seconds to decode a table and to read its prompts.
+
+    All replies have full length, so that slots are all full but in the last turn; conditions share
+    nothing but their system prompt.
+
+    Args:
+      table: what to run.
+      batch: rows that decode together.
+      step: seconds of a step.
+      chunk: seconds of entering and leaving a chunk of steps.
+      prefill_batch: seconds of a batch of prompts through all layers and into the slots.
+    """
+    steps = table.new_tokens - 1
+    decode = math.ceil(table.rows / batch) * (steps * step + math.ceil(steps / CHUNK) * chunk)
+    return decode, math.ceil(table.rows / BATCH) * prefill_batch
+
+
+def check(
+    model: str,
+    topology: str,
+    *,
+    mesh: str | None = None,
+    batch: int = 256,
+    table: Table | None = None,
+    search: bool = True,
+) -> Check:
+    """Compile a sweep for a slice.
+
+    Args:
+      model: name in `MODELS`.
+      topology: chip and shape of the slice.
+      mesh: as `parallel.parse` reads it; None for `default_mesh`.
+      batch: rows that decode together.
+      table: the study to foretell.
+      search: also look for the largest batch, which compiles decoding twice more.
+
+    Raises:
+      UserError: an unknown model, topology or mesh, or no TPU compiler.
+      DoesNotFitError: a program that does not fit even before anything else is in the memory.
+    """
+    if model not in MODELS:
+        raise UserError(f"model {model!r} is not known here; there are {', '.join(MODELS)}")
+    table = table or Table()
+    config, chip, found = MODELS[model], chip_of(topology), devices(topology)
+    sizes = default_mesh(config, len(found)) if mesh is None else parallel.parse(mesh)
+    shape = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    spread = parallel.mesh(shape, found)
+    for rows in (batch, BATCH):
+        parallel.check_batch(rows, spread)
+    sweep = lowering.Sweep(config, spread, table.new_tokens)
+    seconds = 0.0
+
+    def program(*call: Any) -> lowering.Program:
+        nonlocal seconds
+        try:
+            done = lowering.compiled(*call)
+        except RuntimeError as error:
+            raise _refused(error, model, topology, shape) from None
+        seconds += done.seconds
+        return done
+
+    state = sweep.state(batch, table.beginning, table.longest)
+    decode = program(*sweep.advance(state))
+    prefix = sweep.prefix(table.beginning)
+    levels = sweep.levels(table.prompt, prefix)
+    stages = prefill.stages(config.n_layers)
+    segment = program(*sweep.segment(levels[0].stream, stages[0], table.prompt, prefix))
+    finish = program(*sweep.finish(levels, table.prompt, prefix))
+
+    weights, cache = lowering.nbytes(sweep.params), lowering.nbytes(state.cache)
+    held = lowering.nbytes(state)
+    # Beside the slots: beginnings and one batch's levels, and whichever program runs.
+    reading = lowering.nbytes([levels, prefix]) + max(
+        segment.temporaries, finish.temporaries + finish.made
+    )
+    temporaries = max(decode.temporaries + decode.made, reading)
+    left = chip.hbm - weights - held - temporaries
+
+    most = None
+    if search:
+        most = _search(sweep, table, chip, batch, decode, reading, weights, state, program)
+
+    model_axis = sizes["model"]
+    exchanged = exchange_seconds(decode.turn.exchanges, model_axis, chip)
+    step = decode.turn.cycles / chip.clock + exchanged
+
+    def alone(p: lowering.Program) -> float:
+        return p.once.cycles / chip.clock + exchange_seconds(p.once.exchanges, model_axis, chip)
+
+    chunk, through = alone(decode), len(stages) * alone(segment) + alone(finish)
+    decoding, reading_seconds = table_seconds(table, batch, step, chunk, through)
+    # Every step reads all weights but the token table, of which it reads the rows it needs.
+    read = weights - lowering.nbytes(sweep.params["embed"]) * (not config.tied) + cache
+    return Check(
+        model=model,
+        topology=topology,
+        mesh=sizes,
+        batch=batch,
+        weights=weights,
+        cache=cache,
+        other=held - cache,
+        temporaries=temporaries,
+        left=left,
+        step_seconds=step,
+        exchange_seconds=exchanged,
+        chunk_seconds=chunk,
+        bound_seconds=read / chip.bandwidth,
+        exchanges=decode.turn.exchanges,
+        exchanged_bytes=sum(e.nbytes * e.times for e in decode.turn.exchanges),
+        prefill_seconds=through,
+        largest_batch=most,
+        table_seconds=decoding + reading_seconds,
+        compile_seconds=seconds,
+        notes=tuple(parallel.notes(config, spread)),
+    )
+
+
+def _search(
+    sweep: lowering.Sweep,
+    table: Table,
+    chip: Chip,
+    batch: int,
+    decode: lowering.Program,
+    reading: int,
+    weights: int,
+    state: Any,
+    program: Callable[..., lowering.Program],
+) -> int:
+    """The largest batch that fits: foretold from two, then compiled, and made smaller until so."""
+
+    def needed(state: Any, decode: lowering.Program) -> int:
+        return weights + lowering.nbytes(state) + max(decode.temporaries + decode.made, reading)
+
+    multiple = 8 * sweep.mesh.shape["data"]
+    other = max(batch // 2 // multiple * multiple, multiple)
+    if other == batch:
+        other = 2 * batch
+    second = sweep.state(other, table.beginning, table.longest)
+    bytes_of = (needed(state, decode), needed(second, program(*sweep.advance(second))))
+    rows = largest((batch, other), bytes_of, chip.hbm, multiple, table.rows)
+    while rows > 0:
+        full = sweep.state(rows, table.beginning, table.longest)
+        try:
+            if needed(full, program(*sweep.advance(full))) <= chip.hbm:
+                return rows
+        except DoesNotFitError:
+            # Out of memory already while it was compiled.
+            pass
+        rows = rows * 15 // 16 // multiple * multiple
+    return 0
+
+
+def _refused(error: RuntimeError, model: str, topology: str, mesh: str) -> UserError:
+    reason = str(error).splitlines()[0]
+    if "RESOURCE_EXHAUSTED" not in reason:
+        raise error
+    return DoesNotFitError(
+        f"{model} does not fit {topology} on mesh {mesh}: {reason.split(': ')[-1]}; choose a "
+        "smaller --batch, a larger model axis or a larger slice"
+    )
