@@ -14,19 +14,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling is nearly all of the time here, and the programs are tiny: little optimisation is best.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
-from jaxtyping import install_import_hook
+import numpy as np
 
-with install_import_hook("jaxsteer", "beartype.beartype"):
-    import numpy as np
-
-    from jaxsteer import parallel, prefix
-    from jaxsteer.chat import left_pad
-    from jaxsteer.chatmodel import ChatModel
-    from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
-    from jaxsteer.interventions import Add, Cap, Project, compile_conditions
-    from jaxsteer.weights import flatten
+from jaxsteer import parallel
+from jaxsteer.chat import left_pad
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
+from jaxsteer.interventions import Add, Cap, Project, compile_conditions
+from jaxsteer.rows import Request, run
+from jaxsteer.weights import flatten
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
 SYSTEM = [3, 9, 33, 4, 17]
@@ -50,31 +51,34 @@ def conditions(model: ChatModel) -> Any:
     )
 
 
-def plain(model: ChatModel) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and logits of 24 rows behind a shared beginning, all of them in one batch."""
+def plain(model: ChatModel) -> dict[str, np.ndarray]:
+    """Tokens and logits of 24 rows in one batch of `generate`."""
     stacked = conditions(model)
-    probes = no_probes(model.config.n_layers, model.config.d_model)
     condition = np.arange(len(PROMPTS) * CONDITIONS) % CONDITIONS
-    tokens, real = left_pad([PROMPTS[i // CONDITIONS] for i in range(len(condition))], 16)
-    begun = prefix.fill(
-        model.definition,
-        model.params,
-        [SYSTEM] * CONDITIONS,
-        list(range(CONDITIONS)),
-        stacked,
-        probes,
-    )
+    tokens, real = left_pad([SYSTEM + PROMPTS[i // CONDITIONS] for i in range(24)], 24)
     rows = Rows(
         tokens=tokens,
         real=real,
         interventions=stacked.rows(condition),
         ids=np.arange(len(condition), dtype=np.uint32),
-        prefix=prefix.take(begun, condition),
     )
     rows = parallel.place(rows, model.config, model.mesh)
+    probes = no_probes(model.config.n_layers, model.config.d_model)
     decoding = Decoding(max_new_tokens=6, eos=(63,), keep_logits=True)
     out = generate(model.definition, decoding, model.params, rows, probes, Sampling())
-    return np.asarray(out.tokens), np.asarray(out.logits)
+    return {"tokens": np.asarray(out.tokens), "logits": np.asarray(out.logits)}
+
+
+def engine(model: ChatModel) -> list[list[int]]:
+    """Replies to the same rows behind a shared beginning, in 8 slots of `rows.run`."""
+    requests = [
+        Request(tokens=SYSTEM + PROMPTS[i // CONDITIONS], condition=i % CONDITIONS, shared=5)
+        for i in range(len(PROMPTS) * CONDITIONS)
+    ]
+    decoding = Decoding(max_new_tokens=6, eos=(63,))
+    batches = run(model, requests, conditions(model), decoding, batch=8)
+    replies = sorted((reply for b in batches for reply in b), key=lambda reply: reply.index)
+    return [reply.tokens.tolist() for reply in replies]
 
 
 def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
@@ -86,18 +90,22 @@ def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
 
 
 def main(out: Path, folders: dict[str, Path]) -> None:
-    """Run every model on one device and on every mesh, and write what came out."""
+    """Run the models on one device and on meshes, and write what came out.
+
+    Each family goes over every mesh in one of the two ways to run rows, and both over one mesh
+    that cannot split its key-value heads.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for name, folder in folders.items():
         for shape in ("", *MESHES):
             mesh = parallel.mesh(shape) if shape else None
             model = ChatModel.load(folder, mesh=mesh)
-            tokens, logits = plain(model)
+            both = shape in ("", "data=2,model=4")
             found[name, shape] = {
-                "tokens": tokens,
-                "logits": logits,
                 "pieces": pieces(model),
                 "notes": parallel.notes(model.config, mesh) if mesh else [],
+                "plain": plain(model) if both or name == "qwen2" else None,
+                "replies": engine(model) if both or name == "llama" else None,
             }
     out.write_bytes(pickle.dumps(found))
 

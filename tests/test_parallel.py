@@ -73,14 +73,26 @@ def mesh_of(data, model):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(
+    ("family", "shape"), [*(("qwen2", shape) for shape in MESHES), ("llama", "data=2,model=4")]
+)
 def test_every_mesh_gives_the_tokens_of_one_device(runs, family, shape):
-    one, spread = runs[family, ""], runs[family, shape]
+    one, spread = runs[family, ""]["plain"], runs[family, shape]["plain"]
     np.testing.assert_array_equal(spread["tokens"], one["tokens"])
     np.testing.assert_allclose(spread["logits"], one["logits"], atol=1e-4)
     # The rows differ, so that a row in another's place would be seen.
     assert len({tuple(row) for row in one["tokens"]}) > 15
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"), [*(("llama", shape) for shape in MESHES), ("qwen2", "data=2,model=4")]
+)
+def test_every_mesh_runs_a_study_to_the_replies_of_one_device(runs, family, shape):
+    one = runs[family, ""]
+    assert runs[family, shape]["replies"] == one["replies"]
+    # And those are the plain path's tokens, up to the one that ends a reply.
+    plain = [list(row) for row in one["plain"]["tokens"]]
+    assert one["replies"] == [row[: row.index(63)] if 63 in row else row for row in plain]
 
 
 def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
