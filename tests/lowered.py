@@ -1,0 +1,52 @@
+"""Compile the decode program of a tiny model for data=4,model=2, for `test_lowering`; print JSON.
+
+In a process of its own: the devices are virtual CPU devices, whose number is fixed when JAX starts,
+and shapes without values would not pass the type checks of the other tests.
+
+    python -m tests.lowered
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+
+from jaxsteer import lowering, parallel
+from jaxsteer.config import ModelConfig, RopeConfig
+
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=64,
+    d_model=32,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=12,
+    d_ff=48,
+    norm_eps=1e-6,
+    rope=RopeConfig(theta=1e4),
+    qkv_bias=False,
+    tied=False,
+    max_position=512,
+)
+BATCH, BEGINNING, LONGEST, NEW = 16, 16, 32, 8
+
+if __name__ == "__main__":
+    sweep = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW)
+    state = sweep.state(BATCH, BEGINNING, LONGEST)
+    program = lowering.compiled(*sweep.advance(state))
+    json.dump(
+        {
+            "params": lowering.nbytes(sweep.params),
+            "cache": lowering.nbytes(state.cache),
+            "state": lowering.nbytes(state),
+            "program": dataclasses.asdict(program),
+        },
+        sys.stdout,
+    )

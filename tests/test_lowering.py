@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """What tests/lowered.py came to: rows in 4, heads, MLP and vocabulary in 2, bfloat16."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.lowered"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_step_adds_up_twice_a_layer_and_moves_no_weight_table_or_cache(lowered):
+    exchanges = lowered["program"]["turn"]["exchanges"]
+    sums = [e for e in exchanges if e["kind"] == "all-reduce"]
+    # The streams of 4 rows, 32 wide: after attention and MLP of 3 layers, and where tokens are
+    # looked up. (float32 on a CPU, which has no bfloat16 sums.)
+    assert [(e["shape"], e["times"]) for e in sums] == [("f32[4,1,32]", 2 * 3 + 1)]
+    # Everything else is about single tokens: the smallest kernel's piece has 768 bytes.
+    assert max(e["nbytes"] for e in exchanges if e["kind"] != "all-reduce") <= 128
+
+
+def test_memory_of_a_device_is_its_pieces(lowered):
+    # Half of 2 x 64 x 32 of table and head, of 3 layers of 2 x 32 x 48 for q and o, 2 x 32 x 24 for
+    # k and v, 3 x 32 x 48 for the MLP; all of 7 norms of 32; 2 bytes each.
+    assert lowered["params"] == 2 * (2 * 64 * 32 // 2 + 3 * 9216 // 2 + 7 * 32)
+    # 4 of 16 rows, 1 of 2 key-value heads of 12, keys and values of 3 layers; 16 + 32 + 8 slots
+    # are 64 when they have to be a multiple of 16.
+    assert lowered["cache"] == 2 * (4 * 1 * 64 * 12) * 2 * 3
+
+
+def test_the_compiler_counts_the_same_arguments(lowered):
+    # And the probes of 3 layers, the sampling's three numbers and two counts.
+    rest = 3 * 32 * 4 + 5 * 8
+    assert 0 <= lowered["program"]["held"] - lowered["params"] - lowered["state"] <= rest
