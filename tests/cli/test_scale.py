@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from rich.console import Console
+
+from jaxsteer.chips import GIB
+from jaxsteer.cli.scale import _table
+from jaxsteer.topology import Check
+
+
+def check(**changes):
+    values = {
+        "model": "llama-3.1-8b",
+        "topology": "v5e:2x4",
+        "mesh": {"data": 2, "model": 4},
+        "batch": 256,
+        "weights": 4 * GIB,
+        "cache": 2 * GIB,
+        "other": GIB // 8,
+        "temporaries": GIB // 2,
+        "left": 9 * GIB,
+        "step_seconds": 0.010,
+        "exchange_seconds": 0.001,
+        "chunk_seconds": 0.002,
+        "bound_seconds": 0.007,
+        "exchanges": (),
+        "exchanged_bytes": 68_000_000,
+        "prefill_seconds": 0.0225,
+        "largest_batch": 1360,
+        "table_seconds": 47.4,
+        "compile_seconds": 100.0,
+        "notes": (),
+    }
+    return Check(**(values | changes))
+
+
+def lines(*checks):
+    console = Console(width=110)
+    with console.capture() as captured:
+        console.print(_table(checks))
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in captured.get().splitlines()
+        if line.startswith("│")
+    ]
+    return captured.get(), {name: values for name, *values in cells}
+
+
+def test_the_table_has_a_column_per_model_and_slice():
+    text, rows = lines(check(), check(topology="v6e:2x4", largest_batch=None, table_seconds=30))
+    assert "compiled, not measured" in text and "v6e:2x4" in text
+    assert rows["mesh"] == ["2 x 4", "2 x 4"]
+    assert rows["weights"] == ["4.00", "4.00"]
+    assert rows["bound / step"] == ["70%", "70%"]
+    assert rows["exchanged a step, MB"] == ["68.0", "68.0"]
+    assert rows["largest batch"] == ["1360", ""]
+    assert rows["table, s (compiled estimate)"] == ["47", "30"]
+
+
+def test_what_the_mesh_cannot_split_is_under_the_table():
+    note = "4 key-value heads cannot be split in 8: k and v projections and the cache are whole"
+    assert "4 key-value heads cannot" in lines(check(notes=(note,)))[0].replace("\n", " ")
+
+
+def test_more_than_there_is_does_not_fit():
+    assert check().fits and not check(left=-1).fits
