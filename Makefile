@@ -43,6 +43,7 @@ notebook-html: .venv/made-notebooks model ## export them to results/html, one se
 
 # Beside the environment, not in it: found there, it would speak up in every run without a TPU.
 .venv/made-tpu: .venv/made
+	@rm -rf .venv/tpu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/tpu libtpu \
 		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it, nothing else does"; exit 2; }
 	@touch $@
