@@ -360,6 +360,6 @@ def _refused(error: RuntimeError, model: str, topology: str, mesh: str) -> UserE
     if "RESOURCE_EXHAUSTED" not in reason:
         raise error
     return DoesNotFitError(
-        f"{model} does not fit {topology} on mesh {mesh}: {reason.split(': ')[-1].rstrip('.')}; choose a "
-        "smaller --batch, a larger model axis or a larger slice"
+        f"{model} does not fit {topology} on mesh {mesh}: {reason.split(': ')[-1].rstrip('.')}; "
+        "choose a smaller --batch, a larger model axis or a larger slice"
     )
