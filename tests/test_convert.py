@@ -20,7 +20,7 @@ from jaxsteer.config import RopeConfig, from_hf
 from jaxsteer.convert import GGUF_TYPES, convert, fill
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file
-from jaxsteer.model import rope_frequencies
+from jaxsteer.layers import rope_frequencies
 from jaxsteer.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
 

@@ -12,7 +12,8 @@ from jaxsteer import activations, chat
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.config import ModelConfig, RopeConfig
 from jaxsteer.convert import convert
-from jaxsteer.model import graph, rope_frequencies
+from jaxsteer.layers import rope_frequencies
+from jaxsteer.model import graph
 from jaxsteer.weights import nest, param_shapes
 from tests import tiny
 
