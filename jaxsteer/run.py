@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import msgspec
@@ -111,6 +111,7 @@ def run_study(
     families = prompts(spec, limit)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         if hosts.first:
+            _check_asked(out / "run.json", _asked(spec, model))
             prepared = setup.prepare(spec, model, out)
         else:
             hosts.meet("setup")
@@ -156,6 +157,16 @@ def _held(out: Path, fresh: bool) -> Iterator[None]:
         yield
 
 
+def _asked(spec: StudySpec, model: ChatModel) -> dict[str, Any]:
+    """What the run was asked for, known before anything is set up."""
+    return {
+        "study": msgspec.to_builtins(spec),
+        "model": model.identity(),
+        "policy": _prompt_record(data.policy(spec.system)),
+        "modes": [_prompt_record(data.mode(name)) for name in spec.modes],
+    }
+
+
 def _record(
     spec: StudySpec,
     model: ChatModel,
@@ -164,13 +175,8 @@ def _record(
     families: Mapping[str, Sequence[Prompt]],
 ) -> dict[str, Any]:
     """What run.json says: every identity the rows depend on, and the machine."""
-    policy = data.policy(spec.system)
-    personas = [data.mode(name) for name in spec.modes]
     identity = {
-        "study": msgspec.to_builtins(spec),
-        "model": model.identity(),
-        "policy": _prompt_record(policy),
-        "modes": [_prompt_record(mode) for mode in personas],
+        **_asked(spec, model),
         "layers": prepared.layers,
         "dose": prepared.dose,
         "directions": prepared.record["directions"],
@@ -238,11 +244,22 @@ def _claim(path: Path, record: Mapping[str, Any]) -> None:
         write_json(path, record)
     elif held.get("key") != record["key"]:
         parts = ("study", "model", "policy", "modes", "directions", "layers", "dose", "prompts")
-        differ = [part for part in parts if held.get(part) != record[part]]
-        raise UserError(
-            f"{path.parent} holds another run ({', '.join(differ) or 'conditions'} differ); "
-            "choose another --out, or give --fresh to replace it"
-        )
+        _refuse(path.parent, [part for part in parts if held.get(part) != record[part]])
+
+
+def _check_asked(path: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse another run's folder before the setup in it is touched."""
+    held = setup.read_record(path)
+    differ = [part for part in asked if held and held.get(part) != asked[part]]
+    if differ:
+        _refuse(path.parent, differ)
+
+
+def _refuse(folder: Path, differ: Sequence[str]) -> NoReturn:
+    raise UserError(
+        f"{folder} holds another run ({', '.join(differ) or 'conditions'} differ); "
+        "choose another --out, or give --fresh to replace it"
+    )
 
 
 def _setup_of_first(spec: StudySpec, model: ChatModel, out: Path, hosts: Hosts) -> Setup:

@@ -118,10 +118,10 @@ def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
 
 def test_another_models_results_are_not_mixed_in(finished, tmp_path):
     other = convert(tiny.save(tiny.qwen2(), tmp_path / "hf"), tmp_path / "other", "float32")
-    held = (finished / "run.json").read_bytes()
+    held = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="model"):
         run.run_study(spec.load(tiny.study_file(tmp_path)), ChatModel.load(other), finished)
-    assert (finished / "run.json").read_bytes() == held
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == held
 
 
 def test_a_second_process_is_kept_out(model, study, tmp_path):
