@@ -69,7 +69,8 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     planned = run.plan(compiled, run.prompts(spec, limit))
     tokens = _tokens(model, planned)
     shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
-    batch, new = spec.decoding.batch, spec.decoding.max_new_tokens
+    batch = rows.fewer(spec.decoding.batch, len(planned))
+    new = spec.decoding.max_new_tokens
     widths = [
         chat.bucket(len(prompt) - common, config.max_position - new)
         for prompt, common in zip(tokens, shared, strict=True)

@@ -78,6 +78,19 @@ def cache_slots(prompt: int, new_tokens: int) -> int:
     return -(-(prompt + new_tokens) // WHOLE) * WHOLE
 
 
+def fewer(batch: int, rows: int, multiple: int = 1) -> int:
+    """Slots for a few rows: half of `batch`, or a quarter, and so on, while that holds them all.
+
+    An empty slot costs as much as a full one; halves, so that few sizes are ever compiled.
+
+    >>> fewer(64, 100), fewer(64, 32), fewer(64, 12), fewer(64, 12, multiple=32)
+    (64, 32, 16, 32)
+    """
+    while batch % 2 == 0 and batch // 2 >= rows and batch // 2 % multiple == 0:
+        batch //= 2
+    return batch
+
+
 def run(
     model: ChatModel,
     requests: Sequence[Request],
@@ -98,7 +111,7 @@ def run(
       decoding: static decoding settings.
       probes: unit directions whose projections are recorded; None for none.
       sampling: dynamic sampling settings, unread when greedy.
-      batch: number of slots: rows that decode together.
+      batch: most slots: rows that decode together.
       skip: indices of requests that need no run.
 
     Raises:
@@ -110,6 +123,7 @@ def run(
     sampling = sampling or Sampling()
     mesh = parallel.mesh_of(model.params)
     parallel.check_batch(batch, mesh)
+    batch = fewer(batch, len(requests), 1 if mesh is None else mesh.shape["data"])
     parallel.check_batch(BATCH, mesh)
     limit = config.max_position - decoding.max_new_tokens
     for request in requests:
