@@ -21,7 +21,7 @@ torch.set_grad_enabled(False)
 # Two threads wait for each other at every small product: on a busy machine that is 20 times slower.
 torch.set_num_threads(1)
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def gguf_path() -> Path:
