@@ -88,4 +88,4 @@ bench: .venv/made-dev model .venv-bench/made ## time the demo study beside HF ho
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean: ## remove the environment and caches (results and checkpoints stay)
-	rm -rf .venv .venv-sky .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sky .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
