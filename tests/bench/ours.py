@@ -70,17 +70,22 @@ def replies(
 def phases(ours: Ours, batch: int, new_tokens: int = 17) -> dict[str, Any]:
     """Tokens and best-of-two seconds of prefill alone and of decode alone, all slots full.
 
-    The rows share nothing: one condition that acts before the first block, each prompt run whole.
-    With no token that ends a reply, a run with more new tokens differs from one with a single new
+    The rows share nothing: one condition that acts before the first block, prompts of their own,
+    run whole. They are as long as the study's middle prompt, so that they go in one batch. With
+    no token that ends a reply, a run with more new tokens differs from one with a single new
     token by decode steps and nothing else.
     """
     work, batch = ours.work, batch or ours.work.batch
     number = next(
         (c for c, sites in enumerate(work.job.conditions) if sites and sites[0].layer == 0), 0
     )
-    plain = [dataclasses.replace(r, shared=0) for r in work.requests if r.condition == number]
-    # As many rows as fill the slots once: none waits for another to end.
-    plain = (plain * batch)[:batch]
+    length = sorted(map(len, work.job.tokens))[len(work.job.tokens) // 2]
+    known = np.unique(np.concatenate(work.job.tokens))
+    draw = np.random.default_rng(0)
+    plain = [
+        rows.Request(tokens=draw.choice(known, length).tolist(), condition=number, row_id=i)
+        for i in range(batch)
+    ]
     alone = dataclasses.replace(work, requests=plain)
     seconds = {}
     for count in (1, new_tokens):
@@ -91,15 +96,14 @@ def phases(ours: Ours, batch: int, new_tokens: int = 17) -> dict[str, Any]:
             replies(ours.model, alone, range(batch), batch, decoding)
             times.append(time.perf_counter() - start)
         seconds[count] = min(times[1:])
-    prompt = float(np.mean([len(r.tokens) for r in plain]))
     return {
         "slots": batch,
-        "prompt_tokens": int(prompt * batch),
+        "prompt_tokens": length * batch,
         "prefill_s": seconds[1],
         "new_tokens": batch * (new_tokens - 1),
         "decode_s": seconds[new_tokens] - seconds[1],
         "work": dataclasses.asdict(
-            Work.of(ours.model.config, prompt=prompt, context=prompt + new_tokens / 2)
+            Work.of(ours.model.config, prompt=length, context=length + new_tokens / 2)
         ),
     }
 
