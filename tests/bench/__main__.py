@@ -372,7 +372,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results/bench")
     parser.add_argument("--show", action="store_true", help="print the last table again")
     options = parser.parse_args()
-    console = Console()
+    # A log file has no width of its own, and 80 columns would break every cell.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     if options.show:
         table.show(json.loads((options.out / "bench.json").read_text()), console)
         return
