@@ -111,7 +111,7 @@ def run_study(
     families = prompts(spec, limit)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         if hosts.first:
-            _check_asked(out / "run.json", _asked(spec, model))
+            _check_asked(out / "run.json", _asked(spec, model, families))
             prepared = setup.prepare(spec, model, out)
         else:
             hosts.meet("setup")
@@ -157,13 +157,24 @@ def _held(out: Path, fresh: bool) -> Iterator[None]:
         yield
 
 
-def _asked(spec: StudySpec, model: ChatModel) -> dict[str, Any]:
+def _asked(
+    spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
+) -> dict[str, Any]:
     """What the run was asked for, known before anything is set up."""
     return {
         "study": msgspec.to_builtins(spec),
         "model": model.identity(),
         "policy": _prompt_record(data.policy(spec.system)),
         "modes": [_prompt_record(data.mode(name)) for name in spec.modes],
+        "prompts": {
+            family: {
+                "n": len(asked),
+                "sha256": sha256_bytes(canonical_json([[p.id, p.text] for p in asked]).encode()),
+                "source": SOURCES[family],
+            }
+            for family, asked in families.items()
+            if asked
+        },
     }
 
 
@@ -176,7 +187,7 @@ def _record(
 ) -> dict[str, Any]:
     """What run.json says: every identity the rows depend on, and the machine."""
     identity = {
-        **_asked(spec, model),
+        **_asked(spec, model, families),
         "layers": prepared.layers,
         "dose": prepared.dose,
         "directions": prepared.record["directions"],
@@ -196,15 +207,6 @@ def _record(
             }
             for c in compiled
         ],
-        "prompts": {
-            family: {
-                "n": len(asked),
-                "sha256": sha256_bytes(canonical_json([[p.id, p.text] for p in asked]).encode()),
-                "source": SOURCES[family],
-            }
-            for family, asked in families.items()
-            if asked
-        },
     }
     return {
         "format": results.FORMAT,
@@ -244,15 +246,23 @@ def _claim(path: Path, record: Mapping[str, Any]) -> None:
         write_json(path, record)
     elif held.get("key") != record["key"]:
         parts = ("study", "model", "policy", "modes", "directions", "layers", "dose", "prompts")
-        _refuse(path.parent, [part for part in parts if held.get(part) != record[part]])
+        _refuse(path.parent, _differing(held, {part: record[part] for part in parts}))
 
 
 def _check_asked(path: Path, asked: Mapping[str, Any]) -> None:
     """Refuse another run's folder before the setup in it is touched."""
     held = setup.read_record(path)
-    differ = [part for part in asked if held and held.get(part) != asked[part]]
-    if differ:
+    if held and (differ := _differing(held, asked)):
         _refuse(path.parent, differ)
+
+
+def _differing(held: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Names of what is not as it was written down, where tuples became lists."""
+    return [
+        part
+        for part, value in record.items()
+        if canonical_json(held.get(part)) != canonical_json(value)
+    ]
 
 
 def _refuse(folder: Path, differ: Sequence[str]) -> NoReturn:

@@ -119,7 +119,7 @@ def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
 def test_another_models_results_are_not_mixed_in(finished, tmp_path):
     other = convert(tiny.save(tiny.qwen2(), tmp_path / "hf"), tmp_path / "other", "float32")
     held = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="model"):
+    with pytest.raises(UserError, match=r"another run \(model differ\)"):
         run.run_study(spec.load(tiny.study_file(tmp_path)), ChatModel.load(other), finished)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == held
 
