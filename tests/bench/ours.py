@@ -67,13 +67,13 @@ def replies(
     return [found[row] for row in chosen]
 
 
-def phases(ours: Ours, batch: int, new_tokens: int = 17) -> dict[str, Any]:
-    """Tokens and best-of-two seconds of prefill alone and of decode alone, all slots full.
+def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> dict[str, Any]:
+    """Tokens and best-of-three seconds of prefill alone and of decode alone, all slots full.
 
     The rows share nothing: one condition that acts before the first block, prompts of their own,
     run whole. They are as long as the study's middle prompt, so that they go in one batch. With
-    no token that ends a reply, a run with more new tokens differs from one with a single new
-    token by decode steps and nothing else.
+    no token that ends a reply, runs of more and of fewer new tokens differ by decode steps and
+    nothing else.
     """
     work, batch = ours.work, batch or ours.work.batch
     number = next(
@@ -87,23 +87,25 @@ def phases(ours: Ours, batch: int, new_tokens: int = 17) -> dict[str, Any]:
         for i in range(batch)
     ]
     alone = dataclasses.replace(work, requests=plain)
-    seconds = {}
-    for count in (1, new_tokens):
-        decoding = Decoding(max_new_tokens=count, eos=())
-        times = []
-        for _ in range(3):
+    counts = sorted({1, *new_tokens})
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    # In turns, the first of which compiles: what disturbs one length then disturbs all.
+    for _ in range(4):
+        for count in counts:
             start = time.perf_counter()
-            replies(ours.model, alone, range(batch), batch, decoding)
-            times.append(time.perf_counter() - start)
-        seconds[count] = min(times[1:])
+            replies(ours.model, alone, range(batch), batch, Decoding(max_new_tokens=count, eos=()))
+            times[count].append(time.perf_counter() - start)
+    seconds = {count: min(some[1:]) for count, some in times.items()}
+    few, many = new_tokens
     return {
         "slots": batch,
         "prompt_tokens": length * batch,
         "prefill_s": seconds[1],
-        "new_tokens": batch * (new_tokens - 1),
-        "decode_s": seconds[new_tokens] - seconds[1],
+        "new_tokens": batch * (many - few),
+        "decode_s": seconds[many] - seconds[few],
+        "all_seconds": times,
         "work": dataclasses.asdict(
-            Work.of(ours.model.config, prompt=length, context=length + new_tokens / 2)
+            Work.of(ours.model.config, prompt=length, context=length + sum(new_tokens) / 2)
         ),
     }
 

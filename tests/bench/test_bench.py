@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from rich.console import Console
 
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
+from jaxsteer.generate import Decoding, no_probes
 from jaxsteer.interventions import Add, Operation, Project, everywhere
+from jaxsteer.rows import Request
 from jaxsteer.weights import param_shapes
 from tests import oracle, tiny
 from tests.bench import __main__ as bench
-from tests.bench import figures, hooks, peers, table, worker, workload
+from tests.bench import figures, hooks, ours, peers, table, worker, workload
 from tests.bench.job import Job, Site
 
 PROMPTS = [[5, 9, 11, 4], [7, 8], [12, 30, 31, 32, 33, 6], [20, 21, 22]]
@@ -72,12 +75,44 @@ def hf(model: ChatModel, job: Job, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_hf_one_at_a_time_gives_the_tokens_of_jaxsteer_under_every_condition(
     model: ChatModel, hf: peers.Hf, job: Job
 ) -> None:
-    ours = oracle.ours(model, PROMPTS, steered(model), new_tokens=NEW, keep_logits=False)
+    replies = oracle.ours(model, PROMPTS, steered(model), new_tokens=NEW, keep_logits=False)
     theirs = hf.run(range(len(job.tokens)), 1)
-    assert theirs == [reply.tokens.tolist() for reply in ours]
+    assert theirs == [reply.tokens.tolist() for reply in replies]
     # Every condition does something, or agreement would show nothing.
-    replies = {tuple(map(tuple, theirs[i : i + 4])) for i in range(0, 16, 4)}
-    assert len(replies) == 4
+    different = {tuple(map(tuple, theirs[i : i + 4])) for i in range(0, 16, 4)}
+    assert len(different) == 4
+
+
+@pytest.fixture(scope="module")
+def work(model: ChatModel, job: Job) -> workload.Workload:
+    return workload.Workload(
+        names=["none", "add", "project", "everywhere"],
+        requests=[
+            Request(tokens=tokens, condition=c, row_id=i)
+            for i, (tokens, c) in enumerate(zip(job.tokens, job.condition, strict=True))
+        ],
+        interventions=oracle.compiled(model, steered(model)),
+        probes=no_probes(model.config.n_layers, model.config.d_model),
+        decoding=Decoding(max_new_tokens=NEW, eos=model.eos),
+        batch=4,
+        job=job,
+    )
+
+
+def test_some_rows_of_a_study_come_back_in_the_order_asked(
+    model: ChatModel, hf: peers.Hf, work: workload.Workload
+) -> None:
+    rows = [13, 2, 5]
+    assert ours.replies(model, work, rows, 4, work.decoding) == hf.run(rows, 1)
+
+
+def test_phases_count_the_tokens_of_full_slots(
+    model: ChatModel, work: workload.Workload, job: Job
+) -> None:
+    found = ours.phases(SimpleNamespace(model=model, work=work), 4, (1, 3))
+    assert found["prompt_tokens"] == 4 * 4
+    assert found["new_tokens"] == 4 * 2
+    assert {count: len(some) for count, some in found["all_seconds"].items()} == {1: 4, 3: 4}
 
 
 def test_hf_in_padded_batches_gives_the_tokens_of_one_at_a_time(hf: peers.Hf, job: Job) -> None:
