@@ -84,7 +84,7 @@ parity: .venv/made-dev model ## measure agreement with HF transformers and write
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@ \
 		|| echo "not all of tests/bench/peers.txt can be installed here: those peers will be skipped"
 
-bench: .venv/made-dev model .venv-bench/made ## time the demo study beside HF hooks, TransformerLens and nnsight, 15 min [ONLY=hf-1,lens] [FULL=1] [ROUNDS=n]
+bench: .venv/made-dev model .venv-bench/made ## time the demo study beside HF hooks, TransformerLens and nnsight, 25 min [ONLY=hf-1,lens] [FULL=1] [ROUNDS=n]
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean: ## remove the environment and caches (results and checkpoints stay)
