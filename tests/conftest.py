@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +23,13 @@ torch.set_grad_enabled(False)
 torch.set_num_threads(1)
 jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Drop a module's compiled programs: each maps memory, of which a process has only so much."""
+    yield
+    jax.clear_caches()
 
 
 def gguf_path() -> Path:
