@@ -13,9 +13,11 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+if __name__ == "__main__":
+    # Not on import: a test run that collects this file would have eight devices, too.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
 
 from jaxsteer import lowering, parallel
 from jaxsteer.config import ModelConfig, RopeConfig

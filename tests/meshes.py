@@ -8,16 +8,18 @@ tests; all of them share one, since JAX and the models load slowly. What came ou
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
-# Compiling is nearly all of the time here, and the programs are tiny: little optimisation is best.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+if __name__ == "__main__":
+    # Not on import: a test run that collects this file would have eight devices, too.
+    # Compiling is nearly all of the time, and the programs are tiny: little optimisation is best.
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    )
 
 import numpy as np
 
@@ -51,7 +53,7 @@ def conditions(model: ChatModel) -> Any:
     )
 
 
-def plain(model: ChatModel) -> dict[str, np.ndarray]:
+def plain(model: ChatModel) -> dict[str, list[Any]]:
     """Tokens and logits of 24 rows in one batch of `generate`."""
     stacked = conditions(model)
     condition = np.arange(len(PROMPTS) * CONDITIONS) % CONDITIONS
@@ -66,7 +68,7 @@ def plain(model: ChatModel) -> dict[str, np.ndarray]:
     probes = no_probes(model.config.n_layers, model.config.d_model)
     decoding = Decoding(max_new_tokens=6, eos=(63,), keep_logits=True)
     out = generate(model.definition, decoding, model.params, rows, probes, Sampling())
-    return {"tokens": np.asarray(out.tokens), "logits": np.asarray(out.logits)}
+    return {"tokens": np.asarray(out.tokens).tolist(), "logits": np.asarray(out.logits).tolist()}
 
 
 def engine(model: ChatModel) -> list[list[int]]:
@@ -95,19 +97,19 @@ def main(out: Path, folders: dict[str, Path]) -> None:
     Each family goes over every mesh in one of the two ways to run rows, and both over one mesh
     that cannot split its key-value heads.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
         for shape in ("", *MESHES):
             mesh = parallel.mesh(shape) if shape else None
             model = ChatModel.load(folder, mesh=mesh)
             both = shape in ("", "data=2,model=4")
-            found[name, shape] = {
+            found[f"{name} {shape}"] = {
                 "pieces": pieces(model),
                 "notes": parallel.notes(model.config, mesh) if mesh else [],
                 "plain": plain(model) if both or name == "qwen2" else None,
                 "replies": engine(model) if both or name == "llama" else None,
             }
-    out.write_bytes(pickle.dumps(found))
+    out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

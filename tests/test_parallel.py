@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 
@@ -26,7 +26,7 @@ FAMILIES = {"llama": tiny.llama, "qwen2": tiny.qwen2}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What tests/meshes.py came to, by family and mesh; the mesh "" is one device."""
+    """What tests/meshes.py came to, by "family mesh"; the mesh "" is one device."""
     folder = tmp_path_factory.mktemp("meshes")
     made = []
     for name, build in FAMILIES.items():
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return pickle.loads((folder / "out").read_bytes())
+    return json.loads((folder / "out").read_text())
 
 
 def tiny_config(architecture="llama"):
@@ -77,7 +77,7 @@ def mesh_of(data, model):
     ("family", "shape"), [*(("qwen2", shape) for shape in MESHES), ("llama", "data=2,model=4")]
 )
 def test_every_mesh_gives_the_tokens_of_one_device(runs, family, shape):
-    one, spread = runs[family, ""]["plain"], runs[family, shape]["plain"]
+    one, spread = runs[f"{family} "]["plain"], runs[f"{family} {shape}"]["plain"]
     np.testing.assert_array_equal(spread["tokens"], one["tokens"])
     np.testing.assert_allclose(spread["logits"], one["logits"], atol=1e-4)
     # The rows differ, so that a row in another's place would be seen.
@@ -88,16 +88,16 @@ def test_every_mesh_gives_the_tokens_of_one_device(runs, family, shape):
     ("family", "shape"), [*(("llama", shape) for shape in MESHES), ("qwen2", "data=2,model=4")]
 )
 def test_every_mesh_runs_a_study_to_the_replies_of_one_device(runs, family, shape):
-    one = runs[family, ""]
-    assert runs[family, shape]["replies"] == one["replies"]
+    one = runs[f"{family} "]
+    assert runs[f"{family} {shape}"]["replies"] == one["replies"]
     # And those are the plain path's tokens, up to the one that ends a reply.
-    plain = [list(row) for row in one["plain"]["tokens"]]
+    plain = one["plain"]["tokens"]
     assert one["replies"] == [row[: row.index(63)] if 63 in row else row for row in plain]
 
 
 def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
     # 4 heads of 12, 2 key-value heads, MLP 48, vocabulary 64, width 32, on data=4,model=2.
-    pieces = runs["llama", "data=4,model=2"]["pieces"]
+    pieces = runs["llama data=4,model=2"]["pieces"]
     expected = {
         "embed/embedding": (32, 32),
         "head/kernel": (32, 32),
@@ -113,28 +113,28 @@ def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
         "layers/1/mlp/down/kernel": (24, 32),
     }
     for path, shape in expected.items():
-        assert pieces[path] == [(device, shape) for device in range(8)], path
+        assert pieces[path] == [[device, list(shape)] for device in range(8)], path
 
 
 def test_heads_are_split_between_heads_only(runs):
     # 4 query heads in 4, 2 key-value heads not in 4, nothing of either in 8; biases as kernels.
-    pieces = runs["qwen2", "data=2,model=4"]["pieces"]
-    assert {shape for _, shape in pieces["layers/0/attn/q/kernel"]} == {(32, 8)}
-    assert {shape for _, shape in pieces["layers/0/attn/q/bias"]} == {(8,)}
-    assert {shape for _, shape in pieces["layers/0/attn/k/kernel"]} == {(32, 16)}
-    assert {shape for _, shape in pieces["layers/0/attn/k/bias"]} == {(16,)}
-    pieces = runs["qwen2", "data=1,model=8"]["pieces"]
-    assert {shape for _, shape in pieces["layers/0/attn/q/kernel"]} == {(32, 32)}
-    assert {shape for _, shape in pieces["layers/0/mlp/gate/kernel"]} == {(32, 6)}
+    pieces = runs["qwen2 data=2,model=4"]["pieces"]
+    assert {tuple(shape) for _, shape in pieces["layers/0/attn/q/kernel"]} == {(32, 8)}
+    assert {tuple(shape) for _, shape in pieces["layers/0/attn/q/bias"]} == {(8,)}
+    assert {tuple(shape) for _, shape in pieces["layers/0/attn/k/kernel"]} == {(32, 16)}
+    assert {tuple(shape) for _, shape in pieces["layers/0/attn/k/bias"]} == {(16,)}
+    pieces = runs["qwen2 data=1,model=8"]["pieces"]
+    assert {tuple(shape) for _, shape in pieces["layers/0/attn/q/kernel"]} == {(32, 32)}
+    assert {tuple(shape) for _, shape in pieces["layers/0/mlp/gate/kernel"]} == {(32, 6)}
 
 
 def test_what_is_not_split_is_said(runs):
-    assert runs["llama", "data=4,model=2"]["notes"] == []
-    assert runs["llama", "data=2,model=4"]["notes"] == [
+    assert runs["llama data=4,model=2"]["notes"] == []
+    assert runs["llama data=2,model=4"]["notes"] == [
         "2 key-value heads cannot be split in 4: k and v projections and the cache are whole on "
         "every device"
     ]
-    assert len(runs["qwen2", "data=1,model=8"]["notes"]) == 2
+    assert len(runs["qwen2 data=1,model=8"]["notes"]) == 2
 
 
 @pytest.mark.parametrize(
