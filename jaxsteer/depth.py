@@ -61,13 +61,13 @@ class Work:
     prefix: Prefix | None
     beginning: Sequence[int]
 
-    def beginnings(self, rows: Sequence[int], batch: int) -> Prefix | None:
+    def prefix_of(self, rows: Sequence[int], batch: int) -> Prefix | None:
         """The beginnings of some rows, filled up to `batch`."""
         if self.prefix is None:
             return None
         return take(self.prefix, _filled([self.beginning[i] for i in rows], batch))
 
-    def done(self, rows: Sequence[int], batch: int) -> Interventions:
+    def interventions_of(self, rows: Sequence[int], batch: int) -> Interventions:
         """The interventions of some rows, filled up to `batch`."""
         return self.interventions.rows(_filled([self.conditions[i] for i in rows], batch))
 
@@ -145,11 +145,11 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
     def run(level: int, above: Level | None, entries: list[list[int]], parent: list[int]) -> Level:
         first = [members[0] for members in entries]
         tokens, real = work.padded(first, width, batch)
-        done = work.done(first, batch)
+        done = work.interventions_of(first, batch)
         if above is None:
             return prefill.embed(work.definition, work.params, *work.placed((tokens, real, done)))
         start, end = stages[level - 1]
-        begun = work.beginnings(first, batch)
+        begun = work.prefix_of(first, batch)
         if begun is not None:
             begun = dataclasses.replace(begun, cache=begun.cache[start:end], realised={})
         return prefill.segment(

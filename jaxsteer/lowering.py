@@ -24,7 +24,7 @@ from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Interventions, Project, compile_conditions
 from jaxsteer.model import blocks_graph, graph
 from jaxsteer.prefix import Prefix
-from jaxsteer.rows import WHOLE
+from jaxsteer.rows import cache_slots
 from jaxsteer.weights import nest, param_shapes
 
 
@@ -195,8 +195,7 @@ class Sweep:
         prefilled = jax.eval_shape(
             functools.partial(run, definition, decoding), *arguments[:-1], sampling=Sampling()
         )
-        room = beginning + longest + self.decoding.max_new_tokens
-        room = -(-room // WHOLE) * WHOLE
+        room = cache_slots(beginning + longest, self.decoding.max_new_tokens)
         empty = functools.partial(slots.empty, self.config, self.decoding, batch, room)
         return self.lay(jax.eval_shape(empty, prefilled))
 

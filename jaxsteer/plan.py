@@ -69,7 +69,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     planned = run.plan(compiled, run.prompts(spec, limit))
     tokens = _tokens(model, planned)
     shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
-    batch = rows.fewer(spec.decoding.batch, len(planned))
+    batch = rows.slots_for(spec.decoding.batch, len(planned))
     new = spec.decoding.max_new_tokens
     widths = [
         chat.bucket(len(prompt) - common, config.max_position - new)

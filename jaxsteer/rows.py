@@ -27,7 +27,7 @@ from jaxsteer.prefix import Prefix
 # Decode steps between looks at the host: a run that is stopped waits no longer than these.
 CHUNK = 16
 # Cache slots are a multiple of this: a TPU copies a cache of other lengths at every look.
-WHOLE = 16
+SLOT_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,15 +75,15 @@ class Reply:
 
 def cache_slots(prompt: int, new_tokens: int) -> int:
     """How long a row's cache is: the widest prompt and its reply, rounded up to a whole part."""
-    return -(-(prompt + new_tokens) // WHOLE) * WHOLE
+    return -(-(prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
-def fewer(batch: int, rows: int, multiple: int = 1) -> int:
-    """Slots for a few rows: half of `batch`, or a quarter, and so on, while that holds them all.
+def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
+    """Number of slots for some rows: `batch`, or a half, a quarter... that still holds them all.
 
     An empty slot costs as much as a full one; halves, so that few sizes are ever compiled.
 
-    >>> fewer(64, 100), fewer(64, 32), fewer(64, 12), fewer(64, 12, multiple=32)
+    >>> slots_for(64, 100), slots_for(64, 32), slots_for(64, 12), slots_for(64, 12, multiple=32)
     (64, 32, 16, 32)
     """
     while batch % 2 == 0 and batch // 2 >= rows and batch // 2 % multiple == 0:
@@ -123,7 +123,7 @@ def run(
     sampling = sampling or Sampling()
     mesh = parallel.mesh_of(model.params)
     parallel.check_batch(batch, mesh)
-    batch = fewer(batch, len(requests), 1 if mesh is None else mesh.shape["data"])
+    batch = slots_for(batch, len(requests), 1 if mesh is None else mesh.shape["data"])
     parallel.check_batch(BATCH, mesh)
     limit = config.max_position - decoding.max_new_tokens
     for request in requests:
@@ -235,8 +235,8 @@ class _Prefills:
                 ids = [self.requests[i].row_id for i in done.rows]
                 of_rows = (
                     done.real,
-                    self.work.beginnings(done.rows, BATCH),
-                    self.work.done(done.rows, BATCH),
+                    self.work.prefix_of(done.rows, BATCH),
+                    self.work.interventions_of(done.rows, BATCH),
                     np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
                 )
                 prefilled = prefill.finish(

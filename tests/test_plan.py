@@ -4,26 +4,12 @@ import pytest
 
 from jaxsteer import plan, prefill, run, setup, spec
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.config import ModelConfig, RopeConfig
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
+from jaxsteer.topology import MODELS
 from tests import tiny
 
-LLAMA_8B = ModelConfig(
-    architecture="llama",
-    vocab_size=128256,
-    d_model=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    d_ff=14336,
-    norm_eps=1e-5,
-    rope=RopeConfig(theta=500000.0),
-    qkv_bias=False,
-    tied=False,
-    max_position=131072,
-)
+LLAMA_8B = MODELS["llama-3.1-8b"]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +58,9 @@ def test_an_open_choice_without_selection_is_refused(model, tmp_path):
         plan.plan(study, model)
 
 
-def test_llama_8b_has_its_published_number_of_parameters():
+def test_full_size_models_have_their_published_numbers_of_parameters():
     assert plan.n_params(LLAMA_8B) == 8_030_261_248
+    assert plan.n_params(MODELS["qwen2.5-7b"]) == 7_615_616_512
 
 
 @pytest.mark.parametrize("name", ["llama3.1-8b-paper", "qwen2.5-7b-paper"])
