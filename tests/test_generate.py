@@ -9,7 +9,7 @@ from jaxsteer import rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
-from jaxsteer.generate import Decoding, Sampling
+from jaxsteer.generate import Decoding, Sampling, highest
 from jaxsteer.interventions import Add, Cap, Project, compile_conditions, everywhere
 from jaxsteer.masks import causal_mask, positions
 from tests import oracle, tiny
@@ -68,6 +68,14 @@ def test_samples_depend_on_seed_and_row_id_only(model):
         np.testing.assert_array_equal(one.tokens, other.tokens)
     other_seed = run(model, requests, [[]], sample=Sampling(seed=4, temperature=1.0, top_p=0.9))
     assert any(list(a.tokens) != list(b.tokens) for a, b in zip(together, other_seed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "logits", [[1, 3, 3, 2], [-0.0, 0.0], [-np.inf, -np.inf], [1, np.nan, np.inf, np.nan], [np.inf]]
+)
+def test_the_highest_logit_is_the_one_that_argmax_finds(logits):
+    logits = np.array(logits, np.float32)
+    assert highest(jnp.asarray(logits)) == np.argmax(logits)
 
 
 def test_a_tiny_top_p_is_greedy(model):

@@ -19,12 +19,13 @@ def lowered():
 
 def test_a_step_adds_up_twice_a_layer_and_moves_no_weight_table_or_cache(lowered):
     exchanges = lowered["program"]["turn"]["exchanges"]
-    sums = [e for e in exchanges if e["kind"] == "all-reduce"]
+    # Everything else is about single tokens: the smallest kernel's piece has 768 bytes.
+    large = [e for e in exchanges if e["nbytes"] > 128]
     # The streams of 4 rows, 32 wide: after attention and MLP of 3 layers, and where tokens are
     # looked up. (float32 on a CPU, which has no bfloat16 sums.)
-    assert [(e["shape"], e["times"]) for e in sums] == [("f32[4,1,32]", 2 * 3 + 1)]
-    # Everything else is about single tokens: the smallest kernel's piece has 768 bytes.
-    assert max(e["nbytes"] for e in exchanges if e["kind"] != "all-reduce") <= 128
+    assert [(e["kind"], e["shape"], e["times"]) for e in large] == [
+        ("all-reduce", "f32[4,1,32]", 2 * 3 + 1)
+    ]
 
 
 def test_memory_of_a_device_is_its_pieces(lowered):
@@ -37,6 +38,6 @@ def test_memory_of_a_device_is_its_pieces(lowered):
 
 
 def test_the_compiler_counts_the_same_arguments(lowered):
-    # And the probes of 3 layers, the sampling's three numbers and two counts.
-    rest = 3 * 32 * 4 + 5 * 8
+    # And the probes of 3 layers, the sampling's three numbers.
+    rest = 3 * 32 * 4 + 3 * 8
     assert 0 <= lowered["program"]["held"] - lowered["params"] - lowered["state"] <= rest
