@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxsteer.arrays import AnyArray
 from jaxsteer.interventions import Interventions
 from jaxsteer.masks import causal_mask, positions, visible_slots
-from jaxsteer.model import Cache, Decoder, Params, Realised, Steering, bind
+from jaxsteer.model import Cache, Decoder, Params, Past, Realised, Steering, bind
 from jaxsteer.prefix import Prefix, opened
 
 
@@ -175,10 +175,10 @@ def step(
     token: Int[Array, ""],
     position: Int[Array, ""],
     live: Bool[Array, ""],
-    held: Bool[Array, " slot"],
-    start: Int[Array, ""],
-    newest: Int[Array, ""],
+    visible: Bool[Array, " seen"],
+    slot: Int[Array, ""],
     cache: Cache,
+    past: Past | None,
     interventions: Interventions,
     probes: Float[Array, "layer probe d_model"],
 ) -> tuple[Float[Array, " vocab"], Cache, dict[str, Realised]]:
@@ -189,10 +189,10 @@ def step(
       token: the newest token.
       position: its rotary position.
       live: whether the row still runs; one that does not is neither steered nor counted.
-      held: which cache slots hold a real token of the prompt.
-      start: the slot of the first generated token.
-      newest: the slot that `token` takes.
+      visible: which slots, of `past` and of `cache`, it sees, its own included.
+      slot: the slot of `cache` that it takes.
       cache: keys and values per layer.
+      past: those of tokens before, only read; None if `cache` has all.
       interventions: this row's.
       probes: unit directions whose projections are recorded.
     """
@@ -202,8 +202,9 @@ def step(
         real=live[None],
         probes=probes,
     )
-    visible = visible_slots(held, start, newest)[None, :]
-    out = model(token[None], position[None], visible, cache, newest, steering=steering)
+    out = model(
+        token[None], position[None], visible[None], cache, slot, past=past, steering=steering
+    )
     return model.logits(out.hidden)[0], out.cache, out.realised
 
 
@@ -273,7 +274,7 @@ def generate(
     kept = model.config.vocab_size if decoding.keep_logits else 0
     prefill = jax.vmap(functools.partial(_prefill, model), in_axes=(0, 0, 0, 0, None, None))
     step_rows = jax.vmap(
-        functools.partial(step, model), in_axes=(0, 0, 0, 0, None, None, 0, 0, None)
+        functools.partial(step, model), in_axes=(0, 0, 0, 0, None, 0, None, 0, None)
     )
     choose_rows = jax.vmap(
         functools.partial(choose, sampling=sampling, sample=decoding.sample),
@@ -298,14 +299,16 @@ def generate(
         )
 
     def body(state: _State) -> _State:
+        newest = width + state.step - 1
+        visible = jax.vmap(visible_slots, in_axes=(0, None, None))
         logits, cache, realised = step_rows(
             state.last,
             state.position,
             state.live,
-            held_slots,
-            jnp.int32(width),
-            width + state.step - 1,
+            visible(held_slots, jnp.int32(width), newest),
+            newest,
             state.cache,
+            None,
             rows.interventions,
             probes,
         )

@@ -5,6 +5,8 @@ One row at a time, like everything in `model`, which has the dimension letters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,10 +59,10 @@ def rotate(
     x: Float[Array, "token head head_dim"], angle: Float[Array, "token half"]
 ) -> Float[Array, "token head head_dim"]:
     """Rotate pairs (x[i], x[i + H/2]) by the token's angles: the half-split layout of HF."""
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    cos, sin = jnp.cos(angle)[:, None, None], jnp.sin(angle)[:, None]
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    rotated = halves * cos + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def write(
@@ -69,52 +71,61 @@ def write(
     slot: Int[Array, ""],
 ) -> Float[Array, "kv_head slot head_dim"]:
     """The cache with a pass's tokens in it, from `slot` on."""
-    new = jnp.swapaxes(new, 0, 1)
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.swapaxes(new, 0, 1), slot, axis=1)
 
-    def in_place(cache: Array, new: Array, slot: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
 
-    def everywhere(cache: Array, new: Array, slot: Array) -> Array:
-        return jnp.where((jnp.arange(cache.shape[1]) == slot)[:, None], new, cache)
+def settle(
+    cache: Float[Array, "kv_head slot head_dim"],
+    recent: Float[Array, "kv_head some head_dim"],
+    slot: Int[Array, ""],
+) -> Float[Array, "kv_head slot head_dim"]:
+    """The cache with a small one written into it from `slot` on.
 
-    if new.shape[1] > 1:
-        return in_place(cache, new, slot)
+    The small one's length divides the cache's and `slot`: 2 slots go into 6 at 0, 2 or 4.
+    """
     # Rows with slots of their own write one by one on a TPU, which takes longer than writing all.
-    return jax.lax.platform_dependent(cache, new, slot, tpu=everywhere, default=in_place)
+    return jax.lax.platform_dependent(cache, recent, slot, tpu=settle_all, default=settle_one)
 
 
-def _by_products(
+def settle_one(cache: Array, recent: Array, slot: Array) -> Array:
+    """`settle`, by writing the part that changes."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, recent, slot, axis=1)
+
+
+def settle_all(cache: Array, recent: Array, slot: Array) -> Array:
+    """`settle`, by writing every part, changed or not."""
+    heads, slots, width = cache.shape
+    some = recent.shape[1]
+    here = jnp.arange(slots // some) == slot // some
+    parts = cache.reshape(heads, -1, some, width)
+    return jnp.where(here[:, None, None], recent[:, None], parts).reshape(cache.shape)
+
+
+def attend(
     q: Float[Array, "token kv_head group head_dim"],
-    keys: Float[Array, "kv_head slot head_dim"],
-    values: Float[Array, "kv_head slot head_dim"],
-    visible: Bool[Array, "token slot"],
+    caches: Sequence[tuple[Array, Array]],
+    visible: Bool[Array, "token seen"],
 ) -> Float[Array, "token kv_head group head_dim"]:
-    """Attention as matrix products."""
-    score = jnp.einsum("tkgh,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
-    weight = _weights(score, visible, q)
-    return jnp.einsum("kgts,ksh->tkgh", weight, values)
+    """Softmax attention over caches that lie apart, as if their slots were one row.
 
-
-def _by_sums(
-    q: Float[Array, "1 kv_head group head_dim"],
-    keys: Float[Array, "kv_head slot head_dim"],
-    values: Float[Array, "kv_head slot head_dim"],
-    visible: Bool[Array, "1 slot"],
-) -> Float[Array, "1 kv_head group head_dim"]:
-    """The same for one token, over the cache as it lies: for products XLA on a CPU copies it."""
-    score = jnp.sum(q[0, :, :, None].astype(jnp.float32) * keys[:, None], axis=-1)
-    weight = _weights(score[:, :, None], visible, q)
-    wide = weight[:, :, 0, :, None].astype(jnp.float32)
-    return jnp.sum(wide * values[:, None], axis=2)[None].astype(q.dtype)
-
-
-def _weights(
-    score: Float[Array, "kv_head group token slot"],
-    visible: Bool[Array, "token slot"],
-    q: Float[Array, "token kv_head group head_dim"],
-) -> Float[Array, "kv_head group token slot"]:
+    Args:
+      q: queries, grouped by the key-value head that they read.
+      caches: keys and values, each [kv_head, slot, head_dim].
+      visible: which slots of all the caches each token sees.
+    """
+    scores = [
+        jnp.einsum("tkgh,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
+        for keys, _ in caches
+    ]
+    score = jnp.concatenate(scores, axis=-1)
     score = jnp.where(visible, score * q.shape[-1] ** -0.5, -1e30)
-    return jax.nn.softmax(score, axis=-1).astype(q.dtype)
+    weight = jax.nn.softmax(score, axis=-1).astype(q.dtype)
+    mixed, first = [], 0
+    for _, values in caches:
+        part = weight[..., first : first + values.shape[1]]
+        mixed.append(jnp.einsum("kgts,ksh->kgth", part, values, preferred_element_type=jnp.float32))
+        first += values.shape[1]
+    return jnp.moveaxis(sum(mixed), 2, 0).astype(q.dtype)
 
 
 class Attention(nnx.Module):
@@ -132,11 +143,15 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "token d_model"],
         angle: Float[Array, "token half"],
-        visible: Bool[Array, "token slot"],
+        visible: Bool[Array, "token seen"],
         cache: tuple[Array, Array],
         slot: Int[Array, ""],
+        past: tuple[Array, Array] | None = None,
     ) -> tuple[Float[Array, "token d_model"], tuple[Array, Array]]:
-        """Write this pass's keys and values at `slot` on, then attend to the visible slots."""
+        """Write this pass's keys and values at `slot` on, then attend to the visible slots.
+
+        What is in `past` comes before the cache and is only read.
+        """
         tokens = x.shape[0]
         q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
         k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
@@ -144,13 +159,9 @@ class Attention(nnx.Module):
         keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
-        if tokens > 1:
-            mixed = _by_products(q, keys, values, visible)
-        else:
-            mixed = jax.lax.platform_dependent(
-                q, keys, values, visible, cpu=_by_sums, default=_by_products
-            )
-        return self.o(mixed.reshape(tokens, -1)), (keys, values)
+        written = (keys, values)
+        mixed = attend(q, [written] if past is None else [past, written], visible)
+        return self.o(mixed.reshape(tokens, -1)), written
 
 
 class MLP(nnx.Module):

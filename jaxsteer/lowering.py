@@ -201,7 +201,6 @@ class Sweep:
 
     def advance(self, state: slots.Slots) -> tuple[Any, ...]:
         """The program that decodes, and its arguments."""
-        count = self.whole(jnp.int32)
         return (
             slots.advance,
             self.definition,
@@ -210,6 +209,4 @@ class Sweep:
             state,
             self.probes(self.config.n_layers),
             Sampling(),
-            count,
-            count,
         )

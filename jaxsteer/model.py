@@ -34,6 +34,9 @@ from jaxsteer.layers import MLP, Attention, Linear, RMSNorm, rope_frequencies
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]
 Cache = list[tuple[KeyValues, KeyValues]]
+# A cache beside another, of a length of its own.
+EarlierKeyValues = Float[Array, "*lead kv_head earlier_slot head_dim"]
+Past = list[tuple[EarlierKeyValues, EarlierKeyValues]]
 Params = dict[str, Any]
 
 
@@ -152,20 +155,22 @@ def run_blocks(
     blocks: Iterable[Block],
     h: Float[Array, "token d_model"],
     positions: Int[Array, " token"],
-    visible: Bool[Array, "token slot"],
+    visible: Bool[Array, "token seen"],
     cache: Cache,
     slot: Int[Array, ""],
     taps: Taps,
+    past: Past | None = None,
 ) -> tuple[Float[Array, "token d_model"], Cache]:
     """One row through consecutive layers: the residual stream after them, and their cache.
 
-    Arguments as for the whole model (`Decoder`); `cache` and the layers of `taps` are theirs only.
+    Arguments as for the whole model (`Decoder`); caches and the layers of `taps` are theirs only.
     """
     angle = positions[:, None] * rope_frequencies(config.rope, config.head_dim)
     written = []
     with exact_products():
         for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
-            mixed, kv = block.attn(block.attn_norm(h), angle, visible, kept, slot)
+            before = None if past is None else past[index]
+            mixed, kv = block.attn(block.attn_norm(h), angle, visible, kept, slot, before)
             written.append(kv)
             h = taps.visit("resid_mid", index, h + mixed)
             h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
@@ -187,10 +192,11 @@ class Decoder(nnx.Module):
         self,
         tokens: Int[Array, " token"],
         positions: Int[Array, " token"],
-        visible: Bool[Array, "token slot"],
+        visible: Bool[Array, "token seen"],
         cache: Cache,
         slot: Int[Array, ""],
         *,
+        past: Past | None = None,
         steering: Steering | None = None,
         capture: Capture | None = None,
     ) -> Forward:
@@ -199,15 +205,18 @@ class Decoder(nnx.Module):
         Args:
           tokens: token ids; padding may be any id, it is told apart by the masks alone.
           positions: rotary position of each token, counted over real tokens.
-          visible: which cache slots each token attends to, its own included.
+          visible: which slots, of `past` and of `cache`, each token attends to, its own included.
           cache: keys and values of earlier tokens.
           slot: where in the cache this pass's tokens go.
+          past: keys and values of tokens before those in `cache`, only read; None for none.
           steering: what to apply at the taps; None runs the plain model.
           capture: which taps to read; None reads nothing and costs nothing.
         """
         taps = Taps(steering, capture)
         h = self.embedded(tokens, taps)
-        h, written = run_blocks(self.config, self.layers, h, positions, visible, cache, slot, taps)
+        h, written = run_blocks(
+            self.config, self.layers, h, positions, visible, cache, slot, taps, past
+        )
         captured, realised = taps.results()
         return Forward(
             hidden=self.final_norm(h), cache=written, captured=captured, realised=realised

@@ -24,8 +24,6 @@ from jaxsteer.model import Realised
 from jaxsteer.prefill import Prefilled
 from jaxsteer.prefix import Prefix
 
-# Decode steps between looks at the host: a run that is stopped waits no longer than these.
-CHUNK = 16
 # Cache slots are a multiple of this: a TPU copies a cache of other lengths at every look.
 SLOT_MULTIPLE = 16
 
@@ -156,11 +154,7 @@ def run(
             state = slots.insert(decoding, state, queue.prefilled, rows_in, put)
         if state is None or not seated:
             break
-        # While rows wait, an eighth of the slots free is worth a look; later all may end.
-        keep = len(seated) - max(batch // 8, 1) if queue is not None else 0
-        state = slots.advance(
-            model.definition, decoding, model.params, state, probes, sampling, CHUNK, keep
-        )
+        state = slots.advance(model.definition, decoding, model.params, state, probes, sampling)
         live = np.asarray(state.live)
         ended = [slot for slot in seated if not live[slot]]
         if ended:

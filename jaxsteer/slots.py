@@ -2,11 +2,16 @@
 
 A row that was read (`prefill`) is put into a free slot and decodes there beside rows that began
 earlier, so that short replies never wait for long ones. All slots have one shape, so one program
-serves a whole study, and every slot keeps its own place in its own cache: what a row comes to
-depends on nobody beside it. A slot's cache, for a row of 3 prompt tokens prefilled in a width of 4:
+serves a whole study.
 
-    slot       0    1   2   3   4   5   6   7
-    holds      pad  a   b   c   x   y   .   .      start is 4; two tokens of the reply were read
+Rows enter and leave between chunks of CHUNK steps. In a chunk the cache is only read, and what the
+steps write goes into a small cache where all rows are at the same column: one write for all. At the
+chunk's end it is settled into each row's own place. Chunks are always whole, so a token's place
+follows from its row alone, and what a row comes to depends, to the last bit, on nobody beside it.
+With chunks of 2, a row of 3 prompt tokens prefilled in a width of 4, while its fourth step runs:
+
+    slot       0    1   2   3   4   5   6   7       0   1
+    cache      pad  a   b   c   w   x   .   .       y   z       start is 4, the reply is w x y z
 """
 
 from __future__ import annotations
@@ -25,8 +30,13 @@ from jaxsteer.arrays import AnyArray
 from jaxsteer.config import ModelConfig
 from jaxsteer.generate import Decoding, Sampling, choose, ends, step
 from jaxsteer.interventions import Interventions
+from jaxsteer.layers import settle
+from jaxsteer.masks import visible_slots
 from jaxsteer.model import Cache, Decoder, Params, Realised, bind
 from jaxsteer.prefill import Prefilled
+
+# Steps between looks at the host. Prompts are padded, and caches as long, as a multiple of it.
+CHUNK = 8
 
 
 @jax.tree_util.register_dataclass
@@ -153,10 +163,8 @@ def advance(
     state: Slots,
     probes: Float[AnyArray, "layer probe d_model"],
     sampling: Sampling,
-    steps: int | Int[AnyArray, ""],
-    keep: int | Int[AnyArray, ""],
 ) -> Slots:
-    """Decode until `steps` steps are done or no more than `keep` rows are live.
+    """Decode a chunk of steps, or until no row is live.
 
     Args:
       definition: from `model.graph`; static.
@@ -165,27 +173,29 @@ def advance(
       state: the slots; its memory is taken over.
       probes: unit directions whose projections are recorded.
       sampling: dynamic sampling settings, unread when greedy.
-      steps: most tokens to add to a row.
-      keep: come back as soon as the live rows are this few, so that free slots can be filled.
     """
     model = bind(definition, params)
     count = len(state.live)
     index = jnp.arange(count)
-    step_rows = jax.vmap(functools.partial(step, model), in_axes=(0,) * 8 + (None,))
+    # Where the token goes that a row reads first in this chunk.
+    first = state.start + state.emitted - 1
+    before = jax.vmap(visible_slots)(state.held, state.start, first - 1)
+    step_rows = jax.vmap(functools.partial(step, model), in_axes=(0, 0, 0, 0, None, 0, 0, 0, None))
     choose_rows = jax.vmap(
         functools.partial(choose, sampling=sampling, sample=decoding.sample), in_axes=(0, 0, 0)
     )
 
-    def body(carry: tuple[Array, Slots]) -> tuple[Array, Slots]:
-        done, s = carry
-        logits, cache, realised = step_rows(
+    def body(carry: tuple[Array, Cache, Slots]) -> tuple[Array, Cache, Slots]:
+        done, recent, s = carry
+        of_chunk = jnp.broadcast_to(jnp.arange(CHUNK) <= done, (count, CHUNK))
+        logits, recent, realised = step_rows(
             s.last,
             s.position,
             s.live,
-            s.held,
-            s.start,
-            s.start + s.emitted - 1,
-            s.cache,
+            jnp.concatenate([before, of_chunk], axis=1),
+            done,
+            recent,
+            state.cache,
             s.interventions,
             jnp.asarray(probes),
         )
@@ -195,7 +205,7 @@ def advance(
         # A row that has ended writes beyond its buffer, which writes nothing.
         at = jnp.where(s.live, s.emitted, decoding.max_new_tokens)
         emitted = s.emitted + s.live
-        return done + 1, dataclasses.replace(
+        after = dataclasses.replace(
             s,
             live=going & (emitted < decoding.max_new_tokens),
             stopped=s.stopped | ended,
@@ -205,12 +215,18 @@ def advance(
             position=s.position + s.live,
             tokens=s.tokens.at[index, at].set(token, mode="drop"),
             logits=s.logits.at[index, at].set(logits[:, : s.logits.shape[2]], mode="drop"),
-            cache=cache,
             response=jax.tree.map(jnp.add, s.response, realised),
         )
+        return done + 1, recent, after
 
-    def more(carry: tuple[Array, Slots]) -> Array:
-        done, s = carry
-        return (done < steps) & (jnp.sum(s.live) > keep)
+    def more(carry: tuple[Array, Cache, Slots]) -> Array:
+        done, _, s = carry
+        return (done < CHUNK) & jnp.any(s.live)
 
-    return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+    recent = jax.tree.map(lambda kv: jnp.zeros_like(kv[:, :, :CHUNK]), state.cache)
+    # The cache stays outside the loop: what a loop only reads is neither carried nor copied.
+    begin = (jnp.int32(0), recent, dataclasses.replace(state, cache=[]))
+    _, recent, after = jax.lax.while_loop(more, body, begin)
+    place = jax.vmap(settle)
+    cache = jax.tree.map(lambda old, new: place(old, new, first), state.cache, recent)
+    return dataclasses.replace(after, cache=cache)

@@ -24,7 +24,7 @@ from jaxsteer.chips import HOP, Chip, chip_of, devices
 from jaxsteer.config import ModelConfig, RopeConfig
 from jaxsteer.depth import BATCH
 from jaxsteer.errors import UserError
-from jaxsteer.rows import CHUNK
+from jaxsteer.slots import CHUNK
 
 # Published configurations: meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-7B.
 MODELS = {

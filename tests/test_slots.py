@@ -143,6 +143,22 @@ def test_logits_of_a_slot_are_those_of_the_plain_path(model, rng):
         np.testing.assert_allclose(reply.logits, theirs, atol=2e-4)
 
 
+def test_a_row_has_the_same_bits_whoever_is_beside_it(model, rng):
+    stacked = stack(model, conditions(model, rng), "all")
+    decoding = Decoding(max_new_tokens=20, eos=(3, 11, 22, 40), keep_logits=True)
+    requests = [Request(tokens=p, condition=c, shared=3) for c in range(6) for p in PROMPTS]
+
+    def logits(skip):
+        found = rows.run(model, requests, stacked, decoding, batch=4, skip=skip)
+        return {reply.index: reply.logits for some in found for reply in some}
+
+    everyone = logits(())
+    # Replies of many lengths: rows enter slots at other times, beside others.
+    assert len({len(kept) for kept in everyone.values()}) > 3
+    for index, alone in logits(set(range(0, len(requests), 2)) | {1, 7, 9}).items():
+        np.testing.assert_array_equal(alone, everyone[index])
+
+
 def test_neither_more_conditions_nor_other_layers_compile_anything(model, rng):
     programs = (prefill.embed, prefill.segment, prefill.beginnings, prefill.finish)
     programs += (slots.empty, slots.insert, slots.advance)
