@@ -22,7 +22,6 @@ from jaxsteer.config import ModelConfig
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file, write_json
 
-Dtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
 GGUF_TYPES = (
@@ -39,14 +38,25 @@ TOKENIZER_FILES = (
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 
 
-def convert(source: str | Path, out: Path, dtype: Dtype, revision: str | None = None) -> Path:
+def dtype_here() -> str:
+    """What suits the device that JAX runs on: bfloat16 on a GPU or TPU, float32 on a CPU.
+
+    A GPU and a TPU multiply bfloat16 many times faster than exact float32, and decoding is as fast
+    as weights are read. A CPU gains nothing from it here.
+    """
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def convert(source: str | Path, out: Path, dtype: str, revision: str | None = None) -> Path:
     """Convert `source` and write the checkpoint `out`.
 
     Args:
       source: a folder with config.json and safetensors (single or sharded), a .gguf file, or a
         hub id such as `org/name` (the only case that uses the network).
       out: the checkpoint folder to make.
-      dtype: of the converted parameters.
+      dtype: of the converted parameters, float32 or bfloat16; `auto` is `dtype_here`.
       revision: of a hub id: branch, tag or commit; None is the main branch.
 
     Returns:
@@ -56,8 +66,10 @@ def convert(source: str | Path, out: Path, dtype: Dtype, revision: str | None = 
       UserError: an unsupported model or quantisation; missing, truncated, misshapen or unread
         tensors, all listed at once.
     """
+    if dtype == "auto":
+        dtype = dtype_here()
     if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
     path = Path(source)
     local = path.suffix == ".gguf" or path.is_dir()
     if local and revision is not None:
@@ -102,7 +114,7 @@ def fill(
     target: ModelConfig,
     tensors: Iterator[Tensor],
     form: Literal["hf", "gguf"],
-    dtype: Dtype,
+    dtype: str,
     where: str,
 ) -> dict[str, np.ndarray]:
     """Read every tensor once into the parameter it belongs to.
@@ -201,7 +213,7 @@ def _safetensors(files: list[Path]) -> Iterator[Tensor]:
             ) from None
 
 
-def _convert_hf(folder: Path, out: Path, dtype: Dtype, about: dict[str, Any]) -> Path:
+def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any]) -> Path:
     raw = _json(folder / "config.json")
     target = config.from_hf(raw, f"{folder.name}/config.json")
     files = _safetensors_files(folder)
@@ -262,7 +274,7 @@ def _dequantised(tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
     return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
-def _convert_gguf(path: Path, out: Path, dtype: Dtype) -> Path:
+def _convert_gguf(path: Path, out: Path, dtype: str) -> Path:
     from gguf import GGUFReader
 
     try:

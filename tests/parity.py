@@ -25,7 +25,7 @@ import torch
 
 from jaxsteer import activations, chat
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import Dtype, convert
+from jaxsteer.convert import convert
 from jaxsteer.files import write_text
 from jaxsteer.interventions import Add, Cap, Operation, Project
 from tests import oracle, tiny
@@ -33,7 +33,7 @@ from tests.conftest import chats, gguf_path
 
 NEW_TOKENS = 48
 PROMPTS = 16
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def sources(folder: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     yield "SmolLM2-135M-Instruct", path, loading
 
 
-def hf_model(loading: dict[str, Any], dtype: Dtype) -> Any:
+def hf_model(loading: dict[str, Any], dtype: str) -> Any:
     """HF's model in a dtype, with the attention that is written out."""
     from transformers import AutoModelForCausalLM, GgufConfig
 

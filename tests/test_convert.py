@@ -7,6 +7,7 @@ import sys
 
 import gguf
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_sharded_and_single_files_give_the_same_weights(source, tmp_path):
     one = checkpoint.load(convert(source, tmp_path / "one", "float32"))
     two = checkpoint.load(convert(sharded, tmp_path / "two", "float32"))
     assert one.manifest["weights_sha256"] == two.manifest["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_weights_are_bfloat16_where_that_is_fast(source, tmp_path, monkeypatch, backend, dtype):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    made = convert(source, tmp_path / "made", "auto")
+    assert json.loads((made / "manifest.json").read_text())["dtype"] == dtype
 
 
 def test_every_problem_is_listed_at_once_and_nothing_is_written(copy, tmp_path):

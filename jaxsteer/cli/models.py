@@ -39,16 +39,20 @@ def prepare() -> None:
 def convert(
     source: str,
     out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: bfloat16 unless this is a CPU.")
+    ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
 ) -> None:
     """Convert an HF folder, a hub id or a .gguf file into a checkpoint.
 
     Example: jaxsteer convert Qwen/Qwen2.5-7B-Instruct --out checkpoints/qwen --dtype bfloat16
+
+    float32 on a GPU or TPU is exact and slow: products are not rounded to fewer bits.
     """
     from jaxsteer.convert import convert as convert_model
 
-    convert_model(source, out, dtype, revision)  # type: ignore[arg-type]
+    convert_model(source, out, dtype, revision)
     typer.echo(f"wrote {out}")
 
 
