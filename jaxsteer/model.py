@@ -17,6 +17,7 @@ H head_dim, V vocabulary, L layer, P captured position, R probe direction.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -288,11 +289,13 @@ def empty_cache(config: ModelConfig, n_layers: int, slots: int, dtype: DTypeLike
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers)]
 
 
+@functools.cache
 def graph(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef[Decoder]:
     """The model without its parameters: hashable, so jitted functions take it as static."""
     return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, dtype)))
 
 
+@functools.cache
 def blocks_graph(
     config: ModelConfig, n: int, dtype: DTypeLike = jnp.float32
 ) -> nnx.GraphDef[Blocks]:
