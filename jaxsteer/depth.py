@@ -61,11 +61,16 @@ class Work:
     prefix: Prefix | None
     beginning: Sequence[int]
 
-    def prefix_of(self, rows: Sequence[int], batch: int) -> Prefix | None:
-        """The beginnings of some rows, filled up to `batch`."""
+    def prefix_of(
+        self, rows: Sequence[int], batch: int, layers: tuple[int, int] | None = None
+    ) -> Prefix | None:
+        """The beginnings of some rows, filled up to `batch`; of some layers, their cache only."""
         if self.prefix is None:
             return None
-        return take(self.prefix, _filled([self.beginning[i] for i in rows], batch))
+        some = self.prefix
+        if layers is not None:
+            some = dataclasses.replace(some, cache=some.cache[slice(*layers)], realised={})
+        return take(some, _filled([self.beginning[i] for i in rows], batch))
 
     def interventions_of(self, rows: Sequence[int], batch: int) -> Interventions:
         """The interventions of some rows, filled up to `batch`."""
@@ -149,9 +154,7 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
         if above is None:
             return prefill.embed(work.definition, work.params, *work.placed((tokens, real, done)))
         start, end = stages[level - 1]
-        begun = work.prefix_of(first, batch)
-        if begun is not None:
-            begun = dataclasses.replace(begun, cache=begun.cache[start:end], realised={})
+        begun = work.prefix_of(first, batch, (start, end))
         return prefill.segment(
             blocks_graph(work.config, end - start, above.stream.dtype),
             prefill.part(work.params, start, end),
