@@ -33,20 +33,21 @@ from jaxsteer.model import (
     Steering,
     Taps,
     bind,
+    empty_cache,
     run_blocks,
 )
 from jaxsteer.prefix import Prefix, opened
 
 
 def stages(n_layers: int) -> list[tuple[int, int]]:
-    """First and last + 1 of each segment's layers: about eight segments, of one size if it goes.
+    """First and last + 1 of each segment's layers: eight to ten segments, of one size if it goes.
 
     >>> stages(32)[:2], len(stages(32)), len(stages(30))
-    ([(0, 4), (4, 8)], 8, 6)
+    ([(0, 4), (4, 8)], 8, 10)
     >>> stages(31)[-2:]
     [(24, 28), (28, 31)]
     """
-    least = -(-n_layers // 8)
+    least = -(-n_layers // 10)
     size = next((s for s in range(least, 2 * least) if n_layers % s == 0), least)
     return [(first, min(first + size, n_layers)) for first in range(0, n_layers, size)]
 
