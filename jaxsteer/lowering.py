@@ -172,11 +172,12 @@ class Sweep:
         return self.lay(jax.eval_shape(prefill.beginnings, levels, self._places(), real))
 
     def finish(self, levels: list[prefill.Level], width: int, prefix: Prefix) -> tuple[Any, ...]:
-        """The program that puts rows together, and its arguments."""
+        """The program that puts rows of the widest prompts together, and its arguments."""
         return (
             prefill.finish,
             self.definition,
             self.decoding,
+            cache_slots(prefix.real.shape[1] + width, self.decoding.max_new_tokens),
             self.params,
             levels,
             self._places(),
@@ -191,12 +192,11 @@ class Sweep:
         """The slots: so many rows, with room for a beginning, the longest prompt and its reply."""
         prefix = self.prefix(beginning)
         levels = self.levels(longest, prefix)
-        run, definition, decoding, *arguments = self.finish(levels, longest, prefix)
+        run, definition, decoding, room, *arguments = self.finish(levels, longest, prefix)
         prefilled = jax.eval_shape(
-            functools.partial(run, definition, decoding), *arguments[:-1], sampling=Sampling()
+            functools.partial(run, definition, decoding, room), *arguments[:-1], sampling=Sampling()
         )
-        room = cache_slots(beginning + longest, self.decoding.max_new_tokens)
-        empty = functools.partial(slots.empty, self.config, self.decoding, batch, room)
+        empty = functools.partial(slots.empty, self.config, self.decoding, batch)
         return self.lay(jax.eval_shape(empty, prefilled))
 
     def advance(self, state: slots.Slots) -> tuple[Any, ...]:

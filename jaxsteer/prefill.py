@@ -83,8 +83,9 @@ class Prefilled:
       live: whether the reply goes on, so that token is part of it.
       stopped: whether that token ended it.
       logits: what it was chosen from; no column unless `Decoding.keep_logits`.
-      cache: keys and values per layer, shared beginning first.
+      cache: keys and values per layer, shared beginning first, with room for the reply.
       held: which cache slots hold a real token.
+      start: the cache slot of the reply's first token.
       realised: change over the prompt, per tap and layer.
       interventions: one entry per row.
       ids: a stable number per row.
@@ -96,6 +97,7 @@ class Prefilled:
     logits: Float[Array, "*row kept"]
     cache: Cache
     held: Bool[Array, "*row slot"]
+    start: Int[Array, " *row"]
     realised: dict[str, Realised]
     interventions: Interventions
     ids: UInt32[Array, " *row"]
@@ -214,10 +216,11 @@ def beginnings(
     return Prefix(cache=cache, real=jnp.asarray(real), realised=realised)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "decoding"))
+@functools.partial(jax.jit, static_argnames=("definition", "decoding", "slots"))
 def finish(
     definition: nnx.GraphDef[Decoder],
     decoding: Decoding,
+    slots: int,
     params: Params,
     levels: Sequence[Level],
     places: Int[AnyArray, "level row"],
@@ -232,6 +235,7 @@ def finish(
     Args:
       definition: from `model.graph`; static.
       decoding: static decoding settings.
+      slots: cache slots of each row: the longest prompt and its reply; static.
       params: the model's parameters.
       levels: of `embed` and every segment, in order.
       places: where each row is at each level.
@@ -245,10 +249,15 @@ def finish(
     kept = model.config.vocab_size if decoding.keep_logits else 0
     stream, cache, realised = _joined(levels, places)
     held = real = jnp.asarray(real)
+    caches = [cache]
     if prefix is not None:
-        cache = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=2), prefix.cache, cache)
+        caches = [prefix.cache, cache]
         held = jnp.concatenate([prefix.real, real], axis=1)
         realised = jax.tree.map(jnp.add, realised, prefix.realised)
+    count, width = held.shape
+    # Zeros, joined: XLA on a CPU pads several times slower.
+    room = empty_cache(model.config, len(cache), slots - width, stream.dtype)
+    caches.append(jax.tree.map(lambda kv: jnp.broadcast_to(kv, (count, *kv.shape)), room))
     logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(stream[:, -1:])[:, 0]
     pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
     token = jax.vmap(pick, in_axes=(0, 0, None))(logits, jnp.asarray(ids), jnp.int32(0))
@@ -259,8 +268,9 @@ def finish(
         live=is_real & ~stopped,
         stopped=stopped,
         logits=logits[:, :kept],
-        cache=cache,
-        held=held,
+        cache=jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=2), *caches),
+        held=jnp.pad(held, [(0, 0), (0, slots - width)]),
+        start=jnp.full((count,), width, jnp.int32),
         realised=realised,
         interventions=jax.tree.map(jnp.asarray, interventions),
         ids=jnp.asarray(ids),

@@ -143,15 +143,13 @@ def run(
                 if queue is None:
                     break
             if state is None:
-                room = cache_slots(source.width, decoding.max_new_tokens)
-                state = slots.empty(config, decoding, batch, room, queue.prefilled, mesh)
+                state = slots.empty(config, decoding, batch, queue.prefilled, mesh)
             free = [slot for slot in range(batch) if slot not in seated]
             entering, queue.seats = queue.seats[: len(free)], queue.seats[len(free) :]
-            rows_in = np.zeros(BATCH, np.int32)
             put = np.full(BATCH, batch, np.int32)
-            for n, (slot, seat) in enumerate(zip(free, entering, strict=False)):
-                rows_in[n], put[n], seated[slot] = seat.row, slot, seat
-            state = slots.insert(decoding, state, queue.prefilled, rows_in, put)
+            for slot, seat in zip(free, entering, strict=False):
+                put[seat.row], seated[slot] = slot, seat
+            state = slots.insert(decoding, state, queue.prefilled, put)
         if state is None or not seated:
             break
         state = slots.advance(model.definition, decoding, model.params, state, probes, sampling)
@@ -218,9 +216,9 @@ class _Prefills:
             beginning=beginning,
         )
         self.buckets = [chat.bucket(len(tokens), limit) for tokens in own]
-        # Slots of the longest prompt, its shared beginning first.
+        # Of the longest prompt, its shared beginning first, and its reply.
         begun = 0 if prefix is None else prefix.real.shape[1]
-        self.width = begun + max(self.buckets)
+        self.slots = cache_slots(begun + max(self.buckets), decoding.max_new_tokens)
 
     def rows(self, todo: Sequence[int]) -> Iterator[_Queue]:
         """Prefill requests `todo`, shortest first, all rows of some prompts before the next."""
@@ -236,6 +234,7 @@ class _Prefills:
                 prefilled = prefill.finish(
                     self.model.definition,
                     self.decoding,
+                    self.slots,
                     self.model.params,
                     done.levels,
                     done.places,

@@ -77,10 +77,9 @@ class Slots:
     ids: UInt32[Array, " row"]
 
 
-def _opening(decoding: Decoding, slots: int, prefilled: Prefilled) -> Slots:
-    """Prefilled rows as they enter their slots: room for the reply, the first token chosen."""
-    count, width = prefilled.held.shape
-    room = slots - width
+def _opening(decoding: Decoding, prefilled: Prefilled) -> Slots:
+    """Prefilled rows as they enter their slots, the first token of the reply chosen."""
+    count = len(prefilled.token)
     tokens = jnp.zeros((count, decoding.max_new_tokens), jnp.int32)
     logits = jnp.zeros((count, decoding.max_new_tokens, prefilled.logits.shape[1]))
     return Slots(
@@ -93,23 +92,23 @@ def _opening(decoding: Decoding, slots: int, prefilled: Prefilled) -> Slots:
         tokens=tokens.at[:, 0].set(prefilled.token),
         logits=logits.at[:, 0].set(prefilled.logits),
         # All of a slot is written, so nothing of the row that had it before is left.
-        cache=jax.tree.map(
-            lambda kv: jnp.pad(kv, [(0, 0), (0, 0), (0, room), (0, 0)]), prefilled.cache
-        ),
-        held=jnp.pad(prefilled.held, [(0, 0), (0, room)]),
-        start=jnp.full((count,), width, jnp.int32),
+        cache=prefilled.cache,
+        held=prefilled.held,
+        start=prefilled.start,
         response=jax.tree.map(jnp.zeros_like, prefilled.realised),
         interventions=prefilled.interventions,
         ids=prefilled.ids,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "decoding", "batch", "slots", "mesh"))
+# What is not used is kept, so that the slots lie where the rows lie: `insert` compiles once.
+@functools.partial(
+    jax.jit, static_argnames=("config", "decoding", "batch", "mesh"), keep_unused=True
+)
 def empty(
     config: ModelConfig,
     decoding: Decoding,
     batch: int,
-    slots: int,
     prefilled: Prefilled,
     mesh: Mesh | None = None,
 ) -> Slots:
@@ -119,11 +118,10 @@ def empty(
       config: the model's configuration; static.
       decoding: static decoding settings.
       batch: number of slots; static.
-      slots: cache slots of each: the longest prompt and its reply; static.
       prefilled: read for its shapes only.
       mesh: the devices to lie on; None for one device.
     """
-    opening = _opening(decoding, slots, prefilled)
+    opening = _opening(decoding, prefilled)
     zeros = jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype), opening)
     return parallel.keep(zeros, config, mesh)
 
@@ -133,23 +131,20 @@ def insert(
     decoding: Decoding,
     state: Slots,
     prefilled: Prefilled,
-    take: Int[AnyArray, " some"],
-    put: Int[AnyArray, " some"],
+    put: Int[AnyArray, " prefilled_row"],
 ) -> Slots:
-    """Put rows `take` of `prefilled` into slots `put`.
+    """Put rows of `prefilled` into slots.
 
-    Both have a fixed length, so that how many rows enter compiles nothing: a `put` beyond the
-    last slot puts nothing. Of 4 slots, take [2, 0, 0] and put [1, 4, 4] fill slot 1 with row 2.
+    A slot beyond the last puts nothing, so how many rows enter compiles nothing. Of 4 slots and 3
+    rows, [4, 4, 1] fills slot 1 with the last row.
 
     Args:
       decoding: static decoding settings.
       state: the slots; its memory is taken over.
       prefilled: rows ready to decode.
-      take: row of `prefilled` for each.
-      put: slot for each.
+      put: slot of each.
     """
-    rows = jax.tree.map(lambda leaf: leaf[jnp.asarray(take)], prefilled)
-    entering = _opening(decoding, state.held.shape[1], rows)
+    entering = _opening(decoding, prefilled)
     return jax.tree.map(
         lambda old, new: old.at[jnp.asarray(put)].set(new, mode="drop"), state, entering
     )
