@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxsteer import int8
 from jaxsteer.config import ModelConfig, from_hf, to_hf
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
@@ -38,7 +39,8 @@ class Checkpoint:
 
     Attributes:
       config: the model's configuration.
-      params: nested dict of arrays, paths as in `weights.param_shapes`.
+      params: nested dict of arrays, paths as in `weights.param_shapes`; see `int8` for kernels
+        in eight bits.
       tokenizer_dir: folder of the tokenizer's files.
       eos_token_ids: ids that end a reply.
       manifest: the manifest as read.
@@ -73,7 +75,7 @@ def save(
     Args:
       out: the folder to make; an existing checkpoint there is replaced, anything else refused.
       config: the model's configuration.
-      params: arrays by path, all of one dtype.
+      params: arrays by path, all of one dtype but kernels in eight bits (`int8.shapes`).
       write_tokenizer: writes the tokenizer's files into the folder it is given.
       eos_token_ids: ids that end a reply.
       source: description of the source with the sha256 of each of its files.
@@ -100,7 +102,7 @@ def save(
         manifest = {
             "format": FORMAT,
             "source": source,
-            "dtype": next(iter(params.values())).dtype.name,
+            "dtype": _dtype(params),
             "eos_token_ids": eos_token_ids,
             "config_sha256": sha256_file(temporary / "config.json"),
             "tokenizer_files": files,
@@ -123,6 +125,11 @@ def save(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _dtype(params: Mapping[str, np.ndarray]) -> str:
+    eight = any(path.endswith(int8.SCALE) for path in params)
+    return params["embed/embedding"].dtype.name + int8.MARK * eight
 
 
 def _orbax() -> Any:
@@ -209,7 +216,9 @@ def load(
         )
         if manifest["format"] != FORMAT:
             raise UserError(f"{manifest_path}: format {manifest['format']!r} is unknown; {again}")
-        dtype = jnp.dtype(manifest["dtype"])
+        named = str(manifest["dtype"])
+        eight = named.endswith(int8.MARK)
+        dtype = jnp.dtype(named.removesuffix(int8.MARK))
         files, hashes = manifest["tokenizer_files"], manifest["params"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: config or manifest cannot be read ({error}); {again}") from None
@@ -220,15 +229,17 @@ def load(
         file = path / "tokenizer" / name
         if name not in present or sha256_file(file) != files.get(name):
             raise UserError(f"{file} is missing or does not match the manifest; {again}")
-    shapes = param_shapes(config)
+    shapes = {path: (shape, dtype) for path, shape in param_shapes(config).items()}
+    if eight:
+        shapes = int8.shapes(param_shapes(config), dtype)
     lies = (
         dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
         if shardings is None
         else shardings(config)
     )
     target = nest(
-        (name, jax.ShapeDtypeStruct(shape, dtype, sharding=lies[name]))
-        for name, shape in shapes.items()
+        (name, jax.ShapeDtypeStruct(shape, kind, sharding=lies[name]))
+        for name, (shape, kind) in shapes.items()
     )
     try:
         orbax = _orbax()
@@ -252,7 +263,7 @@ def load(
             raise UserError(f"{path}/params: {what} does not match its sha256; {again}")
     return Checkpoint(
         config=config,
-        params=params,
+        params=nest(int8.joined(flatten(params)).items()) if eight else params,
         tokenizer_dir=path / "tokenizer",
         eos_token_ids=manifest["eos_token_ids"],
         manifest=manifest,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsteer import depth, hlo, parallel, prefill, slots
+from jaxsteer import depth, hlo, int8, parallel, prefill, slots
 from jaxsteer.config import ModelConfig
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Interventions, Project, compile_conditions
@@ -77,21 +77,25 @@ def compiled(program: Callable[..., Any], *arguments: Any) -> Program:
 
 
 class Sweep:
-    """A sweep of one model on one mesh, in bfloat16.
+    """A sweep of one model on one mesh, in bfloat16, block kernels in eight bits if asked for.
 
     Each row brings what a study asks of it at `resid_post`: a vector added, a direction removed;
     and one direction is recorded.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, new_tokens: int):
+    def __init__(self, config: ModelConfig, mesh: Mesh, new_tokens: int, *, eight: bool = False):
         self.config, self.mesh = config, mesh
         self.definition = graph(config, jnp.bfloat16)
         self.decoding = Decoding(max_new_tokens=new_tokens, eos=(0, 1))
         lies = parallel.param_shardings(config, mesh)
-        self.params = nest(
-            (path, jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=lies[path]))
-            for path, shape in param_shapes(config).items()
-        )
+        kinds = {path: (shape, jnp.bfloat16) for path, shape in param_shapes(config).items()}
+        if eight:
+            kinds = int8.shapes(param_shapes(config), jnp.bfloat16)
+        flat = {
+            path: jax.ShapeDtypeStruct(shape, kind, sharding=lies[path])
+            for path, (shape, kind) in kinds.items()
+        }
+        self.params = nest(int8.joined(flat).items())
         vector = np.ones((config.n_layers, config.d_model), np.float32)
         self.asked = compile_conditions(
             [[Project(directions=(vector,), layers=(0,))]],
@@ -171,13 +175,15 @@ class Sweep:
         levels = self.levels(width, None)
         return self.lay(jax.eval_shape(prefill.beginnings, levels, self._places(), real))
 
-    def finish(self, levels: list[prefill.Level], width: int, prefix: Prefix) -> tuple[Any, ...]:
-        """The program that puts rows of the widest prompts together, and its arguments."""
+    def finish(
+        self, levels: list[prefill.Level], width: int, prefix: Prefix, longest: int
+    ) -> tuple[Any, ...]:
+        """The program that puts rows together with room for the longest, and its arguments."""
         return (
             prefill.finish,
             self.definition,
             self.decoding,
-            cache_slots(prefix.real.shape[1] + width, self.decoding.max_new_tokens),
+            cache_slots(prefix.real.shape[1] + longest, self.decoding.max_new_tokens),
             self.params,
             levels,
             self._places(),
@@ -192,7 +198,7 @@ class Sweep:
         """The slots: so many rows, with room for a beginning, the longest prompt and its reply."""
         prefix = self.prefix(beginning)
         levels = self.levels(longest, prefix)
-        run, definition, decoding, room, *arguments = self.finish(levels, longest, prefix)
+        run, definition, decoding, room, *arguments = self.finish(levels, longest, prefix, longest)
         prefilled = jax.eval_shape(
             functools.partial(run, definition, decoding, room), *arguments[:-1], sampling=Sampling()
         )

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsteer import int8
 from jaxsteer.config import ModelConfig
 from jaxsteer.errors import UserError
 from jaxsteer.model import Params
@@ -133,11 +134,16 @@ def notes(config: ModelConfig, mesh: Mesh) -> list[str]:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter lies, by path."""
+    """Where each parameter lies, by path; also where the scales of a kernel in eight bits would."""
     shardings = {}
     for path in param_shapes(config):
         below = path.split("/", 2)[2] if path.startswith("layers/") else path
-        shardings[path] = NamedSharding(mesh, spec(PARAMETERS[below], config, mesh))
+        letters = PARAMETERS[below]
+        shardings[path] = NamedSharding(mesh, spec(letters, config, mesh))
+        if int8.is_rounded(path):
+            # One scale per column: the first dimension has length 1.
+            columns = spec("1" + letters[1:], config, mesh)
+            shardings[path + int8.SCALE] = NamedSharding(mesh, columns)
     return shardings
 
 

@@ -87,7 +87,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         computed_tokens=round(computed),
         new_tokens=len(planned) * new,
         widths=tuple(sorted(set(widths))),
-        weights_bytes=n_params(config) * itemsize,
+        weights_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         cache_bytes=2
         * config.n_layers
         * batch

@@ -118,7 +118,7 @@ class Check:
       largest_batch: rows that fit, confirmed by compiling; None if it was not asked for.
       table_seconds: the whole table: compiled estimate, every reply at full length.
       compile_seconds: of all programs of this check.
-      notes: what the model axis could not split.
+      notes: what the model axis could not split, and kernels in eight bits.
     """
 
     model: str
@@ -228,6 +228,7 @@ def check(
     batch: int = 256,
     table: Table | None = None,
     search: bool = True,
+    eight: bool = False,
 ) -> Check:
     """Compile a sweep for a slice.
 
@@ -238,6 +239,7 @@ def check(
       batch: rows that decode together.
       table: the study to foretell.
       search: also look for the largest batch, which compiles decoding twice more.
+      eight: block kernels in eight bits.
 
     Raises:
       UserError: an unknown model, topology or mesh, or no TPU compiler.
@@ -252,7 +254,7 @@ def check(
     spread = parallel.mesh(shape, found)
     for rows in (batch, BATCH):
         parallel.check_batch(rows, spread)
-    sweep = lowering.Sweep(config, spread, table.new_tokens)
+    sweep = lowering.Sweep(config, spread, table.new_tokens, eight=eight)
     seconds = 0.0
 
     def program(*call: Any) -> lowering.Program:
@@ -270,7 +272,7 @@ def check(
     levels = sweep.levels(table.prompt, prefix)
     stages = prefill.stages(config.n_layers)
     segment = program(*sweep.segment(levels[0].stream, stages[0], table.prompt, prefix))
-    finish = program(*sweep.finish(levels, table.prompt, prefix))
+    finish = program(*sweep.finish(levels, table.prompt, prefix, table.longest))
 
     weights, cache = lowering.nbytes(sweep.params), lowering.nbytes(state.cache)
     held = lowering.nbytes(state)
@@ -316,7 +318,7 @@ def check(
         largest_batch=most,
         table_seconds=decoding + reading_seconds,
         compile_seconds=seconds,
-        notes=tuple(parallel.notes(config, spread)),
+        notes=(*parallel.notes(config, spread), *["block kernels in eight bits"] * eight),
     )
 
 

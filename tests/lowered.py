@@ -43,8 +43,11 @@ if __name__ == "__main__":
     sweep = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW)
     state = sweep.state(BATCH, BEGINNING, LONGEST)
     program = lowering.compiled(*sweep.advance(state))
+    eight = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW, eight=True)
     json.dump(
         {
+            "params_int8": lowering.nbytes(eight.params),
+            "program_int8": dataclasses.asdict(lowering.compiled(*eight.advance(state))),
             "params": lowering.nbytes(sweep.params),
             "cache": lowering.nbytes(state.cache),
             "state": lowering.nbytes(state),

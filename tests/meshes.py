@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from jaxsteer import parallel
+from jaxsteer import int8, parallel
 from jaxsteer.chat import left_pad
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
@@ -87,7 +87,7 @@ def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     """Device number and shape of every piece of every parameter."""
     return {
         path: [(shard.device.id, shard.data.shape) for shard in value.addressable_shards]
-        for path, value in flatten(model.params).items()
+        for path, value in int8.parts(flatten(model.params)).items()
     }
 
 
@@ -95,11 +95,12 @@ def main(out: Path, folders: dict[str, Path]) -> None:
     """Run the models on one device and on meshes, and write what came out.
 
     Each family goes over every mesh in one of the two ways to run rows, and both over one mesh
-    that cannot split its key-value heads.
+    that cannot split its key-value heads. A model with kernels in eight bits goes over one mesh.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        for shape in ("", *MESHES):
+        eight = name.endswith("int8")
+        for shape in ("", "data=4,model=2") if eight else ("", *MESHES):
             mesh = parallel.mesh(shape) if shape else None
             model = ChatModel.load(folder, mesh=mesh)
             both = shape in ("", "data=2,model=4")
@@ -107,7 +108,7 @@ def main(out: Path, folders: dict[str, Path]) -> None:
                 "pieces": pieces(model),
                 "notes": parallel.notes(model.config, mesh) if mesh else [],
                 "plain": plain(model) if both or name == "qwen2" else None,
-                "replies": engine(model) if both or name == "llama" else None,
+                "replies": engine(model) if both or name != "qwen2" else None,
             }
     out.write_text(json.dumps(found))
 

@@ -62,7 +62,15 @@ def test_a_tokenizer_file_that_the_manifest_does_not_know_is_named(saved):
         checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-30], lambda text: "{}", lambda text: "[1]"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-30],
+        lambda text: "{}",
+        lambda text: "[1]",
+        lambda text: text.replace('"float32"', "5"),
+    ],
+)
 def test_a_damaged_manifest_is_named(saved, damage):
     path = saved / "manifest.json"
     path.write_text(damage(path.read_text()))

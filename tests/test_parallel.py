@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxsteer import parallel
+from jaxsteer import int8, parallel
 from jaxsteer.config import ModelConfig, RopeConfig
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -32,6 +32,8 @@ def runs(tmp_path_factory):
     for name, build in FAMILIES.items():
         out = convert(tiny.save(build(), folder / f"{name}-hf"), folder / name, "float32")
         made.append(f"{name}={out}")
+    out = convert(folder / "llama-hf", folder / "llama-int8", "float32+int8")
+    made.append(f"llama-int8={out}")
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -93,6 +95,16 @@ def test_every_mesh_runs_a_study_to_the_replies_of_one_device(runs, family, shap
     # And those are the plain path's tokens, up to the one that ends a reply.
     plain = one["plain"]["tokens"]
     assert one["replies"] == [row[: row.index(63)] if 63 in row else row for row in plain]
+
+
+def test_kernels_in_eight_bits_are_split_and_give_the_tokens_of_one_device(runs):
+    found = runs["llama-int8 data=4,model=2"]
+    assert found["replies"] == runs["llama-int8 "]["replies"] != runs["llama "]["replies"]
+    shapes = {path: {tuple(shape) for _, shape in of} for path, of in found["pieces"].items()}
+    assert shapes["layers/0/mlp/up/kernel"] == {(32, 24)}
+    assert shapes["layers/0/mlp/up/kernel_scale"] == {(1, 24)}
+    assert shapes["layers/0/mlp/down/kernel"] == {(24, 32)}
+    assert shapes["layers/0/mlp/down/kernel_scale"] == {(1, 32)}
 
 
 def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
@@ -160,10 +172,10 @@ def test_too_few_devices_are_counted():
 def test_every_parameter_of_both_families_is_in_the_table():
     for architecture in FAMILIES:
         config = tiny_config(architecture)
-        shapes, mesh = param_shapes(config), mesh_of(1, 1)
+        shapes, mesh = int8.shapes(param_shapes(config), "float32"), mesh_of(1, 1)
         shardings = parallel.param_shardings(config, mesh)
         assert shardings.keys() == shapes.keys()
-        for path, shape in shapes.items():
+        for path, (shape, _) in shapes.items():
             assert len(shardings[path].spec) == len(shape), path
 
 
