@@ -175,32 +175,61 @@ class Sweep:
         levels = self.levels(width, None)
         return self.lay(jax.eval_shape(prefill.beginnings, levels, self._places(), real))
 
-    def finish(
-        self, levels: list[prefill.Level], width: int, prefix: Prefix, longest: int
+    def gather(
+        self, level: prefill.Level, layers: tuple[int, int], prefix: Prefix, room: int
     ) -> tuple[Any, ...]:
-        """The program that puts rows together with room for the longest, and its arguments."""
+        """The program that puts rows together at one level, and its arguments."""
+        begun = prefix.cache[slice(*layers)] if level.cache else []
+        at = self.whole(jnp.int32, depth.BATCH)
+        return prefill.gather, level, at, begun, room
+
+    def first_token(
+        self, levels: list[prefill.Level], width: int, prefix: Prefix, room: int
+    ) -> tuple[Any, ...]:
+        """The program that chooses first tokens, and its arguments."""
+        layers = [(0, 0), *prefill.stages(self.config.n_layers)]
+        calls = [self.gather(*of, prefix, room) for of in zip(levels, layers, strict=True)]
+        changes = [
+            self.lay(jax.eval_shape(functools.partial(run, slots=room), *given)[1])
+            for run, *given, room in calls
+        ]
         return (
-            prefill.finish,
+            prefill.first_token,
             self.definition,
             self.decoding,
-            cache_slots(prefix.real.shape[1] + longest, self.decoding.max_new_tokens),
+            room,
             self.params,
-            levels,
-            self._places(),
+            levels[-1].stream,
+            self.whole(jnp.int32, depth.BATCH),
             self.rows(depth.BATCH, bool, width),
-            prefix,
+            (prefix.real, prefix.realised),
+            changes,
             self.interventions(depth.BATCH),
             self.rows(depth.BATCH, jnp.uint32),
             Sampling(),
         )
 
+    def room(self, beginning: int, longest: int) -> int:
+        """Cache slots of a row: a beginning, the longest prompt and its reply."""
+        return cache_slots(beginning + longest, self.decoding.max_new_tokens)
+
     def state(self, batch: int, beginning: int, longest: int) -> slots.Slots:
         """The slots: so many rows, with room for a beginning, the longest prompt and its reply."""
         prefix = self.prefix(beginning)
         levels = self.levels(longest, prefix)
-        run, definition, decoding, room, *arguments = self.finish(levels, longest, prefix, longest)
+        finish = functools.partial(
+            prefill.finish, self.definition, self.decoding, self.room(beginning, longest)
+        )
         prefilled = jax.eval_shape(
-            functools.partial(run, definition, decoding, room), *arguments[:-1], sampling=Sampling()
+            finish,
+            self.params,
+            levels,
+            self._places(),
+            self.rows(depth.BATCH, bool, longest),
+            prefix,
+            self.interventions(depth.BATCH),
+            self.rows(depth.BATCH, jnp.uint32),
+            Sampling(),
         )
         empty = functools.partial(slots.empty, self.config, self.decoding, batch)
         return self.lay(jax.eval_shape(empty, prefilled))

@@ -29,11 +29,11 @@ from jaxsteer.model import (
     Cache,
     Decoder,
     Params,
+    Past,
     Realised,
     Steering,
     Taps,
     bind,
-    empty_cache,
     run_blocks,
 )
 from jaxsteer.prefix import Prefix, opened
@@ -189,34 +189,129 @@ def segment(
     return jax.vmap(one)(from_parents, jnp.asarray(real), prefix, interventions)
 
 
-def _joined(
-    levels: Sequence[Level], places: Int[AnyArray, "level row"]
-) -> tuple[Array, Cache, dict[str, Realised]]:
-    """What rows left at every level: the last stream, and the cache and changes of all layers."""
-    of_rows = [
-        jax.tree.map(lambda leaf, at=at: leaf[at], level)
-        for level, at in zip(levels, jnp.asarray(places), strict=True)
-    ]
-    cache = [kv for level in of_rows for kv in level.cache]
-    realised = {}
-    for tap in dict.fromkeys(tap for level in of_rows for tap in level.realised):
-        layers = [level.realised[tap] for level in of_rows if tap in level.realised]
-        realised[tap] = jax.tree.map(lambda *some: jnp.concatenate(some, axis=1), *layers)
-    return of_rows[-1].stream, cache, realised
+@functools.partial(jax.jit, static_argnames=("slots",))
+def gather(
+    level: Level,
+    at: Int[AnyArray, " row"],
+    begun: Past | None,
+    slots: int,
+) -> tuple[Cache, dict[str, Realised]]:
+    """What rows left at one level: keys and values of its layers, and what was changed there.
+
+    One level is one program, as a segment is: the whole model's would take ten times as long to
+    compile.
+
+    Args:
+      level: of `embed` or a segment.
+      at: where each row is in it.
+      begun: keys and values of each row's beginning in these layers; None for none.
+      slots: how long the cache is to be, zeros after the prompt; static.
+    """
+    own, realised = jax.tree.map(lambda leaf: leaf[jnp.asarray(at)], (level.cache, level.realised))
+
+    def joined(*parts: Array) -> Array:
+        rows, heads, _, width = parts[-1].shape
+        room = slots - sum(part.shape[2] for part in parts)
+        # Zeros, joined: XLA on a CPU pads several times slower.
+        zeros = jnp.zeros((rows, heads, room, width), parts[-1].dtype)
+        return jnp.concatenate([*parts, zeros], axis=2)
+
+    return jax.tree.map(joined, *([own] if begun is None else [begun, own])), realised
 
 
-@jax.jit
+def _gathered(
+    levels: Sequence[Level], places: Int[AnyArray, "level row"], prefix: Prefix | None, slots: int
+) -> tuple[Cache, list[dict[str, Realised]]]:
+    """The cache of all layers, and the changes of every level, by row."""
+    cache: Cache = []
+    changes = []
+    for level, at in zip(levels, places, strict=True):
+        layers = slice(len(cache), len(cache) + len(level.cache))
+        begun = None if prefix is None else prefix.cache[layers]
+        some, changed = gather(level, at, begun, slots)
+        cache += some
+        changes.append(changed)
+    return cache, changes
+
+
+def _stacked(changes: Sequence[dict[str, Realised]]) -> dict[str, Realised]:
+    """Changes of all levels, by tap, layers in order."""
+    found = {}
+    for tap in dict.fromkeys(tap for changed in changes for tap in changed):
+        layers = [changed[tap] for changed in changes if tap in changed]
+        found[tap] = jax.tree.map(lambda *some: jnp.concatenate(some, axis=1), *layers)
+    return found
+
+
 def beginnings(
     levels: Sequence[Level],
     places: Int[AnyArray, "level row"],
     real: Bool[AnyArray, "row token"],
 ) -> Prefix:
     """Prompts that have been read, as the beginnings of other prompts; arguments as `finish`."""
-    _, cache, realised = _joined(levels, places)
-    return Prefix(cache=cache, real=jnp.asarray(real), realised=realised)
+    cache, changes = _gathered(levels, places, None, real.shape[1])
+    return Prefix(cache=cache, real=jnp.asarray(real), realised=_stacked(changes))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "decoding", "slots"))
+def first_token(
+    definition: nnx.GraphDef[Decoder],
+    decoding: Decoding,
+    slots: int,
+    params: Params,
+    stream: Float[Array, "entry token d_model"],
+    at: Int[AnyArray, " row"],
+    real: Bool[AnyArray, "row token"],
+    begun: tuple[Bool[Array, "row slot"], dict[str, Realised]] | None,
+    changes: Sequence[dict[str, Realised]],
+    interventions: Interventions,
+    ids: UInt32[AnyArray, " row"],
+    sampling: Sampling,
+) -> Prefilled:
+    """Choose the first tokens of replies: rows put together, all but their cache.
+
+    Args:
+      definition: from `model.graph`; static.
+      decoding: static decoding settings.
+      slots: cache slots of each row; static.
+      params: the model's parameters.
+      stream: what came out of the last layer.
+      at: where each row is in it.
+      real: which of the prompts' own tokens are not padding.
+      begun: which tokens of each row's beginning are real, and what was changed there.
+      changes: what was changed at every level, by row.
+      interventions: one entry per row.
+      ids: a stable number per row.
+      sampling: dynamic sampling settings, unread when greedy.
+    """
+    model = bind(definition, params)
+    kept = model.config.vocab_size if decoding.keep_logits else 0
+    held = real = jnp.asarray(real)
+    realised = _stacked(changes)
+    if begun is not None:
+        held = jnp.concatenate([begun[0], real], axis=1)
+        realised = jax.tree.map(jnp.add, realised, begun[1])
+    count, width = held.shape
+    last = stream[jnp.asarray(at), -1:]
+    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(last)[:, 0]
+    pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
+    token = jax.vmap(pick, in_axes=(0, 0, None))(logits, jnp.asarray(ids), jnp.int32(0))
+    is_real = jnp.any(real, axis=1)
+    stopped = is_real & ends(token, decoding)
+    return Prefilled(
+        token=token,
+        live=is_real & ~stopped,
+        stopped=stopped,
+        logits=logits[:, :kept],
+        cache=[],
+        held=jnp.pad(held, [(0, 0), (0, slots - width)]),
+        start=jnp.full((count,), width, jnp.int32),
+        realised=realised,
+        interventions=jax.tree.map(jnp.asarray, interventions),
+        ids=jnp.asarray(ids),
+    )
+
+
 def finish(
     definition: nnx.GraphDef[Decoder],
     decoding: Decoding,
@@ -233,9 +328,9 @@ def finish(
     """Put rows together from what they left at every level, and choose their first tokens.
 
     Args:
-      definition: from `model.graph`; static.
-      decoding: static decoding settings.
-      slots: cache slots of each row: the longest prompt and its reply; static.
+      definition: from `model.graph`.
+      decoding: decoding settings.
+      slots: cache slots of each row: the longest prompt and its reply.
       params: the model's parameters.
       levels: of `embed` and every segment, in order.
       places: where each row is at each level.
@@ -243,35 +338,22 @@ def finish(
       prefix: each row's beginning, already run; None for none.
       interventions: one entry per row.
       ids: a stable number per row.
-      sampling: dynamic sampling settings, unread when greedy.
+      sampling: sampling settings, unread when greedy.
     """
-    model = bind(definition, params)
-    kept = model.config.vocab_size if decoding.keep_logits else 0
-    stream, cache, realised = _joined(levels, places)
-    held = real = jnp.asarray(real)
-    caches = [cache]
-    if prefix is not None:
-        caches = [prefix.cache, cache]
-        held = jnp.concatenate([prefix.real, real], axis=1)
-        realised = jax.tree.map(jnp.add, realised, prefix.realised)
-    count, width = held.shape
-    # Zeros, joined: XLA on a CPU pads several times slower.
-    room = empty_cache(model.config, len(cache), slots - width, stream.dtype)
-    caches.append(jax.tree.map(lambda kv: jnp.broadcast_to(kv, (count, *kv.shape)), room))
-    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(stream[:, -1:])[:, 0]
-    pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
-    token = jax.vmap(pick, in_axes=(0, 0, None))(logits, jnp.asarray(ids), jnp.int32(0))
-    is_real = jnp.any(real, axis=1)
-    stopped = is_real & ends(token, decoding)
-    return Prefilled(
-        token=token,
-        live=is_real & ~stopped,
-        stopped=stopped,
-        logits=logits[:, :kept],
-        cache=jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=2), *caches),
-        held=jnp.pad(held, [(0, 0), (0, slots - width)]),
-        start=jnp.full((count,), width, jnp.int32),
-        realised=realised,
-        interventions=jax.tree.map(jnp.asarray, interventions),
-        ids=jnp.asarray(ids),
+    cache, changes = _gathered(levels, places, prefix, slots)
+    begun = None if prefix is None else (prefix.real, prefix.realised)
+    rest = first_token(
+        definition,
+        decoding,
+        slots,
+        params,
+        levels[-1].stream,
+        places[-1],
+        real,
+        begun,
+        changes,
+        interventions,
+        ids,
+        sampling,
     )
+    return dataclasses.replace(rest, cache=cache)

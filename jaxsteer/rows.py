@@ -225,11 +225,13 @@ class _Prefills:
         for width in sorted({self.buckets[i] for i in todo}):
             for done in descend(self.work, [i for i in todo if self.buckets[i] == width], width):
                 ids = [self.requests[i].row_id for i in done.rows]
-                of_rows = (
-                    done.real,
-                    self.work.prefix_of(done.rows, BATCH),
-                    self.work.interventions_of(done.rows, BATCH),
-                    np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
+                real, prefix, asked, numbers = self.work.placed(
+                    (
+                        done.real,
+                        self.work.prefix_of(done.rows, BATCH),
+                        self.work.interventions_of(done.rows, BATCH),
+                        np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
+                    )
                 )
                 prefilled = prefill.finish(
                     self.model.definition,
@@ -238,7 +240,10 @@ class _Prefills:
                     self.model.params,
                     done.levels,
                     done.places,
-                    *self.work.placed(of_rows),
+                    real,
+                    prefix,
+                    asked,
+                    numbers,
                     self.sampling,
                 )
                 realised = jax.device_get(prefilled.realised)

@@ -1,7 +1,7 @@
 """Compile the sweep for TPUs that are not there: what fits, how fast, how large a batch.
 
 XLA's TPU compiler runs on any Linux machine and needs only the name of a slice. So the programs of
-a real sweep (`slots.advance`, `prefill.segment`, `prefill.finish`) are compiled for full-size
+a real sweep (`slots.advance`, and what `prefill` is made of) are compiled for full-size
 models without a weight, and what the compiler says is set against what the chip can do:
 
     left        = HBM - (weights + cache + what else the program holds + its temporaries)
@@ -272,13 +272,16 @@ def check(
     levels = sweep.levels(table.prompt, prefix)
     stages = prefill.stages(config.n_layers)
     segment = program(*sweep.segment(levels[0].stream, stages[0], table.prompt, prefix))
-    finish = program(*sweep.finish(levels, table.prompt, prefix, table.longest))
+    room = sweep.room(table.beginning, table.longest)
+    gather = program(*sweep.gather(levels[1], stages[0], prefix, room))
+    choose = program(*sweep.first_token(levels, table.prompt, prefix, room))
 
     weights, cache = lowering.nbytes(sweep.params), lowering.nbytes(state.cache)
     held = lowering.nbytes(state)
     # Beside the slots: beginnings and one batch's levels, and whichever program runs.
     reading = lowering.nbytes([levels, prefix]) + max(
-        segment.temporaries, finish.temporaries + finish.made
+        segment.temporaries,
+        max(gather.temporaries, choose.temporaries) + len(stages) * gather.made + choose.made,
     )
     temporaries = max(decode.temporaries + decode.made, reading)
     left = chip.hbm - weights - held - temporaries
@@ -294,7 +297,8 @@ def check(
     def alone(p: lowering.Program) -> float:
         return p.once.cycles / chip.clock + exchange_seconds(p.once.exchanges, model_axis, chip)
 
-    chunk, through = alone(decode), len(stages) * alone(segment) + alone(finish)
+    chunk = alone(decode)
+    through = len(stages) * (alone(segment) + alone(gather)) + alone(choose)
     decoding, reading_seconds = table_seconds(table, batch, step, chunk, through)
     # Every step reads all weights but the token table, of which it reads the rows it needs.
     read = weights - lowering.nbytes(sweep.params["embed"]) * (not config.tied) + cache
