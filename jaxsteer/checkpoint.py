@@ -229,9 +229,7 @@ def load(
         file = path / "tokenizer" / name
         if name not in present or sha256_file(file) != files.get(name):
             raise UserError(f"{file} is missing or does not match the manifest; {again}")
-    shapes = {path: (shape, dtype) for path, shape in param_shapes(config).items()}
-    if eight:
-        shapes = int8.shapes(param_shapes(config), dtype)
+    shapes = int8.shapes(param_shapes(config), dtype, eight)
     lies = (
         dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
         if shardings is None
@@ -263,7 +261,7 @@ def load(
             raise UserError(f"{path}/params: {what} does not match its sha256; {again}")
     return Checkpoint(
         config=config,
-        params=nest(int8.joined(flatten(params)).items()) if eight else params,
+        params=nest(int8.joined(flatten(params)).items()),
         tokenizer_dir=path / "tokenizer",
         eos_token_ids=manifest["eos_token_ids"],
         manifest=manifest,

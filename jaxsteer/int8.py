@@ -103,15 +103,21 @@ def parts(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shapes(
-    of: Mapping[str, tuple[int, ...]], dtype: DTypeLike
+    of: Mapping[str, tuple[int, ...]], dtype: DTypeLike, eight: bool
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and type of every stored array, from the shapes of `weights.param_shapes`."""
+    """Shape and type of every stored array, by path.
+
+    Args:
+      of: shapes of the parameters, as `weights.param_shapes` gives them.
+      dtype: of all that is not rounded.
+      eight: whether block kernels are rounded.
+    """
     found: dict[str, tuple[tuple[int, ...], Any]] = {}
     for path, shape in of.items():
         found[path] = shape, jnp.dtype(dtype)
-        if is_rounded(path):
-            found |= {path: (shape, jnp.dtype(jnp.int8))}
-            found |= {path + SCALE: ((1, shape[1]), jnp.dtype(dtype))}
+        if eight and is_rounded(path):
+            found[path] = shape, jnp.dtype(jnp.int8)
+            found[path + SCALE] = (1, shape[1]), jnp.dtype(dtype)
     return found
 
 

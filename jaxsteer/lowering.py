@@ -88,9 +88,7 @@ class Sweep:
         self.definition = graph(config, jnp.bfloat16)
         self.decoding = Decoding(max_new_tokens=new_tokens, eos=(0, 1))
         lies = parallel.param_shardings(config, mesh)
-        kinds = {path: (shape, jnp.bfloat16) for path, shape in param_shapes(config).items()}
-        if eight:
-            kinds = int8.shapes(param_shapes(config), jnp.bfloat16)
+        kinds = int8.shapes(param_shapes(config), jnp.bfloat16, eight)
         flat = {
             path: jax.ShapeDtypeStruct(shape, kind, sharding=lies[path])
             for path, (shape, kind) in kinds.items()
@@ -179,7 +177,7 @@ class Sweep:
         self, level: prefill.Level, layers: tuple[int, int], prefix: Prefix, room: int
     ) -> tuple[Any, ...]:
         """The program that puts rows together at one level, and its arguments."""
-        begun = prefix.cache[slice(*layers)] if level.cache else []
+        begun = prefix.cache[slice(*layers)]
         at = self.whole(jnp.int32, depth.BATCH)
         return prefill.gather, level, at, begun, room
 

@@ -172,7 +172,7 @@ def test_too_few_devices_are_counted():
 def test_every_parameter_of_both_families_is_in_the_table():
     for architecture in FAMILIES:
         config = tiny_config(architecture)
-        shapes, mesh = int8.shapes(param_shapes(config), "float32"), mesh_of(1, 1)
+        shapes, mesh = int8.shapes(param_shapes(config), "float32", True), mesh_of(1, 1)
         shardings = parallel.param_shardings(config, mesh)
         assert shardings.keys() == shapes.keys()
         for path, (shape, _) in shapes.items():
