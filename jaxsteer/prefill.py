@@ -234,6 +234,7 @@ def _gathered(
     return cache, changes
 
 
+@jax.jit
 def _stacked(changes: Sequence[dict[str, Realised]]) -> dict[str, Realised]:
     """Changes of all levels, by tap, layers in order."""
     found = {}
