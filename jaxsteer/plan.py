@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import chat, rows, run
+from jaxsteer import chat, planned, rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions, depth
 from jaxsteer.config import ModelConfig
@@ -23,7 +23,6 @@ from jaxsteer.depth import BATCH, STEP, kinds
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.prefill import stages
-from jaxsteer.prefix import shared_lengths
 from jaxsteer.spec import StudySpec
 from jaxsteer.weights import param_shapes
 
@@ -66,26 +65,24 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     """
     config = model.config
     compiled = stand_in_conditions(spec, config)
-    planned = run.plan(compiled, run.prompts(spec, limit))
-    tokens = _tokens(model, planned)
-    shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
-    batch = rows.slots_for(spec.decoding.batch, len(planned))
+    asked = planned.requests(model, compiled, planned.cross(compiled, planned.prompts(spec, limit)))
+    batch = rows.slots_for(spec.decoding.batch, len(asked))
     new = spec.decoding.max_new_tokens
     widths = [
-        chat.bucket(len(prompt) - common, config.max_position - new)
-        for prompt, common in zip(tokens, shared, strict=True)
+        chat.bucket(len(request.tokens) - request.shared, config.max_position - new)
+        for request in asked
     ]
-    computed = _computed(config, compiled, planned, widths, shared)
-    begun = -(-max(shared, default=0) // STEP) * STEP
+    computed = _computed(config, kinds(planned.stacked(compiled, config)), asked, widths)
+    begun = -(-max((request.shared for request in asked), default=0) // STEP) * STEP
     slots = rows.cache_slots(begun + max(widths, default=0), new)
     itemsize = np.dtype(model.params["embed"]["embedding"].dtype).itemsize
     prefill_rate, decode_rate = speeds(config, batch)
     return Plan(
         conditions=len(compiled),
-        rows=len(planned),
-        prompt_tokens=sum(map(len, tokens)),
+        rows=len(asked),
+        prompt_tokens=sum(len(request.tokens) for request in asked),
         computed_tokens=round(computed),
-        new_tokens=len(planned) * new,
+        new_tokens=len(asked) * new,
         widths=tuple(sorted(set(widths))),
         weights_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         cache_bytes=2
@@ -95,31 +92,28 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         * config.n_kv_heads
         * config.head_dim
         * itemsize,
-        seconds=computed / prefill_rate + -(-len(planned) // batch) * new / decode_rate,
+        seconds=computed / prefill_rate + -(-len(asked) // batch) * new / decode_rate,
         open_choices=_open(spec),
     )
 
 
 def _computed(
     config: ModelConfig,
-    compiled: Sequence[Condition],
-    planned: Sequence[run.Planned],
+    known: Sequence[Sequence[int]],
+    asked: Sequence[rows.Request],
     widths: Sequence[int],
-    shared: Sequence[int],
 ) -> float:
     """Prompt tokens through the whole model that prefill comes to, its sharing counted."""
-    known = kinds(run.stacked(compiled, config))
-    number = {condition.name: c for c, condition in enumerate(compiled)}
     whole = 0.0
     for first, last in stages(config.n_layers):
-        kind = known[last]
         entries: dict[int, set[Hashable]] = {}
-        for (condition, prompt), width, common in zip(planned, widths, shared, strict=True):
-            group = kind[number[condition.name]]
-            entries.setdefault(width, set()).add((group, condition.system, prompt.id))
-            if common:
-                begun = -(-common // STEP) * STEP
-                entries.setdefault(begun, set()).add((group, condition.system))
+        for request, width in zip(asked, widths, strict=True):
+            kind = known[last][request.condition]
+            entries.setdefault(width, set()).add((kind, tuple(request.tokens)))
+            if request.shared:
+                begun = -(-request.shared // STEP) * STEP
+                beginning = tuple(request.tokens[: request.shared])
+                entries.setdefault(begun, set()).add((kind, beginning))
         padded = sum(-(-len(some) // BATCH) * BATCH * width for width, some in entries.items())
         whole += padded * (last - first) / config.n_layers
     return whole
@@ -144,15 +138,6 @@ def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]
     for name, layer in spec.layers.items():
         named[name] = depth(layer, config.n_layers) if isinstance(layer, float) else layer
     return conditions(spec, stand_ins, named, 1.0 if spec.dose is None else spec.dose)
-
-
-def _tokens(model: ChatModel, planned: Sequence[run.Planned]) -> list[list[int]]:
-    known: dict[tuple[str, str], list[int]] = {}
-    for condition, prompt in planned:
-        key = (condition.system, prompt.id)
-        if key not in known:
-            known[key] = model.tokenizer.chat(prompt.text, condition.system)
-    return [known[condition.system, prompt.id] for condition, prompt in planned]
 
 
 def _open(spec: StudySpec) -> tuple[str, ...]:

