@@ -2,16 +2,17 @@
 
 Two rows with the same prompt whose interventions agree below a layer have the same residual
 stream there, keys and values included. Prefill goes through the layers in segments (`prefill`), and
-before each one rows that are still the same are one entry. In a study that steers at
-resid_post.17 of 30 layers, 24 conditions on one prompt cost one prompt's work up to layer 15, and
-those that only differ from layer 20 on are one until then.
+before each one rows that are still the same are one entry, and those whose prompts are side by side
+in one lane (`lanes`). In a study that steers at resid_post.17 of 30 layers, 24 conditions on one
+lane cost one lane's work up to layer 15, and those that only differ from layer 20 on are one until
+then.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +21,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from jaxsteer import chat, parallel, prefill
+from jaxsteer import lanes, parallel, prefill
 from jaxsteer.config import ModelConfig
 from jaxsteer.interventions import Interventions, compile_conditions
+from jaxsteer.lanes import Lanes
 from jaxsteer.model import Decoder, Params, blocks_graph
 from jaxsteer.prefill import Level
 from jaxsteer.prefix import Prefix, take
 
-# Entries of a batch: enough tokens for full speed, few enough that a last batch wastes little.
+# Entries of a batch, and rows that are finished together: enough tokens for full speed, few enough
+# that a last batch wastes little.
 BATCH = 16
 # The width of shared beginnings is a multiple of this.
 STEP = 16
@@ -44,8 +47,8 @@ class Work:
       interventions: stacked conditions, host arrays.
       probes: unit directions whose projections are recorded.
       conditions: index into `interventions`.
-      tokens: the prompt's own tokens, without its shared beginning.
-      prompts: equal for rows with the same prompt.
+      lanes: where each prompt is, without its shared beginning; of one lane and condition, all
+        have the same one.
       prefix: shared beginnings, already run; None for none.
       beginning: which of them each row has.
     """
@@ -56,8 +59,7 @@ class Work:
     interventions: Interventions
     probes: Float[np.ndarray, "layer probe d_model"]
     conditions: Sequence[int]
-    tokens: Sequence[Sequence[int]]
-    prompts: Sequence[Hashable]
+    lanes: Lanes
     prefix: Prefix | None
     beginning: Sequence[int]
 
@@ -80,10 +82,15 @@ class Work:
         """Row-leading arrays, on the devices of the parameters."""
         return parallel.place(tree, self.config, parallel.mesh_of(self.params))
 
-    def padded(self, rows: Sequence[int], width: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The own tokens of some rows, left-padded; fillers have no real token."""
-        some = [list(self.tokens[i]) for i in rows]
-        return chat.left_pad(some + [[]] * (batch - len(some)), width)
+    def lanes_of(
+        self, rows: Sequence[int], width: int, batch: int
+    ) -> tuple[Int[np.ndarray, "entry token"], Int[np.ndarray, "entry token"]]:
+        """Tokens and owners of the lanes of some rows, filled up to `batch`."""
+        return self.lanes.filled([self.lanes.lane[i] for i in rows], width, batch)
+
+    def members_of(self, rows: Sequence[int], batch: int) -> Int[np.ndarray, " entry"]:
+        """Which of its lane's prompts each row's is; 1 for fillers."""
+        return np.array([self.lanes.member[i] for i in rows] + [1] * (batch - len(rows)), np.int32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,14 +100,16 @@ class Batch:
     Attributes:
       rows: which, at most as many as a batch has entries.
       levels: what `embed` and each segment left.
-      places: where each row is at each level; fillers are at 0.
-      real: which of their own tokens are not padding.
+      places: the entry of each row's lane at each level; fillers are at 0.
+      member: which of the lane's prompts each row's is, from 1.
+      real: which tokens of the lane are each row's.
     """
 
     rows: list[int]
     levels: list[Level]
-    places: Int[np.ndarray, "level entry"]
-    real: Bool[np.ndarray, "entry token"]
+    places: Int[np.ndarray, "level row"]
+    member: Int[np.ndarray, " row"]
+    real: Bool[np.ndarray, "row token"]
 
 
 def _filled(numbers: Sequence[int], batch: int) -> Int[np.ndarray, " entry"]:
@@ -140,8 +149,8 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
 
     Args:
       work: what the rows are.
-      rows: which of them to run; their own tokens fit `width`.
-      width: padded length of their own tokens.
+      rows: which of them to run; their lanes have that width.
+      width: tokens of a lane.
       batch: entries of a batch.
     """
     known = kinds(work.interventions)
@@ -149,17 +158,17 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
 
     def run(level: int, above: Level | None, entries: list[list[int]], parent: list[int]) -> Level:
         first = [members[0] for members in entries]
-        tokens, real = work.padded(first, width, batch)
+        tokens, owner = work.lanes_of(first, width, batch)
         done = work.interventions_of(first, batch)
         if above is None:
-            return prefill.embed(work.definition, work.params, *work.placed((tokens, real, done)))
+            return prefill.embed(work.definition, work.params, *work.placed((tokens, owner, done)))
         start, end = stages[level - 1]
         begun = work.prefix_of(first, batch, (start, end))
         return prefill.segment(
             blocks_graph(work.config, end - start, above.stream.dtype),
             prefill.part(work.params, start, end),
             above.stream,
-            *work.placed((_filled(parent, batch), real, begun, done.layers(start, end))),
+            *work.placed((_filled(parent, batch), owner, begun, done.layers(start, end))),
             work.probes[start:end],
         )
 
@@ -173,14 +182,16 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
                 some = ordered[at : at + batch]
                 where = np.zeros((len(levels), batch), np.int32)
                 where[:, : len(some)] = np.array([places[i] for i in some]).T
-                _, real = work.padded(some, width, batch)
-                yield Batch(rows=some, levels=levels, places=where, real=real)
+                _, owner = work.lanes_of(some, width, batch)
+                member = work.members_of(some, batch)
+                real = owner == member[:, None]
+                yield Batch(rows=some, levels=levels, places=where, member=member, real=real)
             return
         depth = 0 if level == 0 else stages[level - 1][1]
         # Kind by kind, so that a full batch stays one kind and its children fill theirs.
-        entries: dict[tuple[int, Hashable], list[int]] = {}
+        entries: dict[tuple[int, int], list[int]] = {}
         for i in sorted(places, key=lambda i: known[depth][work.conditions[i]]):
-            entries.setdefault((known[depth][work.conditions[i]], work.prompts[i]), []).append(i)
+            entries.setdefault((known[depth][work.conditions[i]], work.lanes.lane[i]), []).append(i)
         listed = list(entries.values())
         for at in range(0, len(listed), batch):
             few = listed[at : at + batch]
@@ -220,6 +231,7 @@ def fill(
         interventions = compile_conditions(
             [[]], ["all"], n_layers=config.n_layers, d_model=config.d_model
         )
+    width = -(-max(1, *map(len, beginnings)) // STEP) * STEP
     work = Work(
         definition=definition,
         config=config,
@@ -227,15 +239,13 @@ def fill(
         interventions=interventions,
         probes=probes,
         conditions=conditions,
-        tokens=beginnings,
-        prompts=[tuple(tokens) for tokens in beginnings],
+        lanes=lanes.alone(beginnings, width),
         prefix=None,
         beginning=[],
     )
-    width = -(-max(1, *map(len, beginnings)) // STEP) * STEP
     parts, order = [], []
     for done in descend(work, range(len(beginnings)), width):
-        parts.append(prefill.beginnings(done.levels, done.places, done.real))
+        parts.append(prefill.beginnings(done.levels, done.places, done.member, done.real))
         order += done.rows + [-1] * (BATCH - len(done.rows))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     return take(joined, np.argsort([n if n >= 0 else len(order) for n in order], kind="stable"))

@@ -66,20 +66,20 @@ class Hosts:
         """Whether this is the one that prepares the study and writes its results."""
         return self.process == 0
 
-    def share(self, prompts: Sequence[str]) -> set[int]:
+    def share(self, lanes: Sequence[str]) -> set[int]:
         """Which rows are this process's; shares differ by one row at most.
 
-        The rows of one prompt stay together where they can, since they share work. Whose a row is
+        The rows of one lane stay together where they can, since they share work. Whose a row is
         depends on the list of rows and the number of processes alone.
 
         Args:
-          prompts: the prompt's id of every row of the study.
+          lanes: the name of the lane of every row of the study.
 
         >>> [Hosts(process=p, count=2).share(["a", "b", "a", "b"]) for p in range(2)]
         [{1, 3}, {0, 2}]
         """
         # By hash, so that each share has its part of every family: some have long replies.
-        order = sorted(range(len(prompts)), key=lambda i: (stable_id(prompts[i]), prompts[i]))
+        order = sorted(range(len(lanes)), key=lambda i: (stable_id(lanes[i]), lanes[i]))
         size = len(order)
         return set(
             order[size * self.process // self.count : size * (self.process + 1) // self.count]

@@ -103,6 +103,18 @@ def settle_all(cache: Array, recent: Array, slot: Array) -> Array:
     return jnp.where(here[:, None, None], recent[:, None], parts).reshape(cache.shape)
 
 
+def contained(
+    keys: Float[Array, "token kv_head head_dim"], values: Float[Array, "token kv_head head_dim"]
+) -> tuple[Float[Array, "token kv_head head_dim"], Float[Array, "token kv_head head_dim"]]:
+    """Keys and values of tokens such that one that overflowed harms only those who see it.
+
+    A value that is not finite would harm all: in the weighted sum even zero times NaN is NaN. So
+    the value becomes zero and the key NaN, and with it the scores of those who see the token.
+    """
+    finite = jnp.all(jnp.isfinite(values), axis=-1, keepdims=True)
+    return jnp.where(finite, keys, jnp.nan), jnp.where(finite, values, 0)
+
+
 def attend(
     q: Float[Array, "token kv_head group head_dim"],
     caches: Sequence[tuple[Array, Array]],
@@ -115,11 +127,8 @@ def attend(
       caches: keys and values, each [kv_head, slot, head_dim].
       visible: which slots of all the caches each token sees.
     """
-    scores = [
-        jnp.einsum("tkgh,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
-        for keys, _ in caches
-    ]
-    score = jnp.concatenate(scores, axis=-1)
+    by_head = jnp.moveaxis(q, 0, 2)
+    score = jnp.concatenate([_scores(by_head, keys) for keys, _ in caches], axis=-1)
     score = jnp.where(visible, score * q.shape[-1] ** -0.5, -1e30)
     weight = jax.nn.softmax(score, axis=-1).astype(q.dtype)
     mixed, first = [], 0
@@ -128,6 +137,17 @@ def attend(
         mixed.append(jnp.einsum("kgts,ksh->kgth", part, values, preferred_element_type=jnp.float32))
         first += values.shape[1]
     return jnp.moveaxis(sum(mixed), 2, 0).astype(q.dtype)
+
+
+def _scores(
+    q: Float[Array, "kv_head group token head_dim"], keys: Float[Array, "kv_head slot head_dim"]
+) -> Float[Array, "kv_head group token slot"]:
+    """Products of queries and keys, float32."""
+    # The operand with more rows comes first: a CPU takes three times as long the other way round.
+    if keys.shape[1] > q.shape[1] * q.shape[2]:
+        turned = jnp.einsum("ksh,kgth->ksgt", keys, q, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(turned, 1, 3)
+    return jnp.einsum("kgth,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
 
 
 class Attention(nnx.Module):
@@ -157,7 +177,7 @@ class Attention(nnx.Module):
         tokens = x.shape[0]
         q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
         k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
-        v = self.v(x).reshape(tokens, -1, self.head_dim)
+        k, v = contained(k, self.v(x).reshape(tokens, -1, self.head_dim))
         keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)

@@ -149,7 +149,7 @@ class Sweep:
             prefill.part(self.params, first, last),
             stream,
             self.rows(depth.BATCH, jnp.int32),
-            self.rows(depth.BATCH, bool, width),
+            self.rows(depth.BATCH, jnp.int32, width),
             prefix,
             self.lay(asked),
             self.probes(last - first),
@@ -157,11 +157,10 @@ class Sweep:
 
     def levels(self, width: int, prefix: Prefix | None) -> list[prefill.Level]:
         """What a batch of prompts leaves at every level."""
-        real = self.rows(depth.BATCH, bool, width)
         tokens = self.rows(depth.BATCH, jnp.int32, width)
         asked = self.interventions(depth.BATCH)
         embed = functools.partial(prefill.embed, self.definition)
-        made = [self.lay(jax.eval_shape(embed, self.params, tokens, real, asked))]
+        made = [self.lay(jax.eval_shape(embed, self.params, tokens, tokens, asked))]
         for layers in prefill.stages(self.config.n_layers):
             run, blocks, *arguments = self.segment(made[-1].stream, layers, width, prefix)
             made.append(self.lay(jax.eval_shape(functools.partial(run, blocks), *arguments)))
@@ -171,7 +170,8 @@ class Sweep:
         """Beginnings of a batch of prompts, already run."""
         real = self.rows(depth.BATCH, bool, width)
         levels = self.levels(width, None)
-        return self.lay(jax.eval_shape(prefill.beginnings, levels, self._places(), real))
+        where = (self._places(), self.whole(jnp.int32, depth.BATCH))
+        return self.lay(jax.eval_shape(prefill.beginnings, levels, *where, real))
 
     def gather(
         self, level: prefill.Level, layers: tuple[int, int], prefix: Prefix, room: int
@@ -179,7 +179,7 @@ class Sweep:
         """The program that puts rows together at one level, and its arguments."""
         begun = prefix.cache[slice(*layers)]
         at = self.whole(jnp.int32, depth.BATCH)
-        return prefill.gather, level, at, begun, room
+        return prefill.gather, level, at, at, begun, room
 
     def first_token(
         self, levels: list[prefill.Level], width: int, prefix: Prefix, room: int
@@ -223,6 +223,7 @@ class Sweep:
             self.params,
             levels,
             self._places(),
+            self.whole(jnp.int32, depth.BATCH),
             self.rows(depth.BATCH, bool, longest),
             prefix,
             self.interventions(depth.BATCH),

@@ -7,32 +7,36 @@ from jaxtyping import Array, Bool, Int
 
 
 def causal_mask(
-    real: Bool[Array, " token"], before: Bool[Array, " slot"] | None = None
+    real: Bool[Array, " token"] | Int[Array, " token"], before: Bool[Array, " slot"] | None = None
 ) -> Bool[Array, "token slots"]:
-    """Which slots each token of a left-padded row sees: real ones, and none after itself.
+    """Which slots each token of a row sees: real ones of its own prompt, and none after itself.
 
     Args:
-      real: which tokens are real.
-      before: which slots before them are (a prefix that was run earlier).
+      real: which tokens are real; or, of a row that holds several prompts (`lanes`), the number of
+        the prompt that each is of, 0 for padding.
+      before: which slots before them are real (a prefix that was run earlier).
 
-    real = [F, T, T] gives                  and with before = [F, T]
-        [[F, F, F],     the pad sees        [[F, T, F, F, F],
-         [F, T, F],     nothing of this      [F, T, F, T, F],
-         [F, T, T]]                          [F, T, F, T, T]]
+    real = [F, T, T] gives      with before = [F, T]       and real = [1, 1, 2] gives
+        [[F, F, F],             [[F, T, F, F, F],          [[T, F, F],
+         [F, T, F],              [F, T, F, T, F],           [T, T, F],
+         [F, T, T]]              [F, T, F, T, T]]           [F, F, T]]
     """
     tokens = real.shape[0]
-    own = jnp.tril(jnp.ones((tokens, tokens), bool)) & real[None, :]
+    own = jnp.tril(real[None, :] == real[:, None]) & (real > 0)[None, :]
     if before is None:
         return own
     return jnp.concatenate([jnp.broadcast_to(before, (tokens, before.shape[0])), own], axis=1)
 
 
 def positions(
-    real: Bool[Array, " token"], before: Bool[Array, " slot"] | None = None
+    real: Bool[Array, " token"] | Int[Array, " token"], before: Bool[Array, " slot"] | None = None
 ) -> Int[Array, " token"]:
-    """Positions counted over real tokens: [F, T, T] -> [0, 0, 1], after [F, T] -> [1, 1, 2]."""
+    """Positions counted over a prompt's real tokens; arguments as for `causal_mask`.
+
+    [F, T, T] gives [0, 0, 1], after [F, T] it gives [1, 1, 2]; [1, 1, 2] gives [0, 1, 0].
+    """
     start = 0 if before is None else jnp.sum(before)
-    return start + jnp.maximum(jnp.cumsum(real) - 1, 0)
+    return start + jnp.maximum(jnp.sum(causal_mask(real), axis=1) - 1, 0)
 
 
 def visible_slots(

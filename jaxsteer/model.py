@@ -44,7 +44,7 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Realised:
-    """What really happened at one tap, summed over a row's real tokens: the run's own evidence.
+    """What really happened at one tap, summed over a prompt's real tokens: the run's own evidence.
 
     Attributes:
       touched: number of tokens the intervention was allowed to change.
@@ -87,13 +87,14 @@ class Steering:
     Attributes:
       interventions: one row's arrays.
       touched: which of the pass's tokens they change (scope and padding already applied).
-      real: which of the pass's tokens are real, for the averages of `Realised`.
+      real: which of the pass's tokens are real, for the sums of `Realised`; with a leading axis
+        for each prompt of a row that holds several.
       probes: unit directions per layer whose projections are recorded at `resid_post`.
     """
 
     interventions: Interventions
     touched: Bool[Array, " token"]
-    real: Bool[Array, " token"]
+    real: Bool[Array, "*prompt token"]
     probes: Float[Array, "layer probe d_model"]
 
 
@@ -255,20 +256,24 @@ class Taps:
 
     def _steer(self, tap: str, layer: int, h: Array, site: SiteArrays) -> Array:
         assert self.steering is not None
-        touched, real = self.steering.touched & self.steering.real, self.steering.real
+        touched, real = self.steering.touched, self.steering.real
         new, change = apply(h, site, touched)
         probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
-        real_f = real.astype(jnp.float32)
-        # A probe's projections summed over tokens are the projection of the summed tokens.
-        before = real_f @ h.astype(jnp.float32)
-        moved = real_f @ change
+        wide = h.astype(jnp.float32)
+        before, moved = wide @ probes.T, change @ probes.T
+
+        def total(tokens: Array) -> Array:
+            # Left out, not multiplied by zero: another prompt's NaN is none of this one's.
+            kept = real.reshape(*real.shape, *[1] * (tokens.ndim - 1))
+            return jnp.sum(jnp.where(kept, tokens, 0), axis=real.ndim - 1)
+
         self.realised.setdefault(tap, []).append(
             Realised(
-                touched=jnp.sum(touched),
-                change=jnp.sum(jnp.linalg.norm(change, axis=-1)),
-                norm=jnp.sum(jnp.linalg.norm(h.astype(jnp.float32), axis=-1) * real_f),
-                before=probes @ before,
-                after=probes @ (before + moved),
+                touched=total(touched),
+                change=total(jnp.linalg.norm(change, axis=-1)),
+                norm=total(jnp.linalg.norm(wide, axis=-1)),
+                before=total(before),
+                after=total(before + moved),
             )
         )
         return new

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import chat, planned, rows
+from jaxsteer import planned, rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions, depth
 from jaxsteer.config import ModelConfig
 from jaxsteer.depth import BATCH, STEP, kinds
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
+from jaxsteer.lanes import Lanes
 from jaxsteer.prefill import stages
 from jaxsteer.spec import StudySpec
 from jaxsteer.weights import param_shapes
@@ -38,7 +39,7 @@ class Plan:
       computed_tokens: prompt tokens as computed: padding and short batches' fillers included, what
         rows share counted once, and a share of the layers as that share of a token.
       new_tokens: most tokens that can be generated.
-      widths: padded widths of the prompts' own tokens, for each of which prefill compiles.
+      widths: of the lanes of the prompts' own tokens, for each of which prefill compiles.
       weights_bytes: memory of the parameters.
       cache_bytes: memory of the slots' keys and values.
       seconds: rough time of the rows, without setup and compilation, every reply at full length.
@@ -68,11 +69,9 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     asked = planned.requests(model, compiled, planned.cross(compiled, planned.prompts(spec, limit)))
     batch = rows.slots_for(spec.decoding.batch, len(asked))
     new = spec.decoding.max_new_tokens
-    widths = [
-        chat.bucket(len(request.tokens) - request.shared, config.max_position - new)
-        for request in asked
-    ]
-    computed = _computed(config, kinds(planned.stacked(compiled, config)), asked, widths)
+    packed = rows.pack(asked, config.max_position - new)
+    widths = sorted({len(lane) for lane in packed.tokens})
+    computed = _computed(config, kinds(planned.stacked(compiled, config)), asked, packed)
     begun = -(-max((request.shared for request in asked), default=0) // STEP) * STEP
     slots = rows.cache_slots(begun + max(widths, default=0), new)
     itemsize = np.dtype(model.params["embed"]["embedding"].dtype).itemsize
@@ -83,7 +82,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         prompt_tokens=sum(len(request.tokens) for request in asked),
         computed_tokens=round(computed),
         new_tokens=len(asked) * new,
-        widths=tuple(sorted(set(widths))),
+        widths=tuple(widths),
         weights_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         cache_bytes=2
         * config.n_layers
@@ -101,15 +100,15 @@ def _computed(
     config: ModelConfig,
     known: Sequence[Sequence[int]],
     asked: Sequence[rows.Request],
-    widths: Sequence[int],
+    packed: Lanes,
 ) -> float:
     """Prompt tokens through the whole model that prefill comes to, its sharing counted."""
     whole = 0.0
     for first, last in stages(config.n_layers):
         entries: dict[int, set[Hashable]] = {}
-        for request, width in zip(asked, widths, strict=True):
+        for row, request in enumerate(asked):
             kind = known[last][request.condition]
-            entries.setdefault(width, set()).add((kind, tuple(request.tokens)))
+            entries.setdefault(packed.width(row), set()).add((kind, packed.lane[row]))
             if request.shared:
                 begun = -(-request.shared // STEP) * STEP
                 beginning = tuple(request.tokens[: request.shared])

@@ -5,8 +5,10 @@
 A segment is a program that knows its layers only by what it is given: their parameters, what is
 done in them, what came out of the layers before. So all segments of a model are one compiled
 program, and prompts that have been the same so far can be one entry of a batch until they part
-(`depth` says which). On its way a row passes through other batches at other places: `parent` says
-where each entry goes on from, and `finish` puts together what a row left behind.
+(`depth` says which). An entry is a lane of prompts side by side (`lanes`). On its way a row passes
+through other batches at other places: `parent` says where each entry goes on from, and `finish`
+puts together what a row left behind. A row keeps the keys and values of its whole lane, of which
+it sees its own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxsteer.arrays import AnyArray
 from jaxsteer.generate import Decoding, Sampling, choose, ends
 from jaxsteer.interventions import Interventions
+from jaxsteer.lanes import MEMBERS
 from jaxsteer.masks import causal_mask, positions
 from jaxsteer.model import (
     Blocks,
@@ -34,9 +37,10 @@ from jaxsteer.model import (
     Steering,
     Taps,
     bind,
+    empty_cache,
     run_blocks,
 )
-from jaxsteer.prefix import Prefix, opened
+from jaxsteer.prefix import Prefix
 
 
 def stages(n_layers: int) -> list[tuple[int, int]]:
@@ -65,7 +69,7 @@ class Level:
     Attributes:
       stream: the residual stream after its layers.
       cache: keys and values of its layers, of the prompt's own tokens.
-      realised: what was changed in its layers.
+      realised: what was changed in its layers, [entry, layer, prompt of the lane, ...].
     """
 
     stream: Float[Array, "*entry token d_model"]
@@ -103,11 +107,11 @@ class Prefilled:
     ids: UInt32[Array, " *row"]
 
 
-def _steering(interventions: Interventions, real: Array, probes: Array) -> Steering:
+def _steering(interventions: Interventions, owner: Array, probes: Array) -> Steering:
     return Steering(
         interventions=interventions,
-        touched=real & interventions.on_prompt,
-        real=real,
+        touched=(owner > 0) & interventions.on_prompt,
+        real=owner == jnp.arange(1, MEMBERS + 1)[:, None],
         probes=probes,
     )
 
@@ -117,7 +121,7 @@ def embed(
     definition: nnx.GraphDef[Decoder],
     params: Params,
     tokens: Int[AnyArray, "entry token"],
-    real: Bool[AnyArray, "entry token"],
+    owner: Int[AnyArray, "entry token"],
     interventions: Interventions,
 ) -> Level:
     """The residual stream where it begins, steered there if a condition asks.
@@ -125,19 +129,19 @@ def embed(
     Args:
       definition: from `model.graph`; static.
       params: the model's parameters.
-      tokens: left-padded ids of the prompts' own tokens.
-      real: which of them are not padding.
-      interventions: one entry per prompt.
+      tokens: ids of the prompts' own tokens.
+      owner: which of a lane's prompts each is of; 0 is padding.
+      interventions: one entry per lane.
     """
     model = bind(definition, params)
 
-    def one(tokens: Array, real: Array, interventions: Interventions) -> Level:
+    def one(tokens: Array, owner: Array, interventions: Interventions) -> Level:
         nothing = jnp.zeros((1, 0, model.config.d_model))
-        taps = Taps(_steering(interventions, real, nothing), None)
+        taps = Taps(_steering(interventions, owner, nothing), None)
         stream = model.embedded(tokens, taps)
         return Level(stream=stream, cache=[], realised=taps.results()[1])
 
-    return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(real), interventions)
+    return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(owner), interventions)
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))
@@ -146,7 +150,7 @@ def segment(
     params: Params,
     stream: Float[Array, "above token d_model"],
     parent: Int[AnyArray, " entry"],
-    real: Bool[AnyArray, "entry token"],
+    owner: Int[AnyArray, "entry token"],
     prefix: Prefix | None,
     interventions: Interventions,
     probes: Float[AnyArray, "layer probe d_model"],
@@ -158,41 +162,40 @@ def segment(
       params: of these layers (`part`).
       stream: what came out of the layers before, by their own entries.
       parent: which of those each entry goes on from.
-      real: which tokens are not padding.
+      owner: which of a lane's prompts each token is of; 0 is padding.
       prefix: each entry's beginning, already run, of these layers; None for none.
-      interventions: one entry per prompt, of these layers (`Interventions.layers`).
+      interventions: one entry per lane, of these layers (`Interventions.layers`).
       probes: unit directions whose projections are recorded, of these layers.
     """
     blocks = bind(definition, params)
 
     def one(
-        stream: Array, real: Array, prefix: Prefix | None, interventions: Interventions
+        stream: Array, owner: Array, prefix: Prefix | None, interventions: Interventions
     ) -> Level:
-        cache, before = opened(
-            blocks.config, len(blocks.layers), prefix, real.shape[0], stream.dtype
-        )
-        taps = Taps(_steering(interventions, real, jnp.asarray(probes)), None)
+        before = jnp.zeros((0,), bool) if prefix is None else jnp.asarray(prefix.real)
+        taps = Taps(_steering(interventions, owner, jnp.asarray(probes)), None)
         after, written = run_blocks(
             blocks.config,
             blocks.layers,
             stream,
-            positions(real, before),
-            causal_mask(real, before),
-            cache,
-            jnp.int32(before.shape[0]),
+            positions(owner, before),
+            causal_mask(owner, before),
+            empty_cache(blocks.config, len(blocks.layers), owner.shape[0], stream.dtype),
+            jnp.int32(0),
             taps,
+            None if prefix is None else prefix.cache,
         )
-        own = jax.tree.map(lambda kv: kv[:, before.shape[0] :], written)
-        return Level(stream=after, cache=own, realised=taps.results()[1])
+        return Level(stream=after, cache=written, realised=taps.results()[1])
 
     from_parents = stream[jnp.asarray(parent)]
-    return jax.vmap(one)(from_parents, jnp.asarray(real), prefix, interventions)
+    return jax.vmap(one)(from_parents, jnp.asarray(owner), prefix, interventions)
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))
 def gather(
     level: Level,
     at: Int[AnyArray, " row"],
+    member: Int[AnyArray, " row"],
     begun: Past | None,
     slots: int,
 ) -> tuple[Cache, dict[str, Realised]]:
@@ -203,11 +206,13 @@ def gather(
 
     Args:
       level: of `embed` or a segment.
-      at: where each row is in it.
+      at: the entry of each row's lane.
+      member: which of the lane's prompts each row's is, from 1.
       begun: keys and values of each row's beginning in these layers; None for none.
       slots: how long the cache is to be, zeros after the prompt; static.
     """
-    own, realised = jax.tree.map(lambda leaf: leaf[jnp.asarray(at)], (level.cache, level.realised))
+    own = jax.tree.map(lambda kv: kv[jnp.asarray(at)], level.cache)
+    realised = jax.tree.map(lambda leaf: leaf[at, :, jnp.asarray(member) - 1], level.realised)
 
     def joined(*parts: Array) -> Array:
         rows, heads, _, width = parts[-1].shape
@@ -220,7 +225,11 @@ def gather(
 
 
 def _gathered(
-    levels: Sequence[Level], places: Int[AnyArray, "level row"], prefix: Prefix | None, slots: int
+    levels: Sequence[Level],
+    places: Int[AnyArray, "level row"],
+    member: Int[AnyArray, " row"],
+    prefix: Prefix | None,
+    slots: int,
 ) -> tuple[Cache, list[dict[str, Realised]]]:
     """The cache of all layers, and the changes of every level, by row."""
     cache: Cache = []
@@ -228,7 +237,7 @@ def _gathered(
     for level, at in zip(levels, places, strict=True):
         layers = slice(len(cache), len(cache) + len(level.cache))
         begun = None if prefix is None else prefix.cache[layers]
-        some, changed = gather(level, at, begun, slots)
+        some, changed = gather(level, at, member, begun, slots)
         cache += some
         changes.append(changed)
     return cache, changes
@@ -247,10 +256,11 @@ def _stacked(changes: Sequence[dict[str, Realised]]) -> dict[str, Realised]:
 def beginnings(
     levels: Sequence[Level],
     places: Int[AnyArray, "level row"],
+    member: Int[AnyArray, " row"],
     real: Bool[AnyArray, "row token"],
 ) -> Prefix:
     """Prompts that have been read, as the beginnings of other prompts; arguments as `finish`."""
-    cache, changes = _gathered(levels, places, None, real.shape[1])
+    cache, changes = _gathered(levels, places, member, None, real.shape[1])
     return Prefix(cache=cache, real=jnp.asarray(real), realised=_stacked(changes))
 
 
@@ -277,8 +287,8 @@ def first_token(
       slots: cache slots of each row; static.
       params: the model's parameters.
       stream: what came out of the last layer.
-      at: where each row is in it.
-      real: which of the prompts' own tokens are not padding.
+      at: the entry of each row's lane.
+      real: which tokens of the lane are each row's.
       begun: which tokens of each row's beginning are real, and what was changed there.
       changes: what was changed at every level, by row.
       interventions: one entry per row.
@@ -293,8 +303,10 @@ def first_token(
         held = jnp.concatenate([begun[0], real], axis=1)
         realised = jax.tree.map(jnp.add, realised, begun[1])
     count, width = held.shape
-    last = stream[jnp.asarray(at), -1:]
-    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(last)[:, 0]
+    # The prompt's last token: of [F, T, T, F] it is 2.
+    last = jnp.max(real * jnp.arange(real.shape[1]), axis=1)
+    read = stream[jnp.asarray(at), last][:, None]
+    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(read)[:, 0]
     pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
     token = jax.vmap(pick, in_axes=(0, 0, None))(logits, jnp.asarray(ids), jnp.int32(0))
     is_real = jnp.any(real, axis=1)
@@ -320,6 +332,7 @@ def finish(
     params: Params,
     levels: Sequence[Level],
     places: Int[AnyArray, "level row"],
+    member: Int[AnyArray, " row"],
     real: Bool[AnyArray, "row token"],
     prefix: Prefix | None,
     interventions: Interventions,
@@ -331,17 +344,18 @@ def finish(
     Args:
       definition: from `model.graph`.
       decoding: decoding settings.
-      slots: cache slots of each row: the longest prompt and its reply.
+      slots: cache slots of each row: the widest lane and a reply.
       params: the model's parameters.
       levels: of `embed` and every segment, in order.
-      places: where each row is at each level.
-      real: which of the prompts' own tokens are not padding.
+      places: the entry of each row's lane at each level.
+      member: which of the lane's prompts each row's is, from 1.
+      real: which tokens of the lane are it.
       prefix: each row's beginning, already run; None for none.
       interventions: one entry per row.
       ids: a stable number per row.
       sampling: sampling settings, unread when greedy.
     """
-    cache, changes = _gathered(levels, places, prefix, slots)
+    cache, changes = _gathered(levels, places, member, prefix, slots)
     begun = None if prefix is None else (prefix.real, prefix.realised)
     rest = first_token(
         definition,

@@ -1,7 +1,8 @@
 """Run many (condition, prompt) rows through the compiled programs, as fast as they end.
 
 What rows have in common is run once (`prefix`: a system prompt; `depth`: layers below the first
-where conditions differ), then `slots` decode together and are refilled as rows end. All
+where conditions differ), short prompts side by side (`lanes`), then `slots` decode together and are
+refilled as rows end. All
 sizes follow from the whole list of rows and never from who is left or beside whom, so an
 interrupted run goes on in the same programs and ends in the same results.
 """
@@ -15,11 +16,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer import chat, parallel, prefill, slots
+from jaxsteer import chat, lanes, parallel, prefill, slots
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.depth import BATCH, Work, descend, fill
 from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Interventions
+from jaxsteer.lanes import Lanes
 from jaxsteer.model import Realised
 from jaxsteer.prefill import Prefilled
 from jaxsteer.prefix import Prefix
@@ -87,6 +89,26 @@ def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
     while batch % 2 == 0 and batch // 2 >= rows and batch // 2 % multiple == 0:
         batch //= 2
     return batch
+
+
+def pack(requests: Sequence[Request], limit: int) -> Lanes:
+    """The lanes of the requests' own tokens, their shared beginnings left out.
+
+    Side by side are prompts that run under the same conditions and begin with the same tokens: so a
+    lane under a condition has one beginning, and no prompt is run where it was not asked for.
+
+    Args:
+      requests: all rows of a run.
+      limit: most tokens of a prompt.
+    """
+    asked: dict[tuple[int, ...], set[int]] = {}
+    for request in requests:
+        asked.setdefault(tuple(request.tokens), set()).add(request.condition)
+    return lanes.pack(
+        [request.tokens[request.shared :] for request in requests],
+        [(tuple(r.tokens[: r.shared]), tuple(sorted(asked[tuple(r.tokens)]))) for r in requests],
+        limit,
+    )
 
 
 def run(
@@ -202,7 +224,8 @@ class _Prefills:
         self.model, self.requests = model, requests
         self.decoding, self.sampling = decoding, sampling
         prefix, beginning = _beginnings(model, requests, interventions, probes)
-        own = [request.tokens[request.shared :] for request in requests]
+        packed = pack(requests, limit)
+        self.buckets = [chat.bucket(len(r.tokens) - r.shared, limit) for r in requests]
         self.work = Work(
             definition=model.definition,
             config=model.config,
@@ -210,20 +233,20 @@ class _Prefills:
             interventions=interventions,
             probes=probes,
             conditions=[request.condition for request in requests],
-            tokens=own,
-            prompts=[(tuple(request.tokens), request.shared) for request in requests],
+            lanes=packed,
             prefix=prefix,
             beginning=beginning,
         )
-        self.buckets = [chat.bucket(len(tokens), limit) for tokens in own]
-        # Of the longest prompt, its shared beginning first, and its reply.
+        # Of the widest lane, its shared beginning first, and a reply.
         begun = 0 if prefix is None else prefix.real.shape[1]
-        self.slots = cache_slots(begun + max(self.buckets), decoding.max_new_tokens)
+        self.slots = cache_slots(begun + max(map(len, packed.tokens)), decoding.max_new_tokens)
 
     def rows(self, todo: Sequence[int]) -> Iterator[_Queue]:
-        """Prefill requests `todo`, shortest first, all rows of some prompts before the next."""
-        for width in sorted({self.buckets[i] for i in todo}):
-            for done in descend(self.work, [i for i in todo if self.buckets[i] == width], width):
+        """Prefill requests `todo`, shortest first, all rows of some lanes before the next."""
+        ordered = sorted(todo, key=lambda i: self.buckets[i])
+        widths = {i: self.work.lanes.width(i) for i in ordered}
+        for width in sorted(set(widths.values())):
+            for done in descend(self.work, [i for i in ordered if widths[i] == width], width):
                 ids = [self.requests[i].row_id for i in done.rows]
                 real, prefix, asked, numbers = self.work.placed(
                     (
@@ -240,6 +263,7 @@ class _Prefills:
                     self.model.params,
                     done.levels,
                     done.places,
+                    done.member,
                     real,
                     prefix,
                     asked,

@@ -266,7 +266,10 @@ def _finish_rows(
     """Run what no shard holds of this process's share, and wait for the others."""
     finished = {row_id for shard in shards.read(folder, key) for row_id in shard["row_id"]}
     done = {i for i, row in enumerate(planned) if row_name(row[0].name, row[1].id) in finished}
-    share = hosts.share([prompt.id for _, prompt in planned])
+    asked = requests(model, compiled, planned)
+    # The rows of a lane stay together: they share work.
+    limit = model.config.max_position - spec.decoding.max_new_tokens
+    share = hosts.share([f"lane {lane}" for lane in rows.pack(asked, limit).lane])
     probed = [name for name in PROBES if name in prepared.directions]
     probes = np.zeros((model.config.n_layers, len(probed), model.config.d_model), np.float32)
     for p, name in enumerate(probed):
@@ -290,7 +293,7 @@ def _finish_rows(
     with Progress("study", len(planned), done=len(done), quiet=not hosts.first) as progress:
         for batch in rows.run(
             model,
-            requests(model, compiled, planned),
+            asked,
             stacked(compiled, model.config),
             decoding,
             probes=probes,

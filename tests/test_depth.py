@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsteer import depth
+from jaxsteer import depth, lanes
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.depth import Work, descend, fill, kinds
@@ -67,8 +67,7 @@ def test_rows_are_one_entry_exactly_as_long_as_they_are_the_same(model, rng, bat
         interventions=interventions,
         probes=no_probes(model.config.n_layers, model.config.d_model),
         conditions=[c for c, _ in rows],
-        tokens=[prompts[p] for _, p in rows],
-        prompts=[p for _, p in rows],
+        lanes=lanes.alone([prompts[p] for _, p in rows], 8),
         prefix=None,
         beginning=[],
     )

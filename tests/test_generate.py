@@ -50,6 +50,19 @@ def test_masks_hide_padding_and_count_positions_over_real_tokens():
     np.testing.assert_array_equal(positions(real), [0, 0, 1])
 
 
+def test_prompts_in_one_lane_do_not_see_each_other_and_count_on_their_own():
+    owner, before = jnp.array([1, 1, 2, 0]), jnp.array([False, True])
+    none, begun = [False, False, False, False], [False, True]
+    expected = [
+        [*begun, True, False, False, False],
+        [*begun, True, True, False, False],
+        [*begun, False, False, True, False],
+        [*begun, *none],
+    ]
+    np.testing.assert_array_equal(causal_mask(owner, before), expected)
+    np.testing.assert_array_equal(positions(owner, before)[:3], [1, 2, 1])
+
+
 def test_a_row_stops_at_the_end_token_and_does_not_keep_it(model):
     free = run(model, [rows.Request(tokens=PROMPTS[0])], [[]], eos=(63,))[0]
     assert len(free.tokens) == 8 and not free.stopped

@@ -27,7 +27,7 @@ def test_a_plan_foretells_rows_widths_and_tokens_of_the_run(model, tmp_path, mon
     finish, segment = prefill.finish, prefill.segment
 
     def finished(*args):
-        widths.add(args[6].shape[1])
+        widths.add(args[7].shape[1])
         return finish(*args)
 
     def counted(*args):

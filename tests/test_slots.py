@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -130,6 +133,29 @@ def test_nothing_of_an_earlier_row_is_left_in_its_slot(model):
     (alone,) = next(rows.run(model, requests[1:], stacked, decoding, batch=1))
     assert not np.isfinite(both[0].prompt["resid_post"].norm).all()
     np.testing.assert_array_equal(both[1].tokens, alone.tokens)
+
+
+def test_a_prompt_that_overflows_harms_nobody_in_its_lane(model):
+    table = np.array(model.params["embed"]["embedding"])
+    table[60] = np.inf
+    broken = dataclasses.replace(
+        model, params=model.params | {"embed": {"embedding": jnp.asarray(table)}}
+    )
+    prompts = [[5, 6, 7], [8, 60, 9], [10, 11]]
+    requests = [Request(tokens=p) for p in prompts]
+    assert len(rows.pack(requests, 64).tokens) == 1
+    decoding = Decoding(max_new_tokens=4, eos=(63,), keep_logits=True)
+    found = [
+        {r.index: r for b in rows.run(m, requests, stack(m, [[]], "all"), decoding) for r in b}
+        for m in (model, broken)
+    ]
+    assert not np.isfinite(found[1][1].prompt["resid_post"].norm).all()
+    for row in (0, 2):
+        # The changed line of the table is also a line of a tied head: look at the others.
+        fine, beside = (np.delete(some[row].logits, 60, axis=1)[:1] for some in found)
+        np.testing.assert_array_equal(fine, beside)
+        for x, y in zip(*(jax.tree.leaves(some[row].prompt) for some in found), strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 def test_logits_of_a_slot_are_those_of_the_plain_path(model, rng):

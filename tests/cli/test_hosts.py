@@ -13,7 +13,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from jaxsteer import hosts
+from jaxsteer import hosts, plan, planned, rows, spec
+from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.fetch import cache_dir
 from tests import tiny
@@ -72,6 +73,17 @@ def shared(command, tmp_path_factory):
     return out, finish(*start_two(command, out))
 
 
+@pytest.fixture(scope="module")
+def lanes(command):
+    """The name of the lane of every row of the study, in the table's order."""
+    study, model = spec.load(command[4]), ChatModel.load(Path(command[6]))
+    compiled = plan.stand_in_conditions(study, model.config)
+    crossed = planned.cross(compiled, planned.prompts(study))
+    limit = model.config.max_position - study.decoding.max_new_tokens
+    packed = rows.pack(planned.requests(model, compiled, crossed), limit)
+    return [f"lane {lane}" for lane in packed.lane]
+
+
 def shards(out: Path) -> dict[str, list[str]]:
     return {
         path.name: pl.read_parquet(path)["row_id"].to_list()
@@ -85,11 +97,10 @@ def test_two_processes_give_the_table_of_one(alone, shared):
     assert (out / "receipt.json").is_file() and (out / "summary.json").is_file()
 
 
-def test_every_shard_is_of_one_process_and_each_wrote_its_half(alone, shared):
+def test_every_shard_is_of_one_process_and_each_wrote_its_half(alone, shared, lanes):
     out, _ = shared
-    prompts = alone["prompt_id"].to_list()
     for process in range(2):
-        share = hosts.Hosts(process=process, count=2).share(prompts)
+        share = hosts.Hosts(process=process, count=2).share(lanes)
         its = {alone["row_id"][i] for i in share}
         written = [rows for rows in shards(out).values() if its & set(rows)]
         assert its == {row for rows in written for row in rows}
