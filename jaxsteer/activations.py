@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer import chat
+from jaxsteer import chat, parallel
 from jaxsteer.config import ModelConfig
 from jaxsteer.depth import fill
 from jaxsteer.errors import UserError
@@ -138,9 +138,10 @@ def capture(
 ) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"]]]:
     """Yield (row index, float32 captures at the asked positions), in no set order.
 
-    Rows run in batches of one bucket; short batches are filled with rows that are all padding so
-    that each bucket compiles once. `shared` says how many leading tokens of each prompt to run
-    once for all rows that begin with the same ones.
+    Rows run in batches of one bucket, spread over the data axis if the parameters lie on a mesh;
+    short batches are filled with rows that are all padding so that each bucket compiles once.
+    `shared` says how many leading tokens of each prompt to run once for all rows that begin with
+    the same ones.
     """
     prefix, beginning = None, [0] * len(prompts)
     if shared is not None:
@@ -158,6 +159,8 @@ def capture(
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
         begun = prefix and take(prefix, np.array([beginning[i] for i in members] + [0] * filler))
-        captured, _ = read(definition, params, tokens, real, weights, (tap,), prefix=begun)
+        placed = parallel.place((tokens, real, weights, begun), config, parallel.mesh_of(params))
+        captured, _ = read(definition, params, *placed[:3], (tap,), prefix=placed[3])
+        found = np.asarray(captured[tap])
         for slot, i in enumerate(members):
-            yield i, np.asarray(captured[tap][slot])
+            yield i, found[slot]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer import activations, chat, rows
+from jaxsteer import activations, chat, parallel, rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.depth import fill
 from jaxsteer.directions import Direction
@@ -117,15 +117,19 @@ def last_logits(
     for width, members in activations.batches([len(p) for p in own], config.max_position, batch):
         filler = batch - len(members)
         tokens, real = chat.left_pad([own[i] for i in members] + [[]] * filler, width)
+        tokens, real, weights, asked, begun = parallel.place(
+            (
+                tokens,
+                real,
+                np.zeros((batch, 0, width), np.float32),
+                interventions.rows(np.full(batch, condition)),
+                take(prefix, np.zeros(batch, int)),
+            ),
+            config,
+            model.mesh,
+        )
         _, logits = activations.read(
-            model.definition,
-            model.params,
-            tokens,
-            real,
-            np.zeros((batch, 0, width), np.float32),
-            (),
-            interventions.rows(np.full(batch, condition)),
-            prefix=take(prefix, np.zeros(batch, int)),
+            model.definition, model.params, tokens, real, weights, (), asked, prefix=begun
         )
         out[members] = np.asarray(logits[: len(members), 0])
         report(len(members))

@@ -21,9 +21,10 @@ if __name__ == "__main__":
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     )
 
+import jax
 import numpy as np
 
-from jaxsteer import int8, parallel
+from jaxsteer import activations, int8, parallel
 from jaxsteer.chat import left_pad
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
@@ -83,6 +84,30 @@ def engine(model: ChatModel) -> list[list[int]]:
     return [reply.tokens.tolist() for reply in replies]
 
 
+def captured(model: ChatModel) -> dict[str, Any]:
+    """Captures of the prompts behind their shared beginning, and how many rows a device reads."""
+    read, rows = activations.read, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        rows.extend(piece.data.shape[0] for piece in jax.numpy.asarray(args[2]).addressable_shards)
+        return read(*args, **options)
+
+    activations.read = watched
+    prompts = [SYSTEM + prompt for prompt in PROMPTS]
+    found = activations.capture(
+        model.definition,
+        model.config,
+        model.params,
+        prompts,
+        [[]] * len(prompts),
+        ("prompt_end",),
+        shared=[len(SYSTEM)] * len(prompts),
+    )
+    streams = {row: stream.tolist() for row, stream in found}
+    activations.read = read
+    return {"rows": rows, "streams": [streams[row] for row in range(len(prompts))]}
+
+
 def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     """Device number and shape of every piece of every parameter."""
     return {
@@ -109,6 +134,7 @@ def main(out: Path, folders: dict[str, Path]) -> None:
                 "notes": parallel.notes(model.config, mesh) if mesh else [],
                 "plain": plain(model) if both or name == "qwen2" else None,
                 "replies": engine(model) if both or name != "qwen2" else None,
+                "captured": captured(model) if shape in ("", "data=4,model=2") else None,
             }
     out.write_text(json.dumps(found))
 

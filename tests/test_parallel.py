@@ -97,6 +97,13 @@ def test_every_mesh_runs_a_study_to_the_replies_of_one_device(runs, family, shap
     assert one["replies"] == [row[: row.index(63)] if 63 in row else row for row in plain]
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "llama-int8"])
+def test_activations_are_read_a_part_of_the_rows_on_each_device(runs, family):
+    one, spread = (runs[f"{family} {shape}"]["captured"] for shape in ("", "data=4,model=2"))
+    assert one["rows"] == [16] and spread["rows"] == [4] * 8
+    np.testing.assert_allclose(spread["streams"], one["streams"], atol=1e-4)
+
+
 def test_kernels_in_eight_bits_are_split_and_give_the_tokens_of_one_device(runs):
     found = runs["llama-int8 data=4,model=2"]
     assert found["replies"] == runs["llama-int8 "]["replies"] != runs["llama "]["replies"]
