@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from jaxsteer.plan import Plan
+if TYPE_CHECKING:
+    # Typing only: it would have every command import JAX, --help among them.
+    from jaxsteer.plan import Plan
 
 
 def plain(text: str) -> str:
