@@ -68,8 +68,9 @@ sky-check: .venv/made .venv-sky/made ## have SkyPilot's own parser read the task
 tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not there [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
 	TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so $(BIN)/jaxsteer tpu-check $(CHECK)
 
+# Two files of tests at a time: most of a test is one core's work. Whole files, which share fixtures.
 test: .venv/made-dev model ## run every test, against HF transformers on torch and the real SmolLM2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/made-dev ## ruff and mypy
 	$(BIN)/ruff check .
