@@ -143,7 +143,7 @@ def _scores(
     q: Float[Array, "kv_head group token head_dim"], keys: Float[Array, "kv_head slot head_dim"]
 ) -> Float[Array, "kv_head group token slot"]:
     """Products of queries and keys, float32."""
-    # The operand with more rows comes first: a CPU takes three times as long the other way round.
+    # The operand with more rows comes first: a CPU takes twice as long the other way round.
     if keys.shape[1] > q.shape[1] * q.shape[2]:
         turned = jnp.einsum("ksh,kgth->ksgt", keys, q, preferred_element_type=jnp.float32)
         return jnp.moveaxis(turned, 1, 3)
