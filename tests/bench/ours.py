@@ -71,22 +71,20 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
     """Tokens and best-of-three seconds of prefill alone and of decode alone, all slots full.
 
     The rows share nothing: one condition that acts before the first block, prompts of their own,
-    run whole. They are as long as the study's prompts, from the shortest to the longest. With no
-    token that ends a reply, runs of more and of fewer new tokens differ by decode steps and nothing
-    else.
+    run whole. They are as long as the study's middle prompt, so that they go in one batch. With
+    no token that ends a reply, runs of more and of fewer new tokens differ by decode steps and
+    nothing else.
     """
     work, batch = ours.work, batch or ours.work.batch
     number = next(
         (c for c, sites in enumerate(work.job.conditions) if sites and sites[0].layer == 0), 0
     )
-    found = sorted(map(len, work.job.tokens))
-    lengths = [found[int(i)] for i in np.linspace(0, len(found) - 1, batch)]
-    length = sum(lengths) / batch
+    length = sorted(map(len, work.job.tokens))[len(work.job.tokens) // 2]
     known = np.unique(np.concatenate(work.job.tokens))
     draw = np.random.default_rng(0)
     plain = [
-        rows.Request(tokens=draw.choice(known, n).tolist(), condition=number, row_id=i)
-        for i, n in enumerate(lengths)
+        rows.Request(tokens=draw.choice(known, length).tolist(), condition=number, row_id=i)
+        for i in range(batch)
     ]
     alone = dataclasses.replace(work, requests=plain)
     counts = sorted({1, *new_tokens})
@@ -101,7 +99,7 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
     few, many = new_tokens
     return {
         "slots": batch,
-        "prompt_tokens": sum(lengths),
+        "prompt_tokens": length * batch,
         "prefill_s": seconds[1],
         "new_tokens": batch * (many - few),
         "decode_s": seconds[many] - seconds[few],
