@@ -16,8 +16,8 @@ This module does not know models, prompts or studies; it knows layers and widths
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +65,14 @@ class Interventions:
     """What is applied where; stacked over conditions on a leading axis, or one row of that.
 
     Attributes:
-      sites: arrays by tap name, each with a layer axis (length 1 for `embed`), or a tuple of the
-        layers' arrays (`apart`). A tap that is missing costs nothing; which taps are present is
-        part of the compiled program's shape.
+      sites: arrays by tap name, each with a layer axis (length 1 for `embed`). A tap that is
+        missing costs nothing; which taps are present is part of the compiled program's shape.
       on_prompt: whether prompt tokens are touched.
       on_response: whether generated tokens are touched, from the forward pass that reads the
         first generated token on. (That token itself is predicted by the last prompt token.)
     """
 
-    sites: Mapping[str, SiteArrays | tuple[SiteArrays, ...]]
+    sites: dict[str, SiteArrays]
     on_prompt: Bool[AnyArray, "*lead"]
     on_response: Bool[AnyArray, "*lead"]
 
@@ -84,21 +83,6 @@ class Interventions:
         only, so that adding a condition compiles nothing.
         """
         return jax.tree.map(lambda a: np.asarray(a)[condition], self)
-
-    def site(self, tap: str, layer: int) -> SiteArrays:
-        """What one row asks at one tap of one layer."""
-        found = self.sites[tap]
-        return found[layer] if isinstance(found, tuple) else found.at(layer)
-
-    def apart(self) -> Interventions:
-        """Those of rows, layer by layer: a loop would cut each out of one array at every turn."""
-
-        def split(site: Any) -> tuple[SiteArrays, ...]:
-            layers = range(jax.tree.leaves(site)[0].shape[0])
-            return tuple(site.at(layer) for layer in layers)
-
-        sites = {tap: jax.vmap(split)(site) for tap, site in self.sites.items()}
-        return dataclasses.replace(self, sites=sites)
 
     def layers(self, first: int, last: int) -> Interventions:
         """Layers `first` to `last` - 1 of stacked ones, then counted from 0; without `embed`."""

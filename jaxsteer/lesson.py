@@ -82,7 +82,7 @@ def steer_2d(
             states.append(states[-1])
             continue
         compiled = compile_conditions([[made[step]]], ["all"], n_layers=1, d_model=2)
-        site = stream.only(compiled, 0).site("resid_post", 0)
+        site = stream.only(compiled, 0).sites["resid_post"].at(0)
         after, _ = apply(jnp.asarray(states[-1]), site, jnp.array([True]))
         states.append(np.asarray(after))
     return np.concatenate(states)

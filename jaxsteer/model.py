@@ -248,7 +248,7 @@ class Taps:
     def visit(self, tap: str, layer: int, h: Array) -> Array:
         """The stream as it leaves a tap."""
         if self.steering is not None and tap in self.steering.interventions.sites:
-            site = self.steering.interventions.site(tap, layer)
+            site = self.steering.interventions.sites[tap].at(layer)
             h = self._steer(tap, layer, h, site)
         if self.capture is not None and tap in self.capture.taps:
             self.captured.setdefault(tap, []).append(self.capture.read(h))

@@ -172,7 +172,6 @@ def advance(
     model = bind(definition, params)
     count = len(state.live)
     index = jnp.arange(count)
-    interventions = state.interventions.apart()
     # Where the token goes that a row reads first in this chunk.
     first = state.start + state.emitted - 1
     before = jax.vmap(visible_slots)(state.held, state.start, first - 1)
@@ -192,7 +191,7 @@ def advance(
             done,
             recent,
             state.cache,
-            interventions,
+            s.interventions,
             jnp.asarray(probes),
         )
         token = choose_rows(logits, s.ids, s.emitted)
