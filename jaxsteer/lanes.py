@@ -1,9 +1,9 @@
-"""Lanes: short prompts side by side in one row of a prefill batch, so that little of it is padding.
+"""Sequence packing: short prompts side by side in a lane, one row of a prefill batch.
 
 Prompts of 11 to 87 tokens, each padded to a width of its own, would be one third padding; in lanes
-of 96 they are a tenth. A token sees its own prompt only (`masks.causal_mask`). What a lane holds
-follows from all prompts of a run and never from which of them are still to do, so that a run which
-is resumed goes on with the same lanes.
+of 96 they are less than a tenth. A token sees its own prompt only (`masks.causal_mask`). What a
+lane holds follows from all prompts of a run and never from which of them are still to do, so that a
+run which is resumed goes on with the same lanes.
 
 In a lane of 8, prompts of 3 and 4 tokens:
 
@@ -66,6 +66,10 @@ def pack(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: in
       prompts: token ids, by row.
       groups: by row; only prompts of one group may be in one lane.
       limit: most tokens of a prompt.
+
+    Returns:
+      Lanes of at most `MEMBERS` prompts, as wide as the longest prompt's bucket but no wider than
+      `WIDTH`, or as a longer prompt's own bucket.
 
     Raises:
       UserError: a prompt that is too long.

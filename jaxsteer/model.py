@@ -264,6 +264,8 @@ class Taps:
 
         def total(tokens: Array) -> Array:
             # Left out, not multiplied by zero: another prompt's NaN is none of this one's.
+            # Of projections [token, probe], `real` [2, token] makes the sums of two prompts
+            # [2, probe].
             kept = real.reshape(*real.shape, *[1] * (tokens.ndim - 1))
             return jnp.sum(jnp.where(kept, tokens, 0), axis=real.ndim - 1)
 

@@ -100,6 +100,9 @@ def pack(requests: Sequence[Request], limit: int) -> Lanes:
     Args:
       requests: all rows of a run.
       limit: most tokens of a prompt.
+
+    Raises:
+      UserError: a prompt that is too long.
     """
     asked: dict[tuple[int, ...], set[int]] = {}
     for request in requests:
