@@ -29,9 +29,10 @@ from jaxsteer.model import Decoder, Params, blocks_graph
 from jaxsteer.prefill import Level
 from jaxsteer.prefix import Prefix, take
 
-# Entries of a batch, and rows that are finished together: enough tokens for full speed, few enough
-# that a last batch wastes little.
-BATCH = 16
+# Lanes of a batch: enough tokens for full speed, few enough that a last batch wastes little.
+BATCH = 8
+# Rows that are put together at a time.
+ROWS = 16
 # The width of shared beginnings is a multiple of this.
 STEP = 16
 
@@ -98,7 +99,7 @@ class Batch:
     """Rows that have been through all layers.
 
     Attributes:
-      rows: which, at most as many as a batch has entries.
+      rows: which, at most `ROWS`.
       levels: what `embed` and each segment left.
       places: the entry of each row's lane at each level; fillers are at 0.
       member: which of the lane's prompts each row's is, from 1.
@@ -144,7 +145,9 @@ def kinds(interventions: Interventions) -> list[list[int]]:
     return found
 
 
-def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) -> Iterator[Batch]:
+def descend(
+    work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH, together: int = ROWS
+) -> Iterator[Batch]:
     """Take rows through all layers, depth first: memory holds one batch per segment.
 
     Args:
@@ -152,6 +155,7 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
       rows: which of them to run; their lanes have that width.
       width: tokens of a lane.
       batch: entries of a batch.
+      together: rows of each result.
     """
     known = kinds(work.interventions)
     stages = prefill.stages(work.config.n_layers)
@@ -178,12 +182,12 @@ def descend(work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH) 
         """From here down: `places` says where each row is at every level so far."""
         if level > len(stages):
             ordered = list(places)
-            for at in range(0, len(ordered), batch):
-                some = ordered[at : at + batch]
-                where = np.zeros((len(levels), batch), np.int32)
+            for at in range(0, len(ordered), together):
+                some = ordered[at : at + together]
+                where = np.zeros((len(levels), together), np.int32)
                 where[:, : len(some)] = np.array([places[i] for i in some]).T
-                _, owner = work.lanes_of(some, width, batch)
-                member = work.members_of(some, batch)
+                _, owner = work.lanes_of(some, width, together)
+                member = work.members_of(some, together)
                 real = owner == member[:, None]
                 yield Batch(rows=some, levels=levels, places=where, member=member, real=real)
             return
@@ -246,6 +250,6 @@ def fill(
     parts, order = [], []
     for done in descend(work, range(len(beginnings)), width):
         parts.append(prefill.beginnings(done.levels, done.places, done.member, done.real))
-        order += done.rows + [-1] * (BATCH - len(done.rows))
+        order += done.rows + [-1] * (ROWS - len(done.rows))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     return take(joined, np.argsort([n if n >= 0 else len(order) for n in order], kind="stable"))

@@ -23,7 +23,7 @@ from jaxsteer.config import ModelConfig
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Interventions, Project, compile_conditions
 from jaxsteer.model import blocks_graph, graph
-from jaxsteer.prefix import Prefix
+from jaxsteer.prefix import Prefix, take
 from jaxsteer.rows import cache_slots
 from jaxsteer.weights import nest, param_shapes
 
@@ -133,7 +133,7 @@ class Sweep:
         return self.whole(jnp.float32, layers, 1, self.config.d_model)
 
     def _places(self) -> jax.ShapeDtypeStruct:
-        return self.whole(jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, depth.BATCH)
+        return self.whole(jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, depth.ROWS)
 
     def segment(
         self, stream: Any, layers: tuple[int, int], width: int, prefix: Prefix | None
@@ -141,7 +141,8 @@ class Sweep:
         """The program of some layers over a batch of prompts, and its arguments."""
         first, last = layers
         if prefix is not None:
-            prefix = dataclasses.replace(prefix, cache=prefix.cache[first:last], realised={})
+            some = dataclasses.replace(prefix, cache=prefix.cache[first:last], realised={})
+            prefix = self.lay(jax.eval_shape(take, some, np.zeros(depth.BATCH, np.int32)))
         asked = jax.eval_shape(lambda i: i.layers(first, last), self.interventions(depth.BATCH))
         return (
             prefill.segment,
@@ -167,10 +168,10 @@ class Sweep:
         return made
 
     def prefix(self, width: int) -> Prefix:
-        """Beginnings of a batch of prompts, already run."""
-        real = self.rows(depth.BATCH, bool, width)
+        """Beginnings of rows that are put together, already run."""
+        real = self.rows(depth.ROWS, bool, width)
         levels = self.levels(width, None)
-        where = (self._places(), self.whole(jnp.int32, depth.BATCH))
+        where = (self._places(), self.whole(jnp.int32, depth.ROWS))
         return self.lay(jax.eval_shape(prefill.beginnings, levels, *where, real))
 
     def gather(
@@ -178,7 +179,7 @@ class Sweep:
     ) -> tuple[Any, ...]:
         """The program that puts rows together at one level, and its arguments."""
         begun = prefix.cache[slice(*layers)]
-        at = self.whole(jnp.int32, depth.BATCH)
+        at = self.whole(jnp.int32, depth.ROWS)
         return prefill.gather, level, at, at, begun, room
 
     def first_token(
@@ -198,12 +199,12 @@ class Sweep:
             room,
             self.params,
             levels[-1].stream,
-            self.whole(jnp.int32, depth.BATCH),
-            self.rows(depth.BATCH, bool, width),
+            self.whole(jnp.int32, depth.ROWS),
+            self.rows(depth.ROWS, bool, width),
             (prefix.real, prefix.realised),
             changes,
-            self.interventions(depth.BATCH),
-            self.rows(depth.BATCH, jnp.uint32),
+            self.interventions(depth.ROWS),
+            self.rows(depth.ROWS, jnp.uint32),
             Sampling(),
         )
 
@@ -223,11 +224,11 @@ class Sweep:
             self.params,
             levels,
             self._places(),
-            self.whole(jnp.int32, depth.BATCH),
-            self.rows(depth.BATCH, bool, longest),
+            self.whole(jnp.int32, depth.ROWS),
+            self.rows(depth.ROWS, bool, longest),
             prefix,
-            self.interventions(depth.BATCH),
-            self.rows(depth.BATCH, jnp.uint32),
+            self.interventions(depth.ROWS),
+            self.rows(depth.ROWS, jnp.uint32),
             Sampling(),
         )
         empty = functools.partial(slots.empty, self.config, self.decoding, batch)

@@ -2,14 +2,14 @@
 
 What rows have in common is run once (`prefix`: a system prompt; `depth`: layers below the first
 where conditions differ), short prompts side by side (`lanes`), then `slots` decode together and are
-refilled as rows end. All
-sizes follow from the whole list of rows and never from who is left or beside whom, so an
-interrupted run goes on in the same programs and ends in the same results.
+refilled as rows end. All sizes follow from the whole list of rows and never from who is left or
+beside whom, so an interrupted run goes on in the same programs and ends in the same results.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jaxsteer import chat, lanes, parallel, prefill, slots
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.depth import BATCH, Work, descend, fill
+from jaxsteer.depth import BATCH, ROWS, Work, descend, fill
 from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Interventions
 from jaxsteer.lanes import Lanes
@@ -171,7 +171,7 @@ def run(
                 state = slots.empty(config, decoding, batch, queue.prefilled, mesh)
             free = [slot for slot in range(batch) if slot not in seated]
             entering, queue.seats = queue.seats[: len(free)], queue.seats[len(free) :]
-            put = np.full(BATCH, batch, np.int32)
+            put = np.full(ROWS, batch, np.int32)
             for slot, seat in zip(free, entering, strict=False):
                 put[seat.row], seated[slot] = slot, seat
             state = slots.insert(decoding, state, queue.prefilled, put)
@@ -245,8 +245,13 @@ class _Prefills:
         self.slots = cache_slots(begun + max(map(len, packed.tokens)), decoding.max_new_tokens)
 
     def rows(self, todo: Sequence[int]) -> Iterator[_Queue]:
-        """Prefill requests `todo`, shortest first, all rows of some lanes before the next."""
-        ordered = sorted(todo, key=lambda i: self.buckets[i])
+        """Prefill requests `todo`, shortest first, all rows of some lanes before the next.
+
+        Lanes of many conditions come before those of few: such as part alike fill batches.
+        """
+        lane = self.work.lanes.lane
+        conditions = Counter(n for n, _ in set(zip(lane, self.work.conditions, strict=True)))
+        ordered = sorted(todo, key=lambda i: (-conditions[lane[i]], self.buckets[i]))
         widths = {i: self.work.lanes.width(i) for i in ordered}
         for width in sorted(set(widths.values())):
             for done in descend(self.work, [i for i in ordered if widths[i] == width], width):
@@ -254,9 +259,9 @@ class _Prefills:
                 real, prefix, asked, numbers = self.work.placed(
                     (
                         done.real,
-                        self.work.prefix_of(done.rows, BATCH),
-                        self.work.interventions_of(done.rows, BATCH),
-                        np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
+                        self.work.prefix_of(done.rows, ROWS),
+                        self.work.interventions_of(done.rows, ROWS),
+                        np.array(ids + [0] * (ROWS - len(ids)), np.uint32),
                     )
                 )
                 prefilled = prefill.finish(

@@ -73,7 +73,7 @@ def test_rows_are_one_entry_exactly_as_long_as_they_are_the_same(model, rng, bat
     )
     known = kinds(interventions)
     where, batches = {}, []
-    for done in descend(work, range(len(rows)), 8, batch=batch):
+    for done in descend(work, range(len(rows)), 8, batch=batch, together=batch):
         assert len(done.rows) <= batch
         for row, places in zip(done.rows, done.places.T, strict=False):
             # A level's object tells its batch, the place its entry there.
