@@ -145,8 +145,11 @@ def _scores(
     """Products of queries and keys, float32."""
     # The operand with more rows comes first: a CPU takes twice as long the other way round.
     if keys.shape[1] > q.shape[1] * q.shape[2]:
-        turned = jnp.einsum("ksh,kgth->ksgt", keys, q, preferred_element_type=jnp.float32)
-        return jnp.moveaxis(turned, 1, 3)
+        group = q.shape[1]
+        # And it takes three queries to a key longer than four.
+        filled = jnp.pad(q, [(0, 0), (0, 1), (0, 0), (0, 0)]) if group == 3 else q
+        turned = jnp.einsum("ksh,kgth->ksgt", keys, filled, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(turned, 1, 3)[:, :group]
     return jnp.einsum("kgth,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
 
 
