@@ -180,7 +180,7 @@ class Sweep:
         """The program that puts rows together at one level, and its arguments."""
         begun = prefix.cache[slice(*layers)]
         at = self.whole(jnp.int32, depth.ROWS)
-        return prefill.gather, level, at, at, begun, room
+        return prefill.gather, level, at, at, at, begun, room
 
     def first_token(
         self, levels: list[prefill.Level], width: int, prefix: Prefix, room: int
@@ -210,7 +210,7 @@ class Sweep:
 
     def room(self, beginning: int, longest: int) -> int:
         """Cache slots of a row: a beginning, the longest prompt and its reply."""
-        return cache_slots(beginning + longest, self.decoding.max_new_tokens)
+        return cache_slots(beginning, longest, self.decoding.max_new_tokens)
 
     def state(self, batch: int, beginning: int, longest: int) -> slots.Slots:
         """The slots: so many rows, with room for a beginning, the longest prompt and its reply."""

@@ -73,7 +73,8 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     widths = sorted({len(lane) for lane in packed.tokens})
     computed = _computed(config, kinds(planned.stacked(compiled, config)), asked, packed)
     begun = -(-max((request.shared for request in asked), default=0) // STEP) * STEP
-    slots = rows.cache_slots(begun + max(widths, default=0), new)
+    longest = max((len(request.tokens) - request.shared for request in asked), default=0)
+    slots = rows.cache_slots(begun, longest, new)
     itemsize = np.dtype(model.params["embed"]["embedding"].dtype).itemsize
     prefill_rate, decode_rate = speeds(config, batch)
     return Plan(

@@ -7,8 +7,13 @@ done in them, what came out of the layers before. So all segments of a model are
 program, and prompts that have been the same so far can be one entry of a batch until they part
 (`depth` says which). An entry is a lane of prompts side by side (`lanes`). On its way a row passes
 through other batches at other places: `parent` says where each entry goes on from, and `finish`
-puts together what a row left behind. A row keeps the keys and values of its whole lane, of which
-it sees its own.
+puts together what a row left behind: its own tokens right after its beginning, and its reply right
+after them. With parts of 4, a beginning of 3 tokens and a prompt of 5 that its lane has at 2:
+
+    lane         p  q  a  b  c  d  e  x
+    cache        .  h  i  j  a  b  c  d  e  x  x  x  0  0  0  0     the reply begins at 12
+
+What is there of its neighbours is not held, so that nobody sees it.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsteer.arrays import AnyArray
@@ -41,6 +47,9 @@ from jaxsteer.model import (
     run_blocks,
 )
 from jaxsteer.prefix import Prefix
+
+# A cache is written in parts this long (`slots`): a reply begins with one.
+PART = 8
 
 
 def stages(n_layers: int) -> list[tuple[int, int]]:
@@ -198,6 +207,7 @@ def gather(
     level: Level,
     at: Int[AnyArray, " row"],
     member: Int[AnyArray, " row"],
+    first: Int[AnyArray, " row"],
     begun: Past | None,
     slots: int,
 ) -> tuple[Cache, dict[str, Realised]]:
@@ -210,26 +220,33 @@ def gather(
       level: of `embed` or a segment.
       at: the entry of each row's lane.
       member: which of the lane's prompts each row's is, from 1.
+      first: where in its lane each row begins.
       begun: keys and values of each row's beginning in these layers; None for none.
-      slots: how long the cache is to be, zeros after the prompt; static.
+      slots: how long the cache is to be; static.
     """
-    own = jax.tree.map(lambda kv: kv[jnp.asarray(at)], level.cache)
     realised = jax.tree.map(lambda leaf: leaf[at, :, jnp.asarray(member) - 1], level.realised)
 
-    def joined(*parts: Array) -> Array:
-        rows, heads, _, width = parts[-1].shape
-        room = slots - sum(part.shape[2] for part in parts)
+    def own(kv: Array, before: Array | None) -> Array:
+        entries, heads, _, width = kv.shape
+        room = slots - (0 if before is None else before.shape[2])
         # Zeros, joined: XLA on a CPU pads several times slower.
-        zeros = jnp.zeros((rows, heads, room, width), parts[-1].dtype)
-        return jnp.concatenate([*parts, zeros], axis=2)
+        zeros = jnp.zeros((entries, heads, room, width), kv.dtype)
+        longer = jnp.concatenate([kv, zeros], axis=2)
+        size = (1, heads, room, width)
+        cut = jax.vmap(lambda at, first: lax.dynamic_slice(longer, (at, 0, first, 0), size)[0])
+        rows = cut(jnp.asarray(at), jnp.asarray(first))
+        return rows if before is None else jnp.concatenate([before, rows], axis=2)
 
-    return jax.tree.map(joined, *([own] if begun is None else [begun, own])), realised
+    if begun is None:
+        return jax.tree.map(lambda kv: own(kv, None), level.cache), realised
+    return jax.tree.map(own, level.cache, begun), realised
 
 
 def _gathered(
     levels: Sequence[Level],
     places: Int[AnyArray, "level row"],
     member: Int[AnyArray, " row"],
+    first: Int[AnyArray, " row"],
     prefix: Prefix | None,
     slots: int,
 ) -> tuple[Cache, list[dict[str, Realised]]]:
@@ -239,7 +256,7 @@ def _gathered(
     for level, at in zip(levels, places, strict=True):
         layers = slice(len(cache), len(cache) + len(level.cache))
         begun = None if prefix is None else prefix.cache[layers]
-        some, changed = gather(level, at, member, begun, slots)
+        some, changed = gather(level, at, member, first, begun, slots)
         cache += some
         changes.append(changed)
     return cache, changes
@@ -262,7 +279,8 @@ def beginnings(
     real: Bool[AnyArray, "row token"],
 ) -> Prefix:
     """Prompts that have been read, as the beginnings of other prompts; arguments as `finish`."""
-    cache, changes = _gathered(levels, places, member, None, real.shape[1])
+    first = jnp.zeros_like(jnp.asarray(member))
+    cache, changes = _gathered(levels, places, member, first, None, real.shape[1])
     return Prefix(cache=cache, real=jnp.asarray(real), realised=_stacked(changes))
 
 
@@ -299,12 +317,14 @@ def first_token(
     """
     model = bind(definition, params)
     kept = model.config.vocab_size if decoding.keep_logits else 0
-    held = real = jnp.asarray(real)
+    real = jnp.asarray(real)
     realised = _stacked(changes)
+    before = jnp.zeros((real.shape[0], 0), bool)
     if begun is not None:
-        held = jnp.concatenate([begun[0], real], axis=1)
+        before = begun[0]
         realised = jax.tree.map(jnp.add, realised, begun[1])
-    count, width = held.shape
+    length = jnp.sum(real, axis=1)
+    own = jnp.arange(slots - before.shape[1]) < length[:, None]
     # The prompt's last token: of [F, T, T, F] it is 2.
     last = jnp.max(real * jnp.arange(real.shape[1]), axis=1)
     read = stream[jnp.asarray(at), last][:, None]
@@ -319,8 +339,8 @@ def first_token(
         stopped=stopped,
         logits=logits[:, :kept],
         cache=[],
-        held=jnp.pad(held, [(0, 0), (0, slots - width)]),
-        start=jnp.full((count,), width, jnp.int32),
+        held=jnp.concatenate([before, own], axis=1),
+        start=before.shape[1] + -(-length // PART) * PART,
         realised=realised,
         interventions=jax.tree.map(jnp.asarray, interventions),
         ids=jnp.asarray(ids),
@@ -346,7 +366,7 @@ def finish(
     Args:
       definition: from `model.graph`.
       decoding: decoding settings.
-      slots: cache slots of each row: the widest lane and a reply.
+      slots: cache slots of each row: the longest prompt and a reply.
       params: the model's parameters.
       levels: of `embed` and every segment, in order.
       places: the entry of each row's lane at each level.
@@ -357,7 +377,9 @@ def finish(
       ids: a stable number per row.
       sampling: sampling settings, unread when greedy.
     """
-    cache, changes = _gathered(levels, places, member, prefix, slots)
+    # The first that is its own: of [F, T, T, F] it is 1.
+    first = jnp.argmax(jnp.asarray(real), axis=1)
+    cache, changes = _gathered(levels, places, member, first, prefix, slots)
     begun = None if prefix is None else (prefix.real, prefix.realised)
     rest = first_token(
         definition,

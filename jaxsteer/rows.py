@@ -73,9 +73,14 @@ class Reply:
     logits: Float[np.ndarray, "chosen vocab"] | None = None
 
 
-def cache_slots(prompt: int, new_tokens: int) -> int:
-    """How long a row's cache is: the widest prompt and its reply, rounded up to a whole part."""
-    return -(-(prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+def cache_slots(beginning: int, longest: int, new_tokens: int) -> int:
+    """How long a row's cache is: a beginning, the longest prompt and its reply, in whole parts.
+
+    >>> cache_slots(48, 87, 40)
+    176
+    """
+    prompt = -(-longest // prefill.PART) * prefill.PART
+    return -(-(beginning + prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
@@ -240,9 +245,9 @@ class _Prefills:
             prefix=prefix,
             beginning=beginning,
         )
-        # Of the widest lane, its shared beginning first, and a reply.
         begun = 0 if prefix is None else prefix.real.shape[1]
-        self.slots = cache_slots(begun + max(map(len, packed.tokens)), decoding.max_new_tokens)
+        longest = max(len(r.tokens) - r.shared for r in requests)
+        self.slots = cache_slots(begun, longest, decoding.max_new_tokens)
 
     def rows(self, todo: Sequence[int]) -> Iterator[_Queue]:
         """Prefill requests `todo`, shortest first, all rows of some lanes before the next.

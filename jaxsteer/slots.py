@@ -8,10 +8,10 @@ Rows enter and leave between chunks of CHUNK steps. In a chunk the cache is only
 steps write goes into a small cache where all rows are at the same column: one write for all. At the
 chunk's end it is settled into each row's own place. Chunks are always whole, so a token's place
 follows from its row alone, and what a row comes to depends, to the last bit, on nobody beside it.
-With chunks of 2, a row of 3 prompt tokens prefilled in a width of 4, while its fourth step runs:
+With chunks of 2, a row of 3 prompt tokens, while its fourth step runs:
 
-    slot       0    1   2   3   4   5   6   7       0   1
-    cache      pad  a   b   c   w   x   .   .       y   z       start is 4, the reply is w x y z
+    slot       0   1   2   3   4   5   6   7       0   1
+    cache      a   b   c   .   w   x   .   .       y   z       start is 4, the reply is w x y z
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from jaxsteer.interventions import Interventions
 from jaxsteer.layers import settle
 from jaxsteer.masks import visible_slots
 from jaxsteer.model import Cache, Decoder, Params, Realised, bind
-from jaxsteer.prefill import Prefilled
+from jaxsteer.prefill import PART, Prefilled
 
-# Steps between looks at the host. Prompts are padded, and caches as long, as a multiple of it.
-CHUNK = 8
+# Steps between looks at the host.
+CHUNK = PART
 
 
 @jax.tree_util.register_dataclass
