@@ -180,7 +180,8 @@ class Sweep:
         """The program that puts rows together at one level, and its arguments."""
         begun = prefix.cache[slice(*layers)]
         at = self.whole(jnp.int32, depth.ROWS)
-        return prefill.gather, level, at, at, at, begun, room
+        real = self.rows(depth.ROWS, bool, level.stream.shape[1])
+        return prefill.gather, level, at, at, real, begun, room
 
     def first_token(
         self, levels: list[prefill.Level], width: int, prefix: Prefix, room: int

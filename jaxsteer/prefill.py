@@ -11,7 +11,7 @@ puts together what a row left behind: its own tokens right after its beginning, 
 after them. With parts of 4, a beginning of 3 tokens and a prompt of 5 that its lane has at 2:
 
     lane         p  q  a  b  c  d  e  x
-    cache        .  h  i  j  a  b  c  d  e  x  x  x  0  0  0  0     the reply begins at 12
+    cache        .  h  i  j  a  b  c  d  e  x  0  0  0  0  0  0     the reply begins at 12
 
 What is there of its neighbours is not held, so that nobody sees it.
 """
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -207,7 +208,7 @@ def gather(
     level: Level,
     at: Int[AnyArray, " row"],
     member: Int[AnyArray, " row"],
-    first: Int[AnyArray, " row"],
+    real: Bool[AnyArray, "row token"],
     begun: Past | None,
     slots: int,
 ) -> tuple[Cache, dict[str, Realised]]:
@@ -220,11 +221,13 @@ def gather(
       level: of `embed` or a segment.
       at: the entry of each row's lane.
       member: which of the lane's prompts each row's is, from 1.
-      first: where in its lane each row begins.
+      real: which tokens of the lane are each row's; its cache takes the lane from there on.
       begun: keys and values of each row's beginning in these layers; None for none.
       slots: how long the cache is to be; static.
     """
     realised = jax.tree.map(lambda leaf: leaf[at, :, jnp.asarray(member) - 1], level.realised)
+    # Of [F, T, T, F] it is 1.
+    first = jnp.argmax(jnp.asarray(real), axis=1)
 
     def own(kv: Array, before: Array | None) -> Array:
         entries, heads, _, width = kv.shape
@@ -234,7 +237,7 @@ def gather(
         longer = jnp.concatenate([kv, zeros], axis=2)
         size = (1, heads, room, width)
         cut = jax.vmap(lambda at, first: lax.dynamic_slice(longer, (at, 0, first, 0), size)[0])
-        rows = cut(jnp.asarray(at), jnp.asarray(first))
+        rows = cut(jnp.asarray(at), first)
         return rows if before is None else jnp.concatenate([before, rows], axis=2)
 
     if begun is None:
@@ -246,7 +249,7 @@ def _gathered(
     levels: Sequence[Level],
     places: Int[AnyArray, "level row"],
     member: Int[AnyArray, " row"],
-    first: Int[AnyArray, " row"],
+    real: Bool[AnyArray, "row token"],
     prefix: Prefix | None,
     slots: int,
 ) -> tuple[Cache, list[dict[str, Realised]]]:
@@ -256,7 +259,7 @@ def _gathered(
     for level, at in zip(levels, places, strict=True):
         layers = slice(len(cache), len(cache) + len(level.cache))
         begun = None if prefix is None else prefix.cache[layers]
-        some, changed = gather(level, at, member, first, begun, slots)
+        some, changed = gather(level, at, member, real, begun, slots)
         cache += some
         changes.append(changed)
     return cache, changes
@@ -279,8 +282,9 @@ def beginnings(
     real: Bool[AnyArray, "row token"],
 ) -> Prefix:
     """Prompts that have been read, as the beginnings of other prompts; arguments as `finish`."""
-    first = jnp.zeros_like(jnp.asarray(member))
-    cache, changes = _gathered(levels, places, member, first, None, real.shape[1])
+    # Lanes of their own, taken whole.
+    whole = np.ones(real.shape, bool)
+    cache, changes = _gathered(levels, places, member, whole, None, real.shape[1])
     return Prefix(cache=cache, real=jnp.asarray(real), realised=_stacked(changes))
 
 
@@ -377,9 +381,7 @@ def finish(
       ids: a stable number per row.
       sampling: sampling settings, unread when greedy.
     """
-    # The first that is its own: of [F, T, T, F] it is 1.
-    first = jnp.argmax(jnp.asarray(real), axis=1)
-    cache, changes = _gathered(levels, places, member, first, prefix, slots)
+    cache, changes = _gathered(levels, places, member, real, prefix, slots)
     begun = None if prefix is None else (prefix.real, prefix.realised)
     rest = first_token(
         definition,

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsteer.prefill import part, stages
+from jaxsteer.prefill import Level, gather, part, stages
 
 
 @given(st.integers(1, 200))
@@ -18,3 +21,23 @@ def test_stages_cover_every_layer_once_in_order_and_compile_two_programs_at_most
 def test_the_layers_of_a_part_count_from_zero():
     params = {"embed": 0, "layers": {str(i): f"layer {i}" for i in range(12)}}
     assert part(params, 9, 12) == {"layers": {"0": "layer 9", "1": "layer 10", "2": "layer 11"}}
+
+
+@pytest.mark.parametrize("beginning", [0, 3])
+def test_a_row_takes_its_own_tokens_out_of_its_lane_and_puts_them_after_its_beginning(beginning):
+    def marked(shape, sign):
+        # [entry, head, slot, 1]: a number that tells where it was.
+        return sign * jnp.asarray(np.arange(1, 1 + np.prod(shape)).reshape(shape), jnp.float32)
+
+    keys, values = marked((2, 1, 6, 1), 1.0), marked((2, 1, 6, 1), -1.0)
+    level = Level(stream=jnp.zeros((2, 6, 1)), cache=[(keys, values)], realised={})
+    begun = marked((3, 1, beginning, 1), 100.0)
+    at, first = np.array([1, 0, 1], np.int32), [2, 0, 5]
+    real = np.array([[slot >= start for slot in range(6)] for start in first])
+    past = [(begun, -begun)] if beginning else None
+    cache, _ = gather(level, at, np.ones(3, np.int32), real, past, 10)
+    for row, (entry, start) in enumerate(zip(at, first, strict=True)):
+        own = np.asarray(keys)[entry, 0, start:, 0]
+        expected = [*np.asarray(begun)[row, 0, :, 0], *own, *[0.0] * (10 - beginning - len(own))]
+        np.testing.assert_array_equal(cache[0][0][row, 0, :, 0], expected)
+        np.testing.assert_array_equal(cache[0][1][row, 0, :, 0], -np.array(expected))
