@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from jaxsteer import lanes, parallel, prefill
@@ -29,10 +30,11 @@ from jaxsteer.model import Decoder, Params, blocks_graph
 from jaxsteer.prefill import Level
 from jaxsteer.prefix import Prefix, take
 
-# Lanes of a batch: enough tokens for full speed, few enough that a last batch wastes little.
-BATCH = 8
-# Rows that are put together at a time.
-ROWS = 16
+# Entries of a batch on a mesh, and rows that are finished together: enough tokens for full speed,
+# few enough that a last batch wastes little.
+BATCH = 16
+# Entries of a batch on one device: fewer keep it as busy.
+BATCH_ALONE = 8
 # The width of shared beginnings is a multiple of this.
 STEP = 16
 
@@ -99,7 +101,7 @@ class Batch:
     """Rows that have been through all layers.
 
     Attributes:
-      rows: which, at most `ROWS`.
+      rows: which, at most `BATCH`.
       levels: what `embed` and each segment left.
       places: the entry of each row's lane at each level; fillers are at 0.
       member: which of the lane's prompts each row's is, from 1.
@@ -111,6 +113,11 @@ class Batch:
     places: Int[np.ndarray, "level row"]
     member: Int[np.ndarray, " row"]
     real: Bool[np.ndarray, "row token"]
+
+
+def entries_at_once(mesh: Mesh | None) -> int:
+    """How many lanes, or beginnings, go through a segment at a time."""
+    return BATCH_ALONE if mesh is None else BATCH
 
 
 def _filled(numbers: Sequence[int], batch: int) -> Int[np.ndarray, " entry"]:
@@ -146,7 +153,7 @@ def kinds(interventions: Interventions) -> list[list[int]]:
 
 
 def descend(
-    work: Work, rows: Sequence[int], width: int, *, batch: int = BATCH, together: int = ROWS
+    work: Work, rows: Sequence[int], width: int, *, batch: int = 0, together: int = BATCH
 ) -> Iterator[Batch]:
     """Take rows through all layers, depth first: memory holds one batch per segment.
 
@@ -154,9 +161,10 @@ def descend(
       work: what the rows are.
       rows: which of them to run; their lanes have that width.
       width: tokens of a lane.
-      batch: entries of a batch.
-      together: rows of each result.
+      batch: entries of a batch; 0 for `entries_at_once`.
+      together: most rows of each result.
     """
+    batch = batch or entries_at_once(parallel.mesh_of(work.params))
     known = kinds(work.interventions)
     stages = prefill.stages(work.config.n_layers)
 
@@ -250,6 +258,6 @@ def fill(
     parts, order = [], []
     for done in descend(work, range(len(beginnings)), width):
         parts.append(prefill.beginnings(done.levels, done.places, done.member, done.real))
-        order += done.rows + [-1] * (ROWS - len(done.rows))
+        order += done.rows + [-1] * (BATCH - len(done.rows))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     return take(joined, np.argsort([n if n >= 0 else len(order) for n in order], kind="stable"))

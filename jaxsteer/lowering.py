@@ -23,7 +23,7 @@ from jaxsteer.config import ModelConfig
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.interventions import Interventions, Project, compile_conditions
 from jaxsteer.model import blocks_graph, graph
-from jaxsteer.prefix import Prefix, take
+from jaxsteer.prefix import Prefix
 from jaxsteer.rows import cache_slots
 from jaxsteer.weights import nest, param_shapes
 
@@ -133,7 +133,7 @@ class Sweep:
         return self.whole(jnp.float32, layers, 1, self.config.d_model)
 
     def _places(self) -> jax.ShapeDtypeStruct:
-        return self.whole(jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, depth.ROWS)
+        return self.whole(jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, depth.BATCH)
 
     def segment(
         self, stream: Any, layers: tuple[int, int], width: int, prefix: Prefix | None
@@ -141,8 +141,7 @@ class Sweep:
         """The program of some layers over a batch of prompts, and its arguments."""
         first, last = layers
         if prefix is not None:
-            some = dataclasses.replace(prefix, cache=prefix.cache[first:last], realised={})
-            prefix = self.lay(jax.eval_shape(take, some, np.zeros(depth.BATCH, np.int32)))
+            prefix = dataclasses.replace(prefix, cache=prefix.cache[first:last], realised={})
         asked = jax.eval_shape(lambda i: i.layers(first, last), self.interventions(depth.BATCH))
         return (
             prefill.segment,
@@ -168,10 +167,10 @@ class Sweep:
         return made
 
     def prefix(self, width: int) -> Prefix:
-        """Beginnings of rows that are put together, already run."""
-        real = self.rows(depth.ROWS, bool, width)
+        """Beginnings of a batch of prompts, already run."""
+        real = self.rows(depth.BATCH, bool, width)
         levels = self.levels(width, None)
-        where = (self._places(), self.whole(jnp.int32, depth.ROWS))
+        where = (self._places(), self.whole(jnp.int32, depth.BATCH))
         return self.lay(jax.eval_shape(prefill.beginnings, levels, *where, real))
 
     def gather(
@@ -179,8 +178,8 @@ class Sweep:
     ) -> tuple[Any, ...]:
         """The program that puts rows together at one level, and its arguments."""
         begun = prefix.cache[slice(*layers)]
-        at = self.whole(jnp.int32, depth.ROWS)
-        real = self.rows(depth.ROWS, bool, level.stream.shape[1])
+        at = self.whole(jnp.int32, depth.BATCH)
+        real = self.rows(depth.BATCH, bool, level.stream.shape[1])
         return prefill.gather, level, at, at, real, begun, room
 
     def first_token(
@@ -200,12 +199,12 @@ class Sweep:
             room,
             self.params,
             levels[-1].stream,
-            self.whole(jnp.int32, depth.ROWS),
-            self.rows(depth.ROWS, bool, width),
+            self.whole(jnp.int32, depth.BATCH),
+            self.rows(depth.BATCH, bool, width),
             (prefix.real, prefix.realised),
             changes,
-            self.interventions(depth.ROWS),
-            self.rows(depth.ROWS, jnp.uint32),
+            self.interventions(depth.BATCH),
+            self.rows(depth.BATCH, jnp.uint32),
             Sampling(),
         )
 
@@ -225,11 +224,11 @@ class Sweep:
             self.params,
             levels,
             self._places(),
-            self.whole(jnp.int32, depth.ROWS),
-            self.rows(depth.ROWS, bool, longest),
+            self.whole(jnp.int32, depth.BATCH),
+            self.rows(depth.BATCH, bool, longest),
             prefix,
-            self.interventions(depth.ROWS),
-            self.rows(depth.ROWS, jnp.uint32),
+            self.interventions(depth.BATCH),
+            self.rows(depth.BATCH, jnp.uint32),
             Sampling(),
         )
         empty = functools.partial(slots.empty, self.config, self.decoding, batch)

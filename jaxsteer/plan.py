@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import planned, rows
+from jaxsteer import parallel, planned, rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions, depth
 from jaxsteer.config import ModelConfig
-from jaxsteer.depth import BATCH, STEP, kinds
+from jaxsteer.depth import STEP, entries_at_once, kinds
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.lanes import Lanes
@@ -71,7 +71,9 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     new = spec.decoding.max_new_tokens
     packed = rows.pack(asked, config.max_position - new)
     widths = sorted({len(lane) for lane in packed.tokens})
-    computed = _computed(config, kinds(planned.stacked(compiled, config)), asked, packed)
+    known = kinds(planned.stacked(compiled, config))
+    at_once = entries_at_once(parallel.mesh_of(model.params))
+    computed = _computed(config, known, asked, packed, at_once)
     begun = -(-max((request.shared for request in asked), default=0) // STEP) * STEP
     longest = max((len(request.tokens) - request.shared for request in asked), default=0)
     slots = rows.cache_slots(begun, longest, new)
@@ -102,6 +104,7 @@ def _computed(
     known: Sequence[Sequence[int]],
     asked: Sequence[rows.Request],
     packed: Lanes,
+    batch: int,
 ) -> float:
     """Prompt tokens through the whole model that prefill comes to, its sharing counted."""
     whole = 0.0
@@ -114,7 +117,7 @@ def _computed(
                 begun = -(-request.shared // STEP) * STEP
                 beginning = tuple(request.tokens[: request.shared])
                 entries.setdefault(begun, set()).add((kind, beginning))
-        padded = sum(-(-len(some) // BATCH) * BATCH * width for width, some in entries.items())
+        padded = sum(-(-len(some) // batch) * batch * width for width, some in entries.items())
         whole += padded * (last - first) / config.n_layers
     return whole
 

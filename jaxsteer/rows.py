@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jaxsteer import chat, lanes, parallel, prefill, slots
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.depth import BATCH, ROWS, Work, descend, fill
+from jaxsteer.depth import BATCH, Work, descend, fill
 from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Interventions
 from jaxsteer.lanes import Lanes
@@ -176,7 +176,7 @@ def run(
                 state = slots.empty(config, decoding, batch, queue.prefilled, mesh)
             free = [slot for slot in range(batch) if slot not in seated]
             entering, queue.seats = queue.seats[: len(free)], queue.seats[len(free) :]
-            put = np.full(ROWS, batch, np.int32)
+            put = np.full(BATCH, batch, np.int32)
             for slot, seat in zip(free, entering, strict=False):
                 put[seat.row], seated[slot] = slot, seat
             state = slots.insert(decoding, state, queue.prefilled, put)
@@ -264,9 +264,9 @@ class _Prefills:
                 real, prefix, asked, numbers = self.work.placed(
                     (
                         done.real,
-                        self.work.prefix_of(done.rows, ROWS),
-                        self.work.interventions_of(done.rows, ROWS),
-                        np.array(ids + [0] * (ROWS - len(ids)), np.uint32),
+                        self.work.prefix_of(done.rows, BATCH),
+                        self.work.interventions_of(done.rows, BATCH),
+                        np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
                     )
                 )
                 prefilled = prefill.finish(

@@ -22,7 +22,7 @@ from typing import Any
 from jaxsteer import hlo, lowering, parallel, prefill
 from jaxsteer.chips import HOP, Chip, chip_of, devices
 from jaxsteer.config import ModelConfig, RopeConfig
-from jaxsteer.depth import BATCH, ROWS
+from jaxsteer.depth import BATCH
 from jaxsteer.errors import UserError
 from jaxsteer.slots import CHUNK
 
@@ -114,7 +114,7 @@ class Check:
       bound_seconds: reading weights and cache once at full bandwidth.
       exchanges: what devices exchange in a step.
       exchanged_bytes: their results on one device, added up.
-      prefill_seconds: `ROWS` prompts, through all layers and into the slots.
+      prefill_seconds: one segment of layers over a batch of prompts.
       largest_batch: rows that fit, confirmed by compiling; None if it was not asked for.
       table_seconds: the whole table: compiled estimate, every reply at full length.
       compile_seconds: of all programs of this check.
@@ -201,7 +201,7 @@ def largest(
 
 
 def table_seconds(
-    table: Table, batch: int, step: float, chunk: float, prefill_rows: float
+    table: Table, batch: int, step: float, chunk: float, prefill_batch: float
 ) -> tuple[float, float]:
     """Seconds to decode a table and to read its prompts.
 
@@ -213,11 +213,11 @@ def table_seconds(
       batch: rows that decode together.
       step: seconds of a step.
       chunk: seconds of entering and leaving a chunk of steps.
-      prefill_rows: seconds of `ROWS` prompts through all layers and into the slots.
+      prefill_batch: seconds of a batch of prompts through all layers and into the slots.
     """
     steps = table.new_tokens - 1
     decode = math.ceil(table.rows / batch) * (steps * step + math.ceil(steps / CHUNK) * chunk)
-    return decode, math.ceil(table.rows / ROWS) * prefill_rows
+    return decode, math.ceil(table.rows / BATCH) * prefill_batch
 
 
 def check(
@@ -298,8 +298,7 @@ def check(
         return p.once.cycles / chip.clock + exchange_seconds(p.once.exchanges, model_axis, chip)
 
     chunk = alone(decode)
-    reads = len(stages) * ROWS // BATCH
-    through = reads * alone(segment) + len(stages) * alone(gather) + alone(choose)
+    through = len(stages) * (alone(segment) + alone(gather)) + alone(choose)
     decoding, reading_seconds = table_seconds(table, batch, step, chunk, through)
     # Every step reads all weights but the token table, of which it reads the rows it needs.
     read = weights - lowering.nbytes(sweep.params["embed"]) * (not config.tied) + cache

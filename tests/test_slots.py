@@ -200,7 +200,7 @@ def test_neither_more_conditions_nor_other_layers_compile_anything(model, rng):
 
 
 def test_a_batch_smaller_than_the_prefill_batch_takes_its_rows_in_turns(model):
-    requests = [Request(tokens=[5 + i, 9]) for i in range(depth.ROWS + 2)]
+    requests = [Request(tokens=[5 + i, 9]) for i in range(depth.BATCH + 2)]
     decoding = Decoding(max_new_tokens=3, eos=(63,))
     found = list(rows.run(model, requests, stack(model, [[]], "all"), decoding, batch=2))
     assert sorted(r.index for b in found for r in b) == list(range(len(requests)))
