@@ -70,21 +70,22 @@ def replies(
 def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> dict[str, Any]:
     """Tokens and best-of-three seconds of prefill alone and of decode alone, all slots full.
 
-    The rows share nothing: one condition that acts before the first block, prompts of their own,
-    run whole. They are as long as the study's middle prompt, so that they go in one batch. With
-    no token that ends a reply, runs of more and of fewer new tokens differ by decode steps and
-    nothing else.
+    The rows share nothing: one condition that acts before the first block, prompts of their own.
+    They are as long as what the study's rows have of their own, by quantiles, so that lanes fill
+    as they do in the study. With no token that ends a reply, runs of more and of fewer new tokens
+    differ by decode steps and nothing else.
     """
     work, batch = ours.work, batch or ours.work.batch
     number = next(
         (c for c, sites in enumerate(work.job.conditions) if sites and sites[0].layer == 0), 0
     )
-    length = sorted(map(len, work.job.tokens))[len(work.job.tokens) // 2]
+    own = sorted(len(request.tokens) - request.shared for request in work.requests)
+    lengths = [own[(2 * i + 1) * len(own) // (2 * batch)] for i in range(batch)]
     known = np.unique(np.concatenate(work.job.tokens))
     draw = np.random.default_rng(0)
     plain = [
         rows.Request(tokens=draw.choice(known, length).tolist(), condition=number, row_id=i)
-        for i in range(batch)
+        for i, length in enumerate(lengths)
     ]
     alone = dataclasses.replace(work, requests=plain)
     counts = sorted({1, *new_tokens})
@@ -97,15 +98,18 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
             times[count].append(time.perf_counter() - start)
     seconds = {count: min(some[1:]) for count, some in times.items()}
     few, many = new_tokens
+    total = sum(lengths)
+    # The mean length that a token finds: a long prompt has more of them.
+    found = sum(length**2 for length in lengths) / total
     return {
         "slots": batch,
-        "prompt_tokens": length * batch,
+        "prompt_tokens": total,
         "prefill_s": seconds[1],
         "new_tokens": batch * (many - few),
         "decode_s": seconds[many] - seconds[few],
         "all_seconds": times,
         "work": dataclasses.asdict(
-            Work.of(ours.model.config, prompt=length, context=length + sum(new_tokens) / 2)
+            Work.of(ours.model.config, prompt=found, context=total / batch + sum(new_tokens) / 2)
         ),
     }
 

@@ -110,7 +110,8 @@ def test_phases_count_the_tokens_of_full_slots(
     model: ChatModel, work: workload.Workload, job: Job
 ) -> None:
     found = ours.phases(SimpleNamespace(model=model, work=work), 4, (1, 3))
-    assert found["prompt_tokens"] == 4 * 4
+    # Every length of the study's prompts once.
+    assert found["prompt_tokens"] == 4 + 2 + 6 + 3
     assert found["new_tokens"] == 4 * 2
     assert {count: len(some) for count, some in found["all_seconds"].items()} == {1: 4, 3: 4}
 
