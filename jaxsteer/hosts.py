@@ -39,6 +39,8 @@ ARRIVAL = 300
 # Seconds until a file written on one host shows on another: NFS looks again after 60, as does a
 # mounted bucket.
 VISIBLE = 120
+# Seconds between two looks at how far the others are.
+EVERY = 5
 # A slow process is not a gone one: as long as there are signs of life, wait.
 _MONTH = 30 * 24 * 3600 * 1000
 GO_ON = "what is finished is kept, run the same command again on every host to go on"
@@ -85,11 +87,12 @@ class Hosts:
             order[size * self.process // self.count : size * (self.process + 1) // self.count]
         )
 
-    def meet(self, place: str) -> None:
+    def meet(self, place: str, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait until every process is here.
 
         Args:
           place: the same everywhere, for whoever reads a trace.
+          meanwhile: called every few seconds of the wait, to say how far the others are.
 
         Raises:
           UserError: a process is gone; most often JAX ends this one before that is said.
@@ -102,7 +105,7 @@ class Hosts:
         meeting = f"jaxsteer-{next(_meetings)}-{place}"
         wait = orbax.checkpoint.multihost.get_barrier_sync_fn()
         try:
-            _interruptibly(lambda: wait(key=meeting, timeout_ms=_MONTH))
+            _interruptibly(lambda: wait(key=meeting, timeout_ms=_MONTH), meanwhile)
         except Exception as error:
             # JAX is ending this process as well, and `words` says why better than we could.
             threading.Event().wait(HEARTBEAT)
@@ -186,7 +189,7 @@ def _check_free(port: int) -> None:
             ) from None
 
 
-def _interruptibly(wait: Callable[[], None]) -> None:
+def _interruptibly(wait: Callable[[], None], meanwhile: Callable[[], None] = lambda: None) -> None:
     """Wait in a thread: a signal cannot interrupt the main one while it is in foreign code."""
     failed: list[Exception] = []
 
@@ -198,7 +201,9 @@ def _interruptibly(wait: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=waiting, daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(EVERY)
+        meanwhile()
     if failed:
         raise failed[0]
 

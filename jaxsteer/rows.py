@@ -130,7 +130,7 @@ def run(
     batch: int = 32,
     skip: Collection[int] = (),
 ) -> Iterator[list[Reply]]:
-    """Yield finished rows, about `batch` at a time; see `Reply.index` for the order given.
+    """Yield rows as they end, those of one chunk of steps at a time; see `Reply.index`.
 
     Args:
       model: the model to run.
@@ -164,7 +164,6 @@ def run(
     state: slots.Slots | None = None
     # Who sits in each slot: a request's index, and what was changed over its prompt.
     seated: dict[int, _Seat] = {}
-    finished: list[Reply] = []
     queue: _Queue | None = None
     while True:
         while len(seated) < batch:
@@ -189,14 +188,11 @@ def run(
             out = jax.device_get(
                 (state.tokens, state.length, state.stopped, state.emitted, state.response)
             )
+            finished = []
             for slot in ended:
                 logits = state.logits[slot] if decoding.keep_logits else None
                 finished.append(_reply(model, requests, seated.pop(slot), slot, out, logits))
-        if len(finished) >= batch:
             yield finished
-            finished = []
-    if finished:
-        yield finished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

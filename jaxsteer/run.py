@@ -13,6 +13,7 @@ import importlib.metadata
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ from jaxsteer.setup import Setup
 from jaxsteer.spec import StudySpec
 
 PROBES = ("persona", "refusal", "assistant-axis")
+# Seconds after which rows that have ended are written, however few they are.
+OFTEN = 10
 
 
 def run_study(
@@ -290,24 +293,44 @@ def _finish_rows(
         print(said, file=sys.stderr, flush=True)
     # Of several processes, the first reports the rows of all.
     whole, counted = hosts.first and hosts.count > 1, dict[str, int]()
+    held: list[rows.Reply] = []
     with Progress("study", len(planned), done=len(done), quiet=not hosts.first) as progress:
-        for batch in rows.run(
-            model,
-            asked,
-            stacked(compiled, model.config),
-            decoding,
-            probes=probes,
-            sampling=sampling,
-            batch=spec.decoding.batch,
-            skip=done | (set(range(len(planned))) - share),
-        ):
-            lines = [_line(*planned[reply.index], reply, probed) for reply in batch]
+
+        def count(fresh: int = 0, tokens: int = 0) -> None:
+            if whole:
+                fresh = shards.count(folder, key, counted) - progress.done
+            progress.advance(fresh, tokens)
+
+        def keep() -> None:
+            lines = [_line(*planned[reply.index], reply, probed) for reply in held]
             shards.write(folder, key, pl.DataFrame(lines, schema_overrides=_SCHEMA))
-            fresh = shards.count(folder, key, counted) - progress.done if whole else len(batch)
-            progress.advance(fresh, tokens=sum(len(reply.tokens) for reply in batch))
-        hosts.meet("rows")
+            tokens, fresh = sum(len(reply.tokens) for reply in held), len(held)
+            held.clear()
+            count(fresh, tokens)
+
+        written = time.monotonic()
+        try:
+            for ended in rows.run(
+                model,
+                asked,
+                stacked(compiled, model.config),
+                decoding,
+                probes=probes,
+                sampling=sampling,
+                batch=spec.decoding.batch,
+                skip=done | (set(range(len(planned))) - share),
+            ):
+                held += ended
+                if len(held) >= spec.decoding.batch or time.monotonic() - written > OFTEN:
+                    keep()
+                    written = time.monotonic()
+        finally:
+            # Also when it is stopped: a row that has ended is not run again.
+            if held:
+                keep()
+        hosts.meet("rows", meanwhile=count)
         if whole and progress.done < len(planned):
-            progress.advance(shards.count(folder, key, counted) - progress.done)
+            count()
 
 
 # Columns whose type a shard's own values may not show.

@@ -1,8 +1,8 @@
 """A results folder on disk: who may write to it, and its finished rows.
 
-Each finished batch is one Parquet shard, written aside, synced and renamed, so a process may be
-killed at any moment and loses the batch in flight. A lock held by the operating system keeps a
-second run out, and is gone with the first however it ends.
+Each batch of finished rows is one Parquet shard, written aside, synced and renamed, so a process
+may be killed at any moment and loses the rows in flight. A lock held by the operating system keeps
+a second run out, and is gone with the first however it ends.
 
 Of several processes that share a run, the first holds the lock and all write shards: a name says
 what is in it, so none can spoil another's. On a mounted bucket the lock reaches one host only; a

@@ -45,6 +45,19 @@ def test_one_process_has_all_rows_and_waits_for_nobody():
     assert hosts.ALONE.seen(lambda: None) is None
 
 
+def test_while_it_waits_a_process_can_say_how_far_the_others_are(monkeypatch):
+    monkeypatch.setattr(hosts, "EVERY", 0.001)
+    looked, enough = [], threading.Event()
+
+    def look():
+        looked.append(len(looked))
+        if len(looked) == 3:
+            enough.set()
+
+    hosts._interruptibly(enough.wait, look)
+    assert looked[:3] == [0, 1, 2]
+
+
 def test_what_another_host_wrote_is_looked_for_until_it_shows():
     answers = iter([None, "there"])
     assert Hosts(process=1, count=2).seen(lambda: next(answers)) == "there"

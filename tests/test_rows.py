@@ -24,14 +24,14 @@ def model(tmp_path_factory):
     )
 
 
-def run(model, requests, conditions=((),), new_tokens=5, batch=3):
+def run(model, requests, conditions=((),), new_tokens=5, batch=3, eos=63):
     stacked = compile_conditions(
         conditions,
         ["all"] * len(conditions),
         n_layers=model.config.n_layers,
         d_model=model.config.d_model,
     )
-    decoding = Decoding(max_new_tokens=new_tokens, eos=(63,))
+    decoding = Decoding(max_new_tokens=new_tokens, eos=(eos,))
     return list(rows.run(model, requests, stacked, decoding, batch=batch))
 
 
@@ -42,6 +42,12 @@ def test_every_request_comes_back_once_shortest_prompts_first(model):
         assert reply.n_prompt == len(PROMPTS[reply.index])
         assert reply.text == model.tokenizer.decode(reply.tokens)
         assert len(reply.tokens) == 5 and not reply.stopped
+
+
+def test_a_row_that_ends_is_handed_over_while_others_go_on(model):
+    # More slots than rows, and token 31 comes in the first chunk of some replies only.
+    batches = run(model, [Request(tokens=p) for p in PROMPTS], new_tokens=40, batch=8, eos=31)
+    assert [{reply.stopped for reply in batch} for batch in batches] == [{True}, {False}]
 
 
 def test_no_requests_give_no_batches(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from jaxsteer import results, run, setup, shards, spec
+from jaxsteer import results, rows, run, setup, shards, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -92,6 +92,39 @@ def test_an_interrupted_run_goes_on_to_the_same_table(model, study, tmp_path, fi
         results.load(out)
     run.run_study(study, model, out)
     assert results.load(out).rows.equals(results.load(finished).rows)
+
+
+def test_rows_that_had_ended_when_a_run_was_stopped_are_kept(model, tmp_path):
+    # Fewer than a shard's worth.
+    study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 64")))
+    ended, go = [], rows.run
+
+    def stopped_after_the_first(*args, **kwargs):
+        first = next(go(*args, **kwargs))[:3]
+        ended.extend(first)
+        yield first
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "run", stopped_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_study(study, model, tmp_path / "results")
+    (shard,) = (tmp_path / "results/shards").glob("*.parquet")
+    assert pl.read_parquet(shard)["response"].to_list() == [reply.text for reply in ended]
+
+
+def test_rows_are_written_in_time_however_few_have_ended(model, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "OFTEN", 0)
+    batches, go = [], rows.run
+
+    def watched(*args, **kwargs):
+        for ended in go(*args, **kwargs):
+            batches.append(len(ended))
+            yield ended
+
+    monkeypatch.setattr(rows, "run", watched)
+    run.run_study(study, model, tmp_path / "results")
+    assert len(list((tmp_path / "results/shards").glob("*.parquet"))) == len(batches) > 1
 
 
 @pytest.mark.parametrize(
