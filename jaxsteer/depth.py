@@ -32,7 +32,7 @@ from jaxsteer.prefix import Prefix, take
 
 # Entries of a batch on a mesh, and rows that are finished together: enough tokens for full speed,
 # few enough that a last batch wastes little.
-BATCH = 16
+BATCH = parallel.TOGETHER
 # Entries of a batch on one device: fewer keep it as busy.
 BATCH_ALONE = 8
 # The width of shared beginnings is a multiple of this.

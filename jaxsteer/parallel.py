@@ -28,6 +28,8 @@ from jaxsteer.model import Params
 from jaxsteer.weights import param_shapes
 
 AXES = ("data", "model")
+# Prompts are read this many at a time: the data axis divides it.
+TOGETHER = 16
 
 # Dimension letters of every parameter, by its path (below layers/N): see `model`. A kernel's N and
 # K are heads times head_dim, and are split between heads only.
@@ -86,9 +88,15 @@ def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
       devices: None for those of this process; the first ones are used if there are more.
 
     Raises:
-      UserError: text that is not understood, or too few devices.
+      UserError: text that is not understood, a data axis that does not divide `TOGETHER`, or too
+        few devices.
     """
     sizes = parse(text)
+    if TOGETHER % sizes["data"]:
+        raise UserError(
+            f"mesh {text}: prompts are read {TOGETHER} at a time, which data={sizes['data']} does "
+            "not divide; make data 1, 2, 4, 8 or 16"
+        )
     found = list(jax.local_devices() if devices is None else devices)
     needed = sizes["data"] * sizes["model"]
     if needed > len(found):

@@ -139,7 +139,7 @@ def run(
       decoding: static decoding settings.
       probes: unit directions whose projections are recorded; None for none.
       sampling: dynamic sampling settings, unread when greedy.
-      batch: most slots: rows that decode together.
+      batch: most slots: rows that decode together; on a mesh, as many more as its data axis asks.
       skip: indices of requests that need no run.
 
     Raises:
@@ -150,9 +150,8 @@ def run(
         probes = no_probes(config.n_layers, config.d_model)
     sampling = sampling or Sampling()
     mesh = parallel.mesh_of(model.params)
-    parallel.check_batch(batch, mesh)
-    batch = slots_for(batch, len(requests), 1 if mesh is None else mesh.shape["data"])
-    parallel.check_batch(BATCH, mesh)
+    data = 1 if mesh is None else mesh.shape["data"]
+    batch = slots_for(-(-batch // data) * data, len(requests), data)
     limit = config.max_position - decoding.max_new_tokens
     for request in requests:
         chat.bucket(len(request.tokens), limit)

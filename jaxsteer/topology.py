@@ -252,8 +252,7 @@ def check(
     sizes = default_mesh(config, len(found)) if mesh is None else parallel.parse(mesh)
     shape = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     spread = parallel.mesh(shape, found)
-    for rows in (batch, BATCH):
-        parallel.check_batch(rows, spread)
+    parallel.check_batch(batch, spread)
     sweep = lowering.Sweep(config, spread, table.new_tokens, eight=eight)
     seconds = 0.0
 

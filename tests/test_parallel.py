@@ -19,8 +19,8 @@ from jaxsteer.fetch import cache_dir
 from jaxsteer.prefix import Prefix
 from jaxsteer.weights import param_shapes
 from tests import tiny
+from tests.meshes import MESHES
 
-MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
 FAMILIES = {"llama": tiny.llama, "qwen2": tiny.qwen2}
 
 
@@ -208,6 +208,11 @@ def test_rows_are_split_and_so_are_the_heads_of_a_cache():
 def test_a_batch_that_the_mesh_does_not_divide_says_what_would():
     with pytest.raises(UserError, match=r"6 rows cannot be split over data=4; .* \(such as 8\)"):
         parallel.place({"a": np.zeros((6, 2))}, tiny_config(), mesh_of(4, 2))
+
+
+def test_a_data_axis_that_prompts_cannot_be_spread_over_is_refused_before_the_model_is_loaded():
+    with pytest.raises(UserError, match=r"16 at a time, which data=3 does not divide; make data 1"):
+        parallel.mesh("data=3", jax.devices() * 3)
 
 
 def test_without_a_mesh_nothing_is_placed():

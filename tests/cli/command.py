@@ -18,10 +18,17 @@ runpy.run_module("jaxsteer.cli", run_name="__main__")
 """
 
 
-def jaxsteer(*arguments: object, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    """`jaxsteer ARGUMENTS`; with `file_limit`, writing more bytes than that to a file fails."""
+def jaxsteer(
+    *arguments: object, file_limit: int | None = None, devices: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """`jaxsteer ARGUMENTS` on some virtual devices.
+
+    With `file_limit`, writing more bytes than that to a file fails.
+    """
     start = ["-m", "jaxsteer.cli"] if file_limit is None else ["-c", LIMITED, str(file_limit)]
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests")}
+    if devices > 1:
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(
         [sys.executable, *start, *map(str, arguments)],
         capture_output=True,

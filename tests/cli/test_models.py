@@ -45,6 +45,13 @@ def test_generate_prints_baseline_and_steered_side_by_side_with_the_realised_cha
     assert "realised change" in done.stdout
 
 
+def test_generate_spreads_its_two_rows_over_a_mesh_that_has_room_for_more(model):
+    asked = ("generate", "w4 w5", "--model", model, "--max-new-tokens", 6)
+    alone, spread = jaxsteer(*asked), jaxsteer(*asked, "--mesh", "data=4,model=2", devices=8)
+    assert spread.returncode == 0, spread.stderr
+    assert spread.stdout == alone.stdout and "baseline" in alone.stdout
+
+
 def bad(*arguments, **limits):
     done = jaxsteer(*arguments, **limits)
     lines = done.stderr.strip().splitlines()
