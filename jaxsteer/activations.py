@@ -142,7 +142,12 @@ def capture(
     short batches are filled with rows that are all padding so that each bucket compiles once.
     `shared` says how many leading tokens of each prompt to run once for all rows that begin with
     the same ones.
+
+    Raises:
+      UserError: a row that does not fit the model's context, or as `position_weights`.
     """
+    lengths = (len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    chat.check_lengths(lengths, config.max_position)
     prefix, beginning = None, [0] * len(prompts)
     if shared is not None:
         beginnings = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]

@@ -9,7 +9,7 @@ its turn and speak as somebody else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,16 @@ def bucket(length: int, limit: int) -> int:
     raise UserError(
         f"a prompt has {length} tokens and at most {min(limit, BUCKETS[-1])} fit; shorten it"
     )
+
+
+def check_lengths(lengths: Iterable[int], limit: int) -> None:
+    """Refuse what is too long before anything runs.
+
+    Raises:
+      UserError: as `bucket`.
+    """
+    for length in lengths:
+        bucket(length, limit)
 
 
 def left_pad(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

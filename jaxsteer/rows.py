@@ -19,6 +19,7 @@ from jaxtyping import Float
 from jaxsteer import chat, lanes, parallel, prefill, slots
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.depth import BATCH, Work, descend, fill
+from jaxsteer.errors import UserError
 from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Interventions
 from jaxsteer.lanes import Lanes
@@ -39,7 +40,7 @@ class Request:
       condition: index into the stacked interventions.
       row_id: stable 32-bit number of the row, folded into the sampling seed.
       shared: how many leading tokens to run once for all requests of this condition that begin
-        with the same ones; 0 runs each prompt whole.
+        with the same ones, at most all but one; 0 runs each prompt whole.
     """
 
     tokens: Sequence[int]
@@ -143,7 +144,8 @@ def run(
       skip: indices of requests that need no run.
 
     Raises:
-      UserError: a prompt that does not fit the model's context with its reply.
+      UserError: a prompt that does not fit the model's context with its reply, or of which all is
+        shared.
     """
     config = model.config
     if probes is None:
@@ -153,8 +155,13 @@ def run(
     data = 1 if mesh is None else mesh.shape["data"]
     batch = slots_for(-(-batch // data) * data, len(requests), data)
     limit = config.max_position - decoding.max_new_tokens
+    chat.check_lengths((len(request.tokens) for request in requests), limit)
     for request in requests:
-        chat.bucket(len(request.tokens), limit)
+        if not request.shared < len(request.tokens):
+            raise UserError(
+                f"row {request.row_id} shares all {len(request.tokens)} of its tokens; a reply "
+                "begins after one that is the row's own"
+            )
     todo = [i for i in range(len(requests)) if i not in skip]
     if not todo:
         return

@@ -100,8 +100,13 @@ def last_logits(
     batch: int = 16,
     report: Report = lambda done: None,
 ) -> Float[np.ndarray, "prompt vocab"]:
-    """Next-token logits after each prompt under one condition, float32."""
+    """Next-token logits after each prompt under one condition, float32.
+
+    Raises:
+      UserError: a prompt that does not fit the model's context.
+    """
     config = model.config
+    chat.check_lengths(map(len, prompts), config.max_position)
     out = np.zeros((len(prompts), config.vocab_size), np.float32)
     shared = shared_length(prompts)
     prefix = fill(

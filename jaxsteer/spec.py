@@ -285,6 +285,9 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
     ):
         if not value >= low:
             yield f"{key} is {value}, expected at least {low}"
+    # JAX makes its keys from 32 bits.
+    if not -(2**31) <= decoding.seed < 2**31:
+        yield f"decoding.seed is {decoding.seed}, expected from {-(2**31)} to {2**31 - 1}"
     if not 0 < decoding.top_p <= 1:
         yield f"decoding.top_p is {decoding.top_p}, expected above 0 and at most 1"
     if spec.selection is not None:

@@ -94,6 +94,23 @@ def test_rows_with_and_without_a_shared_beginning_run_together(model, rng):
         np.testing.assert_array_equal(mixed[i].tokens, expected.tokens)
 
 
+@pytest.mark.parametrize("shared", [None, [500]])
+def test_a_prompt_is_too_long_for_a_capture_by_all_its_tokens(model, shared):
+    limit = model.config.max_position
+    with pytest.raises(UserError, match=rf"{limit + 1} tokens and at most {limit} fit"):
+        next(
+            activations.capture(
+                model.definition,
+                model.config,
+                model.params,
+                [[5] * limit],
+                [[3]],
+                ("prompt_end",),
+                shared=shared,
+            )
+        )
+
+
 def test_captures_equal_those_of_whole_prompts(model):
     responses = [[3, 4], [5], [6, 7, 8]]
 

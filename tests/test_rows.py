@@ -119,6 +119,11 @@ def test_total_change_sums_tokens_layers_and_taps(model, rng):
     assert rows.total_change(reply) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_prompt_without_a_token_of_its_own_is_refused(model):
+    with pytest.raises(UserError, match="row 7 shares all 3 of its tokens"):
+        run(model, [Request(tokens=[5, 8, 7], row_id=7, shared=3)])
+
+
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(model):
     requests = [Request(tokens=p) for p in ([4, 9], [3] * 509)]
     stacked = compile_conditions(

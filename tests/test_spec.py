@@ -33,6 +33,7 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ('kind = "refusal"', 'kind = "minus"', "of"),
         ("scales = [1.0, 2.0, 4.0]", "scales = []", "scales is empty"),
         ("max_new_tokens = 40", "max_new_tokens = 40\ntop_p = 0.0", "top_p"),
+        ("max_new_tokens = 40", "max_new_tokens = 40\nseed = 2147483648", "seed is 2147483648"),
     ],
 )
 def test_a_malformed_study_names_the_key_and_the_value(tmp_path, old, new, message):
