@@ -180,7 +180,10 @@ class Attention(nnx.Module):
         tokens = x.shape[0]
         q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
         k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
-        k, v = contained(k, self.v(x).reshape(tokens, -1, self.head_dim))
+        v = self.v(x).reshape(tokens, -1, self.head_dim)
+        if tokens > 1:
+            # A token alone has no neighbours, and every later one of its row sees it.
+            k, v = contained(k, v)
         keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
