@@ -174,6 +174,8 @@ def run(
     while True:
         while len(seated) < batch:
             if queue is None or not queue.seats:
+                # Let go first: the next are made beside it otherwise.
+                queue = None
                 queue = next(waiting, None)
                 if queue is None:
                     break

@@ -105,8 +105,8 @@ class Check:
       batch: rows that decode together.
       weights: parameters.
       cache: keys and values of the chip's rows.
-      other: what else stays: interventions, buffers.
-      temporaries: what the dearer of decoding and prefill takes for a while.
+      other: what else stays: interventions, buffers, beginnings, prompts on their way to a slot.
+      temporaries: what the dearest program takes while it runs.
       left: of HBM; negative if it does not fit.
       step_seconds: one new token for every row, as the compiler estimates.
       exchange_seconds: the part of it that links need; overlap with the rest is not counted on.
@@ -115,7 +115,9 @@ class Check:
       exchanges: what devices exchange in a step.
       exchanged_bytes: their results on one device, added up.
       prefill_seconds: one segment of layers over a batch of prompts.
-      largest_batch: rows that fit, confirmed by compiling; None if it was not asked for.
+      largest_batch: rows that fit, confirmed by compiling, at most the table's; None if it was not
+        asked for.
+      table_rows: rows of the table.
       table_seconds: the whole table: compiled estimate, every reply at full length.
       compile_seconds: of all programs of this check.
       notes: what the model axis could not split, and kernels in eight bits.
@@ -138,6 +140,7 @@ class Check:
     exchanged_bytes: int
     prefill_seconds: float
     largest_batch: int | None
+    table_rows: int
     table_seconds: float
     compile_seconds: float
     notes: tuple[str, ...]
@@ -277,17 +280,16 @@ def check(
 
     weights, cache = lowering.nbytes(sweep.params), lowering.nbytes(state.cache)
     held = lowering.nbytes(state)
-    # Beside the slots: beginnings and one batch's levels, and whichever program runs.
-    reading = lowering.nbytes([levels, prefix]) + max(
-        segment.temporaries,
-        max(gather.temporaries, choose.temporaries) + len(stages) * gather.made + choose.made,
-    )
+    # Beside the slots, while they decode too: beginnings, a batch's levels, and its rows that wait.
+    beside = lowering.nbytes([levels, prefix]) + len(stages) * gather.made + choose.made
+    reading = max(segment.temporaries, gather.temporaries, choose.temporaries)
     temporaries = max(decode.temporaries + decode.made, reading)
-    left = chip.hbm - weights - held - temporaries
+    left = chip.hbm - weights - held - beside - temporaries
 
     most = None
     if search:
-        most = _search(sweep, table, chip, batch, decode, reading, weights, state, program)
+        stays = weights + beside
+        most = _search(sweep, table, chip, batch, decode, reading, stays, state, program)
 
     model_axis = sizes["model"]
     exchanged = exchange_seconds(decode.turn.exchanges, model_axis, chip)
@@ -308,7 +310,7 @@ def check(
         batch=batch,
         weights=weights,
         cache=cache,
-        other=held - cache,
+        other=held - cache + beside,
         temporaries=temporaries,
         left=left,
         step_seconds=step,
@@ -319,6 +321,7 @@ def check(
         exchanged_bytes=sum(e.nbytes * e.times for e in decode.turn.exchanges),
         prefill_seconds=through,
         largest_batch=most,
+        table_rows=table.rows,
         table_seconds=decoding + reading_seconds,
         compile_seconds=seconds,
         notes=(*parallel.notes(config, spread), *["block kernels in eight bits"] * eight),
@@ -332,14 +335,17 @@ def _search(
     batch: int,
     decode: lowering.Program,
     reading: int,
-    weights: int,
+    stays: int,
     state: Any,
     program: Callable[..., lowering.Program],
 ) -> int:
-    """The largest batch that fits: foretold from two, then compiled, and made smaller until so."""
+    """The largest batch that fits: foretold from two, then compiled, and made smaller until so.
+
+    No larger than the table, which would leave slots empty.
+    """
 
     def needed(state: Any, decode: lowering.Program) -> int:
-        return weights + lowering.nbytes(state) + max(decode.temporaries + decode.made, reading)
+        return stays + lowering.nbytes(state) + max(decode.temporaries + decode.made, reading)
 
     multiple = 8 * sweep.mesh.shape["data"]
     other = max(batch // 2 // multiple * multiple, multiple)

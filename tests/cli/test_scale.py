@@ -26,6 +26,7 @@ def check(**changes):
         "exchanged_bytes": 68_000_000,
         "prefill_seconds": 0.0225,
         "largest_batch": 1360,
+        "table_rows": 3443,
         "table_seconds": 47.4,
         "compile_seconds": 100.0,
         "notes": (),
@@ -54,6 +55,11 @@ def test_the_table_has_a_column_per_model_and_slice():
     assert rows["exchanged a step, MB"] == ["68.0", "68.0"]
     assert rows["largest batch"] == ["1360", ""]
     assert rows["table, s (compiled estimate)"] == ["47", "30"]
+
+
+def test_a_batch_that_the_table_bounds_and_not_the_memory_is_said():
+    _, rows = lines(check(largest_batch=3440), check(largest_batch=3424))
+    assert rows["largest batch"] == ["3440, all rows", "3424"]
 
 
 def test_what_the_mesh_cannot_split_is_under_the_table():
