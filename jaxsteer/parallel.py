@@ -67,7 +67,7 @@ def parse(text: str) -> dict[str, int]:
     {'data': 1, 'model': 8}
 
     Raises:
-      UserError: anything else.
+      UserError: anything else, or a data axis that does not divide `TOGETHER`.
     """
     sizes = dict.fromkeys(AXES, 1)
     seen = []
@@ -77,6 +77,11 @@ def parse(text: str) -> dict[str, int]:
             raise UserError(f"mesh {text!r} is not understood; write it as data=2,model=4")
         seen.append(name)
         sizes[name] = int(count)
+    if TOGETHER % sizes["data"]:
+        raise UserError(
+            f"mesh {text}: prompts are read {TOGETHER} at a time, which data={sizes['data']} does "
+            "not divide; make data 1, 2, 4, 8 or 16"
+        )
     return sizes
 
 
@@ -88,15 +93,9 @@ def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
       devices: None for those of this process; the first ones are used if there are more.
 
     Raises:
-      UserError: text that is not understood, a data axis that does not divide `TOGETHER`, or too
-        few devices.
+      UserError: as `parse`, or too few devices.
     """
     sizes = parse(text)
-    if TOGETHER % sizes["data"]:
-        raise UserError(
-            f"mesh {text}: prompts are read {TOGETHER} at a time, which data={sizes['data']} does "
-            "not divide; make data 1, 2, 4, 8 or 16"
-        )
     found = list(jax.local_devices() if devices is None else devices)
     needed = sizes["data"] * sizes["model"]
     if needed > len(found):

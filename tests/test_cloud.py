@@ -61,12 +61,31 @@ def test_a_tpu_that_does_not_exist_is_refused(name):
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--spot"), "disk goes with it; give --store"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--store", "s3://x"), "neither gs://BUCKET"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "8"), "mesh '8'"),
+        (("smollm2-demo", "--tpu", "v5e-4", *ZONE, "--mesh", "model=8"), "tpu-v5litepod-4, which"),
+        (("smollm2-demo", "--tpu", "v4-8", *ZONE, "--mesh", "model=8"), "which has 4; ask for"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "data=3"), "data=3 does not divide"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "a; b"), "neither a hub id"),
     ],
 )
 def test_what_would_fail_on_the_machine_is_refused_here(arguments, said):
     with pytest.raises(UserError, match=said):
         launch(*arguments, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("name", "used", "said"),
+    [
+        ("v5e-8", 1, "1 of 8 chips would be used; --mesh model=8 or data=8 would use all"),
+        ("v4-8", 2, "2 of 4 chips"),
+        ("v5e-8", 8, None),
+        ("v5e-1", 1, None),
+        ("v5e-64", 1, "every host of the slice would use one of its chips"),
+        ("v5e-64", 4, None),
+    ],
+)
+def test_chips_that_would_stand_idle_are_named(name, used, said):
+    note = cloud.idle_chips(cloud.tpu(name), used)
+    assert note is None if said is None else said in note
 
 
 def test_a_study_the_machine_would_not_get_is_refused(tmp_path):

@@ -212,7 +212,7 @@ def test_a_batch_that_the_mesh_does_not_divide_says_what_would():
 
 def test_a_data_axis_that_prompts_cannot_be_spread_over_is_refused_before_the_model_is_loaded():
     with pytest.raises(UserError, match=r"16 at a time, which data=3 does not divide; make data 1"):
-        parallel.mesh("data=3", jax.devices() * 3)
+        parallel.parse("data=3")
 
 
 def test_without_a_mesh_nothing_is_placed():

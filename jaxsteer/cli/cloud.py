@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -52,15 +53,18 @@ def launch(
     if not re.fullmatch(r"[\w./-]+", model):
         raise UserError(f"model {model!r} is neither a hub id nor a path")
     options = [f"--limit {limit}"] if limit else ["--full"] if full else []
+    machine = cloud.tpu(tpu)
+    used = math.prod(parallel.parse(mesh).values()) if mesh is not None else 1
+    if note := cloud.idle_chips(machine, used):
+        typer.echo(f"note: {note}", err=True)
     if mesh is not None:
-        parallel.parse(mesh)
         options.append(f"--mesh {mesh}")
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     task = cloud.text(
         cloud.task(
             os.path.relpath(study) if study.endswith(".toml") else study,
             name=f"{asked.name}{suffix}",
-            machine=cloud.tpu(tpu),
+            machine=machine,
             zone=zone,
             store=store,
             spot=spot,

@@ -47,6 +47,14 @@ class Tpu:
     runtime: str
     single: bool
 
+    @property
+    def chips(self) -> int | None:
+        """Chips of the machine; None for a slice, whose machines Google chooses."""
+        if not self.single:
+            return None
+        _, generation, size = self.accelerator.split("-")
+        return int(size) // (2 if generation in _MOST_CORES else 1)
+
 
 def tpu(text: str) -> Tpu:
     """Look a TPU up by its name: generation and size, as in `v5e-8`.
@@ -74,6 +82,30 @@ def tpu(text: str) -> Tpu:
         raise UserError(f"there is no TPU {text!r}; {generation} comes in {sizes}")
     google, runtime = GENERATIONS[generation]
     return Tpu(accelerator=f"tpu-{google}-{size}", runtime=runtime, single=size <= 8)
+
+
+def idle_chips(machine: Tpu, used: int) -> str | None:
+    """A sentence about chips that are paid for and would stand idle; None when there are none.
+
+    Args:
+      machine: what to run on.
+      used: chips of each host's mesh; 1 without one.
+
+    Raises:
+      UserError: more than the machine has.
+    """
+    if machine.chips is None:
+        alone = "every host of the slice would use one of its chips; give --mesh to use more"
+        return alone if used == 1 else None
+    if used > machine.chips:
+        raise UserError(
+            f"a mesh of {used} chips does not fit {machine.accelerator}, which has "
+            f"{machine.chips}; ask for a smaller --mesh or a larger --tpu"
+        )
+    if used == machine.chips:
+        return None
+    said = f"--mesh model={machine.chips} or data={machine.chips} would use all"
+    return f"{used} of {machine.chips} chips would be used; {said}"
 
 
 def task(
