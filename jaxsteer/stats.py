@@ -96,7 +96,9 @@ def paired_bootstrap(
     Drawing n pairs with replacement draws the counts of the three kinds of pair from a
     multinomial, so the counts are all it needs (Efron & Tibshirani 1993, chapter 13). With no
     discordant pair every draw is 0; since n agreeing pairs do not show that none disagrees, the
-    interval is then the Wilson bound of 0 in n, either way.
+    interval is then the Wilson bound of 0 in n, either way. With nothing but pairs that fall one
+    way every draw is 1; of other pairs at least a share w, the Wilson bound of n in n, would fall
+    that way and the rest could fall the other, so the interval then begins at w - (1 - w).
 
     Args:
       only_first: pairs with the outcome in the first arm alone.
@@ -111,12 +113,19 @@ def paired_bootstrap(
     (0.175, 0.525)
     >>> paired_bootstrap(0, 0, 40) == (-wilson(0, 40)[1], wilson(0, 40)[1])
     True
+    >>> paired_bootstrap(40, 0, 40) == (2 * wilson(40, 40)[0] - 1, 1.0)
+    True
     """
     if n == 0:
         return -1.0, 1.0
     if only_first == only_second == 0:
         bound = wilson(0, n, confidence)[1]
         return -bound, bound
+    least = 2 * wilson(n, n, confidence)[0] - 1
+    if only_first == n:
+        return least, 1.0
+    if only_second == n:
+        return -1.0, -least
     generator = np.random.Generator(np.random.PCG64(seed))
     shares = np.array([only_first, only_second, n - only_first - only_second]) / n
     counts = generator.multinomial(n, shares, size=draws)

@@ -104,6 +104,19 @@ def test_paired_bootstrap_without_flips_is_not_certain():
     assert -high == low < -0.08
 
 
+@pytest.mark.parametrize("n", [1, 3, 40, 1000])
+def test_paired_bootstrap_of_pairs_that_all_fall_one_way_is_not_certain(n):
+    low, high = paired_bootstrap(n, 0, n)
+    assert low < 1 == high
+    assert paired_bootstrap(0, n, n) == (-high, -low)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_up_to_three_pairs_that_fall_one_way_may_be_chance(n):
+    low, high = paired_bootstrap(n, 0, n)
+    assert low < 0 < high
+
+
 def test_paired_bootstrap_covers_the_truth_as_often_as_it_says(rng):
     truth, n = np.array([0.3, 0.1, 0.6]), 60
     samples = rng.multinomial(n, truth, size=400)
