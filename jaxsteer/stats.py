@@ -138,16 +138,29 @@ def paired_bootstrap(
 def mean_bootstrap(
     values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean of scores, each scored row counting once.
+    """Percentile bootstrap interval of a mean of scores from 0 to 1, each scored row counting once.
+
+    Fewer than two scores do not show how much scores differ: the interval is then the whole range.
+    Where all are alike, every resample is too, which does not show that no other score differs. The
+    share that does is at most the Wilson bound of 0 in n, so the interval then is the mean with
+    that share of it moved to 0, or to 1.
 
     >>> low, high = mean_bootstrap([0.0, 0.0, 0.25, 1.0, 0.5, 0.0])
     >>> round(low, 2), round(high, 2)
     (0.04, 0.62)
+    >>> mean_bootstrap([0.0] * 40) == wilson(0, 40)
+    True
     """
+    n = len(values)
+    if n < 2:
+        return 0.0, 1.0
     sample = np.asarray(values, np.float64)
+    if sample.min() == sample.max():
+        mean, share = float(sample[0]), wilson(0, n, confidence)[1]
+        return mean - share * mean, mean + share * (1 - mean)
     generator = np.random.Generator(np.random.PCG64(seed))
     means = [
-        sample[generator.integers(len(sample), size=(chunk, len(sample)))].mean(axis=1)
+        sample[generator.integers(n, size=(chunk, n))].mean(axis=1)
         for chunk in [1000] * (draws // 1000) + [draws % 1000]
         if chunk
     ]

@@ -135,6 +135,18 @@ def test_mean_bootstrap_equals_scipys(rng):
     assert mean_bootstrap(values.tolist()) == pytest.approx(tuple(expected), abs=0.004)
 
 
+@pytest.mark.parametrize("values", [[], [0.0], [0.5]])
+def test_mean_bootstrap_of_fewer_than_two_scores_is_the_whole_range(values):
+    assert mean_bootstrap(values) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.25, 1.0])
+def test_mean_bootstrap_of_scores_all_alike_is_not_certain(score):
+    few, many = mean_bootstrap([score] * 2), mean_bootstrap([score] * 40)
+    assert 0 <= few[0] <= many[0] <= score <= many[1] <= few[1] <= 1
+    assert many[1] - many[0] == pytest.approx(wilson(0, 40)[1])
+
+
 def test_kappa_equals_statsmodels(rng):
     for size in (2, 3, 5):
         table = rng.integers(0, 30, size=(size, size))

@@ -177,7 +177,10 @@ def _line(name: str, other: str, metric: Metric, a: Rate | Leakage, b: Rate | Le
     else:
         assert isinstance(a, Leakage) and isinstance(b, Leakage)
         one, two = a.mean, b.mean
-        low, high = mean_difference((a.mean, a.sd, max(a.n, 1)), (b.mean, b.sd, max(b.n, 1)))
+        low, high = -1.0, 1.0
+        # One row has no spread to speak of: its sd of 0 would look like certainty.
+        if min(a.n, b.n) > 1:
+            low, high = mean_difference((a.mean, a.sd, a.n), (b.mean, b.sd, b.n))
     return Line(
         condition=name,
         other=other,

@@ -78,6 +78,24 @@ def test_leakage_is_compared_where_both_measured_it(tmp_path):
     assert found.difference == pytest.approx(3 * found.first, rel=1e-4)
 
 
+def test_one_scored_row_a_side_does_not_show_that_leakage_moved(tmp_path):
+    made_of = []
+    for name, score in (("a", 0.0), ("b", 0.5)):
+        folder = made.folder(tmp_path / name)
+        frame = made.guard(pl.read_parquet(folder / "responses.parquet"))
+        one = frame.filter(pl.col("row_id").str.starts_with("baseline/sr")).head(1)
+        (folder / "judges").mkdir()
+        one.with_columns(score=pl.lit(score)).cast(SCHEMA).write_parquet(
+            folder / "judges/leakage.parquet"
+        )
+        results.refresh_summary(folder)
+        build.write(folder)
+        made_of.append(form.load(folder / build.JSON))
+    found = line(diff.compare(*made_of), "baseline", "leakage")
+    assert (found.n_first, found.n_second, found.difference) == (1, 1, 0.5)
+    assert (found.low, found.high, found.moved) == (-1.0, 1.0, False)
+
+
 def test_modes_of_two_receipts_are_compared_when_each_has_one(tmp_path):
     calm = receipt(tmp_path / "a", study=made.study(modes=["calm"]))
     bold = receipt(tmp_path / "b", study=made.study(modes=["bold"]))
