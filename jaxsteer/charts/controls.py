@@ -140,16 +140,22 @@ def _span(numbers: Iterable[int]) -> str:
 def envelope_table(rows: pl.DataFrame, made: Sequence[Finding]) -> pl.DataFrame:
     """Rates behind the random controls of some findings: one line per seed and treated condition.
 
+    A row is named by its treated condition, and by outcome and prompts where the rows differ in it.
+
     Returns:
-      Columns row (what is compared), kind (`treated` or `random`), name, slot (place in the row),
-      n, rate, low, high.
+      Columns row (what is compared), outcome, kind (`treated` or `random`), name, slot (place in
+      the row), n, rate, low, high.
     """
     lines = []
-    seen = set()
+    compared: dict[tuple[str, str, str], Finding] = {}
     for f in (f for f in made if f.kind == "random"):
-        if (f.treated, f.family, f.outcome) in seen:
-            continue
-        seen.add((f.treated, f.family, f.outcome))
+        compared.setdefault((f.treated, f.family, f.outcome), f)
+    outcomes = {f.outcome for f in compared.values()}
+    families = {f.family for f in compared.values()}
+    for f in compared.values():
+        row = f.treated
+        row += f" · {f.outcome}" if len(outcomes) > 1 else ""
+        row += f" · {PROMPTS.get(f.family, f.family)}" if len(families) > 1 else ""
         of = pl.col("family") == f.family
         one = rows.filter(of & (pl.col("condition") == f.treated))
         many = rows.filter(of & (pl.col("base") == f.first))
@@ -164,25 +170,27 @@ def envelope_table(rows: pl.DataFrame, made: Sequence[Finding]) -> pl.DataFrame:
                 slot += 1
                 k, n = int((group["label"] == f.outcome).sum()), group.height
                 low, high = wilson(k, n)
-                line = {"row": f.treated, "kind": kind, "name": str(name), "slot": slot, "n": n}
-                lines.append({**line, "rate": k / n, "low": low, "high": high})
+                line = {"row": row, "outcome": f.outcome, "kind": kind, "name": str(name)}
+                shares = {"rate": k / n, "low": low, "high": high}
+                lines.append({**line, "slot": slot, "n": n, **shares})
     return pl.DataFrame(
         lines,
         schema={
-            "row": pl.String, "kind": pl.String, "name": pl.String, "slot": pl.Int64,
-            "n": pl.Int64,
+            "row": pl.String, "outcome": pl.String, "kind": pl.String, "name": pl.String,
+            "slot": pl.Int64, "n": pl.Int64,
             "rate": pl.Float64, "low": pl.Float64, "high": pl.Float64,
         },
     )  # fmt: skip
 
 
-def envelope_chart(table: pl.DataFrame, outcome: str = "refusal") -> alt.LayerChart:
+def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
     """Random directions as a cloud of seeds, and the treated condition against it.
 
     Args:
       table: from `envelope_table`, not empty.
-      outcome: the label whose rate it is.
     """
+    outcomes = table["outcome"].unique(maintain_order=True).to_list()
+    rate = f"{' or '.join(outcomes)} rate"
     outside, count = 0, 0
     spans = []
     for (row,), group in table.group_by("row", maintain_order=True):
@@ -194,7 +202,7 @@ def envelope_chart(table: pl.DataFrame, outcome: str = "refusal") -> alt.LayerCh
         count += 1
     x = alt.X(
         "rate:Q",
-        title=f"{outcome} rate",
+        title=rate,
         axis=alt.Axis(format=theme.PERCENT, tickCount=6),
         scale=alt.Scale(domain=[0, 1]),
     )
@@ -219,12 +227,11 @@ def envelope_chart(table: pl.DataFrame, outcome: str = "refusal") -> alt.LayerCh
     band = (
         alt.Chart(pl.DataFrame(spans))
         .mark_bar(color=theme.PALETTE["random"], opacity=0.16, cornerRadius=3)
-        .encode(x=alt.X("low:Q", title=f"{outcome} rate"), x2="high:Q", y=y)
+        .encode(x=alt.X("low:Q", title=rate), x2="high:Q", y=y)
     )
     seeds_n = table.filter(pl.col("kind") == "random").group_by("row").len()["len"].to_list()
-    finding = (
-        f"Outside the range of their random directions: {outside} of {count} treated conditions"
-    )
+    what = "treated conditions" if len(outcomes) == 1 else "rates of treated conditions"
+    finding = f"Outside the range of their random directions: {outside} of {count} {what}"
     detail = (
         f"share of prompts, n = {_span(table['n'].to_list())} each, Wilson 95 % intervals; shaded: "
         f"range over {_span(seeds_n)} seeds"

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import polars as pl
 import pytest
 
+from jaxsteer import results
 from jaxsteer.analysis import controls, flips
 from jaxsteer.charts import controls as charts
 from tests.receipt import made
@@ -27,6 +30,51 @@ def test_each_seed_has_a_point_with_an_interval_and_n(found):
     assert inside.height == table.height and (table["n"] == 40).all()
     words = " ".join(charts.envelope_chart(table).to_dict()["title"]["text"])
     assert words.endswith(": 2 of 2 treated conditions")
+
+
+@pytest.fixture(scope="module")
+def suppressing_and_bypassing(tmp_path_factory: pytest.TempPathFactory):
+    """A study that asks of the persona both fewer refusals and more bypasses."""
+    folder = made.folder(tmp_path_factory.mktemp("charts") / "two outcomes")
+    (folder / "judges").mkdir()
+    rows = pl.read_parquet(folder / "responses.parquet")
+    unsafe = made.guard(rows, lambda row: row.startswith("persona/sr"))
+    unsafe.write_parquet(folder / "judges/llama-guard.parquet")
+    return results.load(folder)
+
+
+def test_each_outcome_has_its_own_row_beside_its_random_directions(suppressing_and_bypassing):
+    found = suppressing_and_bypassing
+    made_of = [f for f in controls.findings(found) if f.treated == "persona"]
+    table = charts.envelope_table(found.rows, made_of)
+    treated = table.filter(pl.col("kind") == "treated")
+    rates = dict(treated.select("row", "rate").iter_rows())
+    assert rates == {"persona · refusal": 1 / 40, "persona · bypass": 39 / 40}
+    drawn = charts.envelope_chart(table).to_dict()
+    assert " ".join(drawn["title"]["text"]).endswith(": 2 of 2 rates of treated conditions")
+    assert axis_titles(drawn) == {"refusal or bypass rate"}
+
+
+def test_the_axis_names_the_one_outcome_that_is_drawn(suppressing_and_bypassing):
+    found = suppressing_and_bypassing
+    for outcome in ("refusal", "bypass"):
+        made_of = [f for f in controls.findings(found) if f.outcome == outcome]
+        table = charts.envelope_table(found.rows, made_of)
+        assert "persona" in table["row"].to_list()
+        assert axis_titles(charts.envelope_chart(table).to_dict()) == {f"{outcome} rate"}
+
+
+def axis_titles(drawn: dict) -> set[str]:
+    """Titles of the horizontal axis in every layer of a chart."""
+    found = {drawn["encoding"]["x"]["title"]} if "encoding" in drawn else set()
+    return found.union(*map(axis_titles, drawn.get("layer", [])))
+
+
+def test_rows_of_other_prompts_are_told_apart(found):
+    (one,) = [f for f in controls.findings(found) if (f.kind, f.treated) == ("random", "persona")]
+    made_of = [one, dataclasses.replace(one, family="benign")]
+    rows = charts.envelope_table(found.rows, made_of)["row"].unique(maintain_order=True)
+    assert rows.to_list() == ["persona · harmful prompts", "persona · benign prompts"]
 
 
 def test_flipped_prompts_stand_first(found):
