@@ -132,7 +132,7 @@ def export_sample(
 ) -> None:
     """Draw a sample of replies for a person to label, without condition or label.
 
-    Example: jaxsteer audit export results/smollm2-demo audit.csv --n 50
+    Example: jaxsteer audit export results/smollm2-demo results/smollm2-demo/audit.csv --n 50
     """
     from jaxsteer.judges import audit as audits
     from jaxsteer.judges import judging, verdicts
@@ -151,7 +151,7 @@ def import_sample(
 ) -> None:
     """Take a filled sample as the verdicts of the judge `human`, and show how judges agree.
 
-    Example: jaxsteer audit import results/smollm2-demo audit.csv
+    Example: jaxsteer audit import results/smollm2-demo results/smollm2-demo/audit.csv
     """
     from jaxsteer import shards
     from jaxsteer.judges import agreement, judging, verdicts

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import pytest
@@ -23,6 +25,8 @@ from jaxsteer.fetch import STRONGREJECT, fetch
 from jaxsteer.judges import verdicts
 from tests.judges import made, tiny_guard
 from tests.judges.scripted import GRADES, says, serve
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +119,19 @@ def test_a_person_labels_a_sample_and_sees_how_judges_agree(results, tmp_path):
         "refusal: keyword and human on 12 rows: both yes 2, only keyword 0, only human 0, "
         "both no 10, kappa 1.00"
     ) in said
+
+
+def test_every_example_writes_harmful_text_where_git_does_not_look(tmp_path):
+    pages = (ROOT / "docs/judges.md").read_text() + (ROOT / "README.md").read_text()
+    for command in ("export", "import"):
+        pages += CliRunner().invoke(app, ["audit", command, "--help"]).output
+    files = re.findall(r"audit (?:export|import) results/\S+\s+(\S+\.csv)", pages)
+    assert len(files) >= 4
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    for file in [*files, "audit.csv", "my-audit-2.csv"]:
+        assert subprocess.run(["git", "check-ignore", "-q", file], cwd=tmp_path).returncode == 0
+    assert all(file.startswith("results/") for file in files)
 
 
 # -- The real SmolLM2 behind `transformers serve` --------------------------------------------------
