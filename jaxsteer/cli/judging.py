@@ -108,7 +108,9 @@ def judge(
 
 
 def said(outcome: judging.Outcome) -> str:
-    """What one judge said, in a line or a few."""
+    """What one judge said, in a line or a few; a reason may quote a reply."""
+    from jaxsteer.show import plain
+
     counts = ", ".join(f"{n} {verdict}" for verdict, n in outcome.verdicts.items())
     unscored = sum(outcome.unscored.values())
     line = f"{outcome.judge}: {outcome.asked} rows: {counts or 'none scored'}"
@@ -119,7 +121,7 @@ def said(outcome: judging.Outcome) -> str:
     reasons = [f"  unscored {n}: {reason}" for reason, n in list(outcome.unscored.items())[:3]]
     if len(outcome.unscored) > 3:
         reasons.append(f"  and {len(outcome.unscored) - 3} other reasons")
-    return "\n".join([line, *reasons])
+    return plain("\n".join([line, *reasons]))
 
 
 @audit.command("export")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import polars as pl
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -77,6 +78,15 @@ def test_unscored_rows_are_said_with_their_reasons(results):
         )
     assert "8 rows: none scored, 3 unscored, 5 not judged yet" in said
     assert 'unscored 3: unparsable (no refusal score): "Hmm."' in said
+
+
+def test_a_stored_reason_cannot_drive_the_terminal(results):
+    run("judge", results, "--judge", "keyword", "--limit", 1)
+    path = results / "judges/keyword.parquet"
+    unscored = {"verdict": pl.lit(None, pl.String), "reason": pl.lit("\x1b[31mred\x07 \u202eback")}
+    pl.read_parquet(path).with_columns(**unscored).write_parquet(path)
+    said = run("judge", results, "--judge", "keyword", "--limit", 1)
+    assert r"unscored 1: \x1b[31mred\x07 \x202eback" in said
 
 
 def test_llama_guard_judges_from_a_converted_checkpoint(results, tmp_path):
