@@ -101,10 +101,13 @@ def judge(
         limit=limit,
         fresh=fresh,
     )
-    for outcome in judging.judge(results, judges, options):
-        typer.echo(said(outcome))
-    if (results / "summary.json").is_file():
-        studies.refresh_summary(results)
+    try:
+        for outcome in judging.judge(results, judges, options):
+            typer.echo(said(outcome))
+    finally:
+        # What was judged before an error or Ctrl-C is kept, so the summary follows it.
+        if (results / "summary.json").is_file():
+            studies.refresh_summary(results)
 
 
 def said(outcome: judging.Outcome) -> str:

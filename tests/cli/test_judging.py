@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from jaxsteer import results as studies
 from jaxsteer.cli.common import app
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -26,6 +28,7 @@ from jaxsteer.fetch import STRONGREJECT, fetch
 from jaxsteer.judges import verdicts
 from tests.judges import made, tiny_guard
 from tests.judges.scripted import GRADES, says, serve
+from tests.receipt import made as study_made
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -87,6 +90,22 @@ def test_a_stored_reason_cannot_drive_the_terminal(results):
     pl.read_parquet(path).with_columns(**unscored).write_parquet(path)
     said = run("judge", results, "--judge", "keyword", "--limit", 1)
     assert r"unscored 1: \x1b[31mred\x07 \x202eback" in said
+
+
+def test_the_summary_follows_the_first_judge_when_the_second_fails(tmp_path):
+    folder = study_made.folder(tmp_path / "results")
+    assert refused(folder)["baseline"] == 0.45
+    with pytest.raises(UserError, match="is in no known set"):
+        run(*("judge", folder, "--judge", "keyword", "--judge", "llama-guard"),
+            *("--guard-model", tmp_path))  # fmt: skip
+    rows = studies.load(folder).rows.filter(condition="baseline", family="strongreject")
+    assert refused(folder)["baseline"] == (rows["label"] == "refusal").mean() == 0.0
+
+
+def refused(folder: Path) -> dict[str, float]:
+    """Refusal on harmful prompts by condition, as summary.json has it."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {e["condition"]: e["refusal"] for e in summary if e["family"] == "strongreject"}
 
 
 def test_llama_guard_judges_from_a_converted_checkpoint(results, tmp_path):
