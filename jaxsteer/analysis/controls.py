@@ -23,6 +23,7 @@ from typing import Any, Literal
 from jaxsteer import stats
 from jaxsteer.analysis import flips
 from jaxsteer.claims import ALPHA, Claim
+from jaxsteer.errors import UserError
 from jaxsteer.receipt import record
 from jaxsteer.receipt.controls import Table, random_controls, treated_of
 from jaxsteer.receipt.statement import RandomControl
@@ -124,9 +125,10 @@ def findings(found: Results, margin: float = MARGIN) -> list[Finding]:
     run = record.run(found)
     envelopes = random_controls(found.spec, run, Table(found))
     bases = {c.name: c.base for c in run.conditions}
+    conditions = _conditions(found)
     for claim in found.spec.claim:
         made += _random(claim, envelopes, bases)
-        for asked in dict.fromkeys(_asked(found, claim)):
+        for asked in dict.fromkeys(_asked(found.spec, conditions, claim)):
             one = _measured(found, asked, margin)
             if one is not None:
                 made.append(one)
@@ -224,10 +226,28 @@ _SPEAKS_TO: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def _asked(found: Results, claim: ClaimSpec) -> Iterator[_Asked]:
-    conditions: list[dict[str, Any]] = found.run.get("conditions") or []
+def _conditions(found: Results) -> list[dict[str, Any]]:
+    """The conditions of run.json, with the fields that a receipt can do without.
+
+    Raises:
+      UserError: one of them lacks such a field.
+    """
+    conditions: list[dict[str, Any]] = found.run["conditions"]
+    for c in conditions:
+        for field in ("seed", "scale", "benign"):
+            if field not in c:
+                raise UserError(
+                    f"{found.folder}/run.json: condition {c['name']!r} lacks {field!r}; run the "
+                    "study again"
+                )
+    return conditions
+
+
+def _asked(
+    spec: StudySpec, conditions: Sequence[dict[str, Any]], claim: ClaimSpec
+) -> Iterator[_Asked]:
     plain = {c["mode"]: c for c in reversed(conditions) if not c["sites"]}
-    specs = {c.name: c for c in found.spec.condition}
+    specs = {c.name: c for c in spec.condition}
     for test in claim.tests:
         item = specs.get(test.treated)
         if test.expect == "cosine-above" or test.family == "benign" or item is None:
@@ -235,7 +255,7 @@ def _asked(found: Results, claim: ClaimSpec) -> Iterator[_Asked]:
         for c in conditions:
             if c["base"] != item.name or c["seed"] is not None or c["mode"] not in plain:
                 continue
-            contrasts = _contrasts(found.spec, conditions, c, item, plain[c["mode"]]["name"])
+            contrasts = _contrasts(spec, conditions, c, item, plain[c["mode"]]["name"])
             for kind, first, second, expects in contrasts:
                 if test.expect not in _SPEAKS_TO[kind]:
                     continue
