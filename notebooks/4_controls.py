@@ -120,7 +120,11 @@ def _():
 
 @app.cell
 def _(found, planned):
-    made = controls.findings(found) if planned else []
+    try:
+        made, _problem = controls.findings(found) if planned else [], ""
+    except UserError as error:
+        made, _problem = [], str(error)
+    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
     mo.stop(not made, mo.callout(mo.md(controls.headline([]) + "."), kind="warn"))
     _alone, _absent = controls.alone(found, made), controls.absent(made)
     _notes = f"Kinds of control that this study does not have: {', '.join(_absent) or 'none'}. "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -93,6 +94,16 @@ def test_without_results_it_says_what_to_run_and_ends_well(tmp_path):
     done = script(tmp_path / "none")
     assert done.returncode == 0
     assert "make demo" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_damaged_run_record_ends_it_well(tmp_path):
+    damaged = made.folder(tmp_path / "damaged")
+    run = json.loads((damaged / "run.json").read_text())
+    for condition in run["conditions"]:
+        del condition["benign"]
+    (damaged / "run.json").write_text(json.dumps(run))
+    done = script(damaged)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_an_interrupted_run_is_shown_as_far_as_it_got(tmp_path, folder):
