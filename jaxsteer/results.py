@@ -20,9 +20,10 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from jaxsteer import setup
+from jaxsteer import setup, tables
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, write_json
+from jaxsteer.judges.verdicts import read_all
 from jaxsteer.spec import StudySpec
 from jaxsteer.stats import wilson
 
@@ -70,25 +71,10 @@ def load(folder: Path) -> Results:
         spec = msgspec.convert(run["study"], StudySpec)
     except (msgspec.ValidationError, KeyError) as error:
         raise UserError(f"{folder}/run.json: study: {error}; run the study again") from None
-    rows = _responses(folder / "responses.parquet")
-    verdicts = {
-        path.stem: _verdicts(path) for path in sorted((folder / "judges").glob("*.parquet"))
-    }
+    rows, verdicts = _responses(folder / "responses.parquet"), read_all(folder)
     return Results(
         folder=folder, run=run, spec=spec, rows=relabelled(rows, verdicts), verdicts=verdicts
     )
-
-
-def _parquet(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    try:
-        frame = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({first}); remove it and run again") from None
-    missing = [name for name in columns if name not in frame.columns]
-    if missing:
-        raise UserError(f"{path} lacks the column {missing[0]!r}; remove it and run again")
-    return frame
 
 
 _TEXTS = (
@@ -97,7 +83,10 @@ _TEXTS = (
 
 
 def _responses(path: Path) -> pl.DataFrame:
-    rows, again = _parquet(path, COLUMNS), "run the study again"
+    rows, again = tables.read(path, "remove it and run again"), "run the study again"
+    missing = [name for name in COLUMNS if name not in rows.columns]
+    if missing:
+        raise UserError(f"{path} lacks the column {missing[0]!r}; remove it and run again")
     for name in _TEXTS:
         if rows.schema[name] != pl.String or rows[name].null_count():
             raise UserError(f"{path}: column {name} holds other things than texts; {again}")
@@ -116,19 +105,6 @@ def _responses(path: Path) -> pl.DataFrame:
     if strange:
         raise UserError(f"{path}: unknown label {sorted(strange)[0]!r}; {again}")
     return rows
-
-
-def _verdicts(path: Path) -> pl.DataFrame:
-    from jaxsteer.judges.verdicts import SCHEMA
-
-    frame = _parquet(path, tuple(SCHEMA))
-    again = "remove it and judge again"
-    for name, kind in SCHEMA.items():
-        if frame.schema[name] != kind:
-            raise UserError(f"{path}: column {name} is {frame.schema[name]}, not {kind}; {again}")
-    if frame["row_id"].null_count() or frame["row_id"].n_unique() < frame.height:
-        raise UserError(f"{path} names a row twice, or not at all; {again}")
-    return frame
 
 
 def relabelled(rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:

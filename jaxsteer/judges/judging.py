@@ -23,7 +23,7 @@ from typing import Any
 
 import polars as pl
 
-from jaxsteer import data, shards
+from jaxsteer import data, shards, tables
 from jaxsteer.errors import UserError
 from jaxsteer.judges import degenerate, keyword, rubric, thinking, verdicts
 from jaxsteer.judges.endpoint import Answer, Client, Endpoint, Unanswered, check
@@ -94,11 +94,7 @@ def responses(results: Path) -> pl.DataFrame:
     if not path.is_file():
         raise UserError(f"no responses.parquet in {results}; run `jaxsteer sweep` to the end first")
     columns = ["row_id", "condition", "prompt_id", "family", "response", "label", "judge"]
-    try:
-        table = pl.read_parquet(path, columns=columns)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        first = str(error).splitlines()[0][:120]
-        raise UserError(f"{path} is damaged ({first}); run the study again") from None
+    table = tables.read(path, "run the study again", columns)
     if table["row_id"].is_duplicated().any() or table.null_count().sum_horizontal()[0]:
         raise UserError(f"{path} has repeated rows or empty cells; run the study again")
     return table

@@ -25,6 +25,7 @@ from typing import Any
 
 import polars as pl
 
+from jaxsteer import tables
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, canonical_json, sha256_bytes
 
@@ -98,16 +99,14 @@ def read(path: Path) -> pl.DataFrame:
     """Read one judge's verdicts.
 
     Raises:
-      UserError: damaged, other columns, or two verdicts on one row.
+      UserError: damaged, other columns, or not one verdict on each row it names.
     """
-    try:
-        table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        first = str(error).splitlines()[0][:120]
-        raise UserError(f"{path} is damaged ({first}); remove it and judge again") from None
+    table = tables.read(path, "remove it and judge again")
     for name, kind in SCHEMA.items():
         if table.schema.get(name) != kind:
             raise UserError(f"{path} has no column {name} of type {kind}; remove it, judge again")
+    if table["row_id"].null_count():
+        raise UserError(f"{path} holds a verdict on no row; remove it and judge again")
     if table["row_id"].is_duplicated().any():
         raise UserError(f"{path} holds two verdicts on one row; remove it and judge again")
     return table.select(list(SCHEMA))

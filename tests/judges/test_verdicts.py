@@ -103,6 +103,9 @@ def test_a_file_with_other_columns_or_repeated_rows_is_refused(tmp_path):
     pl.concat([table, table]).write_parquet(path)
     with pytest.raises(UserError, match="two verdicts on one row"):
         verdicts.read(path)
+    table.with_columns(row_id=pl.lit(None, pl.String)).write_parquet(path)
+    with pytest.raises(UserError, match="a verdict on no row"):
+        verdicts.read(path)
     table.drop("score").write_parquet(path)
     with pytest.raises(UserError, match="no column score"):
         verdicts.read(path)

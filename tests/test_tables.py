@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from jaxsteer import results, tables
+from jaxsteer.errors import UserError
+from jaxsteer.judges import judging, verdicts
+from tests.receipt import made
+
+
+@pytest.fixture
+def path(tmp_path):
+    pl.DataFrame({"a": [1, 2], "b": ["x", "y"]}).write_parquet(tmp_path / "t.parquet")
+    return tmp_path / "t.parquet"
+
+
+def test_the_named_columns_are_read_and_all_by_default(path):
+    assert tables.read(path, "").columns == ["a", "b"]
+    assert tables.read(path, "", ["b"]).columns == ["b"]
+
+
+def test_a_damaged_file_is_one_line_with_what_to_do(path):
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"t\.parquet is damaged \(.+\); run it again$"):
+        tables.read(path, "run it again")
+
+
+READERS = {
+    "a study's results": results.load,
+    "a judge's rows": judging.responses,
+    "a judge's verdicts": verdicts.read_all,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_on_which_the_parquet_reader_panics_is_one_line(reader, tmp_path, monkeypatch):
+    def panics(*of, **options):
+        raise pl.exceptions.PanicException("called `Option::unwrap()` on a `None` value\nand more")
+
+    folder = made.folder(tmp_path)
+    (folder / "judges").mkdir()
+    verdicts.empty().write_parquet(folder / "judges/keyword.parquet")
+    monkeypatch.setattr(pl, "read_parquet", panics)
+    with pytest.raises(UserError, match=r"is damaged \(called `.+` on a `None` value\); "):
+        READERS[reader](folder)
