@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 
+import msgspec
 import polars as pl
 import pytest
 
@@ -198,6 +199,20 @@ def test_this_versions_words_must_follow_from_its_figures(copied):
 def test_the_recount_finds_nothing_in_a_receipt_as_written(finished):
     receipt = form.load(finished / build.JSON)
     assert [p for check in recount.checks().values() for p in check(receipt)] == []
+
+
+def test_a_seed_that_ties_at_7_of_48_is_still_a_tie_when_recounted(tmp_path):
+    def seven_refused(condition, family, i):
+        seven = condition == "persona" or condition.startswith("random direction")
+        return ("refusal" if i < 7 else "degenerate") if seven else made.usual(condition, family, i)
+
+    study = made.study()
+    study = msgspec.structs.replace(study, data=msgspec.structs.replace(study.data, harmful=48))
+    path, _ = build.write(made.folder(tmp_path / "made", study=study, label=seven_refused))
+    found = form.load(path).predicate.random_controls
+    [control] = [c for c in found if (c.treated, c.outcome) == ("persona", "refusal")]
+    assert (control.value, control.p_low, control.p_high) == (0.145833, 1.0, 1.0)
+    assert failed(path) == set()
 
 
 @pytest.mark.parametrize(
