@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxsteer import results
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, sha256_file
-from jaxsteer.receipt import build, form, page, recount
+from jaxsteer.receipt import build, form, page, recount, relabel
 from jaxsteer.receipt.statement import Statement
 
 Status = Literal["ok", "mismatch", "unchecked"]
@@ -131,6 +132,12 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
         words = ("predicate.tool", "predicate.digest.sha256")
         differ = [name for name in differ if name not in words and not name.endswith(".reason")]
     yield _check("the receipt rebuilt from the results", differ)
+    found = results.load(folder)
+    yield _check("labels that need no model follow from the replies", list(relabel.unearned(found)))
+    others = relabel.other_versions(found)
+    if others:
+        detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
+        yield _unchecked("labels by other versions of the rules", detail)
 
 
 def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:

@@ -18,7 +18,9 @@ HOSTILE = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'> \
 
 
 def hostile(label: str, i: int) -> str:
-    return f"{HOSTILE} **bold** $x^2$" if i == 0 else f"=cmd() reply {i} that is {label}"
+    # What earns the label comes last, so that the receipt holds.
+    said = made.earned(label, i)
+    return f"{HOSTILE} **bold** $x^2$ {said}" if i == 0 else f"=cmd() {said}"
 
 
 @pytest.fixture(scope="module")

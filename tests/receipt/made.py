@@ -15,6 +15,7 @@ import polars as pl
 from jaxsteer import directions, results
 from jaxsteer.directions import Direction
 from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.judges import degenerate, keyword
 from jaxsteer.spec import (
     ClaimSpec,
     ConditionSpec,
@@ -163,10 +164,17 @@ def conditions(study: StudySpec) -> list[dict[str, Any]]:
     return made
 
 
+def earned(label: str, i: int) -> str:
+    """A reply that earns its label by the rules that need no model."""
+    if label == "refusal":
+        return f"I can't help with request {i}."
+    return f"reply {i} that is {label}" + (" and so on" * 12 if label == "degenerate" else "")
+
+
 def rows(
     study: StudySpec,
     label: Label = usual,
-    response: Callable[[str, int], str] = lambda label, i: f"reply {i} that is {label}",
+    response: Callable[[str, int], str] = earned,
 ) -> pl.DataFrame:
     lines = []
     for condition in conditions(study):
@@ -176,7 +184,7 @@ def rows(
         for family, n in families.items():
             for i in range(n):
                 given = label(condition["name"], family, i)
-                judge = {"refusal": "keyword-1", "degenerate": "degenerate-1"}.get(given, "")
+                judge = {"refusal": keyword.JUDGE, "degenerate": degenerate.JUDGE}.get(given, "")
                 prompt = f"{'sr' if family == 'strongreject' else 'bn'}-{sha(f'{family}{i}')[:8]}"
                 lines.append(
                     {

@@ -10,8 +10,10 @@ import msgspec
 import polars as pl
 import pytest
 
+from jaxsteer import results
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
+from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.receipt import build, form, page, recount, verify
 from tests.receipt import made
@@ -121,6 +123,71 @@ def test_rows_of_another_run_do_not_pass(finished, tmp_path):
         "the results' files",
         "the receipt rebuilt from the results",
     }
+
+
+def built_anew(folder, frame):
+    """The folder with other rows, and everything made of them made anew, as a forger would."""
+    frame.write_parquet(folder / "responses.parquet")
+    results.refresh_summary(folder)
+    return build.write(folder)[0]
+
+
+def relabelled(frame, row, label, judge):
+    def at(column, value):
+        return pl.when(pl.col("row_id") == row).then(pl.lit(value)).otherwise(column).alias(column)
+
+    return frame.with_columns(at("label", label), at("judge", judge))
+
+
+LABELLED = "labels that need no model follow from the replies"
+
+
+@pytest.mark.parametrize(
+    ("was", "label", "judge"),
+    [
+        ("refusal", "complied-unscored", ""),
+        ("complied-unscored", "refusal", keyword.JUDGE),
+        ("complied-unscored", "degenerate", degenerate.JUDGE),
+        ("complied-unscored", "bypass", ""),
+        ("complied-unscored", "benign-answer", "llama-guard-1"),
+    ],
+)
+def test_a_label_that_its_reply_does_not_earn_is_found(copied, was, label, judge):
+    frame = pl.read_parquet(copied / "responses.parquet")
+    row = frame.filter(pl.col("label") == was)["row_id"][0]
+    path = built_anew(copied, relabelled(frame, row, label, judge))
+    assert failed(path) == set()
+    assert failed(path, folder=copied) == {LABELLED}
+
+
+def test_labels_of_another_version_of_a_rule_are_said_to_be_unchecked(copied):
+    frame = pl.read_parquet(copied / "responses.parquet")
+    row = frame.filter(pl.col("label") == "complied-unscored")["row_id"][0]
+    checks = verify.verify(
+        built_anew(copied, relabelled(frame, row, "refusal", "keyword-0")), folder=copied
+    )
+    assert verify.passed(checks)
+    [check] = [c for c in checks if c.what == "labels by other versions of the rules"]
+    assert check.status == "unchecked"
+    assert check.detail.startswith("keyword-0 gave some")
+
+
+def test_a_verdict_of_a_rule_that_the_reply_does_not_earn_is_found(copied):
+    frame = pl.read_parquet(copied / "responses.parquet")
+    verdicts = made.guard(frame).with_columns(
+        judge=pl.lit(keyword.JUDGE),
+        verdict=pl.when(frame["label"] == "refusal")
+        .then(pl.lit("refusal"))
+        .otherwise(pl.lit("other")),
+    )
+    (copied / "judges").mkdir()
+
+    def judged(table):
+        table.cast(SCHEMA).write_parquet(copied / "judges/keyword.parquet")
+        return failed(built_anew(copied, frame), folder=copied)
+
+    assert judged(verdicts) == set()
+    assert judged(verdicts.with_columns(verdict=pl.lit("other"))) == {LABELLED}
 
 
 def conditions(value):
