@@ -96,6 +96,11 @@ def _responses(path: Path) -> pl.DataFrame:
     change = rows["change"]
     if not change.dtype.is_float() or change.null_count() or not change.is_finite().all():
         raise UserError(f"{path}: column change holds other things than numbers; {again}")
+    cancels = rows["cancels_steering"]
+    if cancels.dtype != pl.Boolean or cancels.null_count():
+        raise UserError(
+            f"{path}: column cancels_steering holds other things than yes or no; {again}"
+        )
     if rows["row_id"].n_unique() != rows.height:
         raise UserError(f"{path}: a row is there twice; {again}")
     named = pl.col("condition") + "/" + pl.col("prompt_id") == pl.col("row_id")

@@ -7,6 +7,7 @@ replies were really the model's, and who wrote the file.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.receipt import build, form, page, recount, relabel
 from jaxsteer.receipt.statement import Statement
+from jaxsteer.results import Results
 
 Status = Literal["ok", "mismatch", "unchecked"]
 
@@ -138,6 +140,19 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
         yield _unchecked("labels by other versions of the rules", detail)
+    yield _summary(found)
+
+
+def _summary(found: Results) -> Check:
+    what, path = "summary.json follows from the rows", found.folder / "summary.json"
+    if not path.is_file():
+        return _unchecked(what, "there is none")
+    try:
+        shown = json.loads(form.read_bytes(path))
+    except (ValueError, RecursionError):
+        return _check(what, ["it is no JSON"])
+    differ = [where or "all of it" for where in _differences(shown, results.summarise(found.rows))]
+    return _check(what, differ)
 
 
 def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:

@@ -190,6 +190,14 @@ def test_a_verdict_of_a_rule_that_the_reply_does_not_earn_is_found(copied):
     assert judged(verdicts.with_columns(verdict=pl.lit("other"))) == {LABELLED}
 
 
+def test_a_summary_that_is_not_of_the_rows_is_found(copied):
+    summary = json.loads((copied / "summary.json").read_text())
+    summary[0]["refusal"] = 1.0
+    (copied / "summary.json").write_text(json.dumps(summary))
+    path, _ = build.write(copied)
+    assert failed(path, folder=copied) == {"summary.json follows from the rows"}
+
+
 def conditions(value):
     return value["predicate"]["conditions"]
 
@@ -410,6 +418,7 @@ def test_50_damaged_tables_never_crash_a_build_or_pass(tmp_path, name):
     (folder / "judges").mkdir()
     for judge in ("llama-guard", "leakage"):
         verdicts.write_parquet(folder / f"judges/{judge}.parquet")
+    results.refresh_summary(folder)
     build.write(folder)
     assert outcome(folder / build.JSON, folder=folder) == "ok"
     frame = pl.read_parquet(folder / f"{name}.parquet")
