@@ -164,7 +164,7 @@ def _judge(results: Path, rows: pl.DataFrame, name: str, options: Options) -> Ou
     store = Store(results, name, version, identity, about, notes=notes, fresh=options.fresh)
     done, tried = store.judged(), store.tried()
     # Rows that were never shown come first, then the ones that stayed unscored.
-    todo = sorted(set(about["row_id"]) - done, key=lambda row_id: row_id in tried)
+    todo = sorted((r for r in about["row_id"] if r not in done), key=lambda row_id: row_id in tried)
     if options.limit is not None:
         todo = todo[: options.limit]
     chosen = about.filter(pl.col("row_id").is_in(todo)).rows(named=True)

@@ -62,6 +62,12 @@ def test_the_rubric_sees_forbidden_prompts_only(results):
     assert seen["score"].unique().to_list() == [0.875]
 
 
+def test_a_limit_takes_the_first_rows_of_the_table(results):
+    judging.judge(results, ["keyword"], Options(limit=3))
+    first = judging.responses(results)["row_id"][:3]
+    assert set(table(results, "keyword")["row_id"]) == set(first)
+
+
 def test_each_request_holds_its_own_prompt_and_reply(results):
     with serve(says("coherence: 80")) as server:
         judging.judge(results, ["coherence"], options(server))
