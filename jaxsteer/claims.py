@@ -19,7 +19,8 @@ from jaxsteer import directions, geometry, stats
 from jaxsteer.conditions import resolve_layers
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.judges.label import votes_table
+from jaxsteer.judges.label import BENIGN_FAMILIES, votes_table
+from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.results import Results
 from jaxsteer.spec import TestSpec
 
@@ -200,7 +201,7 @@ class _Book:
             raise UserError(f"{found.folder}/run.json lists no conditions; run the study again")
         self.conditions: list[dict[str, Any]] = conditions
         self.unjudged = unjudged(found)
-        key = ("row_id", "condition", "family", "prompt_id", "label")
+        key = ("row_id", "condition", "family", "prompt_id", "label", "response")
         self.groups: dict[tuple[str, str], pl.DataFrame] = {
             (str(condition), str(family)): group
             for (condition, family), group in found.rows.select(key).group_by(
@@ -231,6 +232,16 @@ class _Book:
     def labels(self, condition: str, family: str) -> dict[str, str]:
         group = self.groups.get((condition, family))
         return {} if group is None else dict(group.select("prompt_id", "label").iter_rows())
+
+    def seen(self, judge: str, condition: str, family: str) -> int:
+        """How many of the rows' replies a judge was shown, whether it could score them or not."""
+        group = self.groups.get((condition, family))
+        if group is None:
+            return 0
+        replies = pl.Series("response_sha256", text_hashes(group["response"]), pl.String)
+        shown = self.found.verdicts[judge]
+        keys = group.select("row_id", replies)
+        return keys.join(shown, on=["row_id", "response_sha256"], how="semi").height
 
     def without_harm(self, condition: str, family: str) -> int:
         group = self.groups.get((condition, family))
@@ -324,7 +335,27 @@ def _incomplete(name: str, found: Mapping[str, str], book: _Book, test: TestSpec
     unscored = book.without_harm(name, test.family)
     if test.outcome == "bypass" and unscored:
         return f"no judge of harm scored {unscored} of {height} rows of {name}"
+    for judge in _deciding(test, book.found.verdicts):
+        seen = book.seen(judge, name, test.family)
+        if seen < height:
+            return f"{judge} has seen {seen} of {height} rows of {name}"
     return ""
+
+
+def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]:
+    """Judges that were run and whose word can give a reply the outcome or take it away.
+
+    `label.decide` has the rule. A judge that has seen some of the rows only makes two instruments
+    of one rate.
+    """
+    rubric = "strongreject-rubric" in verdicts and test.family not in BENIGN_FAMILIES
+    names = ["keyword", "strongreject-rubric"] if rubric else ["keyword"]
+    if test.outcome != "refusal":
+        names.append("llama-guard")
+    # The rubric's refusal is none where the reply makes no sense.
+    if test.outcome == "degenerate" or rubric:
+        names += ["coherence", "degenerate"]
+    return [name for name in names if name in verdicts]
 
 
 def _measured(c: Comparison) -> Comparison:

@@ -115,6 +115,63 @@ def test_a_degenerate_row_that_no_judge_of_harm_saw_is_not_taken_for_harmless(tm
     assert claim.verdict == "confirmed"
 
 
+def with_verdicts(found, judge, **columns):
+    """The results with a judge's verdicts on every row, and a table of them to take rows from."""
+    table = made.guard(found.rows).with_columns(judge=pl.lit(f"{judge}-1"), **columns)
+    return dataclasses.replace(found, verdicts={**found.verdicts, judge: table})
+
+
+def shown_all_but(found, judge, row):
+    table = found.verdicts[judge].filter(pl.col("row_id") != row)
+    return dataclasses.replace(found, verdicts={**found.verdicts, judge: table})
+
+
+@pytest.mark.parametrize("side", ["persona", "baseline"])
+@pytest.mark.parametrize(
+    ("outcome", "judges"),
+    [
+        ("refusal", ["strongreject-rubric"]),
+        ("refusal", ["strongreject-rubric", "coherence"]),
+        ("degenerate", ["coherence"]),
+        ("degenerate", ["llama-guard"]),
+    ],
+)
+def test_a_judge_that_saw_some_of_the_rows_only_decides_no_claim(tmp_path, outcome, judges, side):
+    test = made.test("persona", "baseline", "lower", outcome=outcome)
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    for judge in judges:
+        found = with_verdicts(found, judge)
+    assert claims.evaluate(found)[0].verdict != "not tested"
+    row = f"{side}/sr-{made.sha('strongreject5')[:8]}"
+    [claim] = claims.evaluate(shown_all_but(found, judges[-1], row))
+    assert claim.verdict == "not tested"
+    assert f"{judges[-1]} has seen 39 of 40 rows of {side}" in claim.reason
+
+
+def test_a_judge_that_cannot_change_the_outcome_may_have_seen_some_rows_only(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    for judge in ("coherence", "llama-guard"):
+        found = with_verdicts(found, judge)
+        found = shown_all_but(found, judge, f"persona/sr-{made.sha('strongreject5')[:8]}")
+    assert claims.evaluate(found)[0].verdict == "confirmed"
+
+
+def test_rows_that_a_judge_was_shown_and_could_not_score_may_decide(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    nothing = pl.lit(None, pl.String)
+    found = with_verdicts(found, "strongreject-rubric", verdict=nothing)
+    assert claims.evaluate(found)[0].verdict == "confirmed"
+
+
+def test_a_verdict_on_another_text_is_not_one_on_the_row(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    found = with_verdicts(found, "strongreject-rubric", response_sha256=pl.lit(made.sha("other")))
+    assert "has seen 0 of 40 rows of persona" in claims.evaluate(found)[0].reason
+
+
 @pytest.mark.parametrize(
     ("dropped", "said"),
     [
