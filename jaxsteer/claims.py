@@ -8,6 +8,7 @@ repeats: every one must pass. docs/statistics.md has the rules and why they are 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ import polars as pl
 from msgspec import Meta
 
 from jaxsteer import directions, geometry, stats
-from jaxsteer.conditions import resolve_layers
+from jaxsteer.conditions import repeat_name, resolve_layers
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.judges.label import BENIGN_FAMILIES, votes_table
@@ -212,18 +213,26 @@ class _Book:
     def repeats(self, base: str) -> list[dict[str, Any]]:
         return [c for c in self.conditions if c.get("base") == base]
 
-    def planned(self, base: str, there: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these repeats are all that the spec asks for; twins are made, not asked for."""
+    def planned(self, base: str) -> list[dict[str, Any]]:
+        """The repeats that the spec asks for.
+
+        Twins are made and not asked for: of them, those that were run, or one a mode when none was.
+        """
         spec = self.found.spec
-        items = [item for item in spec.condition if item.name == base]
-        asked: set[tuple[Any, Any, Any]] = {
-            (seed, scale, mode)
-            for item in items
-            for seed in (*item.random_seeds,) or (None,)
-            for scale in (*item.scales,) or (None,)
-            for mode in spec.modes or [""]
-        }
-        return not items or asked == {(c.get("seed"), c.get("scale"), c.get("mode")) for c in there}
+        item = next((item for item in spec.condition if item.name == base), None)
+        if item is None and self.repeats(base):
+            return self.repeats(base)
+        scales: list[float | None] = [*item.scales] if item and item.scales else [None]
+        seeds: list[int | None] = [*item.random_seeds] if item and item.random_seeds else [None]
+        return [
+            {
+                "name": repeat_name(base, mode=mode, scale=scale, seed=seed),
+                "mode": mode,
+                "scale": scale,
+                "seed": seed,
+            }
+            for mode, scale, seed in itertools.product(spec.modes or [""], scales, seeds)
+        ]
 
     def expected(self, family: str) -> int:
         prompts = self.found.run.get("prompts") or {}
@@ -270,14 +279,24 @@ def _compare(test: TestSpec, book: _Book) -> list[Comparison]:
     treated, control = book.repeats(test.treated), book.repeats(test.control)
     for name, there in ((test.treated, treated), (test.control, control)):
         if not there:
-            return [_untested(test, test.treated, test.control, f"no condition {name!r} was run")]
-        if not book.planned(name, there):
+            return _none_tested(test, book, f"no condition {name!r} was run")
+        if _keys(there) != _keys(book.planned(name)):
             reason = f"the repeats of {name!r} that were run are not those the study plans"
-            return [_untested(test, test.treated, test.control, reason)]
+            return _none_tested(test, book, reason)
     pairs = paired_repeats(treated, control)
     if not pairs:
         return [_untested(test, test.treated, test.control, "the two share no mode")]
     return [_pair(test, book, t, c) for t, c in pairs]
+
+
+def _keys(repeats: Sequence[Mapping[str, Any]]) -> set[tuple[Any, Any, Any]]:
+    return {(c.get("mode"), c.get("scale"), c.get("seed")) for c in repeats}
+
+
+def _none_tested(test: TestSpec, book: _Book, reason: str) -> list[Comparison]:
+    # One for each pair that the study plans, so that Holm counts as many tests as were planned.
+    pairs = paired_repeats(book.planned(test.treated), book.planned(test.control))
+    return [_untested(test, str(t["name"]), str(c["name"]), reason) for t, c in pairs]
 
 
 def _untested(test: TestSpec, treated: str, control: str, reason: str) -> Comparison:

@@ -65,6 +65,17 @@ class Condition:
     sites: tuple[str, ...]
 
 
+def repeat_name(base: str, *, mode: str, scale: float | None, seed: int | None) -> str:
+    """The name of a repeat of a condition.
+
+    >>> repeat_name("random", mode="calm", scale=0.5, seed=3)
+    'calm: random x0.5 #3'
+    """
+    before = f"{mode}: " if mode else ""
+    strength = "" if scale is None else f" x{scale:g}"
+    return f"{before}{base}{strength}" + ("" if seed is None else f" #{seed}")
+
+
 def depth(fraction: float, n_layers: int) -> int:
     """The 0-based layer nearest to a fraction of depth: 0 is the first block, 1 the last."""
     return round(fraction * (n_layers - 1))
@@ -202,10 +213,7 @@ class _Repeat:
 
     @property
     def name(self) -> str:
-        mode = f"{self.mode}: " if self.mode else ""
-        scale = "" if self.scale is None else f" x{self.scale:g}"
-        seed = "" if self.seed is None else f" #{self.seed}"
-        return f"{mode}{self.item.name}{scale}{seed}"
+        return repeat_name(self.item.name, mode=self.mode, scale=self.scale, seed=self.seed)
 
     @property
     def where(self) -> str:

@@ -210,6 +210,27 @@ def test_a_repeat_that_was_not_run_leaves_a_claim_untested(tmp_path):
     assert "not those the study plans" in claim.reason
 
 
+@pytest.mark.parametrize("left", [2, 0])
+def test_repeats_that_were_not_run_count_in_holm_one_by_one(tmp_path, left):
+    study = made.study(
+        [
+            made.claim("seeds", made.test("persona", "random direction", "lower")),
+            made.claim("other", made.test("persona", "baseline", "lower")),
+        ]
+    )
+    found = made.loaded(tmp_path, study=study)
+    gone = [f"random direction #{seed}" for seed in (1, 2, 3)][left:]
+    kept = [c for c in found.run["conditions"] if c["name"] not in gone]
+    seeds, other = claims.evaluate(
+        dataclasses.replace(found, run={**found.run, "conditions": kept})
+    )
+    assert [(c.treated, c.control, c.passed) for c in seeds.comparisons] == [
+        ("persona", f"random direction #{seed}", None) for seed in (1, 2, 3)
+    ]
+    [c] = other.comparisons
+    assert c.p_holm == pytest.approx(4 * c.p)
+
+
 def test_every_seed_must_pass_and_the_failing_one_is_named(tmp_path):
     def second_seed_refuses(condition, family, i):
         return (
