@@ -2,6 +2,7 @@
 
 A condition is a control of another when their operations have the same shape (what is done, where,
 at which strength) and differ in the direction alone, which is `random` or `neutral` in the control.
+Of several such conditions it is the one whose added vectors have the control's norms.
 """
 
 from __future__ import annotations
@@ -64,10 +65,25 @@ def _shape(op: OperationSpec) -> tuple[object, ...]:
     return bool(op.add), op.at, op.scale, op.everywhere
 
 
+def _norms(spec: StudySpec, condition: ConditionSpec) -> list[tuple[str, str]]:
+    """Whose norm each added vector has, and at which layers."""
+    # Random directions are made as long as the persona, or as the first direction there is.
+    first = "persona" if "persona" in spec.directions else next(iter(spec.directions), "random")
+    return [
+        (
+            op.norm_of or (first if op.add == "random" else op.add),
+            op.norm_at or op.measured_at or op.at,
+        )
+        for op in condition.ops
+        if op.add
+    ]
+
+
 def treated_of(spec: StudySpec, control: ConditionSpec, stand_in: str) -> ConditionSpec | None:
     """The condition that `control` is a control of, by its operations' shape, or None.
 
-    `stand_in` is the direction that takes another's place in the control.
+    `stand_in` is the direction that takes another's place in the control. Where no condition of
+    that shape has the control's norms, the first of them is taken.
     """
 
     def fits(other: ConditionSpec) -> bool:
@@ -90,7 +106,9 @@ def treated_of(spec: StudySpec, control: ConditionSpec, stand_in: str) -> Condit
     names = [op.add or op.project for op in control.ops]
     if stand_in not in names:
         return None
-    return next((c for c in spec.condition if c.name != control.name and fits(c)), None)
+    found = [c for c in spec.condition if c.name != control.name and fits(c)]
+    alike = [c for c in found if _norms(spec, c) == _norms(spec, control)]
+    return next(iter([*alike, *found]), None)
 
 
 def random_controls(spec: StudySpec, run: Run, rows: Table) -> list[statement.RandomControl]:
