@@ -34,10 +34,18 @@ def checks() -> dict[str, Callable[[Statement], Iterable[str]]]:
 
 
 def close(first: Any, second: Any) -> bool:
-    """Equality up to the six digits a receipt keeps, through lists and dicts."""
+    """Equality up to the six digits a receipt keeps, through lists and dicts.
+
+    Whole numbers are kept whole, so they have to be equal.
+
+    >>> close(0.333333, 1 / 3), close(20260101, 20260102)
+    (True, False)
+    """
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
-    if isinstance(first, int | float) and isinstance(second, int | float):
+    if isinstance(first, int) or isinstance(second, int):
+        return bool(first == second)
+    if isinstance(first, float) and isinstance(second, float):
         return math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-12)
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(close(v, second[k]) for k, v in first.items())

@@ -266,6 +266,11 @@ def test_another_versions_words_pass_and_another_versions_figures_do_not(copied)
     assert failed(path) == {"claims follow from their counts"}
 
 
+def test_whole_numbers_that_differ_by_one_are_not_close():
+    assert not recount.close(20260101, 20260102)
+    assert recount.close(0.333333, 1 / 3)
+
+
 def test_this_versions_words_must_follow_from_its_figures(copied):
     path = forge(copied, lambda v: claims_of(v)["suppression"].update(reason="clear as day"))
     assert failed(path) == {"claims follow from their counts"}
