@@ -17,7 +17,7 @@ from jaxsteer.judges.labelling import Entry
 from jaxsteer.receipt.bars import SEGMENTS
 from jaxsteer.receipt.diff import Comparison, Line
 from jaxsteer.receipt.statement import Predicate
-from jaxsteer.receipt.verify import Check
+from jaxsteer.receipt.verify import Check, warnings
 
 WORDS = {label: words for label, _, words in SEGMENTS}
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
@@ -100,7 +100,8 @@ def checks_said(checks: Sequence[Check]) -> str:
     if n["mismatch"]:
         return f"The receipt does not hold: {n['mismatch']} of {len(checks)} checks failed."
     passed = f"{n['ok']} check{'s' if n['ok'] != 1 else ''} passed"
-    return f"The receipt holds: {passed}, {n['unchecked']} could not be made."
+    unmade = f"{n['unchecked']} could not be made{warnings(checks)}"
+    return f"The receipt holds: {passed}, {unmade}."
 
 
 def moved_first(lines: Sequence[Line]) -> list[Line]:

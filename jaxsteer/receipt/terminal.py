@@ -12,7 +12,7 @@ from rich.text import Text
 from jaxsteer.receipt.diff import Comparison, Line
 from jaxsteer.receipt.gates import Gate
 from jaxsteer.receipt.statement import Statement
-from jaxsteer.receipt.verify import Check
+from jaxsteer.receipt.verify import Check, warnings
 from jaxsteer.show import plain
 
 STYLES = {
@@ -64,7 +64,8 @@ def verdict(checks: Sequence[Check]) -> Text:
     counted = {status: sum(c.status == status for c in checks) for status in STYLES}
     if counted["mismatch"]:
         return safe(f"does not match: {counted['mismatch']} checks failed", STYLES["mismatch"])
-    return safe(f"{counted['ok']} checks passed, {counted['unchecked']} could not be made")
+    unmade = f"{counted['unchecked']} could not be made{warnings(checks)}"
+    return safe(f"{counted['ok']} checks passed, {unmade}")
 
 
 def _percent(value: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +30,14 @@ class Check:
       status: ok, mismatch, or unchecked.
       what: what was checked.
       detail: what differs, or why it could not be checked.
+      warning: what the verdict must say of an unchecked one: the receipt, or the results, brought
+        it about themselves by naming another version.
     """
 
     status: Status
     what: str
     detail: str = ""
+    warning: str = ""
 
 
 def verify(path: Path, *, folder: Path | None = None, model: Path | None = None) -> list[Check]:
@@ -61,7 +64,8 @@ def verify(path: Path, *, folder: Path | None = None, model: Path | None = None)
         checks.append(_check(what, list(problems(receipt))))
     if receipt.predicate.tool != build.tool():
         detail = f"it says {receipt.predicate.tool}, this is {build.tool()}; words are not compared"
-        checks.append(_unchecked("which version wrote the receipt", detail))
+        warning = "words of claims not checked"
+        checks.append(_unchecked("which version wrote the receipt", detail, warning))
     checks.append(_page(path, raw, receipt))
     checks += _results(value, receipt, folder)
     checks += _model(receipt, model)
@@ -80,6 +84,15 @@ def passed(checks: list[Check]) -> bool:
     return all(check.status != "mismatch" for check in checks)
 
 
+def warnings(checks: Sequence[Check]) -> str:
+    """What the verdict over all checks has to add, for what another version was said to have done.
+
+    >>> warnings([Check(status="unchecked", what="a", warning="page not checked")])
+    '; page not checked'
+    """
+    return "".join(f"; {check.warning}" for check in checks if check.warning)
+
+
 def _check(what: str, problems: list[str]) -> Check:
     if not problems:
         return Check(status="ok", what=what)
@@ -87,8 +100,8 @@ def _check(what: str, problems: list[str]) -> Check:
     return Check(status="mismatch", what=what, detail=problems[0] + more)
 
 
-def _unchecked(what: str, detail: str) -> Check:
-    return Check(status="unchecked", what=what, detail=detail)
+def _unchecked(what: str, detail: str, warning: str = "") -> Check:
+    return Check(status="unchecked", what=what, detail=detail, warning=warning)
 
 
 def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
@@ -100,11 +113,12 @@ def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
     digest = sha256_bytes(raw)
     if page.mark(digest).encode() not in shown:
         return _check(what, ["it was made from another receipt.json"])
+    if page.html(receipt, digest).encode() == shown:
+        return _check(what, [])
     if receipt.predicate.tool != build.tool():
-        return _unchecked(what, f"it names this file, but {receipt.predicate.tool} drew it")
-    if page.html(receipt, digest).encode() != shown:
-        return _check(what, ["it was changed since it was drawn"])
-    return _check(what, [])
+        detail = f"it names this file, but {receipt.predicate.tool} drew it"
+        return _unchecked(what, detail, "page not checked")
+    return _check(what, ["it was changed since it was drawn"])
 
 
 def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> Iterator[Check]:
@@ -128,18 +142,17 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
             status="mismatch", what="the receipt rebuilt from the results", detail=str(error)
         )
         return
-    differ = list(_differences(value, again))
     if p.tool != build.tool():
-        # Another version may say the same in other words.
-        words = ("predicate.tool", "predicate.digest.sha256")
-        differ = [name for name in differ if name not in words and not name.endswith(".reason")]
+        value = _in_our_words(value, again)
+    differ = list(_differences(value, again))
     yield _check("the receipt rebuilt from the results", differ)
     found = results.load(folder)
     yield _check("labels that need no model follow from the replies", list(relabel.unearned(found)))
     others = relabel.other_versions(found)
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
-        yield _unchecked("labels by other versions of the rules", detail)
+        warning = "labels by other versions not checked"
+        yield _unchecked("labels by other versions of the rules", detail, warning)
     yield _summary(found)
 
 
@@ -153,6 +166,28 @@ def _summary(found: Results) -> Check:
         return _check(what, ["it is no JSON"])
     differ = [where or "all of it" for where in _differences(shown, results.summarise(found.rows))]
     return _check(what, differ)
+
+
+def _in_our_words(value: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """Another version's receipt as this one would have written it, with the digest it then has.
+
+    Another version may give the same reasons in other words; everything else has to be the same.
+    """
+    claims = _reasons(value["predicate"]["claims"], again["predicate"]["claims"])
+    predicate = {**value["predicate"], "tool": build.tool(), "claims": claims}
+    made = {**value, "predicate": predicate}
+    return {**made, "predicate": {**predicate, "digest": {"sha256": form.digest(made)}}}
+
+
+def _reasons(shown: Any, again: Any) -> Any:
+    if isinstance(shown, dict) and isinstance(again, dict):
+        return {
+            key: again.get(key, item) if key == "reason" else _reasons(item, again.get(key))
+            for key, item in shown.items()
+        }
+    if isinstance(shown, list) and isinstance(again, list) and len(shown) == len(again):
+        return list(map(_reasons, shown, again))
+    return shown
 
 
 def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:

@@ -11,11 +11,12 @@ import polars as pl
 import pytest
 
 from jaxsteer import results
+from jaxsteer.charts.outcomes import checks_said
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, form, page, recount, verify
+from jaxsteer.receipt import build, form, page, recount, terminal, verify
 from tests.receipt import made
 
 
@@ -264,6 +265,53 @@ def test_another_versions_words_pass_and_another_versions_figures_do_not(copied)
     forge_again["predicate"]["digest"]["sha256"] = form.digest(forge_again)
     path.write_text(form.text(forge_again))
     assert failed(path) == {"claims follow from their counts"}
+
+
+def as_another_version(folder, change):
+    """A receipt that is said to be another version's, with a page changed and bound to it."""
+    drawn = (folder / build.HTML).read_text()
+    digest = sha256_bytes((folder / build.JSON).read_bytes())
+
+    def renamed(value):
+        value["predicate"]["tool"] = "jaxsteer 0.0.9"
+        change(value)
+
+    path = forge(folder, renamed)
+    bound = drawn.replace(digest, sha256_bytes(path.read_bytes()))
+    (folder / build.HTML).write_text(bound.replace("not confirmed", "confirmed"))
+    return path
+
+
+def test_a_page_that_another_version_is_said_to_have_drawn_is_warned_of(copied):
+    checks = verify.verify(as_another_version(copied, lambda value: None))
+    assert verify.passed(checks)
+    assert verify.warnings(checks) == "; words of claims not checked; page not checked"
+    assert terminal.verdict(checks).plain.endswith("; page not checked")
+    assert checks_said(checks).endswith("; page not checked.")
+
+
+def test_a_page_that_another_version_drew_the_same_way_is_checked(copied):
+    path = forge(copied, lambda value: value["predicate"].update(tool="jaxsteer 0.0.9"))
+    drawn = page.html(form.load(path), sha256_bytes(path.read_bytes()))
+    (copied / build.HTML).write_text(drawn)
+    [check] = [c for c in verify.verify(path) if "receipt.html" in c.what]
+    assert check.status == "ok"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda predicate: predicate["decoding"].update(seed=20260102),
+        lambda predicate: predicate["steering"].update(dose=4.00001),
+    ],
+)
+def test_another_versions_receipt_is_compared_to_the_last_digit(tmp_path, change):
+    study = made.study()
+    decoding = msgspec.structs.replace(study.decoding, seed=20260101)
+    folder = made.folder(tmp_path / "made", study=msgspec.structs.replace(study, decoding=decoding))
+    build.write(folder)
+    path = as_another_version(folder, lambda value: change(value["predicate"]))
+    assert failed(path, folder=folder) == {"the receipt rebuilt from the results"}
 
 
 def test_whole_numbers_that_differ_by_one_are_not_close():
