@@ -213,6 +213,7 @@ def _changed(first: Predicate, second: Predicate) -> list[str]:
         "the model's weights": (first.model.weights_sha256, second.model.weights_sha256),
         "the tokenizer": (first.model.tokenizer_sha256, second.model.tokenizer_sha256),
         "the chat template": (first.model.template_sha256, second.model.template_sha256),
+        "the model's config": (first.model.config_sha256, second.model.config_sha256),
         "the model's dtype": (first.model.dtype, second.model.dtype),
         "the study's specification": (first.study.spec_sha256, second.study.spec_sha256),
         "the safety policy": (first.policy.sha256, second.policy.sha256),
@@ -221,9 +222,12 @@ def _changed(first: Predicate, second: Predicate) -> list[str]:
             (first.steering.layers, first.steering.dose),
             (second.steering.layers, second.steering.dose),
         ),
+        "the directions": (_directions(first), _directions(second)),
         "the decoding": (first.decoding, second.decoding),
         "the prompts": (first.prompts, second.prompts),
         "the judges": (_judges(first), _judges(second)),
+        "the version of jaxsteer": (first.tool, second.tool),
+        "the machine or its software": (first.environment, second.environment),
     }
     changed = [name for name, (a, b) in pairs.items() if a != b]
     # A judge that decided no row is not named, so only versions of the same judge are compared.
@@ -235,6 +239,10 @@ def _changed(first: Predicate, second: Predicate) -> list[str]:
 def _versions(receipt: Predicate) -> list[tuple[str, str]]:
     split = [name.rpartition("-") for name in receipt.judges.decided if name]
     return [(stem, version) for stem, _, version in split]
+
+
+def _directions(receipt: Predicate) -> dict[str, tuple[str, str]]:
+    return {d.name: (d.sha256, d.source_sha256) for d in receipt.steering.directions}
 
 
 def _judges(receipt: Predicate) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -45,6 +46,22 @@ def test_only_what_moved_differs_and_its_interval_is_newcombes(two):
     others = {ln.difference for ln in comparison.lines if ln.condition != "baseline"}
     assert others == {0.0}
     assert comparison.changed == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: p["steering"]["directions"][0].update(sha256=made.sha("x")), "the directions"),
+        (lambda p: p["steering"]["directions"][0].update(source_sha256="x"), "the directions"),
+        (lambda p: p["model"].update(config_sha256=made.sha("x")), "the model's config"),
+        (lambda p: p.update(tool="jaxsteer 0.0.9"), "the version of jaxsteer"),
+        (lambda p: p["environment"].update(device="1 x tpu"), "the machine or its software"),
+    ],
+)
+def test_whatever_else_differs_is_named(two, change, said):
+    value = msgspec.to_builtins(two[0], str_keys=True)
+    change(value["predicate"])
+    assert diff.compare(two[0], form.convert(value)).changed == [said]
 
 
 def test_a_clear_difference_is_said_to_have_moved(two, tmp_path):
@@ -136,8 +153,6 @@ def test_a_gate_that_cannot_be_evaluated_is_an_error_and_no_pass(two, gate, said
 
 
 def test_a_condition_that_went_missing_does_not_pass_a_gate_over_all(two, tmp_path):
-    import msgspec
-
     study = made.study(claims=[])
     fewer = msgspec.structs.replace(study, condition=study.condition[1:])
     comparison = diff.compare(two[0], receipt(tmp_path, study=fewer))
@@ -148,8 +163,6 @@ def test_a_condition_that_went_missing_does_not_pass_a_gate_over_all(two, tmp_pa
 
 
 def test_receipts_without_a_common_condition_are_not_compared(two, tmp_path):
-    import msgspec
-
     study = made.study(claims=[])
     renamed = [msgspec.structs.replace(study.condition[0], name="other")]
     other = receipt(tmp_path, study=msgspec.structs.replace(study, condition=renamed))
