@@ -175,14 +175,24 @@ def conditions(
     return found + _twins(found)
 
 
+def unsteered_sites(sites: Sequence[str]) -> tuple[str, ...]:
+    """The sites of a knockout's twin without steering; none where nothing was added, or all was.
+
+    >>> unsteered_sites(["add persona at resid_post.3 x4", "project persona at resid_post.5"])
+    ('project persona at resid_post.5',)
+    """
+    kept = tuple(site for site in sites if not site.startswith("add "))
+    return kept if len(kept) < len(sites) else ()
+
+
 def _twins(found: Sequence[Condition]) -> list[Condition]:
     seen = {(condition.system, condition.scope, condition.sites) for condition in found}
     twins = []
     for condition in found:
         kept: list[Operation] = [o for o in condition.operations if not isinstance(o, Add)]
-        sites = tuple(s for s in condition.sites if not s.startswith("add "))
+        sites = unsteered_sites(condition.sites)
         identity = (condition.system, condition.scope, sites)
-        if not kept or len(kept) == len(condition.operations) or identity in seen:
+        if not sites or identity in seen:
             continue
         seen.add(identity)
         twins.append(

@@ -25,7 +25,7 @@ from jaxsteer.analysis import flips
 from jaxsteer.claims import ALPHA, Claim
 from jaxsteer.errors import UserError
 from jaxsteer.receipt import record
-from jaxsteer.receipt.controls import Table, random_controls, treated_of
+from jaxsteer.receipt.controls import Table, random_controls, treated_of, unsteered_twin
 from jaxsteer.receipt.statement import RandomControl
 from jaxsteer.results import Results
 from jaxsteer.spec import ClaimSpec, ConditionSpec, OperationSpec, StudySpec, TestSpec
@@ -126,9 +126,11 @@ def findings(found: Results, margin: float = MARGIN) -> list[Finding]:
     envelopes = random_controls(found.spec, run, Table(found))
     bases = {c.name: c.base for c in run.conditions}
     conditions = _conditions(found)
+    pairs = ((c, unsteered_twin(run.conditions, c)) for c in run.conditions)
+    twins = {c.name: twin.name for c, twin in pairs if twin is not None}
     for claim in found.spec.claim:
         made += _random(claim, envelopes, bases)
-        for asked in dict.fromkeys(_asked(found.spec, conditions, claim)):
+        for asked in dict.fromkeys(_asked(found.spec, conditions, claim, twins)):
             one = _measured(found, asked, margin)
             if one is not None:
                 made.append(one)
@@ -244,7 +246,10 @@ def _conditions(found: Results) -> list[dict[str, Any]]:
 
 
 def _asked(
-    spec: StudySpec, conditions: Sequence[dict[str, Any]], claim: ClaimSpec
+    spec: StudySpec,
+    conditions: Sequence[dict[str, Any]],
+    claim: ClaimSpec,
+    twins: Mapping[str, str],
 ) -> Iterator[_Asked]:
     plain = {c["mode"]: c for c in reversed(conditions) if not c["sites"]}
     specs = {c.name: c for c in spec.condition}
@@ -255,7 +260,8 @@ def _asked(
         for c in conditions:
             if c["base"] != item.name or c["seed"] is not None or c["mode"] not in plain:
                 continue
-            contrasts = _contrasts(spec, conditions, c, item, plain[c["mode"]]["name"])
+            untouched, twin = plain[c["mode"]]["name"], twins.get(c["name"], "")
+            contrasts = _contrasts(spec, conditions, c, item, untouched, twin)
             for kind, first, second, expects in contrasts:
                 if test.expect not in _SPEAKS_TO[kind]:
                     continue
@@ -281,6 +287,7 @@ def _contrasts(
     c: dict[str, Any],
     item: ConditionSpec,
     plain: str,
+    twin: str,
 ) -> Iterator[tuple[Kind, str, str, Expect]]:
     """(kind, first, second, what the claim expects of first) for one condition of a claim."""
 
@@ -289,9 +296,8 @@ def _contrasts(
             if other["base"] == base and (other["mode"], other["scale"]) == (c["mode"], c["scale"]):
                 yield other["name"]
 
-    for other in conditions:
-        if other["unsteered_twin_of"] == c["name"]:
-            yield "unsteered", other["name"], plain, "no rise"
+    if twin:
+        yield "unsteered", twin, plain, "no rise"
     for control in spec.condition:
         neutral = treated_of(spec, control, "neutral")
         if neutral is not None and neutral.name == item.name:

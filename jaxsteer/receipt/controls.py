@@ -8,11 +8,12 @@ Of several such conditions it is the one whose added vectors have the control's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxsteer import claims, stats
+from jaxsteer.conditions import unsteered_sites
 from jaxsteer.receipt import statement
 from jaxsteer.receipt.record import Run, RunCondition
 from jaxsteer.receipt.statement import Outcome
@@ -180,6 +181,16 @@ def paired_controls(spec: StudySpec, run: Run, rows: Table) -> list[statement.Pa
     return [pair for pair in made if pair is not None]
 
 
+def unsteered_twin(
+    conditions: Sequence[RunCondition], condition: RunCondition
+) -> RunCondition | None:
+    """The knockout without steering, by what it does: knockouts of several strengths share one."""
+    sites = unsteered_sites(condition.sites)
+    wanted = (condition.mode, condition.scope, sites)
+    twins = (c for c in conditions if (c.mode, c.scope, tuple(c.sites)) == wanted)
+    return next(twins, None) if sites else None
+
+
 def _pairs(spec: StudySpec, run: Run, rows: Table) -> Iterator[tuple[str, str, str, str, Outcome]]:
     for item in spec.condition:
         treated = treated_of(spec, item, "neutral")
@@ -188,11 +199,11 @@ def _pairs(spec: StudySpec, run: Run, rows: Table) -> Iterator[tuple[str, str, s
             for family in rows.families(control.name) if target else ():
                 for outcome in OUTCOMES:
                     yield "neutral", target.name if target else "", control.name, family, outcome
-    for twin in run.conditions:
-        if twin.unsteered_twin_of:
-            for family in rows.families(twin.name):
-                for outcome in OUTCOMES:
-                    yield "unsteered", twin.unsteered_twin_of, twin.name, family, outcome
+    for condition in run.conditions:
+        twin = unsteered_twin(run.conditions, condition)
+        for family in rows.families(twin.name) if twin else ():
+            for outcome in OUTCOMES:
+                yield "unsteered", condition.name, twin.name if twin else "", family, outcome
     for mode in dict.fromkeys(c.mode for c in run.conditions):
         plain = next((c for c in run.conditions if c.mode == mode and not c.sites), None)
         for condition in run.conditions if plain else ():

@@ -73,6 +73,21 @@ def test_controls_are_found_by_what_they_do_and_not_by_name(usual: list[Finding]
     assert (twin.first, twin.second) == ("persona, out late, unsteered", "baseline")
 
 
+def test_a_knockout_that_shares_the_twin_of_another_has_it_too(tmp_path: Path):
+    weak = ConditionSpec(
+        name="weak persona, out late",
+        ops=[
+            OperationSpec(add="persona", at="steer", scale=1.0),
+            OperationSpec(project="persona", at="steer+1..last"),
+        ],
+    )
+    study = made.study([made.claim("weak", made.test(weak.name, "persona", "higher"))])
+    study.condition.append(weak)
+    findings = controls.findings(made.loaded(tmp_path / "made", study=study))
+    (twin,) = of(findings, "weak", "unsteered")
+    assert (twin.treated, twin.first) == (weak.name, "persona, out late, unsteered")
+
+
 def test_few_seeds_leave_a_claim_undecided_however_far_out_it_lies(usual: list[Finding]):
     (random,) = of(usual, "suppression", "random")
     assert random.n == 3 and random.p == 0.25 and random.status == "undecided"

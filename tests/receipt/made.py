@@ -30,6 +30,8 @@ from jaxsteer.spec import (
 LAYERS, WIDTH = 6, 16
 POLICY = "Be safe. Decline harmful requests."
 Label = Callable[[str, str, int], str]
+# Where the layers that conditions name lie.
+AT = {"steer": "3", "steer+1..last": "4..5"}
 ADD = OperationSpec(add="persona", at="steer", scale="dose")
 
 
@@ -147,7 +149,7 @@ def conditions(study: StudySpec) -> list[dict[str, Any]]:
                             "sites": [
                                 f"add {op.add} at resid_post.3 x4"
                                 if op.add
-                                else f"project {op.project} at resid_post.4..5"
+                                else f"project {op.project} at resid_post.{AT.get(op.at, op.at)}"
                                 for op in item.ops
                             ],
                             "scope": item.scope,
