@@ -31,7 +31,8 @@ def safe(text: object, style: str = "") -> Text:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    heading = safe(title, "table.title")
+    table = Table(title=heading, title_justify="left", caption_justify="left")
     for name in columns:
         numeric = name.startswith("#")
         table.add_column(name.lstrip("#"), justify="right" if numeric else "left", no_wrap=numeric)
@@ -41,7 +42,7 @@ def _table(title: str, *columns: str) -> Table:
 def claims_table(receipt: Statement) -> Table:
     """What the study claimed and what the rows say."""
     p = receipt.predicate
-    table = _table(f"claims of {plain(p.study.name)}", "claim", "verdict", "why")
+    table = _table(f"claims of {p.study.name}", "claim", "verdict", "why")
     for claim in p.claims:
         table.add_row(
             safe(claim.name), safe(claim.verdict, STYLES[claim.verdict]), safe(claim.reason)
@@ -129,7 +130,9 @@ def geometry_table(found: dict[str, Any]) -> Table:
     for name, entry in found["directions"].items():
         for unit, halves in entry.get("reliability", {}).items():
             low, high = min(halves["mean"]), max(halves["mean"])
-            table.add_row(safe(name), unit, str(halves["units"]), f"{low:+.2f} to {high:+.2f}")
+            table.add_row(
+                safe(name), safe(unit), str(halves["units"]), f"{low:+.2f} to {high:+.2f}"
+            )
         if "not_measured" in entry:
             table.add_row(safe(name), safe(entry["not_measured"]), "", "")
     return table

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from jaxsteer.cli import main
@@ -90,8 +91,6 @@ def test_gates_give_ci_an_exit_code(folder, tmp_path):
 
 
 def test_hostile_names_cannot_drive_the_terminal(tmp_path):
-    import msgspec
-
     study = made.study()
     value = msgspec.to_builtins(study)
     value["claim"][0]["name"] = HOSTILE
@@ -108,6 +107,14 @@ def test_hostile_names_cannot_drive_the_terminal(tmp_path):
     for _, out, err in outputs:
         assert "\x1b" not in out + err
         assert "\u202e" not in out + err
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[red]made", "a[link=http://x]b"])
+def test_a_studys_name_is_no_markup(tmp_path, name):
+    study = msgspec.structs.replace(made.study(), name=name)
+    code, out, err = run("receipt", made.folder(tmp_path / "made", study=study))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"claims of {name}")
 
 
 def test_a_process_of_its_own_behaves_the_same(folder, tmp_path):
