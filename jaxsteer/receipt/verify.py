@@ -125,6 +125,8 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     if folder is None:
         yield _unchecked("the rows behind the counts", "give --results to rebuild the receipt")
         return
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} holds no results (run.json); give the folder of the run")
     p = receipt.predicate
     changed = []
     for name, sha256 in p.files.items():

@@ -75,6 +75,14 @@ def test_a_changed_receipt_exits_1_and_no_receipt_exits_2(folder, tmp_path):
     assert run("receipt", tmp_path)[0] == 2
 
 
+def test_results_that_are_not_there_exit_2(folder, tmp_path):
+    build.write(folder)
+    for wrong in (tmp_path / "none", tmp_path, folder / build.JSON):
+        code, _, err = run("receipt", "verify", folder / build.JSON, "--results", wrong)
+        assert code == 2
+        assert err.startswith(f"jaxsteer: {wrong} holds no results")
+
+
 def test_gates_give_ci_an_exit_code(folder, tmp_path):
     build.write(folder)
     build.write(made.folder(tmp_path / "b", label=lambda *of: "degenerate"))
