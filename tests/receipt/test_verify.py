@@ -314,6 +314,14 @@ def test_another_versions_receipt_is_compared_to_the_last_digit(tmp_path, change
     assert failed(path, folder=folder) == {"the receipt rebuilt from the results"}
 
 
+def test_a_number_that_no_receipt_holds_is_a_mismatch_in_another_versions_receipt(copied):
+    value = json.loads((copied / build.JSON).read_text())
+    value["predicate"]["tool"] = "jaxsteer 0.0.9"
+    value["predicate"]["steering"]["dose"] = float("nan")
+    (copied / build.JSON).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    assert "the receipt rebuilt from the results" in failed(copied / build.JSON, folder=copied)
+
+
 def test_whole_numbers_that_differ_by_one_are_not_close():
     assert not recount.close(20260101, 20260102)
     assert recount.close(0.333333, 1 / 3)
