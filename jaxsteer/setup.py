@@ -128,6 +128,8 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
     if record.get("key") != identity:
         record = {"key": identity}
         (out / "directions.safetensors").unlink(missing_ok=True)
+        # Says whose the directions are, so that a setup that stops half-way goes on with them.
+        write_json(out / "setup.json", record)
     found = _directions(spec, model, out / "directions.safetensors")
     layers, dose = _choices(spec, model, found, record, out / "setup.json")
     record |= {"layers": layers, "dose": dose, "directions": hashes(found)}

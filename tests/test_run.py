@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from jaxsteer import results, rows, run, setup, shards, spec
+from jaxsteer import directions, results, rows, run, setup, shards, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -197,6 +197,55 @@ def test_a_setup_goes_on_where_it_stopped(model, study, tmp_path):
     again = setup.prepare(study, model, out)
     assert (out / "directions.safetensors").stat().st_mtime_ns == written
     assert again.record == made.record and again.layers == {"steer": 1, "late": 2}
+
+
+PERSONA = 'persona = { kind = "trait", trait = "compliant" }\n'
+EVIL = 'evil = { kind = "trait", trait = "evil" }\n'
+
+
+@pytest.fixture
+def stopped(model, tmp_path):
+    """A study of two directions whose setup was stopped after the first, and its folder."""
+    study = spec.load(tiny.study_file(tmp_path, (PERSONA, PERSONA + EVIL)))
+    save = directions.save
+
+    def stop_after_the_first(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directions, "save", stop_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_study(study, model, tmp_path / "results")
+    return study, tmp_path / "results"
+
+
+@pytest.fixture
+def extracted(monkeypatch):
+    """Names of the traits that are extracted from here on."""
+    names, extract = [], directions.extract_trait
+
+    def watched(model, trait, *args, **kwargs):
+        names.append(trait.name)
+        return extract(model, trait, *args, **kwargs)
+
+    monkeypatch.setattr(directions, "extract_trait", watched)
+    return names
+
+
+def test_a_setup_that_stopped_between_directions_goes_on_with_those_it_has(
+    model, stopped, extracted
+):
+    study, out = stopped
+    run.run_study(study, model, out)
+    assert extracted == ["evil"]
+    assert set(directions.load(out / "directions.safetensors")) >= {"persona", "evil"}
+
+
+def test_fresh_replaces_a_setup_that_stopped(model, stopped, extracted):
+    study, out = stopped
+    run.run_study(study, model, out, fresh=True)
+    assert extracted == ["compliant", "evil"]
 
 
 def test_another_process_reads_the_setup_and_nothing_before_it_is_whole(model, study, tmp_path):
