@@ -34,6 +34,11 @@ from jaxsteer.setup import Setup
 from jaxsteer.spec import StudySpec
 
 PROBES = ("persona", "refusal", "assistant-axis")
+# What a run leaves in its folder, in which case it is a results folder even without setup.json.
+OURS = {
+    "run.json", "setup.json", "directions.safetensors", "responses.parquet", "summary.json",
+    "modes.json", "receipt.json", "receipt.html", "judges", "shards",
+}  # fmt: skip
 # Seconds after which rows that have ended are written, however few they are.
 OFTEN = 10
 
@@ -101,9 +106,17 @@ def run_study(
 @contextlib.contextmanager
 def _held(out: Path, fresh: bool) -> Iterator[None]:
     """Hold the results folder, emptied if `fresh`."""
-    others = {path.name for path in out.iterdir()} - {".lock"} if out.is_dir() else set()
-    if others and not (out / "setup.json").is_file():
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # A dot is in front of the lock, and of what a killed process was writing.
+    foreign = {name for name in names - OURS if not name.startswith(".") or (out / name).is_dir()}
+    if foreign and "setup.json" not in names:
         raise UserError(f"{out} holds something else than results; choose another --out")
+    if not names & {"setup.json", "run.json"} and "directions.safetensors" in names and not fresh:
+        # `jaxsteer extract` writes such a file too.
+        raise UserError(
+            f"{out} holds directions.safetensors without the setup.json that says whose they are; "
+            "choose another --out, or give --fresh to replace them"
+        )
     with shards.locked(out):
         if fresh:
             for path in out.iterdir():

@@ -170,6 +170,15 @@ def test_a_folder_of_something_else_is_kept(model, study, tmp_path):
     assert (tmp_path / "mine/notes.txt").read_text() == "precious"
 
 
+def test_a_file_of_something_else_among_a_runs_own_is_kept(model, study, tmp_path):
+    (tmp_path / "mine/shards").mkdir(parents=True)
+    (tmp_path / "mine/.DS_Store").touch()
+    (tmp_path / "mine/notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        run.run_study(study, model, tmp_path / "mine", fresh=True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "precious"
+
+
 def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
     empty = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", "scale = 0.0")))
     with pytest.raises(UserError, match=r"'random #1' \(add random-1.*changed nothing"):
@@ -246,6 +255,29 @@ def test_fresh_replaces_a_setup_that_stopped(model, stopped, extracted):
     study, out = stopped
     run.run_study(study, model, out, fresh=True)
     assert extracted == ["compliant", "evil"]
+
+
+def test_a_run_that_lost_its_setup_makes_it_again(model, study, tmp_path):
+    out = tmp_path / "results"
+    run.run_study(study, model, out)
+    made = (out / "setup.json").read_bytes()
+    (out / "setup.json").unlink()
+    run.run_study(study, model, out)
+    assert (out / "setup.json").read_bytes() == made
+
+
+def test_directions_that_no_setup_knows_are_kept_until_fresh_is_given(model, study, tmp_path):
+    out = tmp_path / "results"
+    setup.prepare(study, model, out)
+    (out / "setup.json").unlink()
+    held = (out / "directions.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=r"directions\.safetensors without the setup\.json.*--fresh"
+    ):
+        run.run_study(study, model, out)
+    assert (out / "directions.safetensors").read_bytes() == held
+    run.run_study(study, model, out, fresh=True)
+    assert results.load(out).spec == study
 
 
 def test_another_process_reads_the_setup_and_nothing_before_it_is_whole(model, study, tmp_path):
