@@ -120,11 +120,19 @@ def claim(path: Path, record: Mapping[str, Any]) -> None:
         _refuse(path.parent, _differing(held, {part: record[part] for part in parts}))
 
 
-def check_asked(path: Path, asked: Mapping[str, Any]) -> None:
+def check_asked(
+    folder: Path, spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
+) -> None:
     """Refuse another run's folder before the setup in it is touched."""
-    held = setup.read_record(path)
-    if held and (differ := _differing(held, asked)):
-        _refuse(path.parent, differ)
+    held = setup.read_record(folder / "run.json")
+    if not held:
+        return
+    if differ := _differing(held, asked_for(spec, model, families)):
+        _refuse(folder, differ)
+    # Also made from what the study only names: the texts of traits and roles, and which prompts.
+    made_from = setup.read_record(folder / "setup.json").get("key")
+    if made_from not in (None, setup.key(spec, model)):
+        _refuse(folder, ["directions"])
 
 
 def _differing(held: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,7 @@ from jaxsteer.setup import Setup
 from jaxsteer.spec import StudySpec
 
 PROBES = ("persona", "refusal", "assistant-axis")
-# What a run leaves in its folder, in which case it is a results folder even without setup.json.
+# What a run leaves in its folder; one that holds nothing else is a run's even without setup.json.
 OURS = {
     "run.json", "setup.json", "directions.safetensors", "responses.parquet", "summary.json",
     "modes.json", "receipt.json", "receipt.html", "judges", "shards",
@@ -71,7 +71,7 @@ def run_study(
     families = prompts(spec, limit)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         if hosts.first:
-            identity.check_asked(out / "run.json", identity.asked_for(spec, model, families))
+            identity.check_asked(out, spec, model, families)
             prepared = setup.prepare(spec, model, out)
         else:
             hosts.meet("setup")

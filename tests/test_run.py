@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from jaxsteer import directions, results, rows, run, setup, shards, spec
+from jaxsteer import data, directions, results, rows, run, setup, shards, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -147,6 +147,21 @@ def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
     assert (out / "responses.parquet").read_bytes() == before
     run.run_study(changed, model, out, fresh=True)
     assert results.load(out).spec == changed
+
+
+def test_a_trait_that_was_edited_after_the_run_is_refused_and_no_file_touched(model, tmp_path):
+    text = (data.HERE / "traits/compliant.toml").read_text()
+    trait = tmp_path / "mine.toml"
+    trait.write_text(text)
+    study = spec.load(tiny.study_file(tmp_path, ('"compliant"', f'"{trait}"')))
+    out = tmp_path / "results"
+    run.run_study(study, model, out)
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    question = data.trait(trait).questions[0]
+    trait.write_text(text.replace(question, question + " Briefly."))
+    with pytest.raises(UserError, match=r"another run \(directions differ\).*--fresh"):
+        run.run_study(study, model, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
 
 
 def test_another_models_results_are_not_mixed_in(finished, tmp_path):
