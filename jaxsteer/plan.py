@@ -1,27 +1,25 @@
 """What a study would cost, without running it: rows, tokens, programs, memory, time.
 
-Prompts are tokenised for real; the directions are stand-ins of the right shape, so nothing is
-extracted. The time is a rough estimate: the arithmetic of prefill and decode over the speed of a
-matrix product of the same shape, measured here and now for a moment.
+The rows are those of `check`, so nothing is extracted. The time is a rough estimate: the
+arithmetic of prefill and decode over the speed of a matrix product of the same shape, measured
+here and now for a moment.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import parallel, planned, rows
+from jaxsteer import check, parallel, planned, rows
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.conditions import Condition, conditions, depth
+from jaxsteer.check import stand_in_conditions
 from jaxsteer.config import ModelConfig
 from jaxsteer.depth import STEP, entries_at_once, kinds
-from jaxsteer.directions import Direction
-from jaxsteer.errors import UserError
 from jaxsteer.lanes import Lanes
 from jaxsteer.prefill import stages
 from jaxsteer.spec import StudySpec
@@ -65,8 +63,8 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
       UserError: as running it would, for what is wrong in the spec or with its prompts.
     """
     config = model.config
+    asked = check.study(spec, model, planned.prompts(spec, limit))
     compiled = stand_in_conditions(spec, config)
-    asked = planned.requests(model, compiled, planned.cross(compiled, planned.prompts(spec, limit)))
     batch = rows.slots_for(spec.decoding.batch, len(asked))
     new = spec.decoding.max_new_tokens
     packed = rows.pack(asked, config.max_position - new)
@@ -95,7 +93,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         * config.head_dim
         * itemsize,
         seconds=computed / prefill_rate + -(-len(asked) // batch) * new / decode_rate,
-        open_choices=_open(spec),
+        open_choices=check.open_choices(spec),
     )
 
 
@@ -120,41 +118,6 @@ def _computed(
         padded = sum(-(-len(some) // batch) * batch * width for width, some in entries.items())
         whole += padded * (last - first) / config.n_layers
     return whole
-
-
-def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
-    """The study's conditions over directions that only have the right shape."""
-    generator = np.random.Generator(np.random.PCG64(0))
-    seeds = {f"random-{seed}" for item in spec.condition for seed in item.random_seeds}
-    stand_ins = {
-        name: Direction(
-            name=name,
-            vectors=generator.standard_normal((config.n_layers, config.d_model)).astype(np.float32),
-            provenance={},
-        )
-        for name in [*spec.directions, *sorted(seeds)]
-    }
-    named: dict[str, int] = {}
-    if spec.selection is not None:
-        named["steer"] = depth(max(spec.selection.layers), config.n_layers)
-        named["refusal"] = depth(max(spec.selection.refusal_layers), config.n_layers)
-    for name, layer in spec.layers.items():
-        named[name] = depth(layer, config.n_layers) if isinstance(layer, float) else layer
-    return conditions(spec, stand_ins, named, 1.0 if spec.dose is None else spec.dose)
-
-
-def _open(spec: StudySpec) -> tuple[str, ...]:
-    choices: Mapping[str, bool] = {
-        "layer of the persona": "persona" in spec.directions and "steer" not in spec.layers,
-        "dose": "persona" in spec.directions and spec.dose is None,
-        "layer of refusal": "refusal" in spec.directions and "refusal" not in spec.layers,
-    }
-    found = tuple(name for name, is_open in choices.items() if is_open)
-    if found and spec.selection is None:
-        raise UserError(
-            f"study {spec.name}: {found[0]} is open; add [selection], or fix it in [layers] or dose"
-        )
-    return found
 
 
 def n_params(config: ModelConfig) -> int:

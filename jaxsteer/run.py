@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from jaxsteer import data, identity, modes, results, rows, setup, shards
+from jaxsteer import check, data, identity, modes, results, rows, setup, shards
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions
 from jaxsteer.data import Prompt
@@ -66,9 +66,13 @@ def run_study(
       hosts: the processes that run this study together, all with the same arguments.
 
     Raises:
-      UserError: `out` belongs to another run or is in use, or an intervention changed nothing.
+      UserError: this model cannot run the study, `out` belongs to another run or is in use, or an
+        intervention changed nothing.
     """
     families = prompts(spec, limit)
+    # A run that has begun has passed, with the layers it chose and not only their candidates.
+    if fresh or not (out / "run.json").is_file():
+        check.study(spec, model, families)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         if hosts.first:
             identity.check_asked(out, spec, model, families)

@@ -209,7 +209,7 @@ def _direction(
     if item.kind == "assistant-axis":
         return extract.assistant_axis(model)
     if item.kind == "refusal":
-        prompts = split(_selection(spec, "the refusal direction"), spec.name)
+        prompts = split(selection_of(spec, "the refusal direction"), spec.name)
         return extract.refusal(model, spec.system, prompts.harmful_train, prompts.harmless_train)
     missing = [other for other in item.of if other not in found]
     if missing:
@@ -221,7 +221,12 @@ def _direction(
     return combine(name, first, second)
 
 
-def _selection(spec: StudySpec, what: str) -> SelectionSpec:
+def selection_of(spec: StudySpec, what: str) -> SelectionSpec:
+    """The spec's [selection], which `what` needs.
+
+    Raises:
+      UserError: there is none.
+    """
     if spec.selection is None:
         raise UserError(
             f"study {spec.name}: {what} needs [selection]; add it, or fix the value in [layers] "
@@ -230,13 +235,12 @@ def _selection(spec: StudySpec, what: str) -> SelectionSpec:
     return spec.selection
 
 
-def _choices(
-    spec: StudySpec,
-    model: ChatModel,
-    found: Mapping[str, Direction],
-    record: dict[str, Any],
-    path: Path,
-) -> tuple[dict[str, int], float]:
+def named_layers(spec: StudySpec, model: ChatModel) -> dict[str, int]:
+    """The layers that the spec fixes, by name.
+
+    Raises:
+      UserError: the model has no such layer.
+    """
     n_layers = model.config.n_layers
     layers = {
         name: conditions.depth(value, n_layers) if isinstance(value, float) else value
@@ -248,9 +252,21 @@ def _choices(
                 f"study {spec.name}: layers.{name} is {layer}; {model.name} has resid_post.0 to "
                 f"resid_post.{n_layers - 1}"
             )
+    return layers
+
+
+def _choices(
+    spec: StudySpec,
+    model: ChatModel,
+    found: Mapping[str, Direction],
+    record: dict[str, Any],
+    path: Path,
+) -> tuple[dict[str, int], float]:
+    n_layers = model.config.n_layers
+    layers = named_layers(spec, model)
     if "refusal" in found and "refusal" not in layers:
         if "refusal_candidates" not in record:
-            chosen = _selection(spec, "the layer of the refusal direction")
+            chosen = selection_of(spec, "the layer of the refusal direction")
             candidates = _score_refusal(spec, chosen, model, found["refusal"])
             record["refusal_candidates"] = [dataclasses.asdict(c) for c in candidates]
             write_json(path, record)
@@ -258,13 +274,13 @@ def _choices(
             selection.RefusalCandidate(**{**c, "reasons": tuple(c["reasons"])})
             for c in record["refusal_candidates"]
         ]
-        near_miss = _selection(spec, "the refusal layer").allow_near_miss
+        near_miss = selection_of(spec, "the refusal layer").allow_near_miss
         best = selection.choose_refusal(candidates, allow_near_miss=near_miss)
         layers["refusal"] = best.layer
         record["refusal_near_miss"] = list(best.reasons)
     dose = spec.dose
     if "persona" in found and ("steer" not in layers or dose is None):
-        chosen = _selection(spec, "the persona's layer and strength")
+        chosen = selection_of(spec, "the persona's layer and strength")
         if "dose_candidates" not in record:
             grid = [conditions.depth(share, n_layers) for share in chosen.layers]
             grid = [layers["steer"]] if "steer" in layers else grid
@@ -278,8 +294,27 @@ def _choices(
     return layers, 1.0 if dose is None else dose
 
 
-def _ids(model: ChatModel, prompts: Sequence[Prompt], system: str) -> list[list[int]]:
+def ids(model: ChatModel, prompts: Sequence[Prompt], system: str) -> list[list[int]]:
+    """Token ids of each prompt under a system prompt."""
     return [model.tokenizer.chat(p.text, system) for p in prompts]
+
+
+def openings(study: str, chosen: SelectionSpec, model: ChatModel) -> list[int]:
+    """The tokens that open a refusal.
+
+    Raises:
+      UserError: a text that is no token to this model.
+    """
+    first = []
+    for text in chosen.refusal_openings:
+        tokens = model.tokenizer.hf.encode(text, add_special_tokens=False)
+        if not tokens:
+            raise UserError(
+                f"study {study}: selection.refusal_openings holds {text!r}, which is no token of "
+                f"{model.name}; remove it"
+            )
+        first.append(tokens[0])
+    return first
 
 
 def _score_refusal(
@@ -288,15 +323,14 @@ def _score_refusal(
     system = data.policy(spec.system).text
     prompts = split(chosen, spec.name)
     layers = [conditions.depth(share, model.config.n_layers) for share in chosen.refusal_layers]
-    encode = model.tokenizer.hf.encode
-    opening = [encode(text, add_special_tokens=False)[0] for text in chosen.refusal_openings]
+    opening = openings(spec.name, chosen, model)
     total = chosen.refusal_validation * (1 + 3 * len(layers))
     with Progress("refusal layer", total, unit="prompts") as progress:
         return selection.refusal_candidates(
             model,
             direction,
-            _ids(model, prompts.harmful_validation, system),
-            _ids(model, prompts.harmless_validation, system),
+            ids(model, prompts.harmful_validation, system),
+            ids(model, prompts.harmless_validation, system),
             layers,
             opening,
             kl_limit=chosen.kl_limit,
@@ -318,7 +352,7 @@ def _score_doses(
         return selection.dose_candidates(
             model,
             persona,
-            _ids(model, prompts, data.policy(spec.system).text),
+            ids(model, prompts, data.policy(spec.system).text),
             layers,
             scales,
             max_new_tokens=chosen.max_new_tokens,

@@ -1,0 +1,125 @@
+"""Whether a model can run a study to its end, asked before anything is run or replaced.
+
+Prompts are tokenised for real. Directions are stand-ins of the right shape, and a layer that is
+still to be chosen is the deepest of its candidates, so nothing is computed on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxsteer import chat, data, setup
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.conditions import Condition, conditions, depth
+from jaxsteer.config import ModelConfig
+from jaxsteer.data import Prompt
+from jaxsteer.directions import Direction
+from jaxsteer.errors import UserError
+from jaxsteer.planned import cross, requests
+from jaxsteer.rows import Request
+from jaxsteer.spec import SelectionSpec, StudySpec
+
+
+def study(
+    spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
+) -> list[Request]:
+    """Every row of the study, as it will be asked of the model.
+
+    Raises:
+      UserError: as setting the study up and running it would, for what is wrong in the spec, with
+        what it names, or with its prompts.
+    """
+    for name, item in spec.directions.items():
+        if item.trait:
+            data.trait(item.trait)
+        if item.kind == "refusal":
+            setup.selection_of(spec, f"direction {name!r}")
+    setup.named_layers(spec, model)
+    still = open_choices(spec)
+    if spec.selection is not None:
+        _check_selection(spec, spec.selection, model, still)
+    compiled = stand_in_conditions(spec, model.config)
+    asked = requests(model, compiled, cross(compiled, families))
+    tokens = [request.tokens for request in asked]
+    _check_fit(spec, model, "decoding", spec.decoding.max_new_tokens, tokens)
+    return asked
+
+
+def open_choices(spec: StudySpec) -> tuple[str, ...]:
+    """What the selection rules still have to choose.
+
+    Raises:
+      UserError: the spec has no [selection] to choose it by.
+    """
+    choices = {
+        "layer of the persona": "persona" in spec.directions and "steer" not in spec.layers,
+        "dose": "persona" in spec.directions and spec.dose is None,
+        "layer of refusal": "refusal" in spec.directions and "refusal" not in spec.layers,
+    }
+    found = tuple(name for name, is_open in choices.items() if is_open)
+    if found and spec.selection is None:
+        raise UserError(
+            f"study {spec.name}: {found[0]} is open; add [selection], or fix it in [layers] or dose"
+        )
+    return found
+
+
+def _check_selection(
+    spec: StudySpec, chosen: SelectionSpec, model: ChatModel, still: Sequence[str]
+) -> None:
+    prompts = setup.split(chosen, spec.name)
+    system = data.policy(spec.system).text
+    shares: dict[str, Sequence[float]] = {}
+    if "layer of refusal" in still:
+        shares["refusal_layers"] = chosen.refusal_layers
+        setup.openings(spec.name, chosen, model)
+    if "layer of the persona" in still:
+        shares["layers"] = chosen.layers
+    if "layer of the persona" in still or "dose" in still:
+        asked = setup.ids(model, prompts.selection, system)
+        _check_fit(spec, model, "selection", chosen.max_new_tokens, asked)
+    for key, fractions in shares.items():
+        for share in fractions:
+            if not 0 <= share <= 1:
+                raise UserError(
+                    f"study {spec.name}: selection.{key} holds {share}; a fraction of depth lies "
+                    "between 0 and 1"
+                )
+
+
+def _check_fit(
+    spec: StudySpec, model: ChatModel, where: str, new: int, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Refuse replies that leave no room for their prompt in the model's context."""
+    room = model.config.max_position
+    if new >= room:
+        raise UserError(
+            f"study {spec.name}: {where}.max_new_tokens is {new}; the context of {model.name} "
+            f"holds {room} tokens, the prompt's among them"
+        )
+    chat.check_lengths(map(len, prompts), room - new)
+
+
+def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
+    """The study's conditions over directions that only have the right shape."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    seeds = {f"random-{seed}" for item in spec.condition for seed in item.random_seeds}
+    stand_ins = {
+        name: Direction(
+            name=name,
+            vectors=generator.standard_normal((config.n_layers, config.d_model)).astype(np.float32),
+            provenance={},
+        )
+        for name in [*spec.directions, *sorted(seeds)]
+    }
+    named: dict[str, int] = {}
+    # Chosen for these two only.
+    if spec.selection is not None and "persona" in spec.directions:
+        named["steer"] = depth(max(spec.selection.layers), config.n_layers)
+    if spec.selection is not None and "refusal" in spec.directions:
+        named["refusal"] = depth(max(spec.selection.refusal_layers), config.n_layers)
+    for name, layer in spec.layers.items():
+        named[name] = depth(layer, config.n_layers) if isinstance(layer, float) else layer
+    return conditions(spec, stand_ins, named, 1.0 if spec.dose is None else spec.dose)

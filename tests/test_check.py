@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxsteer import check, plan, run, selection, spec
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from jaxsteer.errors import UserError
+from jaxsteer.hosts import Hosts
+from tests import tiny
+
+DIRECTION = 'persona = { kind = "trait", trait = "compliant" }\n'
+SELECTION = "[selection]\nprompts = 2\nlayers = [0.5]\nscales = [1.0]\nmax_new_tokens = 4\n"
+REFUSAL = ("[directions]\n", '[directions]\nrefusal = { kind = "refusal" }\n')
+OPEN = ("dose = 3.0\n", "")
+
+
+def chosen(old, new):
+    """The study with an open dose and layers, and a [selection] changed in one place."""
+    assert old in SELECTION
+    return OPEN, ("steer = 1, ", ""), (DIRECTION, DIRECTION + SELECTION.replace(old, new))
+
+
+WRONG = {
+    "misspelt trait": ([('"compliant"', '"complaint"')], "no trait complaint"),
+    "layer in a condition": ([('at = "late"', 'at = "17"')], r"'persona, out'.*resid_post\.17"),
+    "named layer": ([("late = 1.0", "late = 7")], r"layers\.late is 7"),
+    "no selection": ([OPEN], r"dose is open; add \[selection\]"),
+    "refusal without selection": ([REFUSAL], r"'refusal' needs \[selection\]"),
+    "selection layer": (chosen("[0.5]", "[0.5, 20.0]"), r"selection\.layers holds 20\.0"),
+    "refusal layer": (
+        [REFUSAL, (DIRECTION, DIRECTION + SELECTION + "refusal_layers = [-0.1]\n")],
+        r"selection\.refusal_layers holds -0\.1",
+    ),
+    "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* HarmBench prompts"),
+    "long replies": ([("new_tokens = 6", "new_tokens = 512")], r"decoding\.max_new_tokens is 512"),
+    "long replies in selection": (
+        chosen("max_new_tokens = 4", "max_new_tokens = 900"),
+        r"selection\.max_new_tokens is 900; the context of .* holds 512",
+    ),
+    "no room for a prompt": ([("new_tokens = 6", "new_tokens = 500")], "at most 12 fit"),
+    "no token": (
+        [REFUSAL, (DIRECTION, DIRECTION + SELECTION + 'refusal_openings = [" "]\n')],
+        "refusal_openings holds ' '",
+    ),
+    "a layer nobody chooses": (
+        [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm") + SELECTION)]
+        + [('"persona", at', '"charm", at')] * 3,
+        "cannot read layer 'steer'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_study_the_model_cannot_run_is_refused_before_anything_is_made(model, tmp_path, name):
+    changes, message = WRONG[name]
+    study = spec.load(tiny.study_file(tmp_path, *changes))
+    with pytest.raises(UserError, match=message):
+        run.run_study(study, model, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planning_refuses_what_running_refuses(model, tmp_path, name):
+    changes, message = WRONG[name]
+    with pytest.raises(UserError, match=message):
+        plan.plan(spec.load(tiny.study_file(tmp_path, *changes)), model)
+
+
+def test_every_process_refuses_it_by_itself(model, tmp_path):
+    study = spec.load(tiny.study_file(tmp_path, ('at = "late"', 'at = "17"')))
+    with pytest.raises(UserError, match=r"resid_post\.17"):
+        run.run_study(study, model, tmp_path / "results", hosts=Hosts(process=1, count=1))
+
+
+def test_fresh_keeps_the_old_results_from_a_study_that_cannot_run(model, tmp_path):
+    out = tmp_path / "results"
+    run.run_study(tiny.study(tmp_path), model, out)
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    wrong = spec.load(tiny.study_file(tmp_path, ('"compliant"', '"complaint"')))
+    with pytest.raises(UserError, match="no trait complaint"):
+        run.run_study(wrong, model, out, fresh=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
+
+
+def test_a_run_goes_on_with_the_layer_it_chose_though_another_candidate_would_not_do(
+    model, tmp_path
+):
+    changes = (*chosen("[0.5]", "[0.0, 1.0]"), ('"persona", at = "steer"', '"persona", at = "1"'))
+    study = spec.load(tiny.study_file(tmp_path, *changes, ('at = "late"', 'at = "steer+2"')))
+    cells = [
+        selection.DoseCandidate(layer=0, scale=scale, refusal=0.0, degenerate=0.0)
+        for scale in (0.0, 1.0)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "study", lambda *args: [])
+        patch.setattr(selection, "dose_candidates", lambda *args, **kwargs: cells)
+        summary = run.run_study(study, model, tmp_path / "results")
+    assert run.run_study(study, model, tmp_path / "results") == summary
+
+
+def test_a_fraction_that_nothing_is_chosen_from_is_not_looked_at(model, tmp_path):
+    # Layers and dose are fixed; [selection] is there for its training prompts.
+    unused = (DIRECTION, DIRECTION + SELECTION.replace("[0.5]", "[20.0]"))
+    study = spec.load(tiny.study_file(tmp_path, unused))
+    assert check.open_choices(study) == () and len(check.study(study, model, {})) == 0
