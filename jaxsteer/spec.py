@@ -7,6 +7,7 @@ with every part explained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -245,6 +246,8 @@ def _problems(spec: StudySpec) -> Iterator[str]:
             if found.count(name) > 1:
                 yield f"{group} {name!r} appears twice; rename one"
     for name, direction in spec.directions.items():
+        if re.fullmatch(r"random(-\d+)?", name):
+            yield f"directions.{name}: that name is of the random controls; choose another"
         dangling = set(direction.of) - set(spec.directions)
         if dangling:
             yield f"directions.{name}.of names {sorted(dangling)[0]!r}, which is no direction here"
@@ -254,6 +257,7 @@ def _problems(spec: StudySpec) -> Iterator[str]:
             yield f"directions.{name}: kind {direction.kind} and `trait` do not go together"
     known = {*spec.directions, "random"}
     for condition in spec.condition:
+        yield from _repeat_problems(condition)
         for op in condition.ops:
             for name in filter(None, (op.add, op.project, op.norm_of)):
                 if name not in known:
@@ -267,6 +271,21 @@ def _problems(spec: StudySpec) -> Iterator[str]:
             for name in (test.treated, test.control):
                 if name not in pool:
                     yield f"claim {claim.name!r} names {name!r}, which the study does not have"
+
+
+def _repeat_problems(condition: ConditionSpec) -> Iterator[str]:
+    # Repeats that differ in name only would be reported as different strengths or seeds.
+    where = f"condition {condition.name!r}"
+    scaled = [op for op in condition.ops if op.add and op.scale in ("each", "-each")]
+    if condition.scales and not scaled:
+        yield f'{where} has scales and adds nothing with scale = "each"; add that, or drop scales'
+    # Not as norm_of: every seed has the same norms.
+    random = [op for op in condition.ops if "random" in (op.add, op.project)]
+    if condition.random_seeds and not random:
+        yield (
+            f'{where} has random_seeds and neither adds nor projects "random"; do that, or drop '
+            "random_seeds"
+        )
 
 
 def _value_problems(spec: StudySpec) -> Iterator[str]:

@@ -34,6 +34,10 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ("scales = [1.0, 2.0, 4.0]", "scales = []", "scales is empty"),
         ("max_new_tokens = 40", "max_new_tokens = 40\ntop_p = 0.0", "top_p"),
         ("max_new_tokens = 40", "max_new_tokens = 40\nseed = 2147483648", "seed is 2147483648"),
+        ("random_seeds = [1, 2, 3]\n", "scales = [1.0]\n", r"'random direction' has scales"),
+        ('add = "random"', 'add = "neutral"', r"'random direction' has random_seeds"),
+        ("neutral =", "random-1 =", r"directions\.random-1.* random controls"),
+        ("neutral =", "random =", r"directions\.random: .* random controls"),
     ],
 )
 def test_a_malformed_study_names_the_key_and_the_value(tmp_path, old, new, message):
@@ -43,6 +47,25 @@ def test_a_malformed_study_names_the_key_and_the_value(tmp_path, old, new, messa
     with pytest.raises(UserError, match=message) as caught:
         spec.load(path)
     assert "mine.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "op", "message"),
+    [
+        ("scales = [1.0]", '{ project = "persona", at = "steer", scale = "each" }', "has scales"),
+        (
+            "random_seeds = [1]",
+            '{ add = "persona", at = "steer", norm_of = "random" }',
+            "has random_seeds",
+        ),
+    ],
+)
+def test_repeats_need_an_operation_that_they_change(tmp_path, repeats, op, message):
+    path = tmp_path / "mine.toml"
+    more = f'[[condition]]\nname = "repeated"\n{repeats}\nops = [{op}]\n\n[[claim]]'
+    path.write_text(DEMO.replace("[[claim]]", more, 1))
+    with pytest.raises(UserError, match=f"'repeated' {message}"):
+        spec.load(path)
 
 
 def test_an_unknown_study_lists_the_shipped_ones():
