@@ -183,11 +183,9 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
                 found[name] = dataclasses.replace(made, name=name)
                 directions.save(path, list(found.values()))
                 progress.advance(1)
-    base = found.get("persona") or next(iter(found.values()), None)
     seeds = [seed for seed in _random_seeds(spec) if f"random-{seed}" not in found]
     for seed in seeds:
-        if base is None:
-            raise UserError(f"study {spec.name}: random_seeds need a direction to take norms from")
+        base = found.get("persona") or next(iter(found.values()))
         found[f"random-{seed}"] = directions.random_like(base, seed)
     if seeds:
         directions.save(path, list(found.values()))
@@ -211,11 +209,6 @@ def _direction(
     if item.kind == "refusal":
         prompts = split(selection_of(spec, "the refusal direction"), spec.name)
         return extract.refusal(model, spec.system, prompts.harmful_train, prompts.harmless_train)
-    missing = [other for other in item.of if other not in found]
-    if missing:
-        raise UserError(
-            f"study {spec.name}: direction {name!r} is made of {missing[0]!r}; list that first"
-        )
     first, second = (found[other] for other in item.of)
     combine = directions.minus if item.kind == "minus" else directions.without
     return combine(name, first, second)

@@ -245,12 +245,17 @@ def _problems(spec: StudySpec) -> Iterator[str]:
         for name in found:
             if found.count(name) > 1:
                 yield f"{group} {name!r} appears twice; rename one"
+    order = list(spec.directions)
     for name, direction in spec.directions.items():
         if re.fullmatch(r"random(-\d+)?", name):
             yield f"directions.{name}: that name is of the random controls; choose another"
         dangling = set(direction.of) - set(spec.directions)
         if dangling:
             yield f"directions.{name}.of names {sorted(dangling)[0]!r}, which is no direction here"
+        # They are made in the order of the file.
+        for other in direction.of:
+            if other not in order[: order.index(name)]:
+                yield f"directions.{name}.of names {other!r}, which is not before it; list it first"
         if (direction.kind in ("minus", "without")) != (len(direction.of) == 2):
             yield f"directions.{name}: kind {direction.kind} and `of` do not go together"
         if (direction.kind in ("trait", "user-persona")) != bool(direction.trait):
@@ -322,3 +327,10 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
             yield f"layers.{name} is {layer}; a fraction of depth lies between 0 and 1"
         if isinstance(layer, int) and layer < 0:
             yield f"layers.{name} is {layer}; blocks count from 0"
+    for condition in spec.condition:
+        for seed in condition.random_seeds:
+            where = f"condition {condition.name!r}"
+            if seed < 0:
+                yield f"{where}: random_seeds holds {seed}, expected at least 0"
+            if not spec.directions:
+                yield f"{where}: random_seeds need a direction in [directions] to take norms from"

@@ -36,6 +36,12 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ("max_new_tokens = 40", "max_new_tokens = 40\nseed = 2147483648", "seed is 2147483648"),
         ("random_seeds = [1, 2, 3]\n", "scales = [1.0]\n", r"'random direction' has scales"),
         ('add = "random"', 'add = "neutral"', r"'random direction' has random_seeds"),
+        ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"'random direction': random_seeds holds -2"),
+        (
+            'refusal = { kind = "refusal" }',
+            'it = { kind = "minus", of = ["persona", "refusal"] }\nrefusal = { kind = "refusal" }',
+            r"directions\.it\.of names 'refusal', which is not before it",
+        ),
         ("neutral =", "random-1 =", r"directions\.random-1.* random controls"),
         ("neutral =", "random =", r"directions\.random: .* random controls"),
     ],
@@ -65,6 +71,17 @@ def test_repeats_need_an_operation_that_they_change(tmp_path, repeats, op, messa
     more = f'[[condition]]\nname = "repeated"\n{repeats}\nops = [{op}]\n\n[[claim]]'
     path.write_text(DEMO.replace("[[claim]]", more, 1))
     with pytest.raises(UserError, match=f"'repeated' {message}"):
+        spec.load(path)
+
+
+def test_random_seeds_need_a_direction_to_take_norms_from(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\nsystem = "generic"\ndata = { harmful = 4, benign = 2 }\n'
+        'decoding = { max_new_tokens = 8 }\n[[condition]]\nname = "c"\nrandom_seeds = [1]\n'
+        'ops = [{ add = "random", at = "1" }]\n'
+    )
+    with pytest.raises(UserError, match="need a direction in"):
         spec.load(path)
 
 
