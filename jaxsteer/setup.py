@@ -185,7 +185,8 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
                 progress.advance(1)
     seeds = [seed for seed in _random_seeds(spec) if f"random-{seed}" not in found]
     for seed in seeds:
-        base = found.get("persona") or next(iter(found.values()))
+        # The study's first, not the file's: what a file holds comes back in another order.
+        base = found.get("persona") or found[next(iter(spec.directions))]
         found[f"random-{seed}"] = directions.random_like(base, seed)
     if seeds:
         directions.save(path, list(found.values()))

@@ -227,20 +227,27 @@ PERSONA = 'persona = { kind = "trait", trait = "compliant" }\n'
 EVIL = 'evil = { kind = "trait", trait = "evil" }\n'
 
 
+def stop_setup(study, model, out, after):
+    """Set a study up and be stopped when that many directions are done."""
+    saved, save = [], directions.save
+
+    def stopping(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directions, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            setup.prepare(study, model, out)
+
+
 @pytest.fixture
 def stopped(model, tmp_path):
     """A study of two directions whose setup was stopped after the first, and its folder."""
     study = spec.load(tiny.study_file(tmp_path, (PERSONA, PERSONA + EVIL)))
-    save = directions.save
-
-    def stop_after_the_first(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(directions, "save", stop_after_the_first)
-        with pytest.raises(KeyboardInterrupt):
-            run.run_study(study, model, tmp_path / "results")
+    stop_setup(study, model, tmp_path / "results", after=1)
     return study, tmp_path / "results"
 
 
@@ -264,6 +271,16 @@ def test_a_setup_that_stopped_between_directions_goes_on_with_those_it_has(
     run.run_study(study, model, out)
     assert extracted == ["evil"]
     assert set(directions.load(out / "directions.safetensors")) >= {"persona", "evil"}
+
+
+def test_a_setup_that_stopped_takes_random_norms_from_the_direction_it_always_does(model, tmp_path):
+    # No persona, and the alphabet against the order of the study.
+    two = 'zeal = { kind = "trait", trait = "arrogant" }\n' + EVIL
+    changes = [(PERSONA, two)] + [('"persona", at', '"zeal", at')] * 3
+    study = spec.load(tiny.study_file(tmp_path, *changes))
+    whole = setup.prepare(study, model, tmp_path / "whole")
+    stop_setup(study, model, tmp_path / "stopped", after=2)
+    assert setup.prepare(study, model, tmp_path / "stopped").record == whole.record
 
 
 def test_fresh_replaces_a_setup_that_stopped(model, stopped, extracted):
