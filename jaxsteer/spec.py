@@ -7,10 +7,11 @@ with every part explained.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -299,6 +300,9 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
         yield f"name {spec.name!r} may hold letters, digits and . _ - only"
     if not spec.condition:
         yield "no [[condition]]; a study needs at least one"
+    for key, value in _numbers(msgspec.to_builtins(spec)):
+        if not math.isfinite(value):
+            yield f"{key} is {value}, expected a finite number"
     decoding = spec.decoding
     for key, value, low in (
         ("data.harmful", spec.data.harmful, 0),
@@ -322,6 +326,8 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
         for key in ("layers", "scales", "refusal_layers", "refusal_openings"):
             if not getattr(chosen, key):
                 yield f"selection.{key} is empty; give at least one"
+        if "" in chosen.refusal_openings:
+            yield "selection.refusal_openings holds an empty text; remove it"
     for name, layer in spec.layers.items():
         if isinstance(layer, float) and not 0 <= layer <= 1:
             yield f"layers.{name} is {layer}; a fraction of depth lies between 0 and 1"
@@ -334,3 +340,16 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
                 yield f"{where}: random_seeds holds {seed}, expected at least 0"
             if not spec.directions:
                 yield f"{where}: random_seeds need a direction in [directions] to take norms from"
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a study, with its key: `condition['persona'].ops[0].scale`, from 0."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _numbers(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            name = item["name"] if isinstance(item, dict) and "name" in item else i
+            yield from _numbers(item, f"{key}[{name!r}]")

@@ -36,6 +36,16 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ("max_new_tokens = 40", "max_new_tokens = 40\nseed = 2147483648", "seed is 2147483648"),
         ("random_seeds = [1, 2, 3]\n", "scales = [1.0]\n", r"'random direction' has scales"),
         ('add = "random"', 'add = "neutral"', r"'random direction' has random_seeds"),
+        (
+            'measured_at = "refusal" }',
+            "scale = nan }",
+            r"refusal added early'\]\.ops\[1\]\.scale is",
+        ),
+        ("max_new_tokens = 40", "max_new_tokens = 40\ntemperature = inf", r"temperature is inf"),
+        ("scales = [1.0, 2.0, 4.0]", "scales = [1.0, inf]", r"selection\.scales\[1\] is inf"),
+        ("margin = -0.5", "margin = -inf", r"anti-parallel'\]\.tests\[0\]\.margin is -inf"),
+        ("# Named layers.", "dose = nan\n#", "dose is nan"),
+        ("allow_near_miss", 'refusal_openings = ["I", ""]\nallow_near_miss', "an empty text"),
         ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"'random direction': random_seeds holds -2"),
         (
             'refusal = { kind = "refusal" }',
