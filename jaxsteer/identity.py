@@ -25,7 +25,7 @@ from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.hosts import Hosts
 from jaxsteer.planned import SOURCES
 from jaxsteer.setup import Setup
-from jaxsteer.spec import StudySpec
+from jaxsteer.spec import StudySpec, leaves
 
 
 def asked_for(
@@ -117,7 +117,7 @@ def claim(path: Path, record: Mapping[str, Any]) -> None:
         write_json(path, record)
     elif held.get("key") != record["key"]:
         parts = ("study", "model", "policy", "modes", "directions", "layers", "dose", "prompts")
-        _refuse(path.parent, _differing(held, {part: record[part] for part in parts}))
+        _refuse(path.parent, held, {part: record[part] for part in parts})
 
 
 def check_asked(
@@ -127,12 +127,13 @@ def check_asked(
     held = setup.read_record(folder / "run.json")
     if not held:
         return
-    if differ := _differing(held, asked_for(spec, model, families)):
-        _refuse(folder, differ)
+    asked = asked_for(spec, model, families)
+    if _differing(held, asked):
+        _refuse(folder, held, asked)
     # Also made from what the study only names: the texts of traits and roles, and which prompts.
-    made_from = setup.read_record(folder / "setup.json").get("key")
-    if made_from not in (None, setup.key(spec, model)):
-        _refuse(folder, ["directions"])
+    made_from, needed = setup.read_record(folder / "setup.json").get("key"), setup.key(spec, model)
+    if made_from not in (None, needed):
+        _refuse(folder, {"directions": made_from}, {"directions": needed})
 
 
 def _differing(held: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
@@ -144,11 +145,23 @@ def _differing(held: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _refuse(folder: Path, differ: Sequence[str]) -> NoReturn:
+def _refuse(folder: Path, held: Mapping[str, Any], record: Mapping[str, Any]) -> NoReturn:
+    differ = _differing(held, record)
+    keys = _differing_keys(held.get("study"), record["study"]) if "study" in differ else []
     raise UserError(
-        f"{folder} holds another run ({', '.join(differ) or 'conditions'} differ); "
-        "choose another --out, or give --fresh to replace it"
+        f"{folder} holds another run ({', '.join(differ) or 'conditions'} differ)"
+        + (f": {', '.join(keys[:3])}" if keys else "")
+        + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        + "; choose another --out, or give --fresh to replace it"
     )
+
+
+def _differing_keys(held: Any, asked: Any) -> list[str]:
+    """Keys of the study that only one of two has, or whose values differ."""
+    one, two = dict(leaves(held, "study")), dict(leaves(asked, "study"))
+    return [
+        key for key in {**one, **two} if not (key in one and key in two and one[key] == two[key])
+    ]
 
 
 def check_claim(path: Path, record: Mapping[str, Any], hosts: Hosts) -> None:

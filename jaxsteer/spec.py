@@ -300,8 +300,8 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
         yield f"name {spec.name!r} may hold letters, digits and . _ - only"
     if not spec.condition:
         yield "no [[condition]]; a study needs at least one"
-    for key, value in _numbers(msgspec.to_builtins(spec)):
-        if not math.isfinite(value):
+    for key, value in leaves(msgspec.to_builtins(spec)):
+        if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}, expected a finite number"
     decoding = spec.decoding
     for key, value, low in (
@@ -342,14 +342,14 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
                 yield f"{where}: random_seeds need a direction in [directions] to take norms from"
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in a study, with its key: `condition['persona'].ops[0].scale`, from 0."""
-    if isinstance(value, float):
-        yield key, value
-    elif isinstance(value, dict):
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in a study's plain form, with its key: `condition['persona'].ops[0].scale`."""
+    if isinstance(value, dict):
         for name, item in value.items():
-            yield from _numbers(item, f"{key}.{name}" if key else name)
+            yield from leaves(item, f"{key}.{name}" if key else name)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             name = item["name"] if isinstance(item, dict) and "name" in item else i
-            yield from _numbers(item, f"{key}[{name!r}]")
+            yield from leaves(item, f"{key}[{name!r}]")
+    else:
+        yield key, value

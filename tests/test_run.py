@@ -149,6 +149,26 @@ def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
     assert results.load(out).spec == changed
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ([("batch = 4", "batch = 8")], r"study\.decoding\.batch"),
+        ([("scale = 4.0", "scale = 5.0")], r"study\.condition\['random'\]\.ops\[0\]\.scale"),
+        ([("dose = 3.0\n", "dose = 3.0\nabout = 'x'\n")], r"study\.about"),
+        (
+            [('name = "baseline"\n', 'name = "plain"\n'), ('= "baseline"', '= "plain"')],
+            "and .* more",
+        ),
+    ],
+)
+def test_a_changed_study_is_refused_naming_its_first_keys_that_differ(
+    model, first, tmp_path, changes, named
+):
+    changed = spec.load(tiny.study_file(tmp_path, *changes))
+    with pytest.raises(UserError, match=rf"\(study differ\): .*{named}; choose"):
+        run.run_study(changed, model, first)
+
+
 def test_a_trait_that_was_edited_after_the_run_is_refused_and_no_file_touched(model, tmp_path):
     text = (data.HERE / "traits/compliant.toml").read_text()
     trait = tmp_path / "mine.toml"
