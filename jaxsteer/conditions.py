@@ -27,7 +27,7 @@ from jaxsteer.interventions import (
     everywhere,
     orthonormal_rows,
 )
-from jaxsteer.spec import ConditionSpec, OperationSpec, StudySpec
+from jaxsteer.spec import LAYER_NAME, ConditionSpec, OperationSpec, StudySpec
 
 UNSTEERED = ", unsteered"
 
@@ -90,7 +90,7 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
     names = {**named, "last": n_layers - 1}
 
     def one(text: str) -> int:
-        match = re.fullmatch(r"([a-z_]+|\d+)([+-]\d+)?", text)
+        match = re.fullmatch(rf"({LAYER_NAME}|\d+)([+-]\d+)?", text)
         if not match or not (match[1].isdigit() or match[1] in names):
             raise UserError(
                 f"{where}: cannot read layer {text!r}; use a number, or one of "

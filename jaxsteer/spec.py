@@ -18,6 +18,8 @@ import msgspec
 from jaxsteer.errors import UserError
 
 STUDIES = Path(__file__).parent / "studies"
+# A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
+LAYER_NAME = r"[^\W\d][\w-]*?"
 Position = Literal["prompt_end", "response_start", "response_avg"]
 
 
@@ -186,8 +188,9 @@ class StudySpec(Spec, frozen=True, kw_only=True):
       decoding: how replies are generated.
       directions: by the name conditions use; `random` is always there.
       selection: how open layers and the dose are chosen; needed when any is open.
-      layers: layer names. A fraction (0.3) is a share of depth, a whole number (20) a block.
-        `steer` and `refusal` are chosen by the selection rules unless given here.
+      layers: layers by a name such as `late` or `late-two`. A fraction (0.3) is a share of depth,
+        a whole number (20) a block. `steer` and `refusal` are chosen by the selection rules unless
+        given here.
       dose: strength of the persona in natural norms; chosen by the selection rule unless given.
       modes: persona system prompts that every condition is crossed with.
       condition: the conditions.
@@ -329,6 +332,11 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
         if "" in chosen.refusal_openings:
             yield "selection.refusal_openings holds an empty text; remove it"
     for name, layer in spec.layers.items():
+        if not re.fullmatch(LAYER_NAME, name) or re.search(r"-\d+$", name) or name == "last":
+            yield (
+                f"layers: {name!r} is no name for a layer; take letters, digits, _ and -, a letter "
+                "first, and not `last` or what reads as an offset, such as steer-2"
+            )
         if isinstance(layer, float) and not 0 <= layer <= 1:
             yield f"layers.{name} is {layer}; a fraction of depth lies between 0 and 1"
         if isinstance(layer, int) and layer < 0:

@@ -66,6 +66,18 @@ def test_layer_expressions(text, expected):
     assert conditions.resolve_layers(text, NAMED, L, "test") == expected
 
 
+@pytest.mark.parametrize("name", ["late2", "late-two", "late_2", "Late", "spät"])
+@pytest.mark.parametrize(("offset", "expected"), [("", 6), ("+1", 7), ("-2..last", 4)])
+def test_a_layer_may_have_any_name_that_a_study_may_give_it(tmp_path, name, offset, expected):
+    path = tmp_path / "mine.toml"
+    condition = (
+        f'[[condition]]\nname = "c"\nops = [{{ project = "persona", at = "{name}{offset}" }}]'
+    )
+    path.write_text(f'layers = {{ "{name}" = 6 }}\n' + HEAD + condition)
+    layers = spec.load(path).layers
+    assert conditions.resolve_layers(name + offset, layers, L, "test")[0] == expected
+
+
 @pytest.mark.parametrize("text", ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3"])
 def test_layers_that_are_not_there_are_refused(text):
     with pytest.raises(UserError, match="test"):

@@ -46,6 +46,10 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ("margin = -0.5", "margin = -inf", r"anti-parallel'\]\.tests\[0\]\.margin is -inf"),
         ("# Named layers.", "dose = nan\n#", "dose is nan"),
         ("allow_near_miss", 'refusal_openings = ["I", ""]\nallow_near_miss', "an empty text"),
+        ("early = 0.3", "early = 0.3, early-2 = 4", "'early-2' is no name for a layer"),
+        ("early = 0.3", "early = 0.3, last = 4", "'last' is no name for a layer"),
+        ("early = 0.3", "early = 0.3, 20 = 4", "'20' is no name for a layer"),
+        ("early = 0.3", "early = 0.3, 'a,b' = 4", "'a,b' is no name for a layer"),
         ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"'random direction': random_seeds holds -2"),
         (
             'refusal = { kind = "refusal" }',
