@@ -49,7 +49,8 @@ class DirectionSpec(Spec, frozen=True, kw_only=True):
         instructions; `user-persona` the same states when the *user* speaks like the trait;
         `refusal` HarmBench against harmless prompts; `assistant-axis`; `minus` one direction minus
         another; `without` one direction with the component along another removed.
-      trait: of `trait` and `user-persona`, a shipped trait's name or a .toml.
+      trait: of `trait` and `user-persona`, a shipped trait's name or the path of a .toml, from the
+        folder the command runs in.
       position: which token's state is averaged.
       of: of `minus` and `without`, the names of the two directions.
     """
@@ -192,7 +193,7 @@ class StudySpec(Spec, frozen=True, kw_only=True):
         a whole number (20) a block. `steer` and `refusal` are chosen by the selection rules unless
         given here.
       dose: strength of the persona in natural norms; chosen by the selection rule unless given.
-      modes: persona system prompts that every condition is crossed with.
+      modes: persona system prompts that every condition is crossed with, by name or path likewise.
       condition: the conditions.
       claim: planned comparisons.
     """
