@@ -38,9 +38,10 @@ class Plan:
         rows share counted once, and a share of the layers as that share of a token.
       new_tokens: most tokens that can be generated.
       widths: of the lanes of the prompts' own tokens, for each of which prefill compiles.
-      weights_bytes: memory of the parameters.
-      cache_bytes: memory of the slots' keys and values.
-      seconds: rough time of the rows, without setup and compilation, every reply at full length.
+      weights_bytes: memory of the parameters, of all devices together.
+      cache_bytes: memory of the slots' keys and values, likewise.
+      seconds: rough time of the rows on one device in float32, without setup and compilation, every
+        reply at full length.
       open_choices: what the setup still has to choose before the rows run.
     """
 

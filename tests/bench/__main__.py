@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -174,6 +174,8 @@ class Bench:
                 for peer in PEERS:
                     if peer[0] in parts:
                         self._peer(ours, *peer)
+                if self.record["peers"]:
+                    self._study_again(ours)
                 if "ceilings" in parts:
                     self._ceilings(ours)
         if "scaling" in parts:
@@ -198,9 +200,9 @@ class Bench:
             "programs": first["programs"],
         }
 
-    def _study(self, ours: Worker, times: int) -> None:
+    def _study(self, ours: Worker, times: int, before: Sequence[float] = ()) -> None:
         rows = list(range(len(self.job.tokens)))
-        seconds = []
+        seconds = [*before]
         for number in range(times):
             self.say(f"the whole study, {len(rows)} rows ({number + 1} of {times})")
             done = ours.ask("run", rows=rows, batch=0)
@@ -216,6 +218,16 @@ class Bench:
             "all_seconds": seconds,
             "peak_bytes": done["peak_bytes"],
         }
+        self.save()
+
+    def _study_again(self, ours: Worker) -> None:
+        """Time the study after the peers, too, so that its median knows the machine as they did."""
+        self._study(ours, 1, self.record["study"]["all_seconds"])
+        for peer in self.record["peers"]:
+            if "all_rounds" in peer:
+                peer |= figures.compared(
+                    self.record["study"], peer["all_rounds"], len(self.job.tokens)
+                )
         self.save()
 
     def _peer(
