@@ -39,14 +39,22 @@ class Tokenizer:
         """Read tokenizer.json and the chat template of a checkpoint's tokenizer folder.
 
         Raises:
-          UserError: no tokenizer or no chat template there.
+          UserError: no tokenizer or no chat template there, or one that cannot be read.
         """
         # Imported here: transformers takes a second to import and most commands need no tokenizer.
         from transformers import PreTrainedTokenizerFast
 
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"no tokenizer.json in {folder}; convert the model again")
-        hf = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        try:
+            hf = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        except Exception as error:
+            # What a damaged file makes transformers and tokenizers raise has no common type.
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{folder}/tokenizer.json cannot be read with the files beside it ({reason}); "
+                "get the tokenizer again"
+            ) from None
         if not hf.chat_template:
             raise UserError(f"the tokenizer in {folder} has no chat template; convert a chat model")
         special = {str(token) for token in hf.all_special_tokens}

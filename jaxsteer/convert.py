@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsteer import checkpoint, config, int8, weights
+from jaxsteer.chat import Tokenizer
 from jaxsteer.config import ModelConfig
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file, write_json
@@ -66,8 +67,8 @@ def convert(source: str | Path, out: Path, dtype: str, revision: str | None = No
       `out`.
 
     Raises:
-      UserError: an unsupported model or quantisation; missing, truncated, misshapen or unread
-        tensors, all listed at once.
+      UserError: an unsupported model or quantisation; a tokenizer that cannot be read or has no
+        chat template; missing, truncated, misshapen or unread tensors, all listed at once.
     """
     if dtype == "auto":
         dtype = dtype_here()
@@ -230,6 +231,11 @@ def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any]) -> P
     files = _safetensors_files(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}/tokenizer.json is missing; jaxsteer reads fast tokenizers only")
+    for name in TOKENIZER_FILES:
+        if name.endswith(".json") and (folder / name).is_file():
+            _json(folder / name)
+    # Before the weights are read, and before anything is replaced by what would not load.
+    Tokenizer.load(folder)
     params = fill(target, _safetensors(files), "hf", dtype, folder.name)
     generation = folder / "generation_config.json"
     eos = (_json(generation) if generation.is_file() else {}).get("eos_token_id")
@@ -299,8 +305,8 @@ def _convert_gguf(path: Path, out: Path, dtype: str) -> Path:
     shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
     factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
     target = config.from_gguf(fields, shapes, path.name, factors)
-    params = fill(target, _gguf_tensors(reader, path.name), "gguf", dtype, path.name)
     tokenizer = _gguf_tokenizer(fields, path.name)
+    params = fill(target, _gguf_tensors(reader, path.name), "gguf", dtype, path.name)
     checkpoint.save(
         out,
         target,

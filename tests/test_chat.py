@@ -105,6 +105,13 @@ def test_a_folder_without_tokenizer_or_template_is_refused(folder, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, tmp_path):
+    text = (folder / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace("WordLevel", "Damaged"))
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read [^\n]*; get"):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("length", "width"), [(0, 32), (1, 32), (32, 32), (33, 64), (97, 128), (4096, 4096)]
 )

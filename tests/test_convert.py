@@ -93,6 +93,25 @@ def test_a_missing_shard_is_named(tmp_path):
         convert(sharded, tmp_path / "out", "float32")
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("tokenizer.json", lambda data: data[:2000], r"hf/tokenizer\.json is not readable JSON"),
+        ("tokenizer.json", lambda data: b"{}", r"hf/tokenizer\.json cannot be read"),
+        ("tokenizer_config.json", lambda data: data[:-9], r"hf/tokenizer_config\.json is not"),
+        ("chat_template.jinja", lambda data: b"", "no chat template; convert a chat model"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_and_the_checkpoint_that_is_there_kept(
+    copy, tmp_path, name, damage, message
+):
+    out = convert(copy, tmp_path / "out", "float32")
+    (copy / name).write_bytes(damage((copy / name).read_bytes()))
+    with pytest.raises(UserError, match=message):
+        convert(copy, out, "bfloat16")
+    assert checkpoint.load(out).manifest["dtype"] == "float32"
+
+
 def test_remote_code_pointers_are_not_kept(copy, tmp_path):
     path = copy / "tokenizer_config.json"
     path.write_text(
