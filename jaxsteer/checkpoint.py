@@ -8,14 +8,18 @@ NAME/tokenizer/       tokenizer.json, tokenizer_config.json, chat template
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
 from jaxsteer.weights import flatten, nest, param_shapes
 
 FORMAT = "jaxsteer-checkpoint-1"
+# How the names of folders end in which a checkpoint is being made.
+UNFINISHED = ".converting"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +76,7 @@ def save(
     eos_token_ids: list[int],
     source: dict[str, Any],
 ) -> None:
-    """Write a checkpoint whole or not at all: into a temporary sibling, then renamed.
+    """Write a checkpoint whole or not at all: beside its place, then renamed.
 
     Args:
       out: the folder to make; an existing checkpoint there is replaced, anything else refused.
@@ -86,45 +92,62 @@ def save(
     if out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"{out} exists and is no checkpoint; remove it or choose another --out")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    try:
-        tokenizer = temporary / "tokenizer"
-        tokenizer.mkdir()
-        write_tokenizer(tokenizer)
-        write_json(temporary / "config.json", to_hf(config))
-        _claim(temporary / "space", sum(value.nbytes for value in params.values()))
-        _save_params(temporary / "params", params, out)
-        hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
-        files = {f.name: sha256_file(f) for f in sorted(tokenizer.iterdir())}
-        manifest = {
-            "format": FORMAT,
-            "source": source,
-            "dtype": _dtype(params),
-            "eos_token_ids": eos_token_ids,
-            "config_sha256": sha256_file(temporary / "config.json"),
-            "tokenizer_files": files,
-            "tokenizer_sha256": sha256_bytes(canonical_json(files).encode()),
-            "weights_sha256": sha256_bytes(canonical_json(hashes).encode()),
-            "params": hashes,
-        }
-        write_json(temporary / "manifest.json", manifest)
-        temporary.chmod(0o755)
-        old = None
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            os.rename(out, old / "checkpoint")
-        os.rename(temporary, out)
-        if old:
-            shutil.rmtree(old)
+        with _beside(out) as folder:
+            made = folder / "made"
+            tokenizer = made / "tokenizer"
+            tokenizer.mkdir(parents=True)
+            write_tokenizer(tokenizer)
+            write_json(made / "config.json", to_hf(config))
+            _claim(made / "space", sum(value.nbytes for value in params.values()))
+            _save_params(made / "params", params, out)
+            hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
+            files = {f.name: sha256_file(f) for f in sorted(tokenizer.iterdir())}
+            manifest = {
+                "format": FORMAT,
+                "source": source,
+                "dtype": _dtype(params),
+                "eos_token_ids": eos_token_ids,
+                "config_sha256": sha256_file(made / "config.json"),
+                "tokenizer_files": files,
+                "tokenizer_sha256": sha256_bytes(canonical_json(files).encode()),
+                "weights_sha256": sha256_bytes(canonical_json(hashes).encode()),
+                "params": hashes,
+            }
+            write_json(made / "manifest.json", manifest)
+            if out.exists():
+                out.rename(folder / "old")
+            made.rename(out)
     except OSError as error:
         raise UserError(
             f"cannot write {out}: {error.strerror}; free space or choose another --out"
         ) from error
+
+
+@contextlib.contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to make a checkpoint in, removed at the end however that comes.
+
+    What conversions that were killed left there is removed first: a lock says which still run.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for found in out.parent.glob(f".{glob.escape(out.name)}.*{UNFINISHED}"):
+        with (found / "lock").open("w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(found, out)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=UNFINISHED, dir=out.parent))
+    try:
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(folder, out)
+
+
+def _remove(folder: Path, out: Path) -> None:
+    # Stopped between two renames: what was to be replaced is still the checkpoint.
+    if (folder / "old").exists() and not out.exists():
+        (folder / "old").rename(out)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _dtype(params: Mapping[str, np.ndarray]) -> str:
@@ -156,15 +179,49 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> Non
         (jax.Array, kinds.ArrayHandler()),
     )
     handler = orbax.PyTreeCheckpointHandler(type_handler_registry=handlers)
-    try:
+
+    def write() -> None:
         with orbax.AsyncCheckpointer(handler) as checkpointer:
             checkpointer.save(path.absolute(), nest(params.items()))
+
+    try:
+        _to_its_end(write)
     except Exception as error:
         # Tensorstore reports a full disk as a ValueError, its reason at the very end.
         reason = _first_line(error).split(": ")[-1].split(" [os_error")[0]
         raise UserError(
             f"cannot write {out}: {reason}; free space or choose another --out"
         ) from None
+
+
+def _to_its_end(work: Callable[[], None]) -> None:
+    """Run `work` in a thread and wait until it ends, then raise what a signal raised meanwhile.
+
+    Orbax runs an event loop, which breaks when a signal's handler raises inside, and threads, which
+    would go on writing into a folder that is being removed.
+    """
+    raised: list[BaseException] = []
+    begun, ended = threading.Event(), threading.Event()
+
+    def working() -> None:
+        begun.wait()  # until the loop below is there to wait for it
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=working, daemon=True).start()
+    # Not by a join, which takes the thread for dead once it is interrupted.
+    while not ended.is_set():
+        try:
+            begun.set()
+            ended.wait()
+        except BaseException as stopped:
+            raised.insert(0, stopped)
+    if raised:
+        raise raised[0]
 
 
 def _first_line(error: Exception) -> str:

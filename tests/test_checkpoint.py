@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import signal
+import threading
 
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 from jaxsteer import checkpoint
@@ -117,3 +122,68 @@ def test_converting_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(s
     convert(tmp_path / "hf", saved, "bfloat16")
     assert checkpoint.load(saved).manifest["dtype"] == "bfloat16"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+class Stop(BaseException):
+    """What the handler of a signal raises."""
+
+
+def test_a_stop_while_weights_are_written_waits_for_that_and_leaves_the_old_checkpoint_alone(
+    saved, tmp_path, monkeypatch
+):
+    heard = threading.Event()
+    written = []
+
+    def handler(number, frame):
+        heard.set()
+        raise Stop
+
+    write = orbax.checkpoint.AsyncCheckpointer.save
+
+    def stopped_at_its_start(self, path, *arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        heard.wait()
+        write(self, path, *arguments)
+        written.append(path.parent.is_dir())
+
+    monkeypatch.setattr(orbax.checkpoint.AsyncCheckpointer, "save", stopped_at_its_start)
+    before = signal.signal(signal.SIGUSR1, handler)
+    with pytest.raises(Stop):
+        convert(tmp_path / "hf", saved, "bfloat16")
+    signal.signal(signal.SIGUSR1, before)
+    assert written == [True]
+    assert checkpoint.load(saved).manifest["dtype"] == "float32"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.fixture
+def left_behind(saved, tmp_path):
+    """What a conversion into `saved` leaves that is killed while it writes."""
+    folder = tmp_path / f".out.abcd1234{checkpoint.UNFINISHED}"
+    (folder / "made/params").mkdir(parents=True)
+    (folder / "lock").touch()
+    return folder
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(saved, tmp_path, left_behind):
+    convert(tmp_path / "hf", saved, "float32")
+    assert not left_behind.exists()
+
+
+def test_a_conversion_that_still_runs_keeps_its_folder(saved, tmp_path, left_behind):
+    with (left_behind / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        convert(tmp_path / "hf", saved, "float32")
+    assert (left_behind / "made/params").is_dir()
+
+
+def test_a_checkpoint_that_was_being_replaced_at_the_kill_is_put_back(saved, left_behind):
+    saved.rename(left_behind / "old")
+
+    def full(folder):
+        raise OSError(0, "disk full")
+
+    config = checkpoint.from_hf(json.loads((left_behind / "old/config.json").read_text()), "test")
+    with pytest.raises(UserError, match="disk full"):
+        checkpoint.save(saved, config, {}, write_tokenizer=full, eos_token_ids=[], source={})
+    assert checkpoint.load(saved).manifest["dtype"] == "float32"
