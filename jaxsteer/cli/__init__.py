@@ -22,6 +22,9 @@ from jaxsteer.errors import UserError
 from jaxsteer.hosts import leave
 from jaxsteer.show import plain
 
+# Commands of which another run goes on where one was stopped.
+GO_ON = {"prepare", "sweep", "judge", "launch"}
+
 
 class Stopped(BaseException):
     """A signal asked us to end (Ctrl-C, or a machine taken away): unwind, then say how to go on."""
@@ -45,7 +48,12 @@ def main() -> None:
         print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
         leave(2)
     except Stopped as stopped:
-        print("jaxsteer: stopped; what is finished is kept, run again to go on", file=sys.stderr)
+        # A second Ctrl-C would land in what Python does at its end, and show as a traceback.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        goes_on = GO_ON.intersection(sys.argv[1:2])
+        kept = "; what is finished is kept, run again to go on" if goes_on else ""
+        print(f"jaxsteer: stopped{kept}", file=sys.stderr)
         leave(128 + stopped.number)
     except Exception:
         traceback.print_exc()

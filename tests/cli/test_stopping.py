@@ -1,0 +1,48 @@
+"""What a command says and does when a signal stops it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from jaxsteer import cli
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stop(monkeypatch, *arguments):
+    """The exit code of `jaxsteer ARGUMENTS` when a Ctrl-C comes while it works."""
+    monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["jaxsteer", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+@pytest.mark.parametrize("command", ["sweep", "judge", "prepare"])
+def test_a_command_that_goes_on_where_it_was_says_so(monkeypatch, capsys, command):
+    assert stop(monkeypatch, command, "x") == 130
+    said = "jaxsteer: stopped; what is finished is kept, run again to go on\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("command", ["convert", "extract", "generate"])
+def test_a_command_that_keeps_nothing_promises_nothing(monkeypatch, capsys, command):
+    assert stop(monkeypatch, command, "x") == 130
+    assert capsys.readouterr().err == "jaxsteer: stopped\n"
+
+
+def test_a_second_ctrl_c_is_not_heard_once_the_first_has_ended_the_command(monkeypatch):
+    stop(monkeypatch, "convert", "x")
+    assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_IGN] * 2
