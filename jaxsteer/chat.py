@@ -68,8 +68,8 @@ class Tokenizer:
         a `system` of "" asks for an explicitly empty one.
 
         Raises:
-          UserError: an empty prompt, one that holds a special token, or a template that refuses
-            the turns or leaves the system prompt out.
+          UserError: an empty prompt, one that holds a special token or is no UTF-8, or a template
+            that refuses the turns or leaves the system prompt out.
         """
         if not user.strip():
             raise UserError("the prompt is empty; give it some text")
@@ -89,7 +89,7 @@ class Tokenizer:
           parts: give the template each text as a list of parts, as those for images too want it.
 
         Raises:
-          UserError: a turn that holds a special token.
+          UserError: a turn that holds a special token or is no UTF-8.
         """
         self._check(*((text, f"{role}'s turn") for role, text in turns))
         return list(self.hf(self.render(turns, parts=parts), add_special_tokens=False)["input_ids"])
@@ -121,6 +121,14 @@ class Tokenizer:
 
     def _check(self, *texts: tuple[str, str]) -> None:
         for text, name in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                # How a command line's bytes come that are no UTF-8.
+                raise UserError(
+                    f"the {name} cannot be written as UTF-8 (character {error.start + 1} is "
+                    f"{text[error.start]!a}); give it in UTF-8"
+                ) from None
             found = [token for token in self.special if token in text]
             if found:
                 raise UserError(

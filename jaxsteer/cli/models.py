@@ -74,7 +74,9 @@ def extract(
         str, typer.Option(help="Of traits: prompt_end, response_start or response_avg.")
     ] = "prompt_end",
     policy: Annotated[str, typer.Option(help="Of refusal: the system prompt.")] = "safety-v2",
-    seed: Annotated[int, typer.Option(help="Seed of sampled replies.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-(2**31), max=2**31 - 1, help="Seed of sampled replies.")
+    ] = 0,
     mesh: MeshOption = None,
 ) -> None:
     """Extract directions and save them with their provenance, beside those the file holds.

@@ -80,6 +80,12 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(model, vectors, 
     assert vectors.read_bytes() == held and not (tmp_path / "out").exists()
 
 
+def test_a_seed_of_more_than_32_bits_is_refused_before_a_model_is_loaded(tmp_path):
+    done = jaxsteer("extract", "compliant", "--model", tmp_path, "--seed", 2**31)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Invalid value for '--seed'" in done.stderr
+
+
 def test_a_full_disk_while_extracting_is_one_line_and_keeps_the_old_file(model, vectors):
     held = vectors.read_bytes()
     said = bad("extract", "evil", "--model", model, "--out", vectors, file_limit=1000)
