@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jaxsteer.errors import UserError
 from jaxsteer.programs import use_compile_cache
 
 if TYPE_CHECKING:
     from jaxsteer.chatmodel import ChatModel
 
-__all__ = ["DEMO_MODEL", "MeshOption", "ModelOption", "app", "open_model", "use_compile_cache"]
+__all__ = [
+    "DEMO_MODEL",
+    "MeshOption",
+    "ModelOption",
+    "app",
+    "check_device",
+    "open_model",
+    "use_compile_cache",
+]
 
 app = typer.Typer(
     help="Steer chat models at explicit taps of the residual stream, and measure their refusals.",
@@ -29,11 +39,31 @@ MeshOption = Annotated[
 ]
 
 
+def check_device() -> None:
+    """Refuse a machine on which JAX has nothing to run on, before anything is read.
+
+    Raises:
+      UserError: naming what JAX_PLATFORMS asks for.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # For a GPU that is not there JAX only asserts, and says nothing.
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "there is none"
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
+            f"({' '.join(reason.split())[:160]}); install what it needs, or set JAX_PLATFORMS=cpu"
+        ) from None
+
+
 def open_model(folder: Path, mesh: str | None) -> ChatModel:
     """Load a checkpoint, onto a mesh if one is asked for; what that cannot split is said."""
     from jaxsteer import parallel
     from jaxsteer.chatmodel import ChatModel
 
+    check_device()
     if mesh is None:
         return ChatModel.load(folder)
     spread = parallel.mesh(mesh)

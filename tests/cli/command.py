@@ -19,14 +19,16 @@ runpy.run_module("jaxsteer.cli", run_name="__main__")
 
 
 def jaxsteer(
-    *arguments: object, file_limit: int | None = None, devices: int = 1
+    *arguments: object, file_limit: int | None = None, devices: int = 1, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """`jaxsteer ARGUMENTS` on some virtual devices.
 
-    With `file_limit`, writing more bytes than that to a file fails.
+    With `file_limit`, writing more bytes than that to a file fails. `variables` go into its
+    environment.
     """
     start = ["-m", "jaxsteer.cli"] if file_limit is None else ["-c", LIMITED, str(file_limit)]
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests")}
+    env |= variables
     if devices > 1:
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(

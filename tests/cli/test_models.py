@@ -80,6 +80,13 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(model, vectors, 
     assert vectors.read_bytes() == held and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_a_device_that_is_not_there_is_one_line(model, tmp_path, command):
+    told = {"generate": ("--model", model), "convert": ("--out", tmp_path / "out")}
+    said = bad(command, "w4", *told[command], JAX_PLATFORMS="tpu_of_nobody")
+    assert "JAX finds no device for JAX_PLATFORMS=tpu_of_nobody" in said
+
+
 def test_a_seed_of_more_than_32_bits_is_refused_before_a_model_is_loaded(tmp_path):
     done = jaxsteer("extract", "compliant", "--model", tmp_path, "--seed", 2**31)
     assert done.returncode == 2 and "Traceback" not in done.stderr
