@@ -29,6 +29,9 @@ def jaxsteer(
     start = ["-m", "jaxsteer.cli"] if file_limit is None else ["-c", LIMITED, str(file_limit)]
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests")}
     env |= variables
+    if file_limit is not None:
+        # What it compiles would be cut off too, in a cache that all tests share.
+        env["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if devices > 1:
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.run(
