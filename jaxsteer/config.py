@@ -102,7 +102,7 @@ _ONLY: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pretraining_tp": (lambda v: v == 1, "1"),
     "use_sliding_window": (lambda v: not v, "false"),
     "layer_types": (
-        lambda v: v is None or all(kind == "full_attention" for kind in v),
+        lambda v: v is None or (isinstance(v, list) and all(k == "full_attention" for k in v)),
         "full_attention everywhere",
     ),
     "auto_map": (lambda v: not v, "absent (no remote code is run)"),
@@ -122,12 +122,12 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
         missing one.
     """
     names = config.get("architectures") or ["(none)"]
-    if names[0] not in ARCHITECTURES:
+    named = names[0] if isinstance(names, list) else names
+    if named not in list(ARCHITECTURES):
         raise UserError(
-            f"{where}: architecture {names[0]} is not supported; supported: "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {named} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    architecture = ARCHITECTURES[names[0]]
+    architecture = ARCHITECTURES[named]
     for key, value in config.items():
         if key in _ONLY:
             good, supported = _ONLY[key]
@@ -141,32 +141,39 @@ def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
                 f"known keys: {', '.join(sorted(_READ | set(_ONLY)))}"
             )
     try:
-        n_heads = int(config["num_attention_heads"])
-        d_model = int(config["hidden_size"])
+        n_heads = _size(config["num_attention_heads"])
+        d_model = _size(config["hidden_size"])
         result = ModelConfig(
             architecture=architecture,
-            vocab_size=int(config["vocab_size"]),
+            vocab_size=_size(config["vocab_size"]),
             d_model=d_model,
-            n_layers=int(config["num_hidden_layers"]),
+            n_layers=_size(config["num_hidden_layers"]),
             n_heads=n_heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or n_heads),
-            head_dim=int(config.get("head_dim") or d_model // n_heads),
-            d_ff=int(config["intermediate_size"]),
+            n_kv_heads=_size(config.get("num_key_value_heads") or n_heads),
+            head_dim=_size(config.get("head_dim") or d_model // n_heads),
+            d_ff=_size(config["intermediate_size"]),
             norm_eps=float(config["rms_norm_eps"]),
             rope=_rope(config, where),
             qkv_bias=architecture == "qwen2",
             tied=bool(config.get("tie_word_embeddings", False)),
-            max_position=int(config["max_position_embeddings"]),
+            max_position=_size(config["max_position_embeddings"]),
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: a value has the wrong type: {error}") from None
     if result.n_heads % result.n_kv_heads:
         raise UserError(
             f"{where}: {result.n_kv_heads} key-value heads do not divide {n_heads} heads"
         )
     return result
+
+
+def _size(value: Any) -> int:
+    size = int(value)
+    if size < 1:
+        raise ValueError(f"{value!r} where a size of at least 1 belongs")
+    return size
 
 
 def _rope(config: Mapping[str, Any], where: str) -> RopeConfig:
@@ -286,7 +293,7 @@ def from_gguf(
                 f"{where}: {key}={value!r} is not supported; supported: {_GGUF_ONLY[name]}"
             )
 
-    def field(name: str, cast: Callable[[Any], Any] = int, default: Any = None) -> Any:
+    def field(name: str, cast: Callable[[Any], Any] = _size, default: Any = None) -> Any:
         key = f"{architecture}.{name}"
         value = fields.get(key, default)
         if value is None:
@@ -294,7 +301,9 @@ def from_gguf(
         try:
             return cast(value)
         except (TypeError, ValueError):
-            raise UserError(f"{where}: {key}={value!r} is not supported; one number is") from None
+            raise UserError(
+                f"{where}: {key}={value!r} is not supported; one number above 0 is"
+            ) from None
 
     if "token_embd.weight" not in tensors:
         raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")

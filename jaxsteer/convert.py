@@ -188,8 +188,10 @@ def fill(
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
+        placed = _json(index).get("weight_map", {})
+        if not isinstance(placed, dict) or not all(isinstance(n, str) for n in placed.values()):
+            raise UserError(f"{index}: weight_map names no file for each tensor; download it again")
+        files = [folder / name for name in sorted(set(placed.values()))]
     else:
         files = [folder / "model.safetensors"]
     for file in files:
@@ -236,12 +238,17 @@ def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any]) -> P
             _json(folder / name)
     # Before the weights are read, and before anything is replaced by what would not load.
     Tokenizer.load(folder)
-    params = fill(target, _safetensors(files), "hf", dtype, folder.name)
     generation = folder / "generation_config.json"
     eos = (_json(generation) if generation.is_file() else {}).get("eos_token_id")
     eos = raw.get("eos_token_id") if eos is None else eos
     if eos is None:
         raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json")
+    eos_ids = eos if isinstance(eos, list) else [eos]
+    if not eos_ids or not all(type(i) is int for i in eos_ids):
+        raise UserError(
+            f"{folder}: eos_token_id {eos!r} is no token id or list of them; correct it"
+        )
+    params = fill(target, _safetensors(files), "hf", dtype, folder.name)
 
     def write_tokenizer(to: Path) -> None:
         for name in TOKENIZER_FILES:
@@ -263,7 +270,7 @@ def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any]) -> P
         target,
         params,
         write_tokenizer=write_tokenizer,
-        eos_token_ids=[int(i) for i in (eos if isinstance(eos, list) else [eos])],
+        eos_token_ids=eos_ids,
         source=about,
     )
     return out

@@ -83,6 +83,11 @@ def test_llama3_scaling_is_read_in_both_spellings():
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*unknown"),
         ({"num_key_value_heads": 5}, "divide"),
         ({"hidden_size": "wide"}, "wrong type"),
+        ({"hidden_size": float("inf")}, "wrong type"),
+        ({"num_attention_heads": 0}, "wrong type: 0 where a size of at least 1"),
+        ({"architectures": 5}, "architecture 5 is not supported"),
+        ({"architectures": [[]]}, r"architecture \[\] is not supported"),
+        ({"layer_types": 5}, "layer_types=5"),
     ],
 )
 def test_what_would_change_the_computation_is_refused_by_name(change, message):

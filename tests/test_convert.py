@@ -112,6 +112,25 @@ def test_a_damaged_tokenizer_is_named_and_the_checkpoint_that_is_there_kept(
     assert checkpoint.load(out).manifest["dtype"] == "float32"
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("generation_config.json", {"eos_token_id": "two"}, "eos_token_id 'two' is no token id"),
+        ("generation_config.json", {"eos_token_id": []}, r"eos_token_id \[\] is no token id"),
+        ("model.safetensors.index.json", {"weight_map": ["a"]}, "weight_map names no file"),
+        ("model.safetensors.index.json", {"weight_map": {"a": 1}}, "weight_map names no file"),
+    ],
+)
+def test_a_value_of_another_kind_in_the_sources_json_is_named(
+    copy, tmp_path, name, change, message
+):
+    path = copy / name
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(held | change))
+    with pytest.raises(UserError, match=message):
+        convert(copy, tmp_path / "out", "float32")
+
+
 def test_remote_code_pointers_are_not_kept(copy, tmp_path):
     path = copy / "tokenizer_config.json"
     path.write_text(
@@ -341,6 +360,7 @@ def test_a_gguf_tokenizer_splits_text_as_its_vocabulary_was_learned(pre, pieces,
         (lambda w: w.add_float32("llama.logit_scale", 2.0), r"llama\.logit_scale is unknown"),
         (lambda w: w.add_array("llama.attention.key_length", [64, 32]), "key_length"),
         (lambda w: w.add_uint32("llama.attention.value_length", 32), "value_length"),
+        (lambda w: w.add_uint32("llama.attention.key_length", 0), "key_length=0 is not supported"),
         (lambda w: w.add_tensor("rope_freqs.weight", np.full(32, 3, np.float32)), "rope_freqs"),
         (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "yarn"),
         (lambda w: w.add_uint32("llama.expert_count", 8), "expert_count"),
