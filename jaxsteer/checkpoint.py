@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -37,6 +38,20 @@ from jaxsteer.weights import flatten, nest, param_shapes
 FORMAT = "jaxsteer-checkpoint-1"
 # How the names of folders end in which a checkpoint is being made.
 UNFINISHED = ".converting"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manifest must hold to be loaded; see `save`."""
+
+    format: str
+    source: dict[str, Any]
+    dtype: str
+    eos_token_ids: list[int]
+    config_sha256: str
+    tokenizer_files: dict[str, str]
+    tokenizer_sha256: str
+    weights_sha256: str
+    params: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,23 +283,22 @@ def load(
     again = f"convert the model again into {path}"
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        read = msgspec.convert(manifest, Manifest)
         config = from_hf(
             json.loads((path / "config.json").read_text(encoding="utf-8")), f"{path}/config.json"
         )
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{manifest_path}: format {manifest['format']!r} is unknown; {again}")
-        named = str(manifest["dtype"])
-        eight = named.endswith(int8.MARK)
-        dtype = jnp.dtype(named.removesuffix(int8.MARK))
-        files, hashes = manifest["tokenizer_files"], manifest["params"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if read.format != FORMAT:
+            raise UserError(f"{manifest_path}: format {read.format!r} is unknown; {again}")
+        eight = read.dtype.endswith(int8.MARK)
+        dtype = jnp.dtype(read.dtype.removesuffix(int8.MARK))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: config or manifest cannot be read ({error}); {again}") from None
-    if sha256_file(path / "config.json") != manifest["config_sha256"]:
+    if sha256_file(path / "config.json") != read.config_sha256:
         raise UserError(f"{path}/config.json does not match the manifest; {again}")
     present = [file.name for file in (path / "tokenizer").glob("*")]
-    for name in sorted({*files, *present}):
+    for name in sorted({*read.tokenizer_files, *present}):
         file = path / "tokenizer" / name
-        if name not in present or sha256_file(file) != files.get(name):
+        if not file.is_file() or sha256_file(file) != read.tokenizer_files.get(name):
             raise UserError(f"{file} is missing or does not match the manifest; {again}")
     shapes = int8.shapes(param_shapes(config), dtype, eight)
     lies = (
@@ -311,15 +325,15 @@ def load(
         wrong = [
             name
             for name, value in flatten(params).items()
-            if array_sha256(_on_host(value)) != hashes.get(name)
+            if array_sha256(_on_host(value)) != read.params.get(name)
         ]
-        if wrong or sha256_bytes(canonical_json(hashes).encode()) != manifest["weights_sha256"]:
+        if wrong or sha256_bytes(canonical_json(read.params).encode()) != read.weights_sha256:
             what = ", ".join(wrong[:3]) or "manifest"
             raise UserError(f"{path}/params: {what} does not match its sha256; {again}")
     return Checkpoint(
         config=config,
         params=nest(int8.joined(flatten(params)).items()),
         tokenizer_dir=path / "tokenizer",
-        eos_token_ids=manifest["eos_token_ids"],
+        eos_token_ids=read.eos_token_ids,
         manifest=manifest,
     )

@@ -67,6 +67,12 @@ def test_a_tokenizer_file_that_the_manifest_does_not_know_is_named(saved):
         checkpoint.load(saved)
 
 
+def test_a_folder_among_the_tokenizers_files_is_named(saved):
+    (saved / "tokenizer/chat_templates").mkdir()
+    with pytest.raises(UserError, match="tokenizer/chat_templates is missing or does not match"):
+        checkpoint.load(saved)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -74,6 +80,9 @@ def test_a_tokenizer_file_that_the_manifest_does_not_know_is_named(saved):
         lambda text: "{}",
         lambda text: "[1]",
         lambda text: text.replace('"float32"', "5"),
+        lambda text: text.replace('"weights_sha256"', '"other"'),
+        lambda text: text.replace('"config_sha256"', '"other"'),
+        lambda text: text.replace('"eos_token_ids": [', '"eos_token_ids": ["two", '),
     ],
 )
 def test_a_damaged_manifest_is_named(saved, damage):
