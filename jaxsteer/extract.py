@@ -17,6 +17,18 @@ from jaxsteer.errors import UserError
 
 # HarmBench and harmless prompts are ranked by this seed and taken from the front (see `setup`).
 SPLIT_SEED = 11
+RANDOM = r"random-(\d+)"
+
+
+def check(names: Sequence[str]) -> None:
+    """Look up every trait that `named` will be asked for, before a model is loaded.
+
+    Raises:
+      UserError: no such trait.
+    """
+    for name in names:
+        if name not in ("assistant-axis", "refusal") and not re.fullmatch(RANDOM, name):
+            data.trait(name)
 
 
 def named(
@@ -45,7 +57,7 @@ def named(
         return assistant_axis(model, seed=seed)
     if name == "refusal":
         return refusal(model, policy, *refusal_prompts())
-    match = re.fullmatch(r"random-(\d+)", name)
+    match = re.fullmatch(RANDOM, name)
     if match:
         real = [d for d in found.values() if d.provenance.get("kind") != "random"]
         if not real:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from jaxsteer.cli.common import (
     use_compile_cache,
 )
 from jaxsteer.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxsteer.directions import Direction
 
 
 @app.command()
@@ -84,10 +87,13 @@ def extract(
 ) -> None:
     """Extract directions and save them with their provenance, beside those the file holds.
 
+    One of the same name is replaced, which is said if its vectors were others.
+
     Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
     from jaxsteer import activations, data, directions
-    from jaxsteer.extract import named
+    from jaxsteer.extract import check, named
+    from jaxsteer.files import check_writable
 
     if position not in activations.POSITIONS:
         raise UserError(
@@ -95,6 +101,8 @@ def extract(
         )
     asked = cast(activations.Position, position)
     data.policy(policy)
+    check(what)
+    check_writable(out)
     found = directions.load(out) if out.is_file() else {}
     use_compile_cache()
     loaded = open_model(model, mesh)
@@ -102,9 +110,20 @@ def extract(
         directions.check_model(direction, loaded, str(out))
     for name in what:
         made = named(loaded, name, found, position=asked, policy=policy, seed=seed)
+        instead = _replacing(found.get(made.name), made)
         found[made.name] = made
         directions.save(out, list(found.values()))
-        typer.echo(f"{out}: {made.name}, {made.vectors.shape}, {made.sha256[:12]}")
+        typer.echo(f"{out}: {made.name}, {made.vectors.shape}, {made.sha256[:12]}{instead}")
+
+
+def _replacing(old: Direction | None, new: Direction) -> str:
+    """What to say of a direction that another of its name replaces."""
+    if old is None or old.sha256 == new.sha256:
+        return ""
+    one, two = old.provenance, new.provenance
+    measured = {"residual_norm", "n_positive", "n_negative"}
+    differ = sorted(k for k in {*one, *two} - measured if one.get(k) != two.get(k))
+    return f"; replaces {old.sha256[:12]}, made with another {', '.join(differ) or 'program'}"
 
 
 @app.command()

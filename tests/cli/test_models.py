@@ -35,6 +35,28 @@ def test_extract_adds_to_what_a_file_holds(vectors):
     assert found["random-3"].provenance["norm_of"] == "compliant"
 
 
+def test_a_direction_that_replaces_another_of_its_name_says_so(model, tmp_path):
+    def extract(*options):
+        asked = ("extract", "compliant", "--model", model, "--out", tmp_path / "d.safetensors")
+        return jaxsteer(*asked, *options).stdout
+
+    first, again = extract(), extract()
+    assert again == first and "; replaces" not in first
+    other = extract("--position", "response_avg")
+    digest = first.strip().rpartition(", ")[2]
+    assert f"; replaces {digest}, made with another position, sampled, seed" in other
+
+
+def test_a_trait_or_a_file_that_will_not_do_is_refused_before_a_model_is_loaded(tmp_path):
+    nowhere = ("--model", tmp_path / "no-model")
+    fine = ("--out", tmp_path / "d.safetensors")
+    assert "no trait compliantt" in bad("extract", "refusal", "compliantt", *nowhere, *fine)
+    (tmp_path / "file").touch()
+    said = bad("extract", "refusal", *nowhere, "--out", tmp_path / "file/d.safetensors")
+    assert "file/d.safetensors" in said and "choose another --out" in said
+    assert "it is a folder" in bad("extract", "refusal", *nowhere, "--out", tmp_path)
+
+
 def test_generate_prints_baseline_and_steered_side_by_side_with_the_realised_change(model, vectors):
     done = jaxsteer(
         *("generate", "w4 w5", "--model", model, "--directions", vectors),
