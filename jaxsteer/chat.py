@@ -152,9 +152,10 @@ def bucket(length: int, limit: int) -> int:
     for size in BUCKETS:
         if length <= size and length <= limit:
             return size
-    raise UserError(
-        f"a prompt has {length} tokens and at most {min(limit, BUCKETS[-1])} fit; shorten it"
-    )
+    most = max(0, min(limit, BUCKETS[-1]))
+    # A limit is the model's context, less what the reply may take.
+    mend = "shorten it" if most else "max_new_tokens takes the whole context, lower it"
+    raise UserError(f"a prompt has {length} tokens and at most {most} fit; {mend}")
 
 
 def check_lengths(lengths: Iterable[int], limit: int) -> None:

@@ -133,6 +133,12 @@ def test_a_prompt_beyond_the_limit_or_the_largest_bucket_is_refused(length, limi
         chat.bucket(length, limit)
 
 
+@pytest.mark.parametrize("limit", [0, -99488])
+def test_a_reply_that_takes_the_whole_context_is_what_to_shorten(limit):
+    with pytest.raises(UserError, match="at most 0 fit; max_new_tokens takes the whole context"):
+        chat.bucket(6, limit)
+
+
 def test_padding_goes_on_the_left_and_only_the_mask_tells_it_apart():
     ids, real = chat.left_pad([[7, 8], [5, 6, 9], [], [0, 0, 0, 1]], 4)
     np.testing.assert_array_equal(ids, [[0, 0, 7, 8], [0, 5, 6, 9], [0, 0, 0, 0], [0, 0, 0, 1]])
