@@ -3,8 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STUDY ?= smollm2-demo
-SWEEP = $(BIN)/jaxsteer sweep $(1) $(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) \
-	$(if $(MODEL),--model $(MODEL)) $(if $(OUT),--out $(OUT)) $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
+SWEEP = $(BIN)/jaxsteer sweep "$(1)" $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) \
+	$(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)") $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
 .PHONY: help demo test lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 
 	$(BIN)/marimo $(if $(APP),run,edit) notebooks
 
 notebook-html: .venv/made-notebooks model ## export them to results/html, one self-contained file each [RESULTS=dir]
-	$(BIN)/python -m jaxsteer.charts.offline notebooks/*.py --out results/html $(if $(RESULTS),--results $(RESULTS))
+	$(BIN)/python -m jaxsteer.charts.offline notebooks/*.py --out results/html $(if $(RESULTS),--results "$(RESULTS)")
 
 # Beside the environment, not in it: found there, it would speak up in every run without a TPU.
 .venv/made-tpu: .venv/made
@@ -49,9 +49,9 @@ notebook-html: .venv/made-notebooks model ## export them to results/html, one se
 	@touch $@
 
 sweep-tpu: .venv/made ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [MESH=..] [PLAN=1]
-	@$(BIN)/jaxsteer launch $(STUDY) --tpu "$(TPU)" --zone "$(ZONE)" $(if $(STORE),--store $(STORE)) \
-		$(if $(SPOT),--spot) $(if $(MODEL),--model $(MODEL)) $(if $(MESH),--mesh $(MESH)) \
-		$(if $(LIMIT),--limit $(LIMIT)) $(if $(FULL),--full) $(if $(PLAN),--dry-run)
+	@$(BIN)/jaxsteer launch "$(STUDY)" --tpu "$(TPU)" --zone "$(ZONE)" $(if $(STORE),--store "$(STORE)") \
+		$(if $(SPOT),--spot) $(if $(MODEL),--model "$(MODEL)") $(if $(MESH),--mesh "$(MESH)") \
+		$(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) $(if $(PLAN),--dry-run)
 
 # Apart, since it needs an older click and uvicorn than we do.
 .venv-sky/made:
