@@ -196,6 +196,12 @@ def _safetensors_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
+            pickles = sorted(folder.glob("pytorch_model*.bin"))
+            if pickles:
+                raise UserError(
+                    f"{pickles[0]} is a pickle, which is not read; get the model as safetensors "
+                    "or GGUF"
+                )
             raise UserError(f"{file} is missing; download the model again")
     return files
 

@@ -131,6 +131,12 @@ def test_a_value_of_another_kind_in_the_sources_json_is_named(
         convert(copy, tmp_path / "out", "float32")
 
 
+def test_a_model_in_pickles_alone_is_asked_for_in_another_form(copy, tmp_path):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle.* safetensors or GGUF"):
+        convert(copy, tmp_path / "out", "float32")
+
+
 def test_remote_code_pointers_are_not_kept(copy, tmp_path):
     path = copy / "tokenizer_config.json"
     path.write_text(
