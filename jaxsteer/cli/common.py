@@ -63,6 +63,8 @@ def open_model(folder: Path, mesh: str | None) -> ChatModel:
     from jaxsteer import parallel
     from jaxsteer.chatmodel import ChatModel
 
+    if folder == DEMO_MODEL and not (folder / "manifest.json").is_file():
+        raise UserError(f"no checkpoint {folder} here; make it with `jaxsteer prepare`")
     check_device()
     if mesh is None:
         return ChatModel.load(folder)

@@ -68,7 +68,8 @@ def verify(
 ) -> None:
     """Recompute all that can be; exit 1 when something does not match.
 
-    Example: jaxsteer receipt verify results/demo/receipt.json --results results/demo
+    Example: jaxsteer receipt verify results/smollm2-demo/receipt.json
+    --results results/smollm2-demo
     """
     from jaxsteer.receipt import verify as verifying
     from jaxsteer.receipt.terminal import checks_table, verdict

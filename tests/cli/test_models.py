@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxsteer import directions
+from jaxsteer.cli import common
 from jaxsteer.directions import Direction
+from jaxsteer.errors import UserError
 from tests import tiny
 from tests.cli.command import jaxsteer
 
@@ -107,6 +109,12 @@ def test_a_device_that_is_not_there_is_one_line(model, tmp_path, command):
     told = {"generate": ("--model", model), "convert": ("--out", tmp_path / "out")}
     said = bad(command, "w4", *told[command], JAX_PLATFORMS="tpu_of_nobody")
     assert "JAX finds no device for JAX_PLATFORMS=tpu_of_nobody" in said
+
+
+def test_a_demo_model_that_is_not_there_yet_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint .*smollm2-135m here; .*prepare"):
+        common.open_model(common.DEMO_MODEL, None)
 
 
 def test_a_seed_of_more_than_32_bits_is_refused_before_a_model_is_loaded(tmp_path):
