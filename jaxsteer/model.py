@@ -237,16 +237,6 @@ class Decoder(nnx.Module):
             return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
 
 
-def _along(
-    probes: Float[Array, "probe d_model"], x: Float[Array, "token d_model"]
-) -> Float[Array, "token probe"]:
-    """Projections of tokens on unit directions."""
-    if x.shape[0] == 1:
-        # A decode step: a TPU takes longer for a product with one row than for its sums.
-        return jnp.sum(x[:, None] * probes, axis=-1)
-    return x @ probes.T
-
-
 class Taps:
     """Applies, captures and measures at the taps of one forward pass, in layer order."""
 
@@ -270,7 +260,7 @@ class Taps:
         new, change = apply(h, site, touched)
         probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
         wide = h.astype(jnp.float32)
-        before, moved = _along(probes, wide), _along(probes, change)
+        before, moved = wide @ probes.T, change @ probes.T
 
         def total(tokens: Array) -> Array:
             # Left out, not multiplied by zero: another prompt's NaN is none of this one's.
