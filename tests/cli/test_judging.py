@@ -94,6 +94,10 @@ def test_a_stored_reason_cannot_drive_the_terminal(results):
 
 def test_the_summary_follows_the_first_judge_when_the_second_fails(tmp_path):
     folder = study_made.folder(tmp_path / "results")
+    # Labelled as refusals by the run, and none to the judge.
+    path = folder / "responses.parquet"
+    replied = pl.lit("Here is how it is done, step by step.").alias("response")
+    pl.read_parquet(path).with_columns(replied).write_parquet(path)
     assert refused(folder)["baseline"] == 0.45
     with pytest.raises(UserError, match="is in no known set"):
         run(*("judge", folder, "--judge", "keyword", "--judge", "llama-guard"),
