@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsteer import hlo, lowering, parallel, prefill
@@ -114,7 +114,7 @@ class Check:
       bound_seconds: reading weights and cache once at full bandwidth.
       exchanges: what devices exchange in a step.
       exchanged_bytes: their results on one device, added up.
-      prefill_seconds: one segment of layers over a batch of prompts.
+      prefill_seconds: a batch of prompts through all layers and into the slots.
       largest_batch: rows that fit, confirmed by compiling, at most the table's; None if it was not
         asked for.
       table_rows: rows of the table.
@@ -144,6 +144,12 @@ class Check:
     table_seconds: float
     compile_seconds: float
     notes: tuple[str, ...]
+
+    @property
+    def holds_table(self) -> bool:
+        """Whether the table bounds the largest batch, and not the memory."""
+        multiple = _multiple(self.mesh)
+        return self.largest_batch == self.table_rows // multiple * multiple
 
     @property
     def fits(self) -> bool:
@@ -347,7 +353,7 @@ def _search(
     def needed(state: Any, decode: lowering.Program) -> int:
         return stays + lowering.nbytes(state) + max(decode.temporaries + decode.made, reading)
 
-    multiple = 8 * sweep.mesh.shape["data"]
+    multiple = _multiple(sweep.mesh.shape)
     other = max(batch // 2 // multiple * multiple, multiple)
     if other == batch:
         other = 2 * batch
@@ -364,6 +370,11 @@ def _search(
             pass
         rows = rows * 15 // 16 // multiple * multiple
     return 0
+
+
+def _multiple(mesh: Mapping[str, int]) -> int:
+    # What the search goes by: eight rows a chip of the data axis.
+    return 8 * mesh["data"]
 
 
 def _refused(error: RuntimeError, model: str, topology: str, mesh: str) -> UserError:

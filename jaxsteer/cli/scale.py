@@ -82,9 +82,7 @@ def tpu_check(
 def _largest(check: Check) -> str:
     if check.largest_batch is None:
         return ""
-    # Whole slots: the last few rows of a table may want a turn of their own.
-    whole = check.table_rows - check.largest_batch < 8 * check.mesh["data"]
-    return f"{check.largest_batch}, all rows" if whole else str(check.largest_batch)
+    return f"{check.largest_batch}, all rows" if check.holds_table else str(check.largest_batch)
 
 
 def _table(checks: Sequence[Check]) -> Table:
