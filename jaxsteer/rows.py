@@ -2,8 +2,9 @@
 
 What rows have in common is run once (`prefix`: a system prompt; `depth`: layers below the first
 where conditions differ), short prompts side by side (`lanes`), then `slots` decode together and are
-refilled as rows end. All sizes follow from the whole list of rows and never from who is left or
-beside whom, so an interrupted run goes on in the same programs and ends in the same results.
+refilled as rows end (`decks`). All sizes follow from the whole list of rows and never from who is
+left or beside whom, so an interrupted run goes on in the same programs and ends in the same
+results.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer import chat, lanes, parallel, prefill, slots
+from jaxsteer import chat, decks, lanes, parallel, prefill
 from jaxsteer.chatmodel import ChatModel
+from jaxsteer.decks import Ended, Seat
 from jaxsteer.depth import BATCH, Work, descend, fill
 from jaxsteer.errors import UserError
 from jaxsteer.generate import Decoding, Sampling, no_probes
@@ -165,62 +167,12 @@ def run(
     todo = [i for i in range(len(requests)) if i not in skip]
     if not todo:
         return
-    source = _Prefills(model, requests, interventions, decoding, probes, sampling, limit)
-    waiting = source.rows(todo)
-    state: slots.Slots | None = None
-    # Who sits in each slot: a request's index, and what was changed over its prompt.
-    seated: dict[int, _Seat] = {}
-    queue: _Queue | None = None
-    while True:
-        while len(seated) < batch:
-            if queue is None or not queue.seats:
-                # Let go first: the next are made beside it otherwise.
-                queue = None
-                queue = next(waiting, None)
-                if queue is None:
-                    break
-            if state is None:
-                state = slots.empty(config, decoding, batch, queue.prefilled, mesh)
-            free = [slot for slot in range(batch) if slot not in seated]
-            entering, queue.seats = queue.seats[: len(free)], queue.seats[len(free) :]
-            put = np.full(BATCH, batch, np.int32)
-            for slot, seat in zip(free, entering, strict=False):
-                put[seat.row], seated[slot] = slot, seat
-            state = slots.insert(decoding, state, queue.prefilled, put)
-        if state is None or not seated:
-            break
-        state = slots.advance(model.definition, decoding, model.params, state, probes, sampling)
-        live = np.asarray(state.live)
-        ended = [slot for slot in seated if not live[slot]]
-        if ended:
-            out = jax.device_get(
-                (state.tokens, state.length, state.stopped, state.emitted, state.response)
-            )
-            finished = []
-            for slot in ended:
-                logits = state.logits[slot] if decoding.keep_logits else None
-                finished.append(_reply(model, requests, seated.pop(slot), slot, out, logits))
-            yield finished
+    prompts = _Prompts(model, requests, interventions, decoding, probes, sampling, limit)
+    for ended in decks.run(model, prompts.read(todo), decoding, probes, sampling, batch):
+        yield [_reply(model, requests[row.seat.index], row, decoding.keep_logits) for row in ended]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Seat:
-    """A row on its way: its request, its place among those prefilled with it, and its prompt."""
-
-    index: int
-    row: int
-    prompt: dict[str, Realised]
-
-
-@dataclasses.dataclass(kw_only=True)
-class _Queue:
-    """Rows prefilled together, and those of them that have no slot yet."""
-
-    prefilled: Prefilled
-    seats: list[_Seat]
-
-
-class _Prefills:
+class _Prompts:
     """Prompts read in batches: shared beginnings first, then each row's own tokens."""
 
     def __init__(
@@ -253,7 +205,7 @@ class _Prefills:
         longest = max(len(r.tokens) - r.shared for r in requests)
         self.slots = cache_slots(begun, longest, decoding.max_new_tokens)
 
-    def rows(self, todo: Sequence[int]) -> Iterator[_Queue]:
+    def read(self, todo: Sequence[int]) -> Iterator[tuple[Prefilled, list[Seat]]]:
         """Prefill requests `todo`, shortest first, all rows of some lanes before the next.
 
         Lanes of many conditions come before those of few: such as part alike fill batches.
@@ -291,8 +243,8 @@ class _Prefills:
                 seats = []
                 for row, i in enumerate(done.rows):
                     change = jax.tree.map(lambda leaf, row=row: leaf[row], realised)
-                    seats.append(_Seat(index=i, row=row, prompt=change))
-                yield _Queue(prefilled=prefilled, seats=seats)
+                    seats.append(Seat(index=i, row=row, prompt=change))
+                yield prefilled, seats
 
 
 def _beginnings(
@@ -321,25 +273,16 @@ def _beginnings(
     return prefix, beginning
 
 
-def _reply(
-    model: ChatModel,
-    requests: Sequence[Request],
-    seat: _Seat,
-    slot: int,
-    out: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Realised]],
-    logits: jax.Array | None,
-) -> Reply:
-    tokens, length, stopped, emitted, response = out
-    ids = np.array(tokens[slot, : length[slot]])
+def _reply(model: ChatModel, request: Request, row: Ended, keep_logits: bool) -> Reply:
     return Reply(
-        index=seat.index,
-        n_prompt=len(requests[seat.index].tokens),
-        tokens=ids,
-        text=model.tokenizer.decode(ids),
-        stopped=bool(stopped[slot]),
-        prompt=seat.prompt,
-        response=jax.tree.map(lambda leaf: np.array(leaf[slot]), response),
-        logits=None if logits is None else np.asarray(logits[: emitted[slot]]),
+        index=row.seat.index,
+        n_prompt=len(request.tokens),
+        tokens=row.tokens,
+        text=model.tokenizer.decode(row.tokens),
+        stopped=row.stopped,
+        prompt=row.seat.prompt,
+        response=row.response,
+        logits=row.logits if keep_logits else None,
     )
 
 

@@ -98,7 +98,7 @@ class DecodingSpec(Spec, frozen=True, kw_only=True):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-    batch: int = 128
+    batch: int = 256
 
 
 class OperationSpec(Spec, frozen=True, kw_only=True):

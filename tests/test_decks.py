@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import logging
+import threading
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsteer import decks, rows, slots
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.convert import convert
+from jaxsteer.generate import Decoding
+from jaxsteer.interventions import Add, Project, compile_conditions
+from jaxsteer.rows import Request
+from tests import tiny
+
+# Two decks of 16 on a CPU.
+BATCH = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decks")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """How many turns each deck has had, by object."""
+    counted: dict[decks.Deck, int] = {}
+    turn = decks.Deck.turn
+
+    def counting(deck):
+        counted[deck] = counted.get(deck, 0) + 1
+        return turn(deck)
+
+    monkeypatch.setattr(decks.Deck, "turn", counting)
+    return counted
+
+
+def run(model, rng, *, new=20, eos=(3, 11, 22, 40), skip=(), batch=BATCH, **more):
+    v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
+    made = [
+        [],
+        [Add(direction=v, layers=(0,), scale=2.0)],
+        [Project(directions=(v,), layers=(1,))],
+    ]
+    stacked = compile_conditions(
+        made, ["all"] * 3, n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    requests = [
+        Request(tokens=[5 + i % 30, 9, 7 + i % 11, *[8] * (i % 5)], condition=i % 3)
+        for i in range(90)
+    ]
+    decoding = Decoding(max_new_tokens=new, eos=eos, **more)
+    return rows.run(model, requests, stacked, decoding, batch=batch, skip=skip)
+
+
+def by_index(found):
+    return {reply.index: reply for some in found for reply in some}
+
+
+@pytest.mark.parametrize(
+    ("platforms", "batch", "expected"),
+    [
+        (["cpu"], 256, [128, 128]),
+        (["cpu"], 32, [16, 16]),
+        (["cpu"], 16, [16]),
+        (["cpu"], 33, [33]),
+        (["tpu"], 256, [256]),
+        (["gpu"], 256, [256]),
+        (["cpu", "cpu"], 256, [256]),
+    ],
+)
+def test_only_one_cpu_device_has_two_decks(platforms, batch, expected):
+    table = SimpleNamespace(devices=lambda: [SimpleNamespace(platform=p) for p in platforms])
+    assert decks.sizes(batch, {"embed": {"embedding": table}}) == expected
+
+
+def test_two_decks_share_the_rows_and_return_each_once(model, rng, turns):
+    found = [reply.index for some in run(model, rng) for reply in some]
+    assert sorted(found) == list(range(90))
+    assert len(turns) == 2 and min(turns.values()) > 2
+
+
+def test_a_row_has_the_same_bits_in_either_deck(model, rng):
+    state = rng.bit_generator.state
+    whole = by_index(run(model, rng, keep_logits=True))
+    assert len({len(reply.tokens) for reply in whole.values()}) > 3
+    for skip in ((), set(range(0, 90, 4)), set(range(40))):
+        rng.bit_generator.state = state
+        for index, reply in by_index(run(model, rng, keep_logits=True, skip=skip)).items():
+            same = whole[index]
+            np.testing.assert_array_equal(reply.logits, same.logits)
+            pairs = zip(
+                jax.tree.leaves(reply.response), jax.tree.leaves(same.response), strict=True
+            )
+            for x, y in pairs:
+                np.testing.assert_array_equal(x, y)
+
+
+def test_a_deck_whose_rows_all_end_at_once_takes_the_next(model, rng, turns):
+    assert len(by_index(run(model, rng, new=2, eos=(63,)))) == 90
+    assert min(turns.values()) > 1
+
+
+def test_the_second_deck_compiles_nothing(model, rng, caplog):
+    with caplog.at_level(logging.DEBUG, logger="jax._src.dispatch"):
+        # A length of reply that no other test has.
+        assert len(by_index(run(model, rng, new=23, eos=(63,)))) == 90
+    said = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(" in r.getMessage()]
+    for name in ("advance", "insert", "first_token"):
+        assert sum(f"jit({name})" in message for message in said) == 1
+
+
+def test_what_goes_wrong_in_a_deck_reaches_the_caller(model, rng, monkeypatch):
+    advance, calls = slots.advance, []
+
+    def failing(*given):
+        calls.append(0)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return advance(*given)
+
+    monkeypatch.setattr(slots, "advance", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        by_index(run(model, rng))
+    assert not workers()
+
+
+def test_who_stops_early_leaves_no_thread_behind(model, rng):
+    found = run(model, rng)
+    assert next(found)
+    found.close()
+    assert not workers()
+
+
+def test_a_deck_that_fills_when_all_is_stopped_reads_no_further(model, rng, monkeypatch):
+    take, taken = decks.Waiting.take, []
+
+    def stopping(waiting, most):
+        taken.append(most)
+        waiting.stopped = True
+        return take(waiting, most)
+
+    monkeypatch.setattr(decks.Waiting, "take", stopping)
+    # Decks of 32, and prompts are read 16 at a time.
+    assert by_index(run(model, rng, batch=64)) == {}
+    assert taken == [32]
+
+
+def workers():
+    return [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
