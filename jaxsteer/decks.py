@@ -1,10 +1,10 @@
 """Decks of slots: rows wait for a slot, decode in a deck beside others, and leave when they end.
 
 A program of a few rows leaves cores idle: between products it has stretches of small operations
-that only one core works on. So on a CPU the slots are in two decks of one size, each with a thread:
-while one's program is in such a stretch, or reads prompts, the other's products use the rest. An
-accelerator is full with one deck, and would read its weights twice for two; a mesh has one, since
-programs that exchange arrays must reach all devices in one order.
+that only one core works on. So on a CPU the slots are in two decks of one size, each with a thread
+where it reads prompts and decodes: while one's program is in such a stretch, the other's products
+use the rest. An accelerator is full with one deck, and would read its weights twice for two; a mesh
+has one, since programs that exchange arrays must reach all devices in one order.
 
 Which deck a row comes to depends on who ended first. Its bits do not: all decks run one program, in
 which nothing of a row depends on those beside it (`slots`).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import jax
@@ -55,28 +55,25 @@ class Ended:
       tokens: generated ids, the ending token left out.
       stopped: whether an end-of-sequence token ended it.
       response: realised change over the generated tokens per tap, leaves [layer, ...].
-      logits: what each token, and the ending one, was chosen from; no column unless kept.
+      logits: what each token, and the ending one, was chosen from; None unless kept.
     """
 
     seat: Seat
     tokens: np.ndarray
     stopped: bool
     response: dict[str, Realised]
-    logits: Float[np.ndarray, "chosen kept"]
+    logits: Float[np.ndarray, "chosen vocab"] | None
+
+
+# Reads prompts as it is asked for the next rows: those prefilled together, and who they are.
+Reader = Iterator[tuple[Prefilled, list[Seat]]]
 
 
 class Waiting:
-    """Rows that have no slot yet; one deck at a time takes from them, and holds `lock` for it.
+    """Rows that have no slot yet; one deck at a time takes from them, and holds `lock` for it."""
 
-    Attributes:
-      lock: held by the deck that takes.
-      stopped: set when nobody wants the rows any more.
-    """
-
-    def __init__(self, read: Iterator[tuple[Prefilled, list[Seat]]]):
-        """`read` reads prompts as it is asked for the next rows."""
+    def __init__(self, read: Reader):
         self.lock = threading.Lock()
-        self.stopped = False
         self._read = read
         self._prefilled: Prefilled | None = None
         self._seats: list[Seat] = []
@@ -94,7 +91,10 @@ class Waiting:
 
 
 class Deck:
-    """Slots that decode together, and who sits in each."""
+    """Slots that decode together, and who sits in each.
+
+    Of the rows that wait, a deck takes the first ones, and what others left when it has no more.
+    """
 
     def __init__(
         self,
@@ -102,20 +102,26 @@ class Deck:
         decoding: Decoding,
         probes: Float[np.ndarray, "layer probe d_model"],
         sampling: Sampling,
-        waiting: Waiting,
+        waiting: Sequence[Waiting],
         size: int,
+        stopped: threading.Event,
     ):
         self.model, self.decoding, self.probes, self.sampling = model, decoding, probes, sampling
-        self.waiting, self.size = waiting, size
+        self.waiting, self.size, self.stopped = waiting, size, stopped
         self.state: slots.Slots | None = None
         self.seated: dict[int, Seat] = {}
 
     def turn(self) -> list[Ended] | None:
         """Fill free slots and decode a chunk: the rows that ended, or None if nobody is left."""
-        with self.waiting.lock:
-            while not self.waiting.stopped and len(self.seated) < self.size and self._enter():
-                pass
-        if self.waiting.stopped or self.state is None or not self.seated:
+        for some in self.waiting:
+            # Who has rows to decode does not wait for another deck to read its own.
+            if some.lock.acquire(blocking=some is self.waiting[0] or not self.seated):
+                try:
+                    while len(self.seated) < self.size and self._enter(some):
+                        pass
+                finally:
+                    some.lock.release()
+        if self.stopped.is_set() or self.state is None or not self.seated:
             return None
         model = self.model
         self.state = s = slots.advance(
@@ -125,6 +131,7 @@ class Deck:
         left = [slot for slot in self.seated if not live[slot]]
         if not left:
             return []
+        kept = self.decoding.keep_logits
         tokens, length, stopped, emitted, response = jax.device_get(
             (s.tokens, s.length, s.stopped, s.emitted, s.response)
         )
@@ -134,14 +141,14 @@ class Deck:
                 tokens=np.array(tokens[slot, : length[slot]]),
                 stopped=bool(stopped[slot]),
                 response=jax.tree.map(lambda leaf, slot=slot: np.array(leaf[slot]), response),
-                logits=np.asarray(s.logits[slot, : emitted[slot]]),
+                logits=np.asarray(s.logits[slot])[: emitted[slot]] if kept else None,
             )
             for slot in left
         ]
 
-    def _enter(self) -> bool:
-        """Let rows into free slots; whether there were any."""
-        taken = self.waiting.take(self.size - len(self.seated))
+    def _enter(self, waiting: Waiting) -> bool:
+        """Let rows into free slots; whether there were any, and somebody wants them still."""
+        taken = None if self.stopped.is_set() else waiting.take(self.size - len(self.seated))
         if taken is None:
             return False
         prefilled, entering = taken
@@ -157,39 +164,39 @@ class Deck:
         return True
 
 
-def sizes(batch: int, params: Params) -> list[int]:
-    """Of the decks that so many slots are in.
+def count(batch: int, params: Params) -> int:
+    """How many decks so many slots are in: two on a CPU, if neither is too small to be worth it.
 
-    Of 256 slots on a CPU [128, 128], of 16 [16]; on an accelerator [256].
+    For 256 slots on a CPU 2, for 16 it is 1; on an accelerator always 1.
     """
     devices = params["embed"]["embedding"].devices()
     alone = len(devices) == 1 and next(iter(devices)).platform == "cpu"
-    return [batch // 2] * 2 if alone and batch % 2 == 0 and batch // 2 >= LEAST else [batch]
+    return 2 if alone and batch % 2 == 0 and batch // 2 >= LEAST else 1
 
 
 def run(
     model: ChatModel,
-    read: Iterator[tuple[Prefilled, list[Seat]]],
+    readers: Sequence[Reader],
     decoding: Decoding,
     probes: Float[np.ndarray, "layer probe d_model"],
     sampling: Sampling,
-    batch: int,
+    size: int,
 ) -> Iterator[list[Ended]]:
     """Yield rows as they end. Who stops earlier waits for a chunk of steps.
 
     Args:
       model: the model to run.
-      read: reads prompts as it is asked for the next rows: those prefilled together, and who they
-        are.
+      readers: one for each deck; each row is read by one of them.
       decoding: static decoding settings.
       probes: unit directions whose projections are recorded.
       sampling: dynamic sampling settings, unread when greedy.
-      batch: slots of all decks.
+      size: slots of each deck.
     """
-    waiting = Waiting(read)
+    waiting = [Waiting(read) for read in readers]
+    stopped = threading.Event()
     decks = [
-        Deck(model, decoding, probes, sampling, waiting, size)
-        for size in sizes(batch, model.params)
+        Deck(model, decoding, probes, sampling, waiting[first:] + waiting[:first], size, stopped)
+        for first in range(len(waiting))
     ]
     with ThreadPoolExecutor(len(decks)) as pool:
         running: dict[Future[list[Ended] | None], Deck] = {
@@ -204,4 +211,4 @@ def run(
                 if ended:
                     yield ended
         finally:
-            waiting.stopped = True
+            stopped.set()

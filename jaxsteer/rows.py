@@ -168,8 +168,10 @@ def run(
     if not todo:
         return
     prompts = _Prompts(model, requests, interventions, decoding, probes, sampling, limit)
-    for ended in decks.run(model, prompts.read(todo), decoding, probes, sampling, batch):
-        yield [_reply(model, requests[row.seat.index], row, decoding.keep_logits) for row in ended]
+    count = decks.count(batch, model.params)
+    readers = [prompts.read(some) for some in prompts.dealt(todo, count)]
+    for ended in decks.run(model, readers, decoding, probes, sampling, batch // count):
+        yield [_reply(model, requests[row.seat.index], row) for row in ended]
 
 
 class _Prompts:
@@ -204,6 +206,13 @@ class _Prompts:
         begun = 0 if prefix is None else prefix.real.shape[1]
         longest = max(len(r.tokens) - r.shared for r in requests)
         self.slots = cache_slots(begun, longest, decoding.max_new_tokens)
+
+    def dealt(self, todo: Sequence[int], count: int) -> list[list[int]]:
+        """Rows in so many parts: whole lanes, in turns by length."""
+        lane = self.work.lanes.lane
+        ordered = dict.fromkeys(lane[i] for i in sorted(todo, key=lambda i: self.buckets[i]))
+        part = {number: n % count for n, number in enumerate(ordered)}
+        return [[i for i in todo if part[lane[i]] == n] for n in range(count)]
 
     def read(self, todo: Sequence[int]) -> Iterator[tuple[Prefilled, list[Seat]]]:
         """Prefill requests `todo`, shortest first, all rows of some lanes before the next.
@@ -273,7 +282,7 @@ def _beginnings(
     return prefix, beginning
 
 
-def _reply(model: ChatModel, request: Request, row: Ended, keep_logits: bool) -> Reply:
+def _reply(model: ChatModel, request: Request, row: Ended) -> Reply:
     return Reply(
         index=row.seat.index,
         n_prompt=len(request.tokens),
@@ -282,7 +291,7 @@ def _reply(model: ChatModel, request: Request, row: Ended, keep_logits: bool) ->
         stopped=row.stopped,
         prompt=row.seat.prompt,
         response=row.response,
-        logits=row.logits if keep_logits else None,
+        logits=row.logits,
     )
 
 
