@@ -254,6 +254,8 @@ class _Prompts:
                     change = jax.tree.map(lambda leaf, row=row: leaf[row], realised)
                     seats.append(Seat(index=i, row=row, prompt=change))
                 yield prefilled, seats
+                # Or it would be held while the next is made.
+                del prefilled
 
 
 def _beginnings(
