@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import jax
@@ -181,7 +181,7 @@ def run(
     probes: Float[np.ndarray, "layer probe d_model"],
     sampling: Sampling,
     size: int,
-) -> Iterator[list[Ended]]:
+) -> Generator[list[Ended], None, None]:
     """Yield rows as they end. Who stops earlier waits for a chunk of steps.
 
     Args:

@@ -9,9 +9,10 @@ results.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 
 import jax
 import numpy as np
@@ -19,14 +20,13 @@ from jaxtyping import Float
 
 from jaxsteer import chat, decks, lanes, parallel, prefill
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.decks import Ended, Seat
+from jaxsteer.decks import Ended, Reader, Seat
 from jaxsteer.depth import BATCH, Work, descend, fill
 from jaxsteer.errors import UserError
 from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Interventions
 from jaxsteer.lanes import Lanes
 from jaxsteer.model import Realised
-from jaxsteer.prefill import Prefilled
 from jaxsteer.prefix import Prefix
 
 # Cache slots are a multiple of this: a TPU copies a cache of other lengths at every look.
@@ -132,7 +132,7 @@ def run(
     sampling: Sampling | None = None,
     batch: int = 32,
     skip: Collection[int] = (),
-) -> Iterator[list[Reply]]:
+) -> Generator[list[Reply], None, None]:
     """Yield rows as they end, those of one chunk of steps at a time; see `Reply.index`.
 
     Args:
@@ -170,8 +170,11 @@ def run(
     prompts = _Prompts(model, requests, interventions, decoding, probes, sampling, limit)
     count = decks.count(batch, model.params)
     readers = [prompts.read(some) for some in prompts.dealt(todo, count)]
-    for ended in decks.run(model, readers, decoding, probes, sampling, batch // count):
-        yield [_reply(model, requests[row.seat.index], row) for row in ended]
+    with contextlib.closing(
+        decks.run(model, readers, decoding, probes, sampling, batch // count)
+    ) as running:
+        for ended in running:
+            yield [_reply(model, requests[row.seat.index], row) for row in ended]
 
 
 class _Prompts:
@@ -214,7 +217,7 @@ class _Prompts:
         part = {number: n % count for n, number in enumerate(ordered)}
         return [[i for i in todo if part[lane[i]] == n] for n in range(count)]
 
-    def read(self, todo: Sequence[int]) -> Iterator[tuple[Prefilled, list[Seat]]]:
+    def read(self, todo: Sequence[int]) -> Reader:
         """Prefill requests `todo`, shortest first, all rows of some lanes before the next.
 
         Lanes of many conditions come before those of few: such as part alike fill batches.

@@ -194,20 +194,24 @@ def _finish_rows(
 
         written = time.monotonic()
         try:
-            for ended in rows.run(
-                model,
-                asked,
-                stacked(compiled, model.config),
-                decoding,
-                probes=probes,
-                sampling=sampling,
-                batch=spec.decoding.batch,
-                skip=done | (set(range(len(planned))) - share),
-            ):
-                held += ended
-                if len(held) >= spec.decoding.batch or time.monotonic() - written > OFTEN:
-                    keep()
-                    written = time.monotonic()
+            # Closed here, not when it is forgotten: what a signal raises then would be lost.
+            with contextlib.closing(
+                rows.run(
+                    model,
+                    asked,
+                    stacked(compiled, model.config),
+                    decoding,
+                    probes=probes,
+                    sampling=sampling,
+                    batch=spec.decoding.batch,
+                    skip=done | (set(range(len(planned))) - share),
+                )
+            ) as running:
+                for ended in running:
+                    held += ended
+                    if len(held) >= spec.decoding.batch or time.monotonic() - written > OFTEN:
+                        keep()
+                        written = time.monotonic()
         finally:
             # Also when it is stopped: a row that has ended is not run again.
             if held:

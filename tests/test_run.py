@@ -113,6 +113,34 @@ def test_rows_that_had_ended_when_a_run_was_stopped_are_kept(model, tmp_path):
     assert pl.read_parquet(shard)["response"].to_list() == [reply.text for reply in ended]
 
 
+def test_a_stop_that_comes_while_rows_are_let_go_reaches_the_caller(model, tmp_path, monkeypatch):
+    """A generator that is forgotten, not closed, would swallow it."""
+    study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 1")))
+    go = rows.run
+
+    class Stopped(BaseException):
+        pass
+
+    def stopped_at_its_end(*args, **kwargs):
+        try:
+            yield from go(*args, **kwargs)
+        finally:
+            raise Stopped
+
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(rows, "run", stopped_at_its_end)
+    monkeypatch.setattr(shards, "write", full)
+    with pytest.raises(BaseException) as raised:
+        run.run_study(study, model, tmp_path / "results")
+    seen, found = raised.value, []
+    while seen is not None:
+        found.append(type(seen))
+        seen = seen.__context__
+    assert Stopped in found
+
+
 def test_rows_are_written_in_time_however_few_have_ended(model, study, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "OFTEN", 0)
     batches, go = [], rows.run
