@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from typing import NoReturn
 
 from jaxsteer.cli import (  # noqa: F401 (each registers itself)
     cloud,
@@ -33,12 +34,28 @@ class Stopped(BaseException):
         self.number = number
 
 
+# Signals that asked.
+_asked: list[int] = []
+
+
 def _stop(number: int, frame: object) -> None:
+    _asked.append(number)
     raise Stopped(number)
+
+
+def _say_stopped(number: int) -> NoReturn:
+    # A second Ctrl-C would land in what Python does at its end, and show as a traceback.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    goes_on = GO_ON.intersection(sys.argv[1:2])
+    kept = "; what is finished is kept, run again to go on" if goes_on else ""
+    print(f"jaxsteer: stopped{kept}", file=sys.stderr)
+    leave(128 + number)
 
 
 def main() -> None:
     """Entry point: user errors become one line on stderr and exit code 2."""
+    _asked.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -48,13 +65,10 @@ def main() -> None:
         print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
         leave(2)
     except Stopped as stopped:
-        # A second Ctrl-C would land in what Python does at its end, and show as a traceback.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        goes_on = GO_ON.intersection(sys.argv[1:2])
-        kept = "; what is finished is kept, run again to go on" if goes_on else ""
-        print(f"jaxsteer: stopped{kept}", file=sys.stderr)
-        leave(128 + stopped.number)
+        _say_stopped(stopped.number)
     except Exception:
+        if _asked:
+            # Native code that was calling Python made an error of its own of it.
+            _say_stopped(_asked[0])
         traceback.print_exc()
         leave(1)

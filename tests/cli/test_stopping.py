@@ -43,6 +43,32 @@ def test_a_command_that_keeps_nothing_promises_nothing(monkeypatch, capsys, comm
     assert capsys.readouterr().err == "jaxsteer: stopped\n"
 
 
+def test_a_stop_that_native_code_turned_into_an_error_is_a_stop(monkeypatch, capsys):
+    def app():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            raise TypeError("not a data type") from None
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["jaxsteer", "sweep", "x"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("run again to go on\n")
+
+
+def test_an_error_of_our_own_still_shows_where_it_was(monkeypatch, capsys):
+    def app():
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "TypeError: a mistake" in capsys.readouterr().err
+
+
 def test_a_second_ctrl_c_is_not_heard_once_the_first_has_ended_the_command(monkeypatch):
     stop(monkeypatch, "convert", "x")
     assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_IGN] * 2
