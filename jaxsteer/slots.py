@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,16 @@ def empty(
     return parallel.keep(zeros, config, mesh)
 
 
+@functools.partial(jax.jit, donate_argnames=("old",))
+def _put(old: Any, new: Any, at: Array) -> Any:
+    return jax.tree.map(lambda slots, rows: slots.at[at].set(rows, mode="drop"), old, new)
+
+
 @functools.partial(jax.jit, static_argnames=("decoding",), donate_argnames=("state",))
+def _put_opening(decoding: Decoding, state: Slots, prefilled: Prefilled, at: Array) -> Slots:
+    return _put(state, _opening(decoding, prefilled), at)
+
+
 def insert(
     decoding: Decoding,
     state: Slots,
@@ -139,15 +149,18 @@ def insert(
     rows, [4, 4, 1] fills slot 1 with the last row.
 
     Args:
-      decoding: static decoding settings.
+      decoding: decoding settings.
       state: the slots; its memory is taken over.
       prefilled: rows ready to decode.
       put: slot of each.
     """
-    entering = _opening(decoding, prefilled)
-    return jax.tree.map(
-        lambda old, new: old.at[jnp.asarray(put)].set(new, mode="drop"), state, entering
-    )
+    at = jnp.asarray(put)
+    bare = dataclasses.replace(prefilled, cache=[])
+    rest = _put_opening(decoding, dataclasses.replace(state, cache=[]), bare, at)
+    # Layer by layer, all by one program: the whole model's would take ten times as long to compile.
+    layers = zip(state.cache, prefilled.cache, strict=True)
+    cache = [_put(old, new, at) for old, new in layers]
+    return dataclasses.replace(rest, cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "decoding"), donate_argnames=("state",))

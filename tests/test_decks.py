@@ -120,7 +120,7 @@ def test_what_one_deck_compiles_the_other_finds(model, rng, caplog):
     with caplog.at_level(logging.DEBUG, logger="jax._src.dispatch"):
         assert len(by_index(run(model, rng))) == 90
     said = [r.getMessage() for r in caplog.records]
-    for name in ("segment", "gather", "first_token", "insert", "advance"):
+    for name in ("segment", "gather", "first_token", "_put", "_put_opening", "advance"):
         found = [text for text in said if f"Finished XLA compilation of jit({name})" in text]
         # The level of `embed`, and a segment's, have a shape of their own.
         assert len(found) == (2 if name == "gather" else 1)

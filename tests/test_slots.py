@@ -187,7 +187,7 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(model, rng):
 
 def test_neither_more_conditions_nor_other_layers_compile_anything(model, rng):
     programs = (prefill.embed, prefill.segment, prefill.gather, prefill.first_token)
-    programs += (slots.empty, slots.insert, slots.advance)
+    programs += (slots.empty, slots._put, slots._put_opening, slots.advance)
     vectors = rng.standard_normal((model.config.n_layers, model.config.d_model))
     decoding = Decoding(max_new_tokens=4, eos=model.eos)
     counts = []
