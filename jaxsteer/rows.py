@@ -169,10 +169,11 @@ def run(
         return
     prompts = _Prompts(model, requests, interventions, decoding, probes, sampling, limit)
     count = decks.count(batch, model.params)
-    readers = [prompts.read(some) for some in prompts.dealt(todo, count)]
-    with contextlib.closing(
-        decks.run(model, readers, decoding, probes, sampling, batch // count)
-    ) as running:
+    size = batch // count
+    # An interrupted run may have left few rows: an empty slot costs as much as a full one.
+    needed = min(count, -(-len(todo) // size))
+    readers = [prompts.read(some) for some in prompts.dealt(todo, needed)]
+    with contextlib.closing(decks.run(model, readers, decoding, probes, sampling, size)) as running:
         for ended in running:
             yield [_reply(model, requests[row.seat.index], row) for row in ended]
 

@@ -88,6 +88,13 @@ def test_two_decks_share_the_rows_and_return_each_once(model, rng, turns):
     assert len(turns) == 2 and min(turns.values()) > 2
 
 
+def test_rows_that_fit_one_deck_are_in_one(model, rng, turns):
+    for left, decked in ((16, 1), (17, 2)):
+        turns.clear()
+        assert len(by_index(run(model, rng, skip=set(range(left, 90))))) == left
+        assert len(turns) == decked
+
+
 def test_a_deck_takes_what_the_other_left(model, rng, turns):
     # One prompt is one lane, and a lane's rows are read by one deck.
     assert len(by_index(run(model, rng, distinct=1))) == 90
