@@ -43,6 +43,13 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped(number)
 
 
+def _while_stopping(error: BaseException | None) -> bool:
+    """Whether it is of what was done on account of a stop, so that not all may have been kept."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None
+
+
 def _say_stopped(number: int) -> NoReturn:
     # A second Ctrl-C would land in what Python does at its end, and show as a traceback.
     for each in (signal.SIGINT, signal.SIGTERM):
@@ -66,8 +73,8 @@ def main() -> None:
         leave(2)
     except Stopped as stopped:
         _say_stopped(stopped.number)
-    except Exception:
-        if _asked:
+    except Exception as error:
+        if _asked and not _while_stopping(error):
             # Native code that was calling Python made an error of its own of it.
             _say_stopped(_asked[0])
         traceback.print_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from collections.abc import Iterator
@@ -45,10 +46,9 @@ def test_a_command_that_keeps_nothing_promises_nothing(monkeypatch, capsys, comm
 
 def test_a_stop_that_native_code_turned_into_an_error_is_a_stop(monkeypatch, capsys):
     def app():
-        try:
+        with contextlib.suppress(BaseException):
             signal.raise_signal(signal.SIGINT)
-        except BaseException:
-            raise TypeError("not a data type") from None
+        raise TypeError("not a data type")
 
     monkeypatch.setattr(cli, "app", app)
     monkeypatch.setattr(sys, "argv", ["jaxsteer", "sweep", "x"])
@@ -56,6 +56,22 @@ def test_a_stop_that_native_code_turned_into_an_error_is_a_stop(monkeypatch, cap
         cli.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith("run again to go on\n")
+
+
+def test_an_error_while_stopping_is_told_and_nothing_is_promised(monkeypatch, capsys):
+    def app():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["jaxsteer", "sweep", "x"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "OSError: disk full" in told and "kept" not in told
 
 
 def test_an_error_of_our_own_still_shows_where_it_was(monkeypatch, capsys):
