@@ -164,17 +164,49 @@ def descend(
       batch: entries of a batch; 0 for `entries_at_once`.
       together: most rows of each result.
     """
-    batch = batch or entries_at_once(parallel.mesh_of(work.params))
-    known = kinds(work.interventions)
-    stages = prefill.stages(work.config.n_layers)
+    descent = _Descent(
+        work=work,
+        width=width,
+        batch=batch or entries_at_once(parallel.mesh_of(work.params)),
+        together=together,
+        known=kinds(work.interventions),
+        stages=prefill.stages(work.config.n_layers),
+    )
+    yield from descent.below(0, [], {i: () for i in rows})
 
-    def run(level: int, above: Level | None, entries: list[list[int]], parent: list[int]) -> Level:
+
+# Not functions within `descend`: one that calls itself is a cycle, which would hold the work's
+# arrays until Python looks for cycles.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Descent:
+    """How rows go down.
+
+    Attributes:
+      work: what the rows are.
+      width: tokens of a lane.
+      batch: entries of a batch.
+      together: most rows of each result.
+      known: from `kinds`.
+      stages: first and last + 1 of each segment's layers.
+    """
+
+    work: Work
+    width: int
+    batch: int
+    together: int
+    known: list[list[int]]
+    stages: list[tuple[int, int]]
+
+    def _run(
+        self, level: int, above: Level | None, entries: list[list[int]], parent: list[int]
+    ) -> Level:
+        work, batch = self.work, self.batch
         first = [members[0] for members in entries]
-        tokens, owner = work.lanes_of(first, width, batch)
+        tokens, owner = work.lanes_of(first, self.width, batch)
         done = work.interventions_of(first, batch)
         if above is None:
             return prefill.embed(work.definition, work.params, *work.placed((tokens, owner, done)))
-        start, end = stages[level - 1]
+        start, end = self.stages[level - 1]
         begun = work.prefix_of(first, batch, (start, end))
         return prefill.segment(
             blocks_graph(work.config, end - start, above.stream.dtype),
@@ -185,34 +217,34 @@ def descend(
         )
 
     def below(
-        level: int, levels: list[Level], places: dict[int, tuple[int, ...]]
+        self, level: int, levels: list[Level], places: dict[int, tuple[int, ...]]
     ) -> Iterator[Batch]:
         """From here down: `places` says where each row is at every level so far."""
-        if level > len(stages):
+        work, together = self.work, self.together
+        if level > len(self.stages):
             ordered = list(places)
             for at in range(0, len(ordered), together):
                 some = ordered[at : at + together]
                 where = np.zeros((len(levels), together), np.int32)
                 where[:, : len(some)] = np.array([places[i] for i in some]).T
-                _, owner = work.lanes_of(some, width, together)
+                _, owner = work.lanes_of(some, self.width, together)
                 member = work.members_of(some, together)
                 real = owner == member[:, None]
                 yield Batch(rows=some, levels=levels, places=where, member=member, real=real)
             return
-        depth = 0 if level == 0 else stages[level - 1][1]
+        depth = 0 if level == 0 else self.stages[level - 1][1]
+        kind = {i: self.known[depth][work.conditions[i]] for i in places}
         # Kind by kind, so that a full batch stays one kind and its children fill theirs.
         entries: dict[tuple[int, int], list[int]] = {}
-        for i in sorted(places, key=lambda i: known[depth][work.conditions[i]]):
-            entries.setdefault((known[depth][work.conditions[i]], work.lanes.lane[i]), []).append(i)
+        for i in sorted(places, key=kind.__getitem__):
+            entries.setdefault((kind[i], work.lanes.lane[i]), []).append(i)
         listed = list(entries.values())
-        for at in range(0, len(listed), batch):
-            few = listed[at : at + batch]
+        for at in range(0, len(listed), self.batch):
+            few = listed[at : at + self.batch]
             parent = [places[members[0]][-1] if level else 0 for members in few]
-            done = run(level, levels[-1] if level else None, few, parent)
+            done = self._run(level, levels[-1] if level else None, few, parent)
             inside = {i: (*places[i], place) for place, members in enumerate(few) for i in members}
-            yield from below(level + 1, [*levels, done], inside)
-
-    yield from below(0, [], {i: () for i in rows})
+            yield from self.below(level + 1, [*levels, done], inside)
 
 
 def fill(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -48,6 +50,19 @@ def test_a_row_that_ends_is_handed_over_while_others_go_on(model):
     # More slots than rows, and token 31 comes in the first chunk of some replies only.
     batches = run(model, [Request(tokens=p) for p in PROMPTS], new_tokens=40, batch=8, eos=31)
     assert [{reply.stopped for reply in batch} for batch in batches] == [{True}, {False}]
+
+
+def test_nothing_of_a_run_is_held_when_it_is_over(model):
+    shared = [Request(tokens=[7, 8, *p], shared=2) for p in PROMPTS]
+    run(model, shared)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        run(model, shared)
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
 
 
 def test_no_requests_give_no_batches(model):
