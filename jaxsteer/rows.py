@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer import chat, decks, lanes, parallel, prefill
+from jaxsteer import chat, decks, lanes, memory, parallel, prefill
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.decks import Ended, Reader, Seat
 from jaxsteer.depth import BATCH, Work, descend, fill
@@ -173,9 +173,13 @@ def run(
     # An interrupted run may have left few rows: an empty slot costs as much as a full one.
     needed = min(count, -(-len(todo) // size))
     readers = [prompts.read(some) for some in prompts.dealt(todo, needed)]
-    with contextlib.closing(decks.run(model, readers, decoding, probes, sampling, size)) as running:
-        for ended in running:
-            yield [_reply(model, requests[row.seat.index], row) for row in ended]
+    try:
+        running = decks.run(model, readers, decoding, probes, sampling, size)
+        with contextlib.closing(running):
+            for ended in running:
+                yield [_reply(model, requests[row.seat.index], row) for row in ended]
+    finally:
+        memory.give_back()
 
 
 class _Prompts:
