@@ -175,7 +175,9 @@ def generate(
     tokens = loaded.tokenizer.chat(prompt, system)
     requests = [rows.Request(tokens=tokens, condition=c) for c in range(2)]
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=loaded.eos)
-    replies = [r for b in rows.run(loaded, requests, conditions, decoding, batch=2) for r in b]
+    ended = [r for b in rows.run(loaded, requests, conditions, decoding, batch=2) for r in b]
+    # The shorter reply ends first.
+    replies = sorted(ended, key=lambda reply: reply.index)
     table = Table("baseline", "steered")
     table.add_row(*(Text(plain(reply.text)) for reply in replies))
     Console().print(table)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from jaxsteer import directions
-from jaxsteer.cli import common
+from jaxsteer import directions, rows
+from jaxsteer.cli import app, common, models
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
 from tests import tiny
@@ -67,6 +68,26 @@ def test_generate_prints_baseline_and_steered_side_by_side_with_the_realised_cha
     assert done.returncode == 0, done.stderr
     assert "baseline" in done.stdout and "steered" in done.stdout
     assert "realised change" in done.stdout
+
+
+def test_generate_tells_the_replies_apart_whichever_ends_first(model, vectors, monkeypatch):
+    told = []
+    asked = ["generate", "w4 w5", "--model", str(model), "--directions", str(vectors)]
+    asked += ["--steer", "compliant@1x4", "--max-new-tokens", "6"]
+    for turned in (False, True):
+        run = rows.run
+
+        def in_turn(*arguments, run=run, turned=turned, **options):
+            both = [[reply] for batch in run(*arguments, **options) for reply in batch]
+            yield from both[::-1] if turned else both
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "run", in_turn)
+            patch.setattr(models, "use_compile_cache", lambda: None)
+            done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 0, done.output
+        told.append(done.output)
+    assert told[0] == told[1]
 
 
 def test_generate_spreads_its_two_rows_over_a_mesh_that_has_room_for_more(model):
