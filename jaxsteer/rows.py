@@ -179,6 +179,8 @@ def run(
             for ended in running:
                 yield [_reply(model, requests[row.seat.index], row) for row in ended]
     finally:
+        # What they hold is freed first.
+        del prompts, readers
         memory.give_back()
 
 
