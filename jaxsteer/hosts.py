@@ -165,6 +165,7 @@ def join(
                 None if address == "auto" else address,
                 processes,
                 process,
+                local_device_ids=_devices(),
                 initialization_timeout=arrival,
                 heartbeat_timeout_seconds=HEARTBEAT,
             )
@@ -175,6 +176,22 @@ def join(
             "--hosts HOST:PORT --processes N --process I"
         ) from None
     return Hosts(process=jax.process_index(), count=jax.process_count())
+
+
+def _devices() -> list[int] | None:
+    """Which GPUs JAX shows this process: an empty list for all, None for what JAX does by itself.
+
+    In a Slurm or Open MPI job JAX gives each process the one GPU of its number on the node. That is
+    right for a process per GPU; one that has the node to itself has all of them.
+    """
+    if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    # mpirun starts its own processes in a Slurm step of one task a node, so it is asked first. Slurm
+    # says 1(x2) of a step of one task on each of 2 nodes, and 3,1 where the numbers differ.
+    tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get(
+        "SLURM_STEP_TASKS_PER_NODE", ""
+    )
+    return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None
 
 
 def _check_free(port: int) -> None:

@@ -109,13 +109,15 @@ def test_arguments_that_do_not_fit_are_refused(arguments, said):
 
 JOIN = """
 import sys
+import jax
 from jaxsteer import cli, hosts
 address, processes, process, arrival = sys.argv[1:]
 def app():
     numbers = (int(n) if n else None for n in (processes, process))
     joined = hosts.join(address, *numbers, arrival=int(arrival))
     joined.meet("here")
-    print(f"{joined.process} of {joined.count}")
+    gpus = jax.config.read("jax_cuda_visible_devices")
+    print(f"{joined.process} of {joined.count}, GPUs: {gpus}")
 cli.app = app
 cli.main()
 """
@@ -166,8 +168,44 @@ def test_in_a_slurm_job_auto_finds_the_others():
         for process in range(2)
     ]
     said = [process.communicate() for process in both]
-    assert said == [("0 of 2\n", ""), ("1 of 2\n", "")]
+    assert said == [("0 of 2, GPUs: 0\n", ""), ("1 of 2, GPUs: 1\n", "")]
     assert [process.returncode for process in both] == [0, 0]
+
+
+def test_a_process_alone_on_its_node_is_shown_all_gpus():
+    port = next(port for port in range(61440, 65536) if is_free(port))
+    job = {
+        "SLURM_JOB_ID": str(port - 61440),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_TASKS_PER_NODE": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
+    assert joining("auto", **job).communicate() == ("0 of 1, GPUs: all\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, []),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "11(x2)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,2"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        # mpirun starts its two in a step of one task.
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, None),
+        # Who names them is heard.
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "4,5"}, None),
+    ],
+)
+def test_one_of_several_processes_on_a_node_has_the_gpus_that_jax_gives_it(
+    monkeypatch, given, asked
+):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._devices() == asked
 
 
 def test_a_port_that_is_taken_is_said():
