@@ -186,8 +186,8 @@ def _devices() -> list[int] | None:
     """
     if os.environ.get("JAX_LOCAL_DEVICE_IDS"):
         return None
-    # mpirun starts its own processes in a Slurm step of one task a node, so it is asked first. Slurm
-    # says 1(x2) of a step of one task on each of 2 nodes, and 3,1 where the numbers differ.
+    # mpirun starts its own processes in a Slurm step of one task a node, so it is asked first.
+    # Slurm says 1(x2) of a step of one task on each of 2 nodes, and 3,1 where the numbers differ.
     tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get(
         "SLURM_STEP_TASKS_PER_NODE", ""
     )

@@ -63,6 +63,7 @@ def test_a_tpu_that_does_not_exist_is_refused(name):
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "8"), "mesh '8'"),
         (("smollm2-demo", "--tpu", "v5e-4", *ZONE, "--mesh", "model=8"), "tpu-v5litepod-4, which"),
         (("smollm2-demo", "--tpu", "v4-8", *ZONE, "--mesh", "model=8"), "which has 4; ask for"),
+        (("smollm2-demo", "--tpu", "v5e-64", *ZONE, "--mesh", "model=8"), "which has 4; ask for"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "data=3"), "data=3 does not divide"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "a; b"), "neither a hub id"),
     ],
@@ -80,7 +81,9 @@ def test_what_would_fail_on_the_machine_is_refused_here(arguments, said):
         ("v5e-8", 8, None),
         ("v5e-1", 1, None),
         ("v5e-64", 1, "every host of the slice would use one of its chips"),
+        ("v5e-64", 2, "host of the slice would use 2 of its chips; --mesh model=4 or data=4 would"),
         ("v5e-64", 4, None),
+        ("v4-16", 4, None),
     ],
 )
 def test_chips_that_would_stand_idle_are_named(name, used, said):

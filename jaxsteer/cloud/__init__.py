@@ -31,6 +31,9 @@ GENERATIONS = {
 _CHIPS = (1, 4, 8, 16, 32, 64, 128, 256)
 _CORES = (8, 16, 32, 64)
 _MOST_CORES = {"v4": 8192, "v5p": 12288}
+# Chips of each machine of a slice: what libtpu's own topologies say, from v5e:4x4 to v5e:16x16, of
+# v6e and of v4. Google's page of v5e counts hosts of eight chips; each is two such machines.
+_OF_SLICE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,10 @@ class Tpu:
     single: bool
 
     @property
-    def chips(self) -> int | None:
-        """Chips of the machine; None for a slice, whose machines Google chooses."""
-        if not self.single:
-            return None
+    def chips(self) -> int:
+        """Chips of one machine, which are all that a mesh can have."""
         _, generation, size = self.accelerator.split("-")
-        return int(size) // (2 if generation in _MOST_CORES else 1)
+        return int(size) // (2 if generation in _MOST_CORES else 1) if self.single else _OF_SLICE
 
 
 def tpu(text: str) -> Tpu:
@@ -94,18 +95,20 @@ def idle_chips(machine: Tpu, used: int) -> str | None:
     Raises:
       UserError: more than the machine has.
     """
-    if machine.chips is None:
-        alone = "every host of the slice would use one of its chips; give --mesh to use more"
-        return alone if used == 1 else None
-    if used > machine.chips:
+    chips = machine.chips
+    if used > chips:
+        larger = " or a larger --tpu" if machine.single else ""
         raise UserError(
-            f"a mesh of {used} chips does not fit {machine.accelerator}, which has "
-            f"{machine.chips}; ask for a smaller --mesh or a larger --tpu"
+            f"a mesh of {used} chips does not fit a machine of {machine.accelerator}, which has "
+            f"{chips}; ask for a smaller --mesh{larger}"
         )
-    if used == machine.chips:
+    if used == chips:
         return None
-    said = f"--mesh model={machine.chips} or data={machine.chips} would use all"
-    return f"{used} of {machine.chips} chips would be used; {said}"
+    said = f"--mesh model={chips} or data={chips} would use all"
+    if machine.single:
+        return f"{used} of {chips} chips would be used; {said}"
+    few = "one" if used == 1 else used
+    return f"every host of the slice would use {few} of its chips; {said} {chips}"
 
 
 def task(
