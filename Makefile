@@ -48,10 +48,10 @@ notebook-html: .venv/made-notebooks model ## export them to results/html, one se
 		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it, nothing else does"; exit 2; }
 	@touch $@
 
-sweep-tpu: .venv/made ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [MESH=..] [PLAN=1]
+sweep-tpu: .venv/made ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [OUT=name] [MESH=..] [PLAN=1]
 	@$(BIN)/jaxsteer launch "$(STUDY)" --tpu "$(TPU)" --zone "$(ZONE)" $(if $(STORE),--store "$(STORE)") \
-		$(if $(SPOT),--spot) $(if $(MODEL),--model "$(MODEL)") $(if $(MESH),--mesh "$(MESH)") \
-		$(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) $(if $(PLAN),--dry-run)
+		$(if $(SPOT),--spot) $(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)") \
+		$(if $(MESH),--mesh "$(MESH)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) $(if $(PLAN),--dry-run)
 
 # Apart, since it needs an older click and uvicorn than we do.
 .venv-sky/made:

@@ -31,11 +31,7 @@ def study(
       UserError: as setting the study up and running it would, for what is wrong in the spec, with
         what it names, or with its prompts.
     """
-    for name, item in spec.directions.items():
-        if item.trait:
-            data.trait(item.trait)
-        if item.kind == "refusal":
-            setup.selection_of(spec, f"direction {name!r}")
+    without_model(spec)
     setup.named_layers(spec, model)
     still = open_choices(spec)
     if spec.selection is not None:
@@ -45,6 +41,25 @@ def study(
     tokens = [request.tokens for request in asked]
     _check_fit(spec, model, "decoding", spec.decoding.max_new_tokens, tokens)
     return asked
+
+
+def without_model(spec: StudySpec) -> list[str]:
+    """Check what needs neither a model nor a public prompt set; returns the files a study names.
+
+    Raises:
+      UserError: a trait, mode or policy that is none, or a choice left open without [selection].
+    """
+    traits = [item.trait for item in spec.directions.values() if item.trait]
+    for name in traits:
+        data.trait(name)
+    for name in spec.modes:
+        data.mode(name)
+    data.policy(spec.system)
+    for name, item in spec.directions.items():
+        if item.kind == "refusal":
+            setup.selection_of(spec, f"direction {name!r}")
+    open_choices(spec)
+    return [name for name in (*traits, *spec.modes) if name.endswith(".toml")]
 
 
 def open_choices(spec: StudySpec) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from jaxsteer import cloud
+from jaxsteer import cloud, data
 from jaxsteer.cli.common import app
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -66,6 +66,7 @@ def test_a_tpu_that_does_not_exist_is_refused(name):
         (("smollm2-demo", "--tpu", "v5e-64", *ZONE, "--mesh", "model=8"), "which has 4; ask for"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "data=3"), "data=3 does not divide"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "a; b"), "neither a hub id"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--out", "../x"), "'../x' is no name"),
     ],
 )
 def test_what_would_fail_on_the_machine_is_refused_here(arguments, said):
@@ -94,6 +95,60 @@ def test_chips_that_would_stand_idle_are_named(name, used, said):
 def test_a_study_the_machine_would_not_get_is_refused(tmp_path):
     with pytest.raises(UserError, match="what the machine gets"):
         launch(tiny.study_file(tmp_path), "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([('"compliant"', '"complaint"')], "no trait complaint"),
+        ([("dose = 3.0\n", "")], "dose is open"),
+        ([("[data]", 'modes = ["i-tho"]\n[data]')], "no mode 'i-tho'"),
+    ],
+)
+def test_what_a_study_names_is_looked_up_before_a_machine_is_paid_for(
+    tmp_path, monkeypatch, changes, said
+):
+    monkeypatch.chdir(tmp_path)
+    tiny.study_file(tmp_path, *changes)
+    with pytest.raises(UserError, match=said):
+        launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_traits_file_goes_with_the_study_or_is_refused(tmp_path, monkeypatch, there):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    shipped = Path(data.__file__).parent / "traits/compliant.toml"
+    file = (folder if there else tmp_path) / "own.toml"
+    file.write_bytes(shipped.read_bytes())
+    named = "own.toml" if there else "../own.toml"
+    for name, gone in ((named, there), (str(file), False)):
+        tiny.study_file(folder, ('"compliant"', f'"{name}"'))
+        if gone:
+            assert "STUDY: tiny.toml" in launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
+        else:
+            with pytest.raises(UserError, match=r"own\.toml is not below .*machine gets; name it"):
+                launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ((), "smollm2-demo"),
+        (("--model", "org/Model-8B", "--full"), "smollm2-demo-org--Model-8B-full"),
+        (("--model", "./checkpoints/mine"), "smollm2-demo-checkpoints--mine"),
+        (("--model", "org/Model-8B", "--out", "second.try"), "second.try"),
+    ],
+)
+def test_every_model_of_a_study_has_a_results_folder_of_its_own(arguments, folder):
+    said = launch("smollm2-demo", "--tpu", "v5e-1", *ZONE, *arguments, "--dry-run")
+    assert yaml.safe_load(said)["envs"]["OUT"] == f"results/{folder}"
+
+
+def test_a_mesh_is_handed_on_in_one_word():
+    said = launch("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "data=2, model=4", "--dry-run")
+    assert yaml.safe_load(said)["envs"]["OPTIONS"] == "--mesh data=2,model=4"
 
 
 def test_a_dry_run_prints_the_task_and_the_command_and_no_token(monkeypatch):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from jaxsteer.cli.common import app
+from jaxsteer.cli.common import DEMO_MODEL, app
 from jaxsteer.errors import UserError
 
 
@@ -29,7 +29,10 @@ def launch(
     ] = False,
     model: Annotated[
         str, typer.Option(help="A hub id, or a checkpoint folder on the machine.")
-    ] = "smollm2-135m",
+    ] = DEMO_MODEL.name,
+    out: Annotated[
+        str | None, typer.Option(help="Name of the results folder; default STUDY-MODEL.")
+    ] = None,
     mesh: Annotated[str | None, typer.Option(help="Of each host's chips: data=2,model=4.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
@@ -43,27 +46,33 @@ def launch(
 
     Example: jaxsteer launch smollm2-demo --tpu v5e-8 --zone us-west4-a --store gs://mine --spot
     """
-    from jaxsteer import cloud, parallel, spec
+    from jaxsteer import check, cloud, parallel, spec
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
     asked = spec.load(study)
-    if study.endswith(".toml") and not Path(study).resolve().is_relative_to(Path.cwd()):
-        raise UserError(f"{study} is not below {Path.cwd()}, which is what the machine gets")
+    own = study.endswith(".toml")
+    _check_sent([os.path.relpath(study)] if own else [])
+    _check_sent(check.without_model(asked))
     if not re.fullmatch(r"[\w./-]+", model):
         raise UserError(f"model {model!r} is neither a hub id nor a path")
+    if out is not None and not re.fullmatch(r"\w[\w.-]*", out):
+        raise UserError(f"--out {out!r} is no name; a folder of that name is made in the store")
     options = [f"--limit {limit}"] if limit else ["--full"] if full else []
     machine = cloud.tpu(tpu)
-    used = math.prod(parallel.parse(mesh).values()) if mesh is not None else 1
-    if note := cloud.idle_chips(machine, used):
+    sizes = parallel.parse(mesh) if mesh is not None else {}
+    if note := cloud.idle_chips(machine, math.prod(sizes.values())):
         typer.echo(f"note: {note}", err=True)
-    if mesh is not None:
-        options.append(f"--mesh {mesh}")
+    if sizes:
+        # Not as it was typed: the machine's shell would cut it at a space.
+        options.append(f"--mesh {','.join(f'{axis}={size}' for axis, size in sizes.items())}")
+    # One store holds the results of a study on several models.
+    of = "" if model == DEMO_MODEL.name else f"-{model.strip('./').replace('/', '--')}"
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     task = cloud.text(
         cloud.task(
-            os.path.relpath(study) if study.endswith(".toml") else study,
-            name=f"{asked.name}{suffix}",
+            os.path.relpath(study) if own else study,
+            name=out or f"{asked.name}{of}{suffix}",
             machine=machine,
             zone=zone,
             store=store,
@@ -85,3 +94,13 @@ def launch(
             cloud.command(file, spot=spot, kept=store is not None, token=token), check=False
         )
     raise typer.Exit(done.returncode)
+
+
+def _check_sent(files: list[str]) -> None:
+    """Refuse files that the machine does not get, or not under the same name."""
+    for file in files:
+        if Path(file).is_absolute() or not Path(file).resolve().is_relative_to(Path.cwd()):
+            raise UserError(
+                f"{file} is not below {Path.cwd()}, which is what the machine gets; name it from "
+                "there"
+            )
