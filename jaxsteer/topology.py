@@ -19,6 +19,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxsteer import hlo, lowering, parallel, prefill
 from jaxsteer.chips import HOP, Chip, chip_of, devices
 from jaxsteer.config import ModelConfig, RopeConfig
@@ -229,6 +231,30 @@ def table_seconds(
     return decode, math.ceil(table.rows / BATCH) * prefill_batch
 
 
+def mesh_on(model: str, topology: str, mesh: str | None, batch: int) -> Mesh:
+    """The mesh of a model on a slice.
+
+    Args:
+      model: name in `MODELS`.
+      topology: chip and shape of the slice.
+      mesh: as `parallel.parse` reads it; None for `default_mesh`.
+      batch: rows that decode together.
+
+    Raises:
+      UserError: an unknown model, topology or mesh, one that does not go with the others, or no TPU
+        compiler.
+    """
+    if model not in MODELS:
+        raise UserError(f"model {model!r} is not known here; there are {', '.join(MODELS)}")
+    found = devices(topology)
+    if mesh is None:
+        sizes = default_mesh(MODELS[model], len(found))
+        mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    spread = parallel.mesh(mesh, found)
+    parallel.check_batch(batch, spread)
+    return spread
+
+
 def check(
     model: str,
     topology: str,
@@ -251,17 +277,13 @@ def check(
       eight: block kernels in eight bits.
 
     Raises:
-      UserError: an unknown model, topology or mesh, or no TPU compiler.
+      UserError: as `mesh_on`.
       DoesNotFitError: a program that does not fit even before anything else is in the memory.
     """
-    if model not in MODELS:
-        raise UserError(f"model {model!r} is not known here; there are {', '.join(MODELS)}")
     table = table or Table()
-    config, chip, found = MODELS[model], chip_of(topology), devices(topology)
-    sizes = default_mesh(config, len(found)) if mesh is None else parallel.parse(mesh)
+    spread = mesh_on(model, topology, mesh, batch)
+    config, chip, sizes = MODELS[model], chip_of(topology), dict(spread.shape)
     shape = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-    spread = parallel.mesh(shape, found)
-    parallel.check_batch(batch, spread)
     sweep = lowering.Sweep(config, spread, table.new_tokens, eight=eight)
     seconds = 0.0
 

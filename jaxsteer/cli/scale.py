@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -53,22 +54,25 @@ def tpu_check(
 
     failed = []
     done = []
-    for slice_ in topology or chips.TOPOLOGIES:
-        for name in model or topologies.MODELS:
-            typer.echo(f"compiling {name} for {slice_}", err=True)
-            try:
-                made = topologies.check(
-                    name, slice_, mesh=mesh, batch=batch, search=search, eight=eight
-                )
-            except topologies.DoesNotFitError as error:
-                failed.append(str(error))
-                continue
-            done.append(made)
-            if not made.fits:
-                failed.append(
-                    f"{name} does not fit {slice_} with {batch} rows: "
-                    f"{-made.left / chips.GIB:.1f} GiB too much; choose a smaller --batch"
-                )
+    asked = list(itertools.product(topology or chips.TOPOLOGIES, model or topologies.MODELS))
+    # Before minutes are spent on the first.
+    for slice_, name in asked:
+        topologies.mesh_on(name, slice_, mesh, batch)
+    for slice_, name in asked:
+        typer.echo(f"compiling {name} for {slice_}", err=True)
+        try:
+            made = topologies.check(
+                name, slice_, mesh=mesh, batch=batch, search=search, eight=eight
+            )
+        except topologies.DoesNotFitError as error:
+            failed.append(str(error))
+            continue
+        done.append(made)
+        if not made.fits:
+            failed.append(
+                f"{name} does not fit {slice_} with {batch} rows: "
+                f"{-made.left / chips.GIB:.1f} GiB too much; choose a smaller --batch"
+            )
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(check) for check in done], indent=1))
     elif done:

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import jax
+import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from jaxsteer import topology
 from jaxsteer.chips import GIB
+from jaxsteer.cli.common import app
 from jaxsteer.cli.scale import _table
+from jaxsteer.errors import UserError
 from jaxsteer.topology import Check
 
 
@@ -69,3 +75,13 @@ def test_what_the_mesh_cannot_split_is_under_the_table():
 
 def test_more_than_there_is_does_not_fit():
     assert check().fits and not check(left=-1).fits
+
+
+def test_what_is_asked_for_last_is_looked_at_before_the_first_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(topology, "check", lambda name, *_, **__: compiled.append(name))
+    asked = ["--model", "llama-3.1-8b", "--model", "llama-3.1-9b", "--mesh", "model=1"]
+    with pytest.raises(UserError, match=r"'llama-3\.1-9b' is not known here"):
+        CliRunner().invoke(app, ["tpu-check", *asked], catch_exceptions=False)
+    assert compiled == []
