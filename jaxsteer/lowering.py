@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,13 +46,6 @@ class Program:
     once: hlo.Cost
     turn: hlo.Cost
     seconds: float
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes on one device of arrays that have a shape, a type and a sharding."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
-    )
 
 
 def compiled(program: Callable[..., Any], *arguments: Any) -> Program:

@@ -14,6 +14,7 @@ The mesh spans the devices of this process. Processes share a study by its rows,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -179,6 +180,13 @@ def place(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
     return jax.tree.unflatten(structure, jax.device_put(leaves, shardings(tree, config, mesh)))
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes on one device of arrays that have a shape, a type and a sharding."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+
 def mesh_of(params: Params) -> Mesh | None:
     """The mesh that a model's parameters are spread over; None for one device."""
     sharding = params["embed"]["embedding"].sharding
@@ -199,13 +207,18 @@ def keep(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
     return jax.tree.unflatten(structure, jax.lax.with_sharding_constraint(leaves, lies))
 
 
+def data_of(mesh: Mesh | None) -> int:
+    """Size of the data axis; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"]
+
+
 def check_batch(batch: int, mesh: Mesh | None) -> None:
     """Refuse a batch that the mesh cannot split.
 
     Raises:
       UserError: the data axis does not divide it.
     """
-    data = 1 if mesh is None else mesh.shape["data"]
+    data = data_of(mesh)
     if batch % data:
         raise UserError(
             f"a batch of {batch} rows cannot be split over data={data}; make the batch a multiple "

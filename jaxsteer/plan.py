@@ -8,12 +8,14 @@ here and now for a moment.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxsteer import check, parallel, planned, rows
 from jaxsteer.chatmodel import ChatModel
@@ -66,17 +68,16 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     config = model.config
     asked = check.study(spec, model, planned.prompts(spec, limit))
     compiled = stand_in_conditions(spec, config)
-    batch = rows.slots_for(spec.decoding.batch, len(asked))
+    mesh = parallel.mesh_of(model.params)
+    batch = rows.slots_for(spec.decoding.batch, len(asked), parallel.data_of(mesh))
     new = spec.decoding.max_new_tokens
     packed = rows.pack(asked, config.max_position - new)
     widths = sorted({len(lane) for lane in packed.tokens})
     known = kinds(planned.stacked(compiled, config))
-    at_once = entries_at_once(parallel.mesh_of(model.params))
-    computed = _computed(config, known, asked, packed, at_once)
     begun = -(-max((request.shared for request in asked), default=0) // STEP) * STEP
+    computed = _computed(config, known, asked, packed, begun, entries_at_once(mesh))
     longest = max((len(request.tokens) - request.shared for request in asked), default=0)
-    slots = rows.cache_slots(begun, longest, new)
-    itemsize = np.dtype(model.params["embed"]["embedding"].dtype).itemsize
+    weights, cache = memory(model, batch, rows.cache_slots(begun, longest, new))
     prefill_rate, decode_rate = speeds(config, batch)
     return Plan(
         conditions=len(compiled),
@@ -85,17 +86,32 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         computed_tokens=round(computed),
         new_tokens=len(asked) * new,
         widths=tuple(widths),
-        weights_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
-        cache_bytes=2
-        * config.n_layers
-        * batch
-        * slots
-        * config.n_kv_heads
-        * config.head_dim
-        * itemsize,
+        weights_bytes=weights,
+        cache_bytes=cache,
         seconds=computed / prefill_rate + -(-len(asked) // batch) * new / decode_rate,
         open_choices=check.open_choices(spec),
     )
+
+
+def memory(model: ChatModel, batch: int, slots: int) -> tuple[int, int]:
+    """Bytes of the parameters and of all rows' keys and values, on all devices together.
+
+    What a mesh cannot split is on several devices, and counts as often.
+
+    Args:
+      model: its parameters where they will be.
+      batch: number of rows.
+      slots: of each row's cache.
+    """
+    config, mesh = model.config, parallel.mesh_of(model.params)
+    kept: tuple[int, ...] = (batch, config.n_kv_heads, slots, config.head_dim)
+    devices = 1
+    if mesh is not None:
+        kept = NamedSharding(mesh, parallel.spec(parallel.CACHE, config, mesh)).shard_shape(kept)
+        devices = mesh.size
+    itemsize = model.params["embed"]["embedding"].dtype.itemsize
+    cache = 2 * config.n_layers * math.prod(kept) * itemsize
+    return parallel.nbytes(model.params) * devices, cache * devices
 
 
 def _computed(
@@ -103,20 +119,29 @@ def _computed(
     known: Sequence[Sequence[int]],
     asked: Sequence[rows.Request],
     packed: Lanes,
+    begun: int,
     batch: int,
 ) -> float:
-    """Prompt tokens through the whole model that prefill comes to, its sharing counted."""
+    """Prompt tokens through the whole model that prefill comes to, its sharing counted.
+
+    Args:
+      config: the model's configuration.
+      known: from `kinds`.
+      asked: all rows.
+      packed: their lanes.
+      begun: width of the shared beginnings; 0 if there are none.
+      batch: lanes, or beginnings, at a time.
+    """
     whole = 0.0
     for first, last in stages(config.n_layers):
-        entries: dict[int, set[Hashable]] = {}
+        beginnings: set[Hashable] = set()
+        read: dict[int, set[Hashable]] = {}
         for row, request in enumerate(asked):
             kind = known[last][request.condition]
-            entries.setdefault(packed.width(row), set()).add((kind, packed.lane[row]))
-            if request.shared:
-                begun = -(-request.shared // STEP) * STEP
-                beginning = tuple(request.tokens[: request.shared])
-                entries.setdefault(begun, set()).add((kind, beginning))
-        padded = sum(-(-len(some) // batch) * batch * width for width, some in entries.items())
+            read.setdefault(packed.width(row), set()).add((kind, packed.lane[row]))
+            beginnings.add((kind, tuple(request.tokens[: request.shared])))
+        padded = sum(-(-len(some) // batch) * batch * width for width, some in read.items())
+        padded += -(-len(beginnings) // batch) * batch * begun
         whole += padded * (last - first) / config.n_layers
     return whole
 

@@ -89,11 +89,15 @@ def cache_slots(beginning: int, longest: int, new_tokens: int) -> int:
 def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
     """Number of slots for some rows: `batch`, or a half, a quarter... that still holds them all.
 
-    An empty slot costs as much as a full one; halves, so that few sizes are ever compiled.
+    An empty slot costs as much as a full one; halves, so that few sizes are ever compiled. All are
+    of a multiple, `batch` rounded up.
 
     >>> slots_for(64, 100), slots_for(64, 32), slots_for(64, 12), slots_for(64, 12, multiple=32)
     (64, 32, 16, 32)
+    >>> slots_for(30, 100, multiple=4)
+    32
     """
+    batch = -(-batch // multiple) * multiple
     while batch % 2 == 0 and batch // 2 >= rows and batch // 2 % multiple == 0:
         batch //= 2
     return batch
@@ -153,9 +157,7 @@ def run(
     if probes is None:
         probes = no_probes(config.n_layers, config.d_model)
     sampling = sampling or Sampling()
-    mesh = parallel.mesh_of(model.params)
-    data = 1 if mesh is None else mesh.shape["data"]
-    batch = slots_for(-(-batch // data) * data, len(requests), data)
+    batch = slots_for(batch, len(requests), parallel.data_of(parallel.mesh_of(model.params)))
     limit = config.max_position - decoding.max_new_tokens
     chat.check_lengths((len(request.tokens) for request in requests), limit)
     for request in requests:

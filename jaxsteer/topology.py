@@ -306,10 +306,10 @@ def check(
     gather = program(*sweep.gather(levels[1], stages[0], prefix, room))
     choose = program(*sweep.first_token(levels, table.prompt, prefix, room))
 
-    weights, cache = lowering.nbytes(sweep.params), lowering.nbytes(state.cache)
-    held = lowering.nbytes(state)
+    weights, cache = parallel.nbytes(sweep.params), parallel.nbytes(state.cache)
+    held = parallel.nbytes(state)
     # Beside the slots, while they decode too: beginnings, a batch's levels, and its rows that wait.
-    beside = lowering.nbytes([levels, prefix]) + len(stages) * gather.made + choose.made
+    beside = parallel.nbytes([levels, prefix]) + len(stages) * gather.made + choose.made
     reading = max(segment.temporaries, gather.temporaries, choose.temporaries)
     temporaries = max(decode.temporaries + decode.made, reading)
     left = chip.hbm - weights - held - beside - temporaries
@@ -330,7 +330,7 @@ def check(
     through = len(stages) * (alone(segment) + alone(gather)) + alone(choose)
     decoding, reading_seconds = table_seconds(table, batch, step, chunk, through)
     # Every step reads all weights but the token table, of which it reads the rows it needs.
-    read = weights - lowering.nbytes(sweep.params["embed"]) * (not config.tied) + cache
+    read = weights - parallel.nbytes(sweep.params["embed"]) * (not config.tied) + cache
     return Check(
         model=model,
         topology=topology,
@@ -373,7 +373,7 @@ def _search(
     """
 
     def needed(state: Any, decode: lowering.Program) -> int:
-        return stays + lowering.nbytes(state) + max(decode.temporaries + decode.made, reading)
+        return stays + parallel.nbytes(state) + max(decode.temporaries + decode.made, reading)
 
     multiple = _multiple(sweep.mesh.shape)
     other = max(batch // 2 // multiple * multiple, multiple)

@@ -46,11 +46,11 @@ if __name__ == "__main__":
     eight = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW, eight=True)
     json.dump(
         {
-            "params_int8": lowering.nbytes(eight.params),
+            "params_int8": parallel.nbytes(eight.params),
             "program_int8": dataclasses.asdict(lowering.compiled(*eight.advance(state))),
-            "params": lowering.nbytes(sweep.params),
-            "cache": lowering.nbytes(state.cache),
-            "state": lowering.nbytes(state),
+            "params": parallel.nbytes(sweep.params),
+            "cache": parallel.nbytes(state.cache),
+            "state": parallel.nbytes(state),
             "program": dataclasses.asdict(program),
         },
         sys.stdout,

@@ -24,11 +24,12 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from jaxsteer import activations, int8, parallel
+from jaxsteer import activations, int8, parallel, plan
 from jaxsteer.chat import left_pad
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
 from jaxsteer.interventions import Add, Cap, Project, compile_conditions
+from jaxsteer.prefix import Prefix
 from jaxsteer.rows import Request, run
 from jaxsteer.weights import flatten
 
@@ -116,6 +117,25 @@ def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     }
 
 
+def memory(model: ChatModel) -> dict[str, list[int]]:
+    """Bytes of the parameters and of a cache of 8 rows, 32 slots each: planned, and as they lie."""
+    config = model.config
+    shape = (8, config.n_kv_heads, 32, config.head_dim)
+    cache = [(jax.numpy.zeros(shape), jax.numpy.zeros(shape)) for _ in range(config.n_layers)]
+    spread = parallel.place(
+        Prefix(cache=cache, real=np.ones((8, 32)), realised={}), config, model.mesh
+    )
+
+    def lies(tree: Any) -> int:
+        pieces = (piece for leaf in jax.tree.leaves(tree) for piece in leaf.addressable_shards)
+        return sum(piece.data.nbytes for piece in pieces)
+
+    return {
+        "planned": list(plan.memory(model, 8, 32)),
+        "lies": [lies(model.params), lies(spread.cache)],
+    }
+
+
 def main(out: Path, folders: dict[str, Path]) -> None:
     """Run the models on one device and on meshes, and write what came out.
 
@@ -131,6 +151,7 @@ def main(out: Path, folders: dict[str, Path]) -> None:
             both = shape in ("", "data=2,model=4")
             found[f"{name} {shape}"] = {
                 "pieces": pieces(model),
+                "memory": memory(model),
                 "notes": parallel.notes(model.config, mesh) if mesh else [],
                 "plain": plain(model) if both or name == "qwen2" else None,
                 "replies": engine(model) if both or name != "qwen2" else None,

@@ -104,6 +104,18 @@ def test_activations_are_read_a_part_of_the_rows_on_each_device(runs, family):
     np.testing.assert_allclose(spread["streams"], one["streams"], atol=1e-4)
 
 
+def test_a_plan_counts_what_lies_on_several_devices_as_often(runs):
+    for name, found in runs.items():
+        assert found["memory"]["planned"] == found["memory"]["lies"], name
+    one, split, twice = (
+        runs[f"llama {shape}"]["memory"]["lies"]
+        for shape in ("", "data=4,model=2", "data=2,model=4")
+    )
+    # A cache's rows are split, and 2 key-value heads in 2; in 4 they are whole on each.
+    assert split[1] == one[1] and twice[1] == 4 * one[1]
+    assert split[0] > 4 * one[0]
+
+
 def test_kernels_in_eight_bits_are_split_and_give_the_tokens_of_one_device(runs):
     found = runs["llama-int8 data=4,model=2"]
     assert found["replies"] == runs["llama-int8 "]["replies"] != runs["llama "]["replies"]

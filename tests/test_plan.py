@@ -20,8 +20,12 @@ def model(tmp_path_factory):
     )
 
 
-def test_a_plan_foretells_rows_widths_and_tokens_of_the_run(model, tmp_path, monkeypatch):
-    study = tiny.study(tmp_path)
+LONG_AND_SHORT = ('system = "generic"', 'system = "generic"\nmodes = ["none", "friendly"]')
+
+
+@pytest.mark.parametrize("changes", [(), (LONG_AND_SHORT,)])
+def test_a_plan_foretells_rows_widths_and_tokens_of_the_run(model, tmp_path, monkeypatch, changes):
+    study = spec.load(tiny.study_file(tmp_path, *changes))
     planned = plan.plan(study, model)
     widths, tokens = set(), [0.0]
     finish, segment = prefill.finish, prefill.segment
@@ -38,6 +42,8 @@ def test_a_plan_foretells_rows_widths_and_tokens_of_the_run(model, tmp_path, mon
     setup.prepare(study, model, tmp_path / "results")
     monkeypatch.setattr(prefill, "finish", finished)
     monkeypatch.setattr(prefill, "segment", counted)
+    # Read beside the rows, and not in the plan.
+    monkeypatch.setattr(run, "_mode_shifts", lambda *_: [])
     summary = run.run_study(study, model, tmp_path / "results")
     assert planned.rows == sum(entry["n"] for entry in summary)
     assert planned.conditions == len({entry["condition"] for entry in summary})
