@@ -28,7 +28,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process.
 
     Raises:
-      UserError: another process has it, or it cannot be written.
+      UserError: another process has it, it cannot be written, or its file system has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,14 @@ def locked(folder: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"{folder} is in use by another process; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {folder}, which keeps a second run out: {error.strerror}; choose an "
+                "--out on another file system"
             ) from None
         # What a killed process was writing has a dot in front and was never renamed.
         for stale in (*folder.glob(".*.*"), *(folder / "shards").glob(".*")):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+
 import polars as pl
 import pytest
 
@@ -53,6 +57,15 @@ def test_the_folder_is_free_again_after_use(tmp_path):
         pass
     with shards.locked(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_not_told_as_in_use(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="No locks available; choose an --out"):
+        shards.locked(tmp_path).__enter__()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
