@@ -43,7 +43,9 @@ VISIBLE = 120
 EVERY = 5
 # A slow process is not a gone one: as long as there are signs of life, wait.
 _MONTH = 30 * 24 * 3600 * 1000
-GO_ON = "what is finished is kept, run the same command again on every host to go on"
+GO_ON = (
+    "what is finished is kept, run the same command again on every host (without --fresh) to go on"
+)
 
 _meetings = itertools.count()
 _joined = threading.Event()

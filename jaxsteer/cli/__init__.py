@@ -54,8 +54,11 @@ def _say_stopped(number: int) -> NoReturn:
     # A second Ctrl-C would land in what Python does at its end, and show as a traceback.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    goes_on = GO_ON.intersection(sys.argv[1:2])
-    kept = "; what is finished is kept, run again to go on" if goes_on else ""
+    kept = ""
+    if GO_ON.intersection(sys.argv[1:2]):
+        # The very same command would begin by throwing away what is kept.
+        again = "run again without --fresh" if "--fresh" in sys.argv else "run again"
+        kept = f"; what is finished is kept, {again} to go on"
     print(f"jaxsteer: stopped{kept}", file=sys.stderr)
     leave(128 + number)
 

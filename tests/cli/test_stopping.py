@@ -38,6 +38,12 @@ def test_a_command_that_goes_on_where_it_was_says_so(monkeypatch, capsys, comman
     assert capsys.readouterr().err == said
 
 
+def test_a_command_that_would_throw_away_what_is_kept_says_how_not_to(monkeypatch, capsys):
+    assert stop(monkeypatch, "sweep", "x", "--fresh") == 130
+    said = "jaxsteer: stopped; what is finished is kept, run again without --fresh to go on\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("command", ["convert", "extract", "generate"])
 def test_a_command_that_keeps_nothing_promises_nothing(monkeypatch, capsys, command):
     assert stop(monkeypatch, command, "x") == 130
