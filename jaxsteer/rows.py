@@ -150,8 +150,8 @@ def run(
       skip: indices of requests that need no run.
 
     Raises:
-      UserError: a prompt that does not fit the model's context with its reply, or of which all is
-        shared.
+      UserError: a prompt that does not fit the model's context with its reply, that is empty, or of
+        which all is shared.
     """
     config = model.config
     if probes is None:
@@ -160,7 +160,9 @@ def run(
     batch = slots_for(batch, len(requests), parallel.data_of(parallel.mesh_of(model.params)))
     limit = config.max_position - decoding.max_new_tokens
     chat.check_lengths((len(request.tokens) for request in requests), limit)
-    for request in requests:
+    for index, request in enumerate(requests):
+        if not request.tokens:
+            raise UserError(f"request {index} has no tokens; a prompt needs at least one")
         if not request.shared < len(request.tokens):
             raise UserError(
                 f"row {request.row_id} shares all {len(request.tokens)} of its tokens; a reply "
@@ -307,6 +309,23 @@ def _reply(model: ChatModel, request: Request, row: Ended) -> Reply:
         response=row.response,
         logits=row.logits,
     )
+
+
+def check_finite(reply: Reply, what: str) -> None:
+    """Refuse a reply whose residual stream was NaN or infinite: its tokens mean nothing.
+
+    Args:
+      reply: a row's result.
+      what: whose it is, in words.
+
+    Raises:
+      UserError: it was.
+    """
+    if not np.isfinite(total_change(reply)):
+        raise UserError(
+            f"{what}: the residual stream left the range of numbers (NaN or infinite); lower the "
+            "strength, or convert the model again if it happens without any"
+        )
 
 
 def total_change(reply: Reply) -> float:

@@ -67,7 +67,7 @@ def run_study(
 
     Raises:
       UserError: this model cannot run the study, `out` belongs to another run or is in use, or an
-        intervention changed nothing.
+        intervention changed nothing, or too much for numbers to hold.
     """
     families = prompts(spec, limit)
     # A run that has begun has passed, with the layers it chose and not only their candidates.
@@ -208,6 +208,9 @@ def _finish_rows(
                 )
             ) as running:
                 for ended in running:
+                    for reply in ended:
+                        condition, _ = planned[reply.index]
+                        rows.check_finite(reply, f"condition {condition.name!r}")
                     held += ended
                     if len(held) >= spec.decoding.batch or time.monotonic() - written > OFTEN:
                         keep()

@@ -139,6 +139,11 @@ def test_a_prompt_without_a_token_of_its_own_is_refused(model):
         run(model, [Request(tokens=[5, 8, 7], row_id=7, shared=3)])
 
 
+def test_an_empty_prompt_is_refused_and_its_place_said(model):
+    with pytest.raises(UserError, match="request 1 has no tokens"):
+        run(model, [Request(tokens=[5, 8]), Request(tokens=[])])
+
+
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(model):
     requests = [Request(tokens=p) for p in ([4, 9], [3] * 509)]
     stacked = compile_conditions(

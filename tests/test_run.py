@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
 import polars as pl
 import pytest
 
@@ -246,6 +251,27 @@ def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
     empty = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", "scale = 0.0")))
     with pytest.raises(UserError, match=r"'random #1' \(add random-1.*changed nothing"):
         run.run_study(empty, model, tmp_path / "results")
+
+
+@pytest.mark.parametrize("scale", ["1e30", "1e38", "3e38"])
+def test_a_stream_that_overflows_is_no_result_and_not_told_as_unchanged(model, tmp_path, scale):
+    strong = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", f"scale = {scale}")))
+    out = tmp_path / "results"
+    with pytest.raises(UserError, match=r"'random #[12]': the residual stream left the range"):
+        run.run_study(strong, model, out)
+    kept = [row for shard in (out / "shards").glob("*") for row in pl.read_parquet(shard)["change"]]
+    assert all(map(math.isfinite, kept))
+
+
+def test_a_model_of_no_numbers_is_said(model, study, tmp_path):
+    run.run_study(study, model, tmp_path / "results")
+    broken = jax.tree.map(lambda leaf: leaf, model.params)
+    scale = broken["layers"]["1"]["mlp_norm"]["scale"]
+    broken["layers"]["1"]["mlp_norm"]["scale"] = scale.at[3].set(jnp.nan)
+    for shard in (tmp_path / "results/shards").glob("*"):
+        shard.unlink()
+    with pytest.raises(UserError, match=r"convert the model again if it happens without any"):
+        run.run_study(study, dataclasses.replace(model, params=broken), tmp_path / "results")
 
 
 def test_a_damaged_shard_is_named_and_costs_only_its_rows(model, study, tmp_path, finished):

@@ -178,6 +178,8 @@ def generate(
     ended = [r for b in rows.run(loaded, requests, conditions, decoding, batch=2) for r in b]
     # The shorter reply ends first.
     replies = sorted(ended, key=lambda reply: reply.index)
+    for reply, name in zip(replies, ("baseline", "steered"), strict=True):
+        rows.check_finite(reply, name)
     table = Table("baseline", "steered")
     table.add_row(*(Text(plain(reply.text)) for reply in replies))
     Console().print(table)
