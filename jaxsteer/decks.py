@@ -114,6 +114,8 @@ class Deck:
     def turn(self) -> list[Ended] | None:
         """Fill free slots and decode a chunk: the rows that ended, or None if nobody is left."""
         for some in self.waiting:
+            if len(self.seated) == self.size:
+                break
             # Who has rows to decode does not wait for another deck to read its own.
             if some.lock.acquire(blocking=some is self.waiting[0] or not self.seated):
                 try:
@@ -122,6 +124,8 @@ class Deck:
                 finally:
                     some.lock.release()
         if self.stopped.is_set() or self.state is None or not self.seated:
+            # The other decks may go on for long, and the slots hold a gigabyte.
+            self.state = None
             return None
         model = self.model
         self.state = s = slots.advance(

@@ -11,7 +11,7 @@ import pytest
 from jaxsteer import decks, rows, slots
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
-from jaxsteer.generate import Decoding
+from jaxsteer.generate import Decoding, Sampling, no_probes
 from jaxsteer.interventions import Add, Project, compile_conditions
 from jaxsteer.rows import Request
 from tests import tiny
@@ -131,6 +131,49 @@ def test_what_one_deck_compiles_the_other_finds(model, rng, caplog):
         found = [text for text in said if f"Finished XLA compilation of jit({name})" in text]
         # The level of `embed`, and a segment's, have a shape of their own.
         assert len(found) == (2 if name == "gather" else 1)
+
+
+def test_a_full_deck_decodes_while_another_reads_from_its_rows(model, monkeypatch):
+    asked = []
+
+    class Taken:
+        """The lock of rows that another deck reads from."""
+
+        def acquire(self, blocking):
+            asked.append(blocking)
+
+    def advance(*_):
+        raise StopIteration
+
+    monkeypatch.setattr(slots, "advance", advance)
+    left = decks.Waiting(iter(()))
+    left.lock = Taken()
+    probes = no_probes(model.config.n_layers, model.config.d_model)
+    decoding = Decoding(max_new_tokens=5, eos=(63,))
+    deck = decks.Deck(model, decoding, probes, Sampling(), [left], 2, threading.Event())
+    deck.state, deck.seated = object(), {0: None, 1: None}
+    with pytest.raises(StopIteration):
+        deck.turn()
+    assert asked == []
+    # One that has a free slot waits for its own rows.
+    del deck.seated[1]
+    with pytest.raises(StopIteration):
+        deck.turn()
+    assert asked == [True]
+
+
+def test_a_deck_that_is_done_holds_no_slots_while_the_other_goes_on(model, rng, monkeypatch):
+    turn, held = decks.Deck.turn, []
+
+    def watching(deck):
+        ended = turn(deck)
+        if ended is None:
+            held.append(deck.state)
+        return ended
+
+    monkeypatch.setattr(decks.Deck, "turn", watching)
+    assert len(by_index(run(model, rng))) == 90
+    assert held == [None, None]
 
 
 def test_what_goes_wrong_in_a_deck_reaches_the_caller(model, rng, monkeypatch):
