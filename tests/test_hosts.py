@@ -203,6 +203,12 @@ def test_a_process_alone_on_its_node_is_shown_all_gpus():
 def test_one_of_several_processes_on_a_node_has_the_gpus_that_jax_gives_it(
     monkeypatch, given, asked
 ):
+    for name in (
+        "SLURM_STEP_TASKS_PER_NODE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "JAX_LOCAL_DEVICE_IDS",
+    ):
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert hosts._devices() == asked
