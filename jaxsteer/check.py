@@ -47,7 +47,8 @@ def without_model(spec: StudySpec) -> list[str]:
     """Check what needs neither a model nor a public prompt set; returns the files a study names.
 
     Raises:
-      UserError: a trait, mode or policy that is none, or a choice left open without [selection].
+      UserError: a trait, mode or policy that is none, a choice left open without [selection], or a
+        layer to choose from that is no fraction of depth.
     """
     traits = [item.trait for item in spec.directions.values() if item.trait]
     for name in traits:
@@ -58,7 +59,7 @@ def without_model(spec: StudySpec) -> list[str]:
     for name, item in spec.directions.items():
         if item.kind == "refusal":
             setup.selection_of(spec, f"direction {name!r}")
-    open_choices(spec)
+    _check_fractions(spec, open_choices(spec))
     return [name for name in (*traits, *spec.modes) if name.endswith(".toml")]
 
 
@@ -86,15 +87,19 @@ def _check_selection(
 ) -> None:
     prompts = setup.split(chosen, spec.name)
     system = data.policy(spec.system).text
-    shares: dict[str, Sequence[float]] = {}
     if "layer of refusal" in still:
-        shares["refusal_layers"] = chosen.refusal_layers
         setup.openings(spec.name, chosen, model)
-    if "layer of the persona" in still:
-        shares["layers"] = chosen.layers
     if "layer of the persona" in still or "dose" in still:
         asked = setup.ids(model, prompts.selection, system)
         _check_fit(spec, model, "selection", chosen.max_new_tokens, asked)
+
+
+def _check_fractions(spec: StudySpec, still: Sequence[str]) -> None:
+    shares: dict[str, Sequence[float]] = {}
+    if spec.selection is not None and "layer of refusal" in still:
+        shares["refusal_layers"] = spec.selection.refusal_layers
+    if spec.selection is not None and "layer of the persona" in still:
+        shares["layers"] = spec.selection.layers
     for key, fractions in shares.items():
         for share in fractions:
             if not 0 <= share <= 1:

@@ -18,8 +18,25 @@ from jaxsteer.cli.common import app
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
 from tests import tiny
+from tests.conftest import ROOT
 
 ZONE = ("--zone", "us-west4-a")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder that could be launched from, to be in."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("pyproject.toml", "constraints.txt"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_ours(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
 def launch(*arguments: object) -> str:
@@ -66,6 +83,10 @@ def test_a_tpu_that_does_not_exist_is_refused(name):
         (("smollm2-demo", "--tpu", "v5e-64", *ZONE, "--mesh", "model=8"), "which has 4; ask for"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--mesh", "data=3"), "data=3 does not divide"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "a; b"), "neither a hub id"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "smollm2-135"), "neither a hub id"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "/a/../b"), "neither a hub id"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "./mine"), "neither a hub id"),
+        (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model=-x"), "neither a hub id"),
         (("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--out", "../x"), "'../x' is no name"),
     ],
 )
@@ -105,31 +126,55 @@ def test_a_study_the_machine_would_not_get_is_refused(tmp_path):
         ([("[data]", 'modes = ["i-tho"]\n[data]')], "no mode 'i-tho'"),
     ],
 )
-def test_what_a_study_names_is_looked_up_before_a_machine_is_paid_for(
-    tmp_path, monkeypatch, changes, said
-):
-    monkeypatch.chdir(tmp_path)
-    tiny.study_file(tmp_path, *changes)
+def test_what_a_study_names_is_looked_up_before_a_machine_is_paid_for(repository, changes, said):
+    tiny.study_file(repository, *changes)
     with pytest.raises(UserError, match=said):
         launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_traits_file_goes_with_the_study_or_is_refused(tmp_path, monkeypatch, there):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    shipped = Path(data.__file__).parent / "traits/compliant.toml"
-    file = (folder if there else tmp_path) / "own.toml"
-    file.write_bytes(shipped.read_bytes())
-    named = "own.toml" if there else "../own.toml"
-    for name, gone in ((named, there), (str(file), False)):
-        tiny.study_file(folder, ('"compliant"', f'"{name}"'))
-        if gone:
+def test_files_that_the_machine_does_not_get_are_refused(repository):
+    shipped = (Path(data.__file__).parent / "traits/compliant.toml").read_bytes()
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    (repository / ".gitignore").write_text("results\n")
+    (repository / "results").mkdir()
+    (repository / "link").symlink_to(repository.parent)
+    for name in ("own.toml", "results/own.toml", "../own.toml"):
+        (repository / name).write_bytes(shipped)
+    for name, said in {
+        "own.toml": None,
+        "../own.toml": "is not below .* which is what the machine gets",
+        "link/own.toml": "is not below",
+        # The machine's folder has another name.
+        "../repository/own.toml": "is not below",
+        str(repository / "own.toml"): "the machine has no .*own.toml; name it from",
+        "results/own.toml": "git ignores results/own.toml",
+    }.items():
+        tiny.study_file(repository, ('"compliant"', f'"{name}"'))
+        if said is None:
             assert "STUDY: tiny.toml" in launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
         else:
-            with pytest.raises(UserError, match=r"own\.toml is not below .*machine gets; name it"):
+            with pytest.raises(UserError, match=said):
                 launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+def test_a_study_is_named_as_the_machine_finds_it(repository):
+    (repository.parent / "link").symlink_to(repository)
+    tiny.study_file(repository)
+    for study in ("../link/tiny.toml", repository / "tiny.toml"):
+        assert "STUDY: tiny.toml" in launch(study, "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+def test_a_folder_that_jaxsteer_cannot_be_installed_from_is_refused(repository):
+    (repository / "constraints.txt").unlink()
+    with pytest.raises(UserError, match=r"has no constraints.txt; .* run launch in its repository"):
+        launch("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--dry-run")
+
+
+def test_a_checkpoint_that_is_here_only_is_refused(repository):
+    (repository / "checkpoints/mine").mkdir(parents=True)
+    (repository / "checkpoints/mine/manifest.json").touch()
+    with pytest.raises(UserError, match="checkpoints/mine is a checkpoint here, which the machine"):
+        launch("smollm2-demo", "--tpu", "v5e-8", *ZONE, "--model", "checkpoints/mine", "--dry-run")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +182,7 @@ def test_a_traits_file_goes_with_the_study_or_is_refused(tmp_path, monkeypatch, 
     [
         ((), "smollm2-demo"),
         (("--model", "org/Model-8B", "--full"), "smollm2-demo-org--Model-8B-full"),
-        (("--model", "./checkpoints/mine"), "smollm2-demo-checkpoints--mine"),
+        (("--model", "/org/Model-8B"), "smollm2-demo---org--Model-8B"),
         (("--model", "org/Model-8B", "--out", "second.try"), "second.try"),
     ],
 )
@@ -172,13 +217,12 @@ def test_a_machine_that_keeps_its_results_is_stopped_and_not_deleted():
     assert "--idle-minutes-to-autostop" in held
 
 
-def test_without_skypilot_one_line_says_how_to_install_it(monkeypatch, tmp_path):
-    study = Path("tiny.toml")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    tiny.study_file(tmp_path)
+def test_without_skypilot_one_line_says_how_to_install_it(monkeypatch, repository):
+    # And without git, which has a say in what the machine gets.
+    monkeypatch.setenv("PATH", str(repository))
+    tiny.study_file(repository)
     with pytest.raises(UserError, match="not installed; `make sky`"):
-        launch(study, "--tpu", "v5e-8", *ZONE)
+        launch("tiny.toml", "--tpu", "v5e-8", *ZONE)
 
 
 def test_the_tasks_commands_run_a_study(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -28,7 +29,7 @@ def launch(
         bool, typer.Option("--spot", help="Cheaper; taken away at times, and started again.")
     ] = False,
     model: Annotated[
-        str, typer.Option(help="A hub id, or a checkpoint folder on the machine.")
+        str, typer.Option(help="A hub id, or a checkpoint's absolute path on the machine.")
     ] = DEMO_MODEL.name,
     out: Annotated[
         str | None, typer.Option(help="Name of the results folder; default STUDY-MODEL.")
@@ -50,12 +51,14 @@ def launch(
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
+    _check_folder()
     asked = spec.load(study)
-    own = study.endswith(".toml")
-    _check_sent([os.path.relpath(study)] if own else [])
-    _check_sent(check.without_model(asked))
-    if not re.fullmatch(r"[\w./-]+", model):
-        raise UserError(f"model {model!r} is neither a hub id nor a path")
+    if study.endswith(".toml"):
+        study = os.path.relpath(Path(study).resolve())
+        _check_sent(study)
+    for named in check.without_model(asked):
+        _check_sent(named)
+    _check_model(model)
     if out is not None and not re.fullmatch(r"\w[\w.-]*", out):
         raise UserError(f"--out {out!r} is no name; a folder of that name is made in the store")
     options = [f"--limit {limit}"] if limit else ["--full"] if full else []
@@ -67,11 +70,11 @@ def launch(
         # Not as it was typed: the machine's shell would cut it at a space.
         options.append(f"--mesh {','.join(f'{axis}={size}' for axis, size in sizes.items())}")
     # One store holds the results of a study on several models.
-    of = "" if model == DEMO_MODEL.name else f"-{model.strip('./').replace('/', '--')}"
+    of = "" if model == DEMO_MODEL.name else f"-{model.replace('/', '--')}"
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     task = cloud.text(
         cloud.task(
-            os.path.relpath(study) if own else study,
+            study,
             name=out or f"{asked.name}{of}{suffix}",
             machine=machine,
             zone=zone,
@@ -96,11 +99,37 @@ def launch(
     raise typer.Exit(done.returncode)
 
 
-def _check_sent(files: list[str]) -> None:
-    """Refuse files that the machine does not get, or not under the same name."""
-    for file in files:
-        if Path(file).is_absolute() or not Path(file).resolve().is_relative_to(Path.cwd()):
-            raise UserError(
-                f"{file} is not below {Path.cwd()}, which is what the machine gets; name it from "
-                "there"
-            )
+def _check_folder() -> None:
+    missing = [name for name in ("pyproject.toml", "constraints.txt") if not Path(name).is_file()]
+    if missing:
+        raise UserError(
+            f"{Path.cwd()} has no {missing[0]}; the machine gets this folder and installs jaxsteer "
+            "from it, so run launch in its repository"
+        )
+
+
+def _check_sent(file: str) -> None:
+    """Refuse a file that the machine does not get, or not under this name."""
+    if Path(file).is_absolute():
+        raise UserError(f"the machine has no {file}; name it from {Path.cwd()}, which it gets")
+    inside = Path(file).resolve().is_relative_to(Path.cwd())
+    if os.path.normpath(file).startswith("..") or not inside:
+        raise UserError(f"{file} is not below {Path.cwd()}, which is what the machine gets")
+    # SkyPilot leaves out what git ignores. Without git, or outside of a repository, nothing is.
+    with contextlib.suppress(FileNotFoundError):
+        if subprocess.run(["git", "check-ignore", "--quiet", file], check=False).returncode == 0:
+            raise UserError(f"git ignores {file}, so the machine does not get it; put it elsewhere")
+
+
+def _check_model(model: str) -> None:
+    hub, there = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model), re.fullmatch(r"(/\w[\w.-]*)+", model)
+    if model != DEMO_MODEL.name and not hub and not there:
+        raise UserError(
+            f"model {model!r} is neither a hub id (ORG/NAME), nor the absolute path of a "
+            f"checkpoint on the machine, nor {DEMO_MODEL.name}"
+        )
+    if hub and (Path(model) / "manifest.json").is_file():
+        raise UserError(
+            f"{model} is a checkpoint here, which the machine does not get; give its hub id, or an "
+            "absolute path there"
+        )

@@ -1,7 +1,7 @@
 """Run a study on a TPU VM or a pod slice, with SkyPilot: `sweep.yaml` filled in.
 
-All that can be wrong before money is spent is refused here: SkyPilot takes any accelerator's name,
-and Google answers minutes later.
+What can be wrong and shows without a model is refused before money is spent: SkyPilot takes any
+accelerator's name, and Google answers minutes later.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def task(
       zone: of Google Cloud, such as us-west4-a.
       store: gs://BUCKET, or a path that every host has; None keeps results on the machine.
       spot: whether the machine may be taken away.
-      model: `smollm2-135m`, a hub id, or a checkpoint folder on the machine.
+      model: `smollm2-135m`, a hub id, or the path of a checkpoint on the machine.
       options: more options of `jaxsteer sweep`.
 
     Raises:
