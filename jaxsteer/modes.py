@@ -30,7 +30,7 @@ class Shift:
     """One mode along one direction, in natural norms of the direction.
 
     Attributes:
-      mode: the mode's name.
+      mode: the mode as the study names it, by a shipped name or the path of a file.
       direction: the direction's name.
       n: number of prompts, each its own pair.
       mean: per layer, the mean shift against the policy alone.
@@ -46,13 +46,21 @@ class Shift:
 
 def shifts(
     model: ChatModel,
-    modes: Sequence[Mode],
+    modes: Mapping[str, Mode],
     policy: str,
     prompts: Sequence[Prompt],
     directions: Mapping[str, Direction],
 ) -> list[Shift]:
-    """Measure every mode along every direction; `none` itself is left out, as it is zero."""
-    texts = {mode.name: mode.with_policy(policy) for mode in modes if mode.text}
+    """Measure every mode along every direction; `none` itself is left out, as it is zero.
+
+    Args:
+      model: what reads the prompts.
+      modes: by what the study names them.
+      policy: the system prompt that follows a mode's text, and that they are compared with.
+      prompts: the user's turns.
+      directions: by name.
+    """
+    texts = {name: mode.with_policy(policy) for name, mode in modes.items() if mode.text}
     with Progress("modes", (1 + len(texts)) * len(prompts), unit="prompts") as progress:
         plain = _last_states(model, policy, prompts, progress)
         found = []

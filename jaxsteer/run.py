@@ -278,7 +278,7 @@ def _mode_shifts(
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
     found = modes.shifts(
         model,
-        [data.mode(name) for name in spec.modes],
+        {name: data.mode(name) for name in spec.modes},
         data.policy(spec.system).text,
         [prompt for asked in families.values() for prompt in asked],
         probed,

@@ -10,6 +10,7 @@ from jaxsteer import data, modes, results, run, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.directions import Direction
+from jaxsteer.receipt import build
 from tests import tiny
 
 POLICY = "w1 w2 w3"
@@ -35,7 +36,7 @@ def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, mo
     vectors = rng.standard_normal((3, 32)).astype(np.float32) * 5
     found = modes.shifts(
         model,
-        [data.mode("none"), mode],
+        {"none": data.mode("none"), "loud": mode},
         POLICY,
         prompts,
         {"v": Direction(name="v", vectors=vectors, provenance={})},
@@ -73,3 +74,20 @@ def test_a_study_with_modes_runs_every_condition_under_each_and_records_the_shif
         ("friendly", "persona"),
     ]
     assert all(f["low"] <= f["shift"] <= f["high"] and len(f["by_layer"]) == 3 for f in found)
+
+
+def test_modes_of_ones_own_are_told_apart_by_their_files_to_the_receipt(model, tmp_path):
+    files = [tmp_path / "first.toml", tmp_path / "second.toml"]
+    for path in files:
+        path.write_text(f'name = "mine"\nversion = "1"\ntext = "Be the {path.stem}."\n')
+    first, second = map(str, files)
+    change = ('system = "generic"', f'system = "generic"\nmodes = ["{first}", "{second}"]')
+    study = spec.load(tiny.study_file(tmp_path, change))
+    run.run_study(study, model, tmp_path / "results")
+    found = json.loads((tmp_path / "results/modes.json").read_text())
+    assert [f["mode"] for f in found] == [first, second]
+    prompts = build.build(tmp_path / "results")["predicate"]["system_prompts"]
+    assert [(s["mode"], s["text"].split(".")[0]) for s in prompts] == [
+        (first, "Be the first"),
+        (second, "Be the second"),
+    ]

@@ -150,7 +150,11 @@ def subjects(model: statement.Model) -> list[statement.Subject]:
 
 
 def _system_prompts(run: Run) -> list[statement.SystemPrompt]:
-    modes = {m.name: Mode(name=m.name, version=m.version, text=m.text) for m in run.modes}
+    # Conditions name a mode as the study does: by a shipped name, or by the path of a file.
+    modes = {
+        source: Mode(name=m.name, version=m.version, text=m.text)
+        for source, m in zip(run.study.get("modes", []), run.modes, strict=False)
+    }
     used = dict.fromkeys((c.mode, c.system_sha256) for c in run.conditions)
     made = []
     for mode, sha256 in used:
