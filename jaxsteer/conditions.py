@@ -155,7 +155,8 @@ def conditions(
       dose: what the strength "dose" means, in natural norms.
 
     Raises:
-      UserError: an unknown direction, layer, mode or policy, or an operation that says nothing.
+      UserError: an unknown direction, layer, mode or policy, an operation that says nothing, or a
+        name that two conditions have.
     """
     policy = data.policy(spec.system).text
     found: list[Condition] = []
@@ -172,7 +173,14 @@ def conditions(
     twice = {c.name for c in found if sum(d.name == c.name for d in found) > 1}
     if twice:
         raise UserError(f"study {spec.name}: {sorted(twice)[0]!r} repeats a seed, scale or mode")
-    return found + _twins(found)
+    twins = _twins(found)
+    for twin in twins:
+        if twin.name in {condition.name for condition in found}:
+            raise UserError(
+                f"study {spec.name}: {twin.name!r} is the name of the twin without steering of "
+                f"{twin.unsteered_twin_of!r}, made by itself; rename the condition"
+            )
+    return found + twins
 
 
 def unsteered_sites(sites: Sequence[str]) -> tuple[str, ...]:

@@ -173,6 +173,23 @@ ops = [{ add = "persona", at = "5", scale = 2.0 }, { project = "persona", at = "
     assert list(compiled(tmp_path, text)) == ["alone", "a", "b", "c", "b, unsteered"]
 
 
+@pytest.mark.parametrize(("layer", "taken"), [("6", False), ("7", True)])
+def test_a_condition_may_have_a_twins_name_only_when_it_is_that_twin(tmp_path, layer, taken):
+    text = f"""
+[[condition]]
+name = "out"
+ops = [{{ add = "persona", at = "5" }}, {{ project = "persona", at = "6" }}]
+[[condition]]
+name = "out, unsteered"
+ops = [{{ project = "persona", at = "{layer}" }}]
+"""
+    if taken:
+        with pytest.raises(UserError, match="'out, unsteered' is the name of the twin .* of 'out'"):
+            compiled(tmp_path, text)
+    else:
+        assert list(compiled(tmp_path, text)) == ["out", "out, unsteered"]
+
+
 def test_spans_are_readable():
     assert conditions.spans((22, 24, 25, 26)) == "resid_post.22, resid_post.24..26"
 
