@@ -90,16 +90,18 @@ def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
     """Number of slots for some rows: `batch`, or a half, a quarter... that still holds them all.
 
     An empty slot costs as much as a full one; halves, so that few sizes are ever compiled. All are
-    of a multiple, `batch` rounded up.
+    of a multiple, rounded up, and so is half of an odd number.
 
     >>> slots_for(64, 100), slots_for(64, 32), slots_for(64, 12), slots_for(64, 12, multiple=32)
     (64, 32, 16, 32)
     >>> slots_for(30, 100, multiple=4)
     32
+    >>> slots_for(10001, 6)
+    10
     """
     batch = -(-batch // multiple) * multiple
-    while batch % 2 == 0 and batch // 2 >= rows and batch // 2 % multiple == 0:
-        batch //= 2
+    while (half := -(-batch // (2 * multiple)) * multiple) >= rows and half < batch:
+        batch = half
     return batch
 
 
