@@ -90,17 +90,20 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
     names = {**named, "last": n_layers - 1}
 
     def one(text: str) -> int:
-        match = re.fullmatch(rf"({LAYER_NAME}|\d+)([+-]\d+)?", text)
-        if not match or not (match[1].isdigit() or match[1] in names):
+        match = re.fullmatch(rf"({LAYER_NAME}|[0-9]{{1,6}})([+-][0-9]{{1,6}})?", text)
+        number = match is not None and match[1].isdecimal()
+        if not match or not (number or match[1] in names):
             raise UserError(
                 f"{where}: cannot read layer {text!r}; use a number, or one of "
                 f"{', '.join(names)} with an offset such as steer+2"
             )
-        layer = (int(match[1]) if match[1].isdigit() else names[match[1]]) + int(match[2] or 0)
+        layer = (int(match[1]) if number else names[match[1]]) + int(match[2] or 0)
         if not 0 <= layer < n_layers:
+            window = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
+            hint = f"; write a window as {window[1]}..{window[2]}" if window else ""
             raise UserError(
                 f"{where}: unknown layer resid_post.{layer} (from {text!r}); this model has "
-                f"resid_post.0 to resid_post.{n_layers - 1}"
+                f"resid_post.0 to resid_post.{n_layers - 1}{hint}"
             )
         return layer
 

@@ -345,8 +345,9 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
     for condition in spec.condition:
         for seed in condition.random_seeds:
             where = f"condition {condition.name!r}"
-            if seed < 0:
-                yield f"{where}: random_seeds holds {seed}, expected at least 0"
+            # The table of replies holds them in 64 bits.
+            if not 0 <= seed < 2**63:
+                yield f"{where}: random_seeds holds {seed}, expected from 0 to {2**63 - 1}"
             if not spec.directions:
                 yield f"{where}: random_seeds need a direction in [directions] to take norms from"
 

@@ -78,10 +78,18 @@ def test_a_layer_may_have_any_name_that_a_study_may_give_it(tmp_path, name, offs
     assert conditions.resolve_layers(name + offset, layers, L, "test")[0] == expected
 
 
-@pytest.mark.parametrize("text", ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3"])
+@pytest.mark.parametrize(
+    "text",
+    ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3", "²", "9" * 5000, "last-²"],
+)
 def test_layers_that_are_not_there_are_refused(text):
     with pytest.raises(UserError, match="test"):
         conditions.resolve_layers(text, NAMED, L, "test")
+
+
+def test_a_window_written_with_a_dash_is_told_how_to_write_it():
+    with pytest.raises(UserError, match=r"write a window as 2\.\.4$"):
+        conditions.resolve_layers("2-4", NAMED, L, "test")
 
 
 def compiled(tmp_path, text):

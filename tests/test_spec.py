@@ -51,6 +51,7 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ("early = 0.3", "early = 0.3, 20 = 4", "'20' is no name for a layer"),
         ("early = 0.3", "early = 0.3, 'a,b' = 4", "'a,b' is no name for a layer"),
         ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"'random direction': random_seeds holds -2"),
+        ("seeds = [1, 2, 3]", "seeds = [1, 9223372036854775808]", "random_seeds holds 92"),
         (
             'refusal = { kind = "refusal" }',
             'it = { kind = "minus", of = ["persona", "refusal"] }\nrefusal = { kind = "refusal" }',
