@@ -80,5 +80,9 @@ def main() -> None:
         if _asked and not _while_stopping(error):
             # Native code that was calling Python made an error of its own of it.
             _say_stopped(_asked[0])
+        if isinstance(error, OSError) and error.filename is not None:
+            # The system's own word on a path that a person gave: too long a name, no permission.
+            print(f"jaxsteer: {plain(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            leave(2)
         traceback.print_exc()
         leave(1)

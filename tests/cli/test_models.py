@@ -122,6 +122,7 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(model, vectors, 
     trait.write_text('name = "mine"\n')
     assert "mine.toml" in bad("extract", trait, *extract)
     assert "no model at" in bad("convert", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert "File name too long" in bad("extract", "evil", *extract[:-1], "o" * 300)
     assert vectors.read_bytes() == held and not (tmp_path / "out").exists()
 
 
