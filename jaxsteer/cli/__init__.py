@@ -56,9 +56,10 @@ def _say_stopped(number: int) -> NoReturn:
         signal.signal(each, signal.SIG_IGN)
     kept = ""
     if GO_ON.intersection(sys.argv[1:2]):
-        # The very same command would begin by throwing away what is kept.
-        again = "run again without --fresh" if "--fresh" in sys.argv else "run again"
-        kept = f"; what is finished is kept, {again} to go on"
+        # The very same command would begin anew. What is kept may still be the rows of before.
+        fresh = "--fresh" in sys.argv
+        again = "run again without --fresh to go on with it" if fresh else "run again to go on"
+        kept = f"; what is finished is kept, {again}"
     print(f"jaxsteer: stopped{kept}", file=sys.stderr)
     leave(128 + number)
 

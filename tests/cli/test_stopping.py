@@ -40,8 +40,8 @@ def test_a_command_that_goes_on_where_it_was_says_so(monkeypatch, capsys, comman
 
 def test_a_command_that_would_throw_away_what_is_kept_says_how_not_to(monkeypatch, capsys):
     assert stop(monkeypatch, "sweep", "x", "--fresh") == 130
-    said = "jaxsteer: stopped; what is finished is kept, run again without --fresh to go on\n"
-    assert capsys.readouterr().err == said
+    again = "run again without --fresh to go on with it"
+    assert capsys.readouterr().err == f"jaxsteer: stopped; what is finished is kept, {again}\n"
 
 
 @pytest.mark.parametrize("command", ["convert", "extract", "generate"])
