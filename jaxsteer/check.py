@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsteer import chat, data, setup
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.conditions import Condition, conditions, depth
+from jaxsteer.conditions import Condition, conditions, depth, resolve_layers
 from jaxsteer.config import ModelConfig
 from jaxsteer.data import Prompt
 from jaxsteer.directions import Direction
@@ -37,6 +37,7 @@ def study(
     if spec.selection is not None:
         _check_selection(spec, spec.selection, model, still)
     compiled = stand_in_conditions(spec, model.config)
+    _check_claims(spec, compiled, model.config)
     asked = requests(model, compiled, cross(compiled, families))
     tokens = [request.tokens for request in asked]
     _check_fit(spec, model, "decoding", spec.decoding.max_new_tokens, tokens)
@@ -122,6 +123,25 @@ def _check_fit(
     chat.check_lengths(map(len, prompts), room - new)
 
 
+def _check_claims(spec: StudySpec, compiled: Sequence[Condition], config: ModelConfig) -> None:
+    """Refuse a claim about what will not be there; its form is checked when the spec is read."""
+    bases = dict.fromkeys(condition.base for condition in compiled)
+    twins = dict.fromkeys(c.base for c in compiled if c.unsteered_twin_of)
+    for claim in spec.claim:
+        where = f"study {spec.name}, claim {claim.name!r}"
+        for test in claim.tests:
+            if test.expect == "cosine-above":
+                resolve_layers(test.at, _stand_in_layers(spec, config), config.n_layers, where)
+                continue
+            for name in (test.treated, test.control):
+                if name not in bases:
+                    raise UserError(
+                        f"{where}: {name!r} is no twin that is made (of a condition that both "
+                        "adds and projects, unless the study has an equal one); there are "
+                        f"{', '.join(map(repr, twins)) or 'none'}"
+                    )
+
+
 def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
     """The study's conditions over directions that only have the right shape."""
     generator = np.random.Generator(np.random.PCG64(0))
@@ -134,6 +154,12 @@ def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]
         )
         for name in [*spec.directions, *sorted(seeds)]
     }
+    layers = _stand_in_layers(spec, config)
+    return conditions(spec, stand_ins, layers, 1.0 if spec.dose is None else spec.dose)
+
+
+def _stand_in_layers(spec: StudySpec, config: ModelConfig) -> dict[str, int]:
+    """Layers by name; of those still to be chosen, the deepest candidate."""
     named: dict[str, int] = {}
     # Chosen for these two only.
     if spec.selection is not None and "persona" in spec.directions:
@@ -142,4 +168,4 @@ def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]
         named["refusal"] = depth(max(spec.selection.refusal_layers), config.n_layers)
     for name, layer in spec.layers.items():
         named[name] = depth(layer, config.n_layers) if isinstance(layer, float) else layer
-    return conditions(spec, stand_ins, named, 1.0 if spec.dose is None else spec.dose)
+    return named

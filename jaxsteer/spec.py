@@ -244,8 +244,6 @@ def load(source: str | Path) -> StudySpec:
 def _problems(spec: StudySpec) -> Iterator[str]:
     yield from _value_problems(spec)
     names = [condition.name for condition in spec.condition]
-    # Twins are made later; a claim may name one.
-    comparable = {name + tail for name in names for tail in ("", ", unsteered")}
     for group, found in (("condition", names), ("claim", [claim.name for claim in spec.claim])):
         for name in found:
             if found.count(name) > 1:
@@ -276,11 +274,8 @@ def _problems(spec: StudySpec) -> Iterator[str]:
                         f"has {', '.join(sorted(known))}"
                     )
     for claim in spec.claim:
-        for test in claim.tests:
-            pool = spec.directions if test.expect == "cosine-above" else comparable
-            for name in (test.treated, test.control):
-                if name not in pool:
-                    yield f"claim {claim.name!r} names {name!r}, which the study does not have"
+        for problem in _claim_problems(spec, claim):
+            yield f"claim {claim.name!r} {problem}"
 
 
 def _repeat_problems(condition: ConditionSpec) -> Iterator[str]:
@@ -296,6 +291,31 @@ def _repeat_problems(condition: ConditionSpec) -> Iterator[str]:
             f'{where} has random_seeds and neither adds nor projects "random"; do that, or drop '
             "random_seeds"
         )
+
+
+def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
+    # A claim that no rows could decide would be told as "not tested" when all rows have run.
+    if not claim.tests:
+        yield "has no tests; add one, or remove it"
+    benign = {condition.name: condition.benign for condition in spec.condition}
+    # Twins are made later; a claim may name one.
+    comparable = {name + tail for name in benign for tail in ("", ", unsteered")}
+    for test in claim.tests:
+        pool = spec.directions if test.expect == "cosine-above" else comparable
+        lowest = {"few-raised": 0, "cosine-above": -1}.get(test.expect)
+        for name in (test.treated, test.control):
+            if name not in pool:
+                yield f"names {name!r}, which the study does not have"
+            elif test.expect != "cosine-above" and test.family == "benign":
+                if not benign.get(name):
+                    yield f"compares benign prompts, and {name!r} does not run them (benign = true)"
+                if not spec.data.benign:
+                    yield "compares benign prompts, and data.benign is 0"
+        if test.treated == test.control:
+            yield f"compares {test.treated!r} with itself"
+        # At a margin on the edge, every outcome passes or none.
+        if lowest is not None and not lowest < test.margin < 1:
+            yield f"has a margin of {test.margin:g}; {test.expect} needs one between {lowest} and 1"
 
 
 def _value_problems(spec: StudySpec) -> Iterator[str]:

@@ -21,6 +21,11 @@ def chosen(old, new):
     return OPEN, ("steer = 1, ", ""), (DIRECTION, DIRECTION + SELECTION.replace(old, new))
 
 
+def claimed(control, expect):
+    """The study with a test that names another control and expectation."""
+    return [('control = "baseline", expect = "lower"', f"{control}, expect = {expect}")]
+
+
 WRONG = {
     "misspelt trait": ([('"compliant"', '"complaint"')], "no trait complaint"),
     "layer in a condition": ([('at = "late"', 'at = "17"')], r"'persona, out'.*resid_post\.17"),
@@ -42,6 +47,17 @@ WRONG = {
     "no token": (
         [REFUSAL, (DIRECTION, DIRECTION + SELECTION + 'refusal_openings = [" "]\n')],
         "refusal_openings holds ' '",
+    ),
+    "a claim's layer": (
+        [
+            (DIRECTION, DIRECTION + 'other = { kind = "trait", trait = "evil" }\n'),
+            *claimed('control = "other"', '"cosine-above", at = "17"'),
+        ],
+        r"claim 'suppression'.*resid_post\.17",
+    ),
+    "a claim's twin": (
+        claimed('control = "persona, unsteered"', '"lower"'),
+        "'persona, unsteered' is no twin that is made .*; there are 'persona, out, unsteered'",
     ),
     "a layer nobody chooses": (
         [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm") + SELECTION)]
