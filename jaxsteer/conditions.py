@@ -290,6 +290,15 @@ def _operation(
     where = repeat.where
     if bool(op.add) == bool(op.project):
         raise UserError(f"{where}: an operation needs exactly one of add and project")
+    # A key that would do nothing is a study other than its author believes.
+    for idle, needed in (
+        (op.project and op.scale != 1.0, "scale is of add"),
+        (op.project and op.norm_of, "norm_of is of add"),
+        (op.norm_at and not op.norm_of, "norm_at goes with norm_of"),
+        (op.everywhere and op.at, "at and everywhere exclude each other"),
+    ):
+        if idle:
+            raise UserError(f"{where}: {needed}; remove one")
 
     def find(name: str) -> tuple[str, Layers]:
         key = f"random-{repeat.seed}" if name == "random" and repeat.seed is not None else name
@@ -302,9 +311,14 @@ def _operation(
 
     key, vectors = find(op.add or op.project)
     n_layers = len(vectors)
-    measured = None
-    if op.measured_at:
-        measured = resolve_layers(op.measured_at, named, n_layers, where)[0]
+
+    def one_layer(field: str, at: str) -> int | None:
+        found = resolve_layers(at, named, n_layers, where) if at else ()
+        if len(found) > 1:
+            raise UserError(f"{where}: {field} takes one layer, and {at!r} is {len(found)}")
+        return found[0] if found else None
+
+    measured = one_layer("measured_at", op.measured_at)
     source = "" if measured is None else f" (measured at resid_post.{measured})"
     if op.everywhere and op.project:
         return everywhere(vectors, measured), f"project {key} everywhere{source}"
@@ -318,7 +332,7 @@ def _operation(
     scale = repeat.strength(op.scale)
     if op.norm_of:
         other, norms = find(op.norm_of)
-        at = resolve_layers(op.norm_at, named, n_layers, where)[0] if op.norm_at else None
+        at = one_layer("norm_at", op.norm_at)
         vectors = _rescaled(vectors, norms, at)
         source += f" (norm of {other}" + (f" at resid_post.{at})" if at is not None else ")")
     added = Add(direction=vectors, layers=layers, scale=scale, measured_at=measured)

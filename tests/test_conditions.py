@@ -156,6 +156,15 @@ ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at =
         ('[{ add = "persona", at = "3", scale = "each" }]', "each"),
         ('[{ add = "random", at = "3" }]', "random_seeds"),
         ('[{ add = "persona", everywhere = true }]', "everywhere"),
+        ('[{ project = "persona", everywhere = true, at = "3" }]', "exclude each other"),
+        ('[{ project = "persona", at = "3", scale = 2.0 }]', "scale is of add"),
+        ('[{ project = "persona", at = "3", norm_of = "refusal" }]', "norm_of is of add"),
+        ('[{ add = "persona", at = "3", norm_at = "3" }]', "norm_at goes with norm_of"),
+        ('[{ add = "persona", at = "3", measured_at = "4,5" }]', "measured_at takes one .* is 2"),
+        (
+            '[{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }]',
+            "norm_at takes one layer, and '4..9' is 6",
+        ),
     ],
 )
 def test_operations_that_say_nothing_sensible_are_refused_by_name(tmp_path, ops, message):
