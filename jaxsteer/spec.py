@@ -32,7 +32,7 @@ class DataSpec(Spec, frozen=True, kw_only=True):
 
     Attributes:
       harmful: number of StrongREJECT prompts, chosen by hash rank; 0 takes all 313.
-      benign: number of our benign prompts, likewise.
+      benign: number of our benign prompts, likewise chosen; 0 takes none.
       seed: of the choice.
     """
 
