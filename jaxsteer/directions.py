@@ -28,6 +28,8 @@ from jaxsteer.means import SAMPLED, chat_means, group_means, sample_replies
 from jaxsteer.prefix import shared_length
 
 FORMAT = "jaxsteer-directions-1"
+# Names that `--steer NAME@LAYERxSCALE` can hold.
+NAME = r"[\w.-]+"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,18 +17,23 @@ from jaxsteer.errors import UserError
 
 # HarmBench and harmless prompts are ranked by this seed and taken from the front (see `setup`).
 SPLIT_SEED = 11
-RANDOM = r"random-(\d+)"
+RANDOM = r"random-([0-9]{1,18})"
 
 
 def check(names: Sequence[str]) -> None:
     """Look up every trait that `named` will be asked for, before a model is loaded.
 
     Raises:
-      UserError: no such trait.
+      UserError: no such trait, or one whose direction `--steer` could not name.
     """
     for name in names:
         if name not in ("assistant-axis", "refusal") and not re.fullmatch(RANDOM, name):
-            data.trait(name)
+            trait = data.trait(name)
+            if not re.fullmatch(directions.NAME, trait.name):
+                raise UserError(
+                    f"{name}: the trait's name {trait.name!r} would be its direction's; give it "
+                    "letters, digits and . _ - only"
+                )
 
 
 def named(

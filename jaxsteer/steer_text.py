@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxsteer.directions import Direction
+from jaxsteer.directions import NAME, Direction
 from jaxsteer.errors import UserError
 from jaxsteer.interventions import Add, Operation, Project
+
+# Of few digits: a window is written out before the model that must have its layers is there.
+LAYERS = r"([0-9]{1,4})(?:-([0-9]{1,4}))?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
     """
     asked = []
     for text in steer:
-        match = re.fullmatch(r"([\w.-]+)@(\d+)(?:-(\d+))?x(-?\d+(?:\.\d+)?)(r?)", text)
+        match = re.fullmatch(rf"({NAME})@{LAYERS}x(-?\d+(?:\.\d+)?)(r?)", text)
         if not match:
             raise UserError(
                 f"cannot read --steer {text!r}; write NAME@LAYERxSCALE, e.g. compliant@21x4"
@@ -52,7 +55,7 @@ def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
             Asked(name=name, layers=_layers(first, last), scale=float(scale), relative=unit == "r")
         )
     for text in project:
-        match = re.fullmatch(r"([\w.-]+)@(\d+)(?:-(\d+))?", text)
+        match = re.fullmatch(rf"({NAME})@{LAYERS}", text)
         if not match:
             raise UserError(
                 f"cannot read --project {text!r}; write NAME@LAYERS, e.g. compliant@22-29"

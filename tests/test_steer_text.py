@@ -23,13 +23,15 @@ def test_strengths_and_windows_are_read():
     assert (removed.layers, removed.scale) == (tuple(range(22, 30)), None)
 
 
-@pytest.mark.parametrize("text", ["v", "v@21", "v@-1x4", "v@21x", "v@21x4q", "@21x4", "v@5-3x1"])
+@pytest.mark.parametrize(
+    "text", ["v", "v@21", "v@-1x4", "v@21x", "v@21x4q", "@21x4", "v@5-3x1", f"v@{'9' * 5000}x1"]
+)
 def test_other_steering_texts_are_refused_with_the_form(text):
     with pytest.raises(UserError, match=r"NAME@LAYERxSCALE|swap"):
         steer_text.parse([text], [])
 
 
-@pytest.mark.parametrize("text", ["v", "v@", "v@2x4", "v@9-2"])
+@pytest.mark.parametrize("text", ["v", "v@", "v@2x4", "v@9-2", f"v@1-{'9' * 30}"])
 def test_other_projection_texts_are_refused_with_the_form(text):
     with pytest.raises(UserError, match=r"NAME@LAYERS|swap"):
         steer_text.parse([], [text])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jaxsteer import directions, rows
+from jaxsteer import data, directions, rows
 from jaxsteer.cli import app, common, models
 from jaxsteer.directions import Direction
 from jaxsteer.errors import UserError
@@ -54,6 +54,9 @@ def test_a_trait_or_a_file_that_will_not_do_is_refused_before_a_model_is_loaded(
     nowhere = ("--model", tmp_path / "no-model")
     fine = ("--out", tmp_path / "d.safetensors")
     assert "no trait compliantt" in bad("extract", "refusal", "compliantt", *nowhere, *fine)
+    text = (data.HERE / "traits/evil.toml").read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(text.replace('"evil"', '"my evil"', 1))
+    assert "name 'my evil'" in bad("extract", tmp_path / "mine.toml", *nowhere, *fine)
     (tmp_path / "file").touch()
     said = bad("extract", "refusal", *nowhere, "--out", tmp_path / "file/d.safetensors")
     assert "file/d.safetensors" in said and "choose another --out" in said
