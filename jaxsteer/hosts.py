@@ -144,15 +144,17 @@ def join(
       UserError: no cluster is found, numbers that do not fit, or the port is taken. When others do
         not come, JAX ends the process and one line says so.
     """
-    port = address.rpartition(":")[2]
-    if address != "auto" and not (re.fullmatch(r".+:\d{1,5}", address) and int(port) < 2**16):
+    # An address of IPv6 has colons of its own, and stands in brackets.
+    named = re.fullmatch(r"(?:[^:\s\[\]]+|\[[^\s\[\]]+\]):([0-9]{1,5})", address)
+    port = int(named[1]) if named else 0
+    if address != "auto" and not 0 < port < 2**16:
         raise UserError(f"--hosts {address!r} is neither auto nor HOST:PORT of process 0")
     if (processes is None) != (process is None) or (address != "auto" and process is None):
         raise UserError("--hosts HOST:PORT, --processes and --process go together; give all three")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise UserError(f"--process {process} is none of 0 to {processes - 1}")
     if process == 0 and address != "auto":
-        _check_free(int(port))
+        _check_free(port)
     import jax
 
     _joined.set()

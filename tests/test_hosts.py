@@ -94,6 +94,9 @@ def test_a_loss_in_words_we_do_not_know_is_passed_on():
     [
         (("10.0.0.1",), "neither auto nor HOST:PORT"),
         (("10.0.0.1:99999", 2, 0), "neither auto nor HOST:PORT"),
+        (("10.0.0.1:0", 2, 1), "neither auto nor HOST:PORT"),
+        (("there:here:123", 2, 1), "neither auto nor HOST:PORT"),
+        (("[::1]:1234", 2), "go together"),
         (("10.0.0.1:1234", 2), "go together"),
         (("10.0.0.1:1234",), "go together"),
         (("auto", None, 1), "go together"),
