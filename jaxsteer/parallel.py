@@ -15,6 +15,7 @@ The mesh spans the devices of this process. Processes share a study by its rows,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,16 +75,26 @@ def parse(text: str) -> dict[str, int]:
     seen = []
     for part in text.split(","):
         name, _, count = part.strip().partition("=")
-        if name not in AXES or name in seen or not count.isdecimal() or int(count) < 1:
+        size = int(count) if re.fullmatch("[0-9]{1,6}", count) else 0
+        if name not in AXES or name in seen or size < 1:
             raise UserError(f"mesh {text!r} is not understood; write it as data=2,model=4")
         seen.append(name)
-        sizes[name] = int(count)
+        sizes[name] = size
     if TOGETHER % sizes["data"]:
         raise UserError(
             f"mesh {text}: prompts are read {TOGETHER} at a time, which data={sizes['data']} does "
             "not divide; make data 1, 2, 4, 8 or 16"
         )
     return sizes
+
+
+def written(sizes: Mapping[str, int]) -> str:
+    """The text of a mesh, as `parse` reads it.
+
+    >>> written({"data": 2, "model": 4})
+    'data=2,model=4'
+    """
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:

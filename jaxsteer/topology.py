@@ -248,8 +248,7 @@ def mesh_on(model: str, topology: str, mesh: str | None, batch: int) -> Mesh:
         raise UserError(f"model {model!r} is not known here; there are {', '.join(MODELS)}")
     found = devices(topology)
     if mesh is None:
-        sizes = default_mesh(MODELS[model], len(found))
-        mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        mesh = parallel.written(default_mesh(MODELS[model], len(found)))
     spread = parallel.mesh(mesh, found)
     parallel.check_batch(batch, spread)
     return spread
@@ -283,7 +282,7 @@ def check(
     table = table or Table()
     spread = mesh_on(model, topology, mesh, batch)
     config, chip, sizes = MODELS[model], chip_of(topology), dict(spread.shape)
-    shape = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    shape = parallel.written(sizes)
     sweep = lowering.Sweep(config, spread, table.new_tokens, eight=eight)
     seconds = 0.0
 

@@ -225,6 +225,13 @@ def test_without_skypilot_one_line_says_how_to_install_it(monkeypatch, repositor
         launch("tiny.toml", "--tpu", "v5e-8", *ZONE)
 
 
+def test_outside_of_a_git_repository_nothing_of_git_is_shown(monkeypatch, repository, capfd):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(repository.parent))
+    tiny.study_file(repository)
+    launch("tiny.toml", "--tpu", "v5e-8", *ZONE, "--dry-run")
+    assert "git" not in capfd.readouterr().err
+
+
 def test_the_tasks_commands_run_a_study(tmp_path):
     model = convert(tiny.save(tiny.llama(), tmp_path / "hf"), tmp_path / "model", "float32")
     study = tiny.study_file(tmp_path)

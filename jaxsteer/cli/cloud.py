@@ -68,7 +68,7 @@ def launch(
         typer.echo(f"note: {note}", err=True)
     if sizes:
         # Not as it was typed: the machine's shell would cut it at a space.
-        options.append(f"--mesh {','.join(f'{axis}={size}' for axis, size in sizes.items())}")
+        options.append(f"--mesh {parallel.written(sizes)}")
     # One store holds the results of a study on several models.
     of = "" if model == DEMO_MODEL.name else f"-{model.replace('/', '--')}"
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
@@ -117,7 +117,8 @@ def _check_sent(file: str) -> None:
         raise UserError(f"{file} is not below {Path.cwd()}, which is what the machine gets")
     # SkyPilot leaves out what git ignores. Without git, or outside of a repository, nothing is.
     with contextlib.suppress(FileNotFoundError):
-        if subprocess.run(["git", "check-ignore", "--quiet", file], check=False).returncode == 0:
+        asked = ["git", "check-ignore", "--quiet", file]
+        if subprocess.run(asked, capture_output=True, check=False).returncode == 0:
             raise UserError(f"git ignores {file}, so the machine does not get it; put it elsewhere")
 
 
