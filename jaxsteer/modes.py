@@ -34,7 +34,7 @@ class Shift:
       direction: the direction's name.
       n: number of prompts, each its own pair.
       mean: per layer, the mean shift against the policy alone.
-      half_width: per layer, half of its 95 % interval (normal, over prompts).
+      half_width: per layer, half of its 95 % interval (normal, over prompts); infinite for one.
     """
 
     mode: str
@@ -105,7 +105,14 @@ def _last_states(
 
 
 def record(found: Sequence[Shift], layer: int) -> list[dict[str, Any]]:
-    """The shifts as modes.json has them: every layer, and the study's layer picked out."""
+    """The shifts as modes.json has them: every layer, and the study's layer picked out.
+
+    JSON has no infinity: the interval of a single prompt is null.
+    """
+
+    def finite(value: float) -> float | None:
+        return float(value) if np.isfinite(value) else None
+
     return [
         {
             "mode": s.mode,
@@ -113,8 +120,8 @@ def record(found: Sequence[Shift], layer: int) -> list[dict[str, Any]]:
             "n": s.n,
             "at": f"resid_post.{layer}",
             "shift": float(s.mean[layer]),
-            "low": float(s.mean[layer] - s.half_width[layer]),
-            "high": float(s.mean[layer] + s.half_width[layer]),
+            "low": finite(s.mean[layer] - s.half_width[layer]),
+            "high": finite(s.mean[layer] + s.half_width[layer]),
             "by_layer": [round(float(value), 5) for value in s.mean],
         }
         for s in found

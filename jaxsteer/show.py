@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -65,10 +66,11 @@ def plan_table(plan: Plan, title: str) -> Table:
     return table
 
 
-def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> Table:
+def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> RenderableType:
     """How far each persona mode moves the last prompt token along each direction."""
-    at = shifts[0]["at"] if shifts else ""
-    table = Table(title=f"{title}: shift by mode at {at}", title_justify="left")
+    if not shifts:
+        return Text(f"{title}: no shift by mode, for want of a direction or of a mode with a text")
+    table = Table(title=f"{title}: shift by mode at {shifts[0]['at']}", title_justify="left")
     table.caption = (
         "in natural norms of the direction, against the policy alone, with 95 % interval"
     )
@@ -78,7 +80,11 @@ def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> Table:
         table.add_column(name, justify="right")
     cells = {(shift["mode"], shift["direction"]): shift for shift in shifts}
     for mode in dict.fromkeys(shift["mode"] for shift in shifts):
-        found = [cells[mode, name] for name in names]
-        texts = [f"{s['shift']:+.2f} ({s['low']:+.2f} to {s['high']:+.2f})" for s in found]
-        table.add_row(Text(plain(mode)), *texts)
+        table.add_row(Text(plain(mode)), *(_shift(cells[mode, name]) for name in names))
     return table
+
+
+def _shift(found: dict[str, Any]) -> str:
+    if found["low"] is None:
+        return f"{found['shift']:+.2f} (one prompt)"
+    return f"{found['shift']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"

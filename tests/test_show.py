@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import io
+import json
 
+import numpy as np
 from rich.console import Console
 
-from jaxsteer import show
+from jaxsteer import modes, show
+from jaxsteer.modes import Shift
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]x[/red]\r\u202e<script>\u0085"
 
@@ -43,3 +46,16 @@ def test_modes_are_shown_against_the_policy_alone_with_intervals():
     shift = {"mode": "kind", "direction": "persona", "at": "resid_post.3", "n": 9}
     text = printed(show.modes_table([shift | {"shift": 0.5, "low": 0.25, "high": 0.75}], "t"))
     assert "resid_post.3" in text and "+0.50 (+0.25 to +0.75)" in text
+
+
+def test_a_mode_seen_on_one_prompt_has_no_interval_and_no_modes_make_no_table():
+    one = Shift(
+        mode="kind",
+        direction="persona",
+        n=1,
+        mean=np.array([0.25, 0.5]),
+        half_width=np.array([np.inf, np.inf]),
+    )
+    (line,) = json.loads(json.dumps(modes.record([one], 1), allow_nan=False))
+    assert "+0.50 (one prompt)" in printed(show.modes_table([line], "t"))
+    assert printed(show.modes_table([], "t")).startswith("t: no shift by mode")

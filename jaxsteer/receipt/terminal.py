@@ -39,9 +39,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def claims_table(receipt: Statement) -> Table:
+def claims_table(receipt: Statement) -> RenderableType:
     """What the study claimed and what the rows say."""
     p = receipt.predicate
+    if not p.claims:
+        return safe(f"{p.study.name} makes no claims")
     table = _table(f"claims of {p.study.name}", "claim", "verdict", "why")
     for claim in p.claims:
         table.add_row(
@@ -79,8 +81,8 @@ def _points(value: float) -> str:
 
 def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
     """The differences, what else changed, and what could not be compared."""
-    changed = ", ".join(comparison.changed) or "nothing else than the rows"
-    yield safe(f"differs between the two: {changed}")
+    changed = ", ".join(comparison.changed) or "nothing"
+    yield safe(f"differs between the two, beside the rows: {changed}")
     table = _table(
         "from the first receipt to the second",
         "condition", "metric", "#first", "#second", "#change", "#95 % (points)", "",
