@@ -6,13 +6,21 @@ still to be chosen is the deepest of its candidates, so nothing is computed on t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxsteer import chat, data, setup
 from jaxsteer.chatmodel import ChatModel
-from jaxsteer.conditions import Condition, conditions, depth, resolve_layers
+from jaxsteer.conditions import (
+    Condition,
+    conditions,
+    depth,
+    read_layer,
+    resolve_layers,
+    windows,
+)
 from jaxsteer.config import ModelConfig
 from jaxsteer.data import Prompt
 from jaxsteer.directions import Direction
@@ -48,8 +56,8 @@ def without_model(spec: StudySpec) -> list[str]:
     """Check what needs neither a model nor a public prompt set; returns the files a study names.
 
     Raises:
-      UserError: a trait, mode or policy that is none, a choice left open without [selection], or a
-        layer to choose from that is no fraction of depth.
+      UserError: a trait, mode or policy that is none, a choice left open without [selection], a
+        layer to choose from that is no fraction of depth, or the name of a layer that is none.
     """
     traits = [item.trait for item in spec.directions.values() if item.trait]
     for name in traits:
@@ -61,6 +69,7 @@ def without_model(spec: StudySpec) -> list[str]:
         if item.kind == "refusal":
             setup.selection_of(spec, f"direction {name!r}")
     _check_fractions(spec, open_choices(spec))
+    _check_layer_names(spec)
     return [name for name in (*traits, *spec.modes) if name.endswith(".toml")]
 
 
@@ -110,6 +119,23 @@ def _check_fractions(spec: StudySpec, still: Sequence[str]) -> None:
                 )
 
 
+def _check_layer_names(spec: StudySpec) -> None:
+    """Refuse names that no model's layers will have; which numbers there are, a model knows."""
+    known = _stand_in_layers(spec, n_layers=1)
+    asked = [
+        (f"condition {condition.name!r}", at)
+        for condition in spec.condition
+        for op in condition.ops
+        for at in (op.at, op.measured_at, op.norm_at)
+        if at
+    ]
+    tests = [(f"claim {claim.name!r}", test) for claim in spec.claim for test in claim.tests]
+    asked += [(where, test.at) for where, test in tests if test.expect == "cosine-above"]
+    for where, at in asked:
+        for text in itertools.chain(*windows(at)):
+            read_layer(text, known, f"study {spec.name}, {where}")
+
+
 def _check_fit(
     spec: StudySpec, model: ChatModel, where: str, new: int, prompts: Sequence[Sequence[int]]
 ) -> None:
@@ -125,13 +151,14 @@ def _check_fit(
 
 def _check_claims(spec: StudySpec, compiled: Sequence[Condition], config: ModelConfig) -> None:
     """Refuse a claim about what will not be there; its form is checked when the spec is read."""
-    bases = dict.fromkeys(condition.base for condition in compiled)
+    layers = _stand_in_layers(spec, config.n_layers)
+    bases = {condition.base for condition in compiled}
     twins = dict.fromkeys(c.base for c in compiled if c.unsteered_twin_of)
     for claim in spec.claim:
         where = f"study {spec.name}, claim {claim.name!r}"
         for test in claim.tests:
             if test.expect == "cosine-above":
-                resolve_layers(test.at, _stand_in_layers(spec, config), config.n_layers, where)
+                resolve_layers(test.at, layers, config.n_layers, where)
                 continue
             for name in (test.treated, test.control):
                 if name not in bases:
@@ -154,18 +181,18 @@ def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]
         )
         for name in [*spec.directions, *sorted(seeds)]
     }
-    layers = _stand_in_layers(spec, config)
+    layers = _stand_in_layers(spec, config.n_layers)
     return conditions(spec, stand_ins, layers, 1.0 if spec.dose is None else spec.dose)
 
 
-def _stand_in_layers(spec: StudySpec, config: ModelConfig) -> dict[str, int]:
+def _stand_in_layers(spec: StudySpec, n_layers: int) -> dict[str, int]:
     """Layers by name; of those still to be chosen, the deepest candidate."""
     named: dict[str, int] = {}
     # Chosen for these two only.
     if spec.selection is not None and "persona" in spec.directions:
-        named["steer"] = depth(max(spec.selection.layers), config.n_layers)
+        named["steer"] = depth(max(spec.selection.layers), n_layers)
     if spec.selection is not None and "refusal" in spec.directions:
-        named["refusal"] = depth(max(spec.selection.refusal_layers), config.n_layers)
+        named["refusal"] = depth(max(spec.selection.refusal_layers), n_layers)
     for name, layer in spec.layers.items():
-        named[name] = depth(layer, config.n_layers) if isinstance(layer, float) else layer
+        named[name] = depth(layer, n_layers) if isinstance(layer, float) else layer
     return named

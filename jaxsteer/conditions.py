@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -81,23 +81,45 @@ def depth(fraction: float, n_layers: int) -> int:
     return round(fraction * (n_layers - 1))
 
 
+def windows(at: str) -> list[tuple[str, str]]:
+    """First and last layer of each part of an expression, as they are written.
+
+    >>> windows("21, steer+1..last")
+    [('21', '21'), ('steer+1', 'last')]
+    """
+    parts = [piece.partition("..") for piece in at.replace(" ", "").split(",")]
+    return [(first, last if dots else first) for first, dots, last in parts]
+
+
+def read_layer(text: str, names: Collection[str], where: str) -> tuple[str, int]:
+    """A layer's number or name, and its offset; `last` is a name too.
+
+    >>> read_layer("steer+2", ["steer"], "at")
+    ('steer', 2)
+
+    Raises:
+      UserError: not such a text, or an unknown name.
+    """
+    match = re.fullmatch(rf"({LAYER_NAME}|[0-9]{{1,6}})([+-][0-9]{{1,6}})?", text)
+    if not match or not (match[1].isdecimal() or match[1] in (*names, "last")):
+        raise UserError(
+            f"{where}: cannot read layer {text!r}; use a number, or one of "
+            f"{', '.join([*names, 'last'])} with an offset such as steer+2"
+        )
+    return match[1], int(match[2] or 0)
+
+
 def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str) -> tuple[int, ...]:
     """Layers of an expression: `21`, `steer+2`, `22,24`, `22..29`, `steer+1..last`.
 
     Raises:
       UserError: not such an expression, an unknown name, or a layer the model does not have.
     """
-    names = {**named, "last": n_layers - 1}
 
     def one(text: str) -> int:
-        match = re.fullmatch(rf"({LAYER_NAME}|[0-9]{{1,6}})([+-][0-9]{{1,6}})?", text)
-        number = match is not None and match[1].isdecimal()
-        if not match or not (number or match[1] in names):
-            raise UserError(
-                f"{where}: cannot read layer {text!r}; use a number, or one of "
-                f"{', '.join(names)} with an offset such as steer+2"
-            )
-        layer = (int(match[1]) if number else names[match[1]]) + int(match[2] or 0)
+        base, offset = read_layer(text, named, where)
+        layer = {**named, "last": n_layers - 1}.get(base)
+        layer = (int(base) if layer is None else layer) + offset
         if not 0 <= layer < n_layers:
             window = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
             hint = f"; write a window as {window[1]}..{window[2]}" if window else ""
@@ -108,10 +130,8 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
         return layer
 
     found: set[int] = set()
-    for piece in at.replace(" ", "").split(","):
-        first, dots, last = piece.partition("..")
-        start = one(first)
-        stop = one(last) if dots else start
+    for first, last in windows(at):
+        start, stop = one(first), one(last)
         if stop < start:
             raise UserError(
                 f"{where}: window {at!r} ends (layer {stop}) before it starts ({start})"

@@ -123,6 +123,7 @@ def test_a_study_the_machine_would_not_get_is_refused(tmp_path):
     [
         ([('"compliant"', '"complaint"')], "no trait complaint"),
         ([("dose = 3.0\n", "")], "dose is open"),
+        ([('at = "late"', 'at = "latter"')], "'persona, out': cannot read layer 'latter'"),
         ([("[data]", 'modes = ["i-tho"]\n[data]')], "no mode 'i-tho'"),
     ],
 )
