@@ -21,8 +21,10 @@ def read(path: Path, again: str, columns: Sequence[str] | None = None) -> pl.Dat
     Raises:
       UserError: unreadable, or damaged so that the reader gives up or panics.
     """
+    wanted = None if columns is None else list(columns)
     try:
-        return pl.read_parquet(path, columns=None if columns is None else list(columns))
+        # No pattern: of a folder run[1] polars would read its neighbour run1.
+        return pl.read_parquet(path, columns=wanted, glob=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({first}); {again}") from None

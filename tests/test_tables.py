@@ -3,7 +3,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from jaxsteer import results, tables
+from jaxsteer import results, shards, tables
 from jaxsteer.errors import UserError
 from jaxsteer.judges import judging, verdicts
 from tests.receipt import made
@@ -24,6 +24,17 @@ def test_a_damaged_file_is_one_line_with_what_to_do(path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"t\.parquet is damaged \(.+\); run it again$"):
         tables.read(path, "run it again")
+
+
+def test_a_folder_whose_name_reads_as_a_pattern_is_not_its_neighbour(tmp_path):
+    rows = pl.DataFrame({"a": [1]})
+    for name in ("run[1]", "run1", "run*"):
+        (tmp_path / name).mkdir()
+        rows.with_columns(b=pl.lit(name)).write_parquet(tmp_path / name / "t.parquet")
+        shards.write(tmp_path / name, "k" * 64, rows)
+    for name in ("run[1]", "run*"):
+        assert tables.read(tmp_path / name / "t.parquet", "")["b"].to_list() == [name]
+        assert shards.count(tmp_path / name, "k" * 64, {}) == 1
 
 
 READERS = {
