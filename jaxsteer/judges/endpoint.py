@@ -137,16 +137,24 @@ def check(endpoint: Endpoint) -> None:
     Raises:
       UserError: an address that is none or carries a password, or a bad setting.
     """
-    parts = urllib.parse.urlsplit(endpoint.base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(
-            f"--base-url {endpoint.base_url!r} is no address; give one such as "
-            "http://127.0.0.1:8000/v1"
-        )
+    url = endpoint.base_url
+    if " " in url or not url.isprintable():
+        raise _no_address(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise _no_address(url) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise _no_address(url)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
             "--base-url may not hold a password or parameters, since it is recorded; put the key "
             f"into the environment variable {endpoint.key_variable}"
+        )
+    if not endpoint.model.isprintable():
+        raise UserError(
+            f"--judge-model {endpoint.model!a} holds characters that no name has; give it in UTF-8"
         )
     unknown = set(endpoint.omit) - set(OMITTABLE)
     if unknown:
@@ -154,6 +162,10 @@ def check(endpoint: Endpoint) -> None:
     key = os.environ.get(endpoint.key_variable, "")
     if key != key.strip() or not key.isascii() or not key.isprintable():
         raise UserError(f"${endpoint.key_variable} holds spaces or control characters; set it anew")
+
+
+def _no_address(url: str) -> UserError:
+    return UserError(f"--base-url {url!a} is no address; give one such as http://127.0.0.1:8000/v1")
 
 
 class Client:
@@ -182,6 +194,10 @@ class Client:
         self.cache = cache or cache_dir() / "judge-replies"
         self.sleep, self.clock, self.jitter = sleep, clock, jitter
         self.url = endpoint.base_url.rstrip("/") + "/chat/completions"
+        try:
+            httpx2.URL(self.url)
+        except httpx2.InvalidURL:
+            raise _no_address(endpoint.base_url) from None
         self.key = os.environ.get(endpoint.key_variable, "")
         self.sent = 0
         self.next_slot = self.not_before = 0.0
@@ -333,7 +349,7 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if seconds < float("inf") else None
 

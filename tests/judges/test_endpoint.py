@@ -289,6 +289,12 @@ def test_without_a_key_none_is_sent(tmp_path, monkeypatch):
     [
         ({"base_url": "localhost:8000"}, "is no address"),
         ({"base_url": "file:///etc/passwd"}, "is no address"),
+        ({"base_url": "http://[::1"}, "is no address"),
+        ({"base_url": "http://127.0.0.1:99999/v1"}, "is no address"),
+        ({"base_url": "http://x\n/v1"}, "is no address"),
+        ({"base_url": "http://\udcff/v1"}, "is no address"),
+        ({"base_url": "http://a b/v1"}, "is no address"),
+        ({"model": "m\udcff"}, "give it in UTF-8"),
         ({"base_url": "http://me:pw@host/v1"}, "may not hold a password"),
         ({"base_url": "http://host/v1?key=1"}, "may not hold a password"),
         ({"omit": ("messages",)}, "can be left out"),
@@ -300,6 +306,11 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_sent(change, m
         endpoint.check(dataclasses.replace(good, **change))
 
 
+def test_an_address_that_only_the_http_library_knows_to_be_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no address"):
+        Client(Endpoint(base_url=f"http://{'ü' * 70}/v1", model="m"), cache=tmp_path)
+
+
 def test_a_key_with_a_line_break_is_refused(monkeypatch):
     monkeypatch.setenv("JAXSTEER_JUDGE_KEY", "sk\nX-Evil: 1")
     with pytest.raises(UserError, match="control characters"):
@@ -308,7 +319,15 @@ def test_a_key_with_a_line_break_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("0", 0.0), ("1.5", 1.5), ("-3", 0.0), ("soon", None), ("inf", None), ("nan", None)],
+    [
+        ("0", 0.0),
+        ("1.5", 1.5),
+        ("-3", 0.0),
+        ("soon", None),
+        ("inf", None),
+        ("nan", None),
+        (f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT", None),
+    ],
 )
 def test_retry_after_in_other_forms(value, seconds):
     assert retry_after({"retry-after": value}) == seconds
