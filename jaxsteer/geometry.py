@@ -140,9 +140,11 @@ def measure(
     """Measure every direction of a results folder; writes and returns its geometry.json.
 
     Raises:
-      UserError: no results, or results of another model.
+      UserError: no results, results of another model, or of a study without directions.
     """
     found = results.load(folder)
+    if not found.spec.directions:
+        raise UserError(f"{folder}: its study has no directions to measure")
     if found.run["model"]["weights_sha256"] != model.weights_sha256:
         raise UserError(f"{folder} was run on another model than {model.name}; give its --model")
     named = {

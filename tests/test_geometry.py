@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import msgspec
 import numpy as np
 import pytest
 from scipy import stats as theirs
@@ -10,6 +11,7 @@ from scipy import stats as theirs
 from jaxsteer import geometry
 from jaxsteer.errors import UserError
 from jaxsteer.samples import Samples
+from tests.receipt import made as receipts
 
 LAYERS, WIDTH = 2, 24
 
@@ -155,6 +157,13 @@ def test_the_permutation_null_rejects_no_more_often_than_it_says(rng):
 
 def test_a_folder_without_measurements_has_no_geometry(tmp_path):
     assert geometry.load(tmp_path) is None
+
+
+def test_a_study_without_directions_has_nothing_to_measure(tmp_path, smollm2):
+    study = receipts.study(claims=[])
+    study = msgspec.structs.replace(study, directions={}, condition=study.condition[:1])
+    with pytest.raises(UserError, match="its study has no directions"):
+        geometry.measure(receipts.folder(tmp_path, study=study), smollm2)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}', "[" * 100_000])

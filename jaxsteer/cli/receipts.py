@@ -121,8 +121,12 @@ def diff(
 def geometry(
     results: Annotated[Path, typer.Argument(help="Results folder.")],
     model: ModelOption = DEMO_MODEL,
-    halves: Annotated[int, typer.Option(min=2, help="Random halves per direction.")] = 100,
-    draws: Annotated[int, typer.Option(min=10, help="Shufflings of the labels.")] = 1000,
+    halves: Annotated[
+        int, typer.Option(min=2, max=10_000, help="Random halves per direction.")
+    ] = 100,
+    draws: Annotated[
+        int, typer.Option(min=10, max=1_000_000, help="Shufflings of the labels.")
+    ] = 1000,
     mesh: MeshOption = None,
 ) -> None:
     """Measure how well a study's directions are known, and their cosines against chance.

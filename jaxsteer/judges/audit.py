@@ -83,7 +83,8 @@ def sample(
         pl.Series("rank", [rank(row_id) for row_id in labelled["row_id"]], pl.String)
     )
     turn = pl.col("rank").rank("ordinal").over("condition", "family", "label")
-    return ranked.with_columns(turn=turn).sort("turn", "rank").head(n).sort("rank")
+    taken = ranked.with_columns(turn=turn).sort("turn", "rank").head(min(n, ranked.height))
+    return taken.sort("rank")
 
 
 def export(sampled: pl.DataFrame, texts: Mapping[str, str], path: Path) -> None:

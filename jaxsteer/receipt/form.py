@@ -112,7 +112,7 @@ def convert(value: dict[str, Any]) -> Statement:
     """
     try:
         return msgspec.convert(value, Statement, str_keys=True)
-    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+    except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError) as error:
         raise UserError(f"not shaped like a receipt: {error}") from None
 
 

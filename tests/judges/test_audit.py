@@ -99,7 +99,7 @@ def test_the_file_tells_neither_condition_nor_label(exported):
 
 
 def test_hostile_replies_are_inert_in_the_file(exported, folder):
-    lines = read_csv(exported(n=1000))
+    lines = read_csv(exported(n=10**30))
     replies = {line["response"] for line in lines}
     assert len(lines) == judging.responses(folder).height
     assert "'=cmd|' /C calc'!A0" in replies

@@ -438,6 +438,15 @@ def test_250_mutated_receipts_with_new_digests_never_pass_beside_their_results(c
             assert outcome(path, folder=copied) != "ok"
 
 
+def test_half_a_character_where_a_number_belongs_is_no_shape_of_a_receipt(copied):
+    def broken(value):
+        outcomes = value["predicate"]["conditions"][2]["outcomes"]["strongreject"]
+        outcomes["counts"]["bypass"] = "\ud800"
+
+    with pytest.raises(UserError, match="not shaped like a receipt"):
+        form.load(forge(copied, broken))
+
+
 @pytest.mark.parametrize(
     ("name", "n"), [("run.json", 90), ("setup.json", 30), ("summary.json", 15)]
 )
