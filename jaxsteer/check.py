@@ -86,8 +86,10 @@ def open_choices(spec: StudySpec) -> tuple[str, ...]:
     }
     found = tuple(name for name, is_open in choices.items() if is_open)
     if found and spec.selection is None:
+        fixed = {"layer of the persona": "layers.steer", "layer of refusal": "layers.refusal"}
         raise UserError(
-            f"study {spec.name}: {found[0]} is open; add [selection], or fix it in [layers] or dose"
+            f"study {spec.name}: {found[0]} is open; add [selection], or give "
+            f"{fixed.get(found[0], 'dose')} a value"
         )
     return found
 
