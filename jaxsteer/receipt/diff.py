@@ -130,9 +130,13 @@ def fired(comparison: Comparison, gates: Sequence[Gate]) -> list[tuple[Gate, Lin
             missing = [] if lines else [gate.condition]
         if missing or not lines:
             where = f"in {missing[0]!r} " if missing else ""
+            watched = dict.fromkeys(
+                x.condition for x in comparison.lines if x.metric == gate.metric
+            )
+            known = f"; it is known in {', '.join(map(repr, watched))}" if watched else ""
             raise UserError(
                 f"gate {gate.text!r} cannot be evaluated: {gate.metric} {where}is not known in "
-                "both receipts"
+                f"both receipts{known}"
             )
         found += [(gate, line) for line in lines if gate.fires(line.difference)]
     return found
