@@ -285,6 +285,11 @@ def _condition(
         made, site = _operation(repeat, op, directions, named)
         operations += made
         sites.append(site)
+    if operations and all(isinstance(op, Add) and op.scale == 0 for op in operations):
+        raise UserError(
+            f"{repeat.where}: a strength of 0 changes nothing; drop it, since a condition without "
+            "operations is the untouched model"
+        )
     return Condition(
         name=repeat.name,
         base=repeat.item.name,

@@ -363,6 +363,12 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
         if isinstance(layer, int) and layer < 0:
             yield f"layers.{name} is {layer}; blocks count from 0"
     for condition in spec.condition:
+        # The last token is emitted and not read by the model.
+        if condition.scope == "response" and condition.ops and decoding.max_new_tokens == 1:
+            yield (
+                f"condition {condition.name!r}: scope response changes nothing with "
+                "max_new_tokens = 1; make it 2 or more"
+            )
         for seed in condition.random_seeds:
             where = f"condition {condition.name!r}"
             # The table of replies holds them in 64 bits.

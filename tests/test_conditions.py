@@ -152,6 +152,7 @@ ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at =
         ('[{ add = "persona", project = "persona", at = "3" }]', "exactly one"),
         ('[{ add = "persona" }]', "at = layers"),
         ('[{ add = "persona", at = "99" }]', "resid_post.99"),
+        ('[{ add = "persona", at = "3", scale = 0.0 }]', "strength of 0 changes nothing"),
         ('[{ add = "persona", at = "3", scale = "much" }]', "much"),
         ('[{ add = "persona", at = "3", scale = "each" }]', "each"),
         ('[{ add = "random", at = "3" }]', "random_seeds"),

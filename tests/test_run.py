@@ -248,7 +248,7 @@ def test_a_file_of_something_else_among_a_runs_own_is_kept(model, study, tmp_pat
 
 
 def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
-    empty = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", "scale = 0.0")))
+    empty = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", "scale = 1e-30")))
     with pytest.raises(UserError, match=r"'random #1' \(add random-1.*changed nothing"):
         run.run_study(empty, model, tmp_path / "results")
 

@@ -46,6 +46,12 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             'name = "baseline"',
             "'benign unharmed' compares benign prompts, and 'baseline' does not run them",
         ),
+        (
+            "max_new_tokens = 40",
+            "max_new_tokens = 1\n[[condition]]\nname = 'r'\nscope = 'response'\n"
+            "ops = [{ add = 'persona', at = '3' }]\n",
+            "'r': scope response changes nothing with max_new_tokens = 1",
+        ),
         ("early = 0.3", "early = 1.3", "between 0 and 1"),
         ("early = 0.3", "early = -3", "count from 0"),
         ('kind = "refusal"', 'kind = "trait"', "trait"),
