@@ -1,7 +1,7 @@
 """Whether a model can run a study to its end, asked before anything is run or replaced.
 
 Prompts are tokenised for real. Directions are stand-ins of the right shape, and a layer that is
-still to be chosen is the deepest of its candidates, so nothing is computed on the model.
+still to be chosen is each of its candidates in turn, so nothing is computed on the model.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def study(
     still = open_choices(spec)
     if spec.selection is not None:
         _check_selection(spec, spec.selection, model, still)
-    compiled = stand_in_conditions(spec, model.config)
-    _check_claims(spec, compiled, model.config)
+    compiled, *others = _compiled(spec, model.config)
+    _check_claims(spec, [compiled, *others], model.config.n_layers)
     asked = requests(model, compiled, cross(compiled, families))
     tokens = [request.tokens for request in asked]
     _check_fit(spec, model, "decoding", spec.decoding.max_new_tokens, tokens)
@@ -123,7 +123,7 @@ def _check_fractions(spec: StudySpec, still: Sequence[str]) -> None:
 
 def _check_layer_names(spec: StudySpec) -> None:
     """Refuse names that no model's layers will have; which numbers there are, a model knows."""
-    known = _stand_in_layers(spec, n_layers=1)
+    known = _layers(spec, n_layers=1)[0]
     asked = [
         (f"condition {condition.name!r}", at)
         for condition in spec.condition
@@ -151,16 +151,20 @@ def _check_fit(
     chat.check_lengths(map(len, prompts), room - new)
 
 
-def _check_claims(spec: StudySpec, compiled: Sequence[Condition], config: ModelConfig) -> None:
-    """Refuse a claim about what will not be there; its form is checked when the spec is read."""
-    layers = _stand_in_layers(spec, config.n_layers)
-    bases = {condition.base for condition in compiled}
-    twins = dict.fromkeys(c.base for c in compiled if c.unsteered_twin_of)
+def _check_claims(spec: StudySpec, compiled: Sequence[Sequence[Condition]], n_layers: int) -> None:
+    """Refuse a claim about what will not be there; its form is checked when the spec is read.
+
+    Which twins are made may depend on the layers that are chosen; none may be of none of them.
+    """
+    every = list(itertools.chain(*compiled))
+    bases = {condition.base for condition in every}
+    twins = dict.fromkeys(condition.base for condition in every if condition.unsteered_twin_of)
     for claim in spec.claim:
         where = f"study {spec.name}, claim {claim.name!r}"
         for test in claim.tests:
             if test.expect == "cosine-above":
-                resolve_layers(test.at, layers, config.n_layers, where)
+                for layers in _layers(spec, n_layers):
+                    resolve_layers(test.at, layers, n_layers, where)
                 continue
             for name in (test.treated, test.control):
                 if name not in bases:
@@ -173,6 +177,11 @@ def _check_claims(spec: StudySpec, compiled: Sequence[Condition], config: ModelC
 
 def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
     """The study's conditions over directions that only have the right shape."""
+    return _compiled(spec, config)[0]
+
+
+def _compiled(spec: StudySpec, config: ModelConfig) -> list[list[Condition]]:
+    """The conditions at each choice of layers that the selection may make, the deepest first."""
     generator = np.random.Generator(np.random.PCG64(0))
     seeds = {f"random-{seed}" for item in spec.condition for seed in item.random_seeds}
     stand_ins = {
@@ -183,18 +192,24 @@ def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]
         )
         for name in [*spec.directions, *sorted(seeds)]
     }
-    layers = _stand_in_layers(spec, config.n_layers)
-    return conditions(spec, stand_ins, layers, 1.0 if spec.dose is None else spec.dose)
+    dose = 1.0 if spec.dose is None else spec.dose
+    return [conditions(spec, stand_ins, layers, dose) for layers in _layers(spec, config.n_layers)]
 
 
-def _stand_in_layers(spec: StudySpec, n_layers: int) -> dict[str, int]:
-    """Layers by name; of those still to be chosen, the deepest candidate."""
-    named: dict[str, int] = {}
+def _layers(spec: StudySpec, n_layers: int) -> list[dict[str, int]]:
+    """Layers by name, at each choice that the selection may make, the deepest first."""
+    candidates: dict[str, Sequence[float]] = {}
     # Chosen for these two only.
     if spec.selection is not None and "persona" in spec.directions:
-        named["steer"] = depth(max(spec.selection.layers), n_layers)
+        candidates["steer"] = spec.selection.layers
     if spec.selection is not None and "refusal" in spec.directions:
-        named["refusal"] = depth(max(spec.selection.refusal_layers), n_layers)
+        candidates["refusal"] = spec.selection.refusal_layers
+    choices = {
+        name: sorted({depth(share, n_layers) for share in shares}, reverse=True)
+        for name, shares in candidates.items()
+    }
     for name, layer in spec.layers.items():
-        named[name] = depth(layer, n_layers) if isinstance(layer, float) else layer
-    return named
+        choices[name] = [depth(layer, n_layers) if isinstance(layer, float) else layer]
+    return [
+        dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())
+    ]

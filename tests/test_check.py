@@ -59,6 +59,10 @@ WRONG = {
         claimed('control = "persona, unsteered"', '"lower"'),
         "'persona, unsteered' is no twin that is made .*; there are 'persona, out, unsteered'",
     ),
+    "a layer of a candidate": (
+        [*chosen("[0.5]", "[0.0, 0.5]"), ('at = "late"', 'at = "steer-1"')],
+        r"'persona, out'.*resid_post\.-1 ",
+    ),
     "a layer nobody chooses": (
         [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm") + SELECTION)]
         + [('"persona", at', '"charm", at')] * 3,
@@ -128,3 +132,26 @@ def test_a_fraction_that_nothing_is_chosen_from_is_not_looked_at(model, tmp_path
     unused = (DIRECTION, DIRECTION + SELECTION.replace("[0.5]", "[20.0]"))
     study = spec.load(tiny.study_file(tmp_path, unused))
     assert check.open_choices(study) == () and len(check.study(study, model, {})) == 0
+
+
+@pytest.mark.parametrize(("candidates", "made"), [("[0.0, 0.5]", True), ("[0.5]", False)])
+def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path, candidates, made):
+    # With steer at 1 the study has that twin already, as "alone".
+    ops = (
+        '[{ add = "persona", at = "steer", scale = "dose" }, { project = "persona", at = "late" }]'
+    )
+    twisted = '[{ add = "persona", at = "late" }, { project = "persona", at = "steer" }]'
+    alone = '[[condition]]\nname = "alone"\nops = [{ project = "persona", at = "1" }]'
+    study = spec.load(
+        tiny.study_file(
+            tmp_path,
+            *chosen("[0.5]", candidates),
+            (ops, f"{twisted}\n{alone}"),
+            *claimed('control = "persona, out, unsteered"', '"lower"'),
+        )
+    )
+    if made:
+        assert check.study(study, model, {}) == []
+    else:
+        with pytest.raises(UserError, match="is no twin that is made"):
+            check.study(study, model, {})
