@@ -317,13 +317,13 @@ def _operation(
         raise UserError(f"{where}: an operation needs exactly one of add and project")
     # A key that would do nothing is a study other than its author believes.
     for idle, needed in (
-        (op.project and op.scale != 1.0, "scale is of add"),
-        (op.project and op.norm_of, "norm_of is of add"),
-        (op.norm_at and not op.norm_of, "norm_at goes with norm_of"),
-        (op.everywhere and op.at, "at and everywhere exclude each other"),
+        (op.project and op.scale != 1.0, "scale is of add; remove it"),
+        (op.project and op.norm_of, "norm_of is of add; remove it"),
+        (op.norm_at and not op.norm_of, "norm_at goes with norm_of; add that, or remove it"),
+        (op.everywhere and op.at, "at and everywhere exclude each other; remove one"),
     ):
         if idle:
-            raise UserError(f"{where}: {needed}; remove one")
+            raise UserError(f"{where}: {needed}")
 
     def find(name: str) -> tuple[str, Layers]:
         key = f"random-{repeat.seed}" if name == "random" and repeat.seed is not None else name
