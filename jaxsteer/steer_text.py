@@ -45,7 +45,7 @@ def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
     """
     asked = []
     for text in steer:
-        match = re.fullmatch(rf"({NAME})@{LAYERS}x(-?\d+(?:\.\d+)?)(r?)", text)
+        match = re.fullmatch(rf"({NAME})@{LAYERS}x(-?[0-9]{{1,9}}(?:\.[0-9]+)?)(r?)", text)
         if not match:
             raise UserError(
                 f"cannot read --steer {text!r}; write NAME@LAYERxSCALE, e.g. compliant@21x4"

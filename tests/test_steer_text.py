@@ -24,7 +24,18 @@ def test_strengths_and_windows_are_read():
 
 
 @pytest.mark.parametrize(
-    "text", ["v", "v@21", "v@-1x4", "v@21x", "v@21x4q", "@21x4", "v@5-3x1", f"v@{'9' * 5000}x1"]
+    "text",
+    [
+        "v",
+        "v@21",
+        "v@-1x4",
+        "v@21x",
+        "v@21x4q",
+        "@21x4",
+        "v@5-3x1",
+        f"v@{'9' * 5000}x1",
+        f"v@2x{'9' * 400}",
+    ],
 )
 def test_other_steering_texts_are_refused_with_the_form(text):
     with pytest.raises(UserError, match=r"NAME@LAYERxSCALE|swap"):
