@@ -307,8 +307,10 @@ def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
             if name not in pool:
                 yield f"names {name!r}, which the study does not have"
             elif test.expect != "cosine-above" and test.family == "benign":
-                if not benign.get(name):
-                    yield f"compares benign prompts, and {name!r} does not run them (benign = true)"
+                if name not in benign:
+                    yield f"compares benign prompts, which a twin such as {name!r} does not run"
+                elif not benign[name]:
+                    yield f"compares benign prompts; give {name!r} benign = true, to run them"
                 if not spec.data.benign:
                     yield "compares benign prompts, and data.benign is 0"
         if test.treated == test.control:
@@ -337,6 +339,9 @@ def _value_problems(spec: StudySpec) -> Iterator[str]:
     ):
         if not value >= low:
             yield f"{key} is {value}, expected at least {low}"
+    # A logit over less is too large for float32, and then every token is the first.
+    if 0 < decoding.temperature < 1e-6:
+        yield f"decoding.temperature is {decoding.temperature}; take 0 (greedy) or at least 1e-6"
     # JAX makes its keys from 32 bits.
     if not -(2**31) <= decoding.seed < 2**31:
         yield f"decoding.seed is {decoding.seed}, expected from {-(2**31)} to {2**31 - 1}"

@@ -40,11 +40,17 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             "claim 'benign unharmed' has a margin of 1; few-raised needs one between 0 and 1",
         ),
         ('"few-raised", family', '"few-raised", margin = 0.0, family', "has a margin of 0"),
+        (
+            '{ treated = "persona", control = "baseline", expect = "few-raised", family',
+            '{ treated = "persona", control = "persona, unsteered", expect = "few-raised", family',
+            "which a twin such as 'persona, unsteered' does not run",
+        ),
+        ("max_new_tokens = 40", "max_new_tokens = 40\ntemperature = 1e-38", "at least 1e-6"),
         ("benign = 32", "benign = 0", r"'benign unharmed' .*and data\.benign is 0"),
         (
             'name = "baseline"\nbenign = true',
             'name = "baseline"',
-            "'benign unharmed' compares benign prompts, and 'baseline' does not run them",
+            "'benign unharmed' compares benign prompts; give 'baseline' benign = true",
         ),
         (
             "max_new_tokens = 40",
