@@ -260,7 +260,7 @@ class Taps:
         new, change = apply(h, site, touched)
         probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
         wide = h.astype(jnp.float32)
-        before, moved = _along(wide, probes), _along(change, probes)
+        before, moved = wide @ probes.T, change @ probes.T
 
         def total(tokens: Array) -> Array:
             # Left out, not multiplied by zero: another prompt's NaN is none of this one's.
@@ -288,16 +288,6 @@ class Taps:
             for tap, layers in self.realised.items()
         }
         return captured, realised
-
-
-def _along(
-    h: Float[Array, "token d_model"], probes: Float[Array, "probe d_model"]
-) -> Float[Array, "token probe"]:
-    """Projections onto unit directions."""
-    if probes.shape[0] == 1:
-        # Not a product: with one column a CPU adds up in an order that depends on a row's slot.
-        return jnp.sum(h * probes, axis=-1, keepdims=True)
-    return h @ probes.T
 
 
 def empty_cache(config: ModelConfig, n_layers: int, slots: int, dtype: DTypeLike) -> Cache:
