@@ -158,7 +158,9 @@ def _finish_rows(
     limit = model.config.max_position - spec.decoding.max_new_tokens
     share = hosts.share([f"lane {lane}" for lane in rows.pack(asked, limit).lane])
     probed = [name for name in PROBES if name in prepared.directions]
-    probes = np.zeros((model.config.n_layers, len(probed), model.config.d_model), np.float32)
+    # Never a single one: a matrix times a vector, whose sums a CPU orders by the row's slot.
+    columns = 2 if len(probed) == 1 else len(probed)
+    probes = np.zeros((model.config.n_layers, columns, model.config.d_model), np.float32)
     for p, name in enumerate(probed):
         probes[:, p] = prepared.directions[name].unit()
     decoding = Decoding(

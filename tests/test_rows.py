@@ -100,6 +100,31 @@ def test_a_row_is_the_same_to_the_bit_whoever_is_run_with_it(model, rng, batch):
                 np.testing.assert_array_equal(x, y)
 
 
+# 20 slots are a full vector and a rest, in whatever a CPU does with the rows of a product.
+@pytest.mark.parametrize("probes", [2, 3])
+def test_equal_rows_have_equal_projections_to_the_bit_in_every_slot(model, rng, probes):
+    n_layers, d_model = model.config.n_layers, model.config.d_model
+    stacked = compile_conditions([[]], ["all"], n_layers=n_layers, d_model=d_model)
+    directions = rng.standard_normal((n_layers, probes, d_model)).astype(np.float32)
+    directions[:, 1] *= probes > 2
+    found = rows.run(
+        model,
+        [Request(tokens=PROMPTS[0])] * 20,
+        stacked,
+        Decoding(max_new_tokens=4, eos=()),
+        probes=directions,
+        batch=20,
+    )
+    first, *others = [reply for some in found for reply in some]
+    for other in others:
+        for x, y in zip(
+            jax.tree.leaves([other.prompt, other.response]),
+            jax.tree.leaves([first.prompt, first.response]),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(x, y)
+
+
 def test_rows_that_are_all_skipped_run_nothing(model):
     stacked = compile_conditions(
         [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model

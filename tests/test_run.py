@@ -54,6 +54,22 @@ def test_every_planned_row_is_in_the_table_once(finished):
     assert set(results.COLUMNS) <= set(loaded.rows.columns)
 
 
+def test_a_studys_only_probe_is_not_read_alone(model, study, tmp_path, monkeypatch):
+    asked, plain = [], rows.run
+
+    def watched(*of, probes, **options):
+        asked.append(probes)
+        return plain(*of, probes=probes, **options)
+
+    monkeypatch.setattr(rows, "run", watched)
+    run.run_study(study, model, tmp_path / "results")
+    # The persona's, and one of zeros beside it: see `test_rows`.
+    (probes,) = asked
+    assert probes.shape[1] == 2 and probes[:, 0].any() and not probes[:, 1].any()
+    columns = results.load(tmp_path / "results").rows.columns
+    assert [name for name in columns if name.endswith("_after_prompt")] == ["persona_after_prompt"]
+
+
 def test_the_summary_has_the_promised_keys(finished):
     for entry in results.summarise(results.load(finished).rows):
         promised = {"condition", "family", "n", "refusal", "refusal_low", "refusal_high"}
