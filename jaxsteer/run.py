@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from jaxsteer import check, data, identity, modes, results, rows, setup, shards
+from jaxsteer import check, data, identity, modes, results, rows, setup, shards, tables
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import Condition, conditions
 from jaxsteer.data import Prompt
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, write_json
+from jaxsteer.files import write_json
 from jaxsteer.generate import Decoding, Sampling
 from jaxsteer.hosts import ALONE, Hosts
 from jaxsteer.judges.label import label
@@ -100,8 +100,7 @@ def run_study(
                 "hosts share? Run the same command again to go on"
             )
         _check_changes(table, compiled)
-        with atomic_path(out / "responses.parquet") as temporary:
-            table.write_parquet(temporary)
+        tables.write(out / "responses.parquet", table)
         if spec.modes and not (out / "modes.json").is_file():
             write_json(out / "modes.json", _mode_shifts(spec, model, prepared, families))
         return results.refresh_summary(out)

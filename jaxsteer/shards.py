@@ -19,6 +19,7 @@ from pathlib import Path
 
 import polars as pl
 
+from jaxsteer import tables
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, sha256_bytes
 
@@ -55,9 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write(folder: Path, key: str, rows: pl.DataFrame) -> None:
     """Add one shard of the run `key`; its name is its content, so writing it again is harmless."""
-    buffer = io.BytesIO()
-    rows.write_parquet(buffer)
-    data = buffer.getvalue()
+    data = tables.encoded(rows)
     with atomic_path(folder / f"{key[:16]}-{sha256_bytes(data)[:16]}.parquet") as temporary:
         temporary.write_bytes(data)
 
@@ -97,6 +96,6 @@ def count(folder: Path, key: str, known: dict[str, int]) -> int:
     """How many rows the shards of the run `key` hold; `known` remembers those counted before."""
     for path in folder.glob(f"{key[:16]}-*.parquet"):
         if path.name not in known:
-            # No pattern: the folder may be called run[1].
-            known[path.name] = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+            rows = pl.scan_parquet(io.BytesIO(path.read_bytes()))
+            known[path.name] = rows.select(pl.len()).collect().item()
     return sum(known.values())

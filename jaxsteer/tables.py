@@ -1,13 +1,18 @@
-"""Parquet tables read from disk, a damaged one refused in one line."""
+"""Parquet tables on disk: written atomically, a damaged one refused in one line.
+
+Bytes are handed to polars and no paths: it takes `run[1]` for a pattern, and no name but UTF-8.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from jaxsteer.errors import UserError
+from jaxsteer.files import atomic_path
 
 
 def read(path: Path, again: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
@@ -23,8 +28,29 @@ def read(path: Path, again: str, columns: Sequence[str] | None = None) -> pl.Dat
     """
     wanted = None if columns is None else list(columns)
     try:
-        # No pattern: of a folder run[1] polars would read its neighbour run1.
-        return pl.read_parquet(path, columns=wanted, glob=False)
+        return pl.read_parquet(io.BytesIO(path.read_bytes()), columns=wanted)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({first}); {again}") from None
+
+
+def encoded(table: pl.DataFrame, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A table as the bytes of a Parquet file.
+
+    Args:
+      table: its rows.
+      metadata: text to keep in the file, by key.
+    """
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, metadata=None if metadata is None else dict(metadata))
+    return buffer.getvalue()
+
+
+def write(path: Path, table: pl.DataFrame, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a Parquet file atomically; arguments as `encoded`.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded(table, metadata))

@@ -16,6 +16,7 @@ whole and atomically, so a reader finds it complete at any moment.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,7 @@ import polars as pl
 
 from jaxsteer import tables
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, canonical_json, sha256_bytes
+from jaxsteer.files import canonical_json, sha256_bytes
 
 SCHEMA = {
     "row_id": pl.String,
@@ -124,7 +125,9 @@ def read_all(results: Path) -> dict[str, pl.DataFrame]:
 def provenance(path: Path) -> dict[str, Any]:
     """What the judge was: its identity in words, from the file's metadata; {} if it has none."""
     try:
-        found = json.loads(pl.read_parquet_metadata(path).get("jaxsteer_judge", "{}"))
+        found = json.loads(
+            pl.read_parquet_metadata(io.BytesIO(path.read_bytes())).get("jaxsteer_judge", "{}")
+        )
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         first = str(error).splitlines()[0][:120]
         raise UserError(f"{path} is damaged ({first}); remove it and judge again") from None
@@ -244,8 +247,7 @@ class Store:
         new = pl.DataFrame(self.pending, schema=SCHEMA).unique("row_id", keep="last")
         table = pl.concat([self.table.join(new, on="row_id", how="anti"), new]).sort("row_id")
         metadata = {"jaxsteer_judge": canonical_json({**self.identity, "notes": self.notes})}
-        with atomic_path(self.path) as temporary:
-            table.write_parquet(temporary, metadata=metadata)
+        tables.write(self.path, table, metadata)
         self.table, self.pending = table, []
         self.wrote_at = self.clock()
         self.write_took = self.wrote_at - started
