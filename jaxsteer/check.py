@@ -7,7 +7,7 @@ still to be chosen is each of its candidates in turn, so nothing is computed on 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -44,8 +44,9 @@ def study(
     still = open_choices(spec)
     if spec.selection is not None:
         _check_selection(spec, spec.selection, model, still)
-    compiled, *others = _compiled(spec, model.config)
-    _check_claims(spec, [compiled, *others], model.config.n_layers)
+    choices = _compiled(spec, model.config)
+    compiled = next(choices)
+    _check_claims(spec, itertools.chain([compiled], choices), model.config.n_layers)
     asked = requests(model, compiled, cross(compiled, families))
     tokens = [request.tokens for request in asked]
     _check_fit(spec, model, "decoding", spec.decoding.max_new_tokens, tokens)
@@ -151,14 +152,16 @@ def _check_fit(
     chat.check_lengths(map(len, prompts), room - new)
 
 
-def _check_claims(spec: StudySpec, compiled: Sequence[Sequence[Condition]], n_layers: int) -> None:
+def _check_claims(spec: StudySpec, compiled: Iterable[Sequence[Condition]], n_layers: int) -> None:
     """Refuse a claim about what will not be there; its form is checked when the spec is read.
 
     Which twins are made may depend on the layers that are chosen; none may be of none of them.
     """
-    every = list(itertools.chain(*compiled))
-    bases = {condition.base for condition in every}
-    twins = dict.fromkeys(condition.base for condition in every if condition.unsteered_twin_of)
+    bases, twins = set[str](), dict[str, None]()
+    # One choice at a time: conditions hold a vector of every layer for each operation.
+    for choice in compiled:
+        bases |= {condition.base for condition in choice}
+        twins |= dict.fromkeys(c.base for c in choice if c.unsteered_twin_of)
     for claim in spec.claim:
         where = f"study {spec.name}, claim {claim.name!r}"
         for test in claim.tests:
@@ -177,10 +180,10 @@ def _check_claims(spec: StudySpec, compiled: Sequence[Sequence[Condition]], n_la
 
 def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
     """The study's conditions over directions that only have the right shape."""
-    return _compiled(spec, config)[0]
+    return next(_compiled(spec, config))
 
 
-def _compiled(spec: StudySpec, config: ModelConfig) -> list[list[Condition]]:
+def _compiled(spec: StudySpec, config: ModelConfig) -> Iterator[list[Condition]]:
     """The conditions at each choice of layers that the selection may make, the deepest first."""
     generator = np.random.Generator(np.random.PCG64(0))
     seeds = {f"random-{seed}" for item in spec.condition for seed in item.random_seeds}
@@ -193,16 +196,18 @@ def _compiled(spec: StudySpec, config: ModelConfig) -> list[list[Condition]]:
         for name in [*spec.directions, *sorted(seeds)]
     }
     dose = 1.0 if spec.dose is None else spec.dose
-    return [conditions(spec, stand_ins, layers, dose) for layers in _layers(spec, config.n_layers)]
+    for layers in _layers(spec, config.n_layers):
+        yield conditions(spec, stand_ins, layers, dose)
 
 
 def _layers(spec: StudySpec, n_layers: int) -> list[dict[str, int]]:
     """Layers by name, at each choice that the selection may make, the deepest first."""
     candidates: dict[str, Sequence[float]] = {}
-    # Chosen for these two only.
-    if spec.selection is not None and "persona" in spec.directions:
+    # Chosen for these two only, and where the study does not say it itself.
+    still = () if spec.selection is None else open_choices(spec)
+    if spec.selection is not None and "layer of the persona" in still:
         candidates["steer"] = spec.selection.layers
-    if spec.selection is not None and "refusal" in spec.directions:
+    if spec.selection is not None and "layer of refusal" in still:
         candidates["refusal"] = spec.selection.refusal_layers
     choices = {
         name: sorted({depth(share, n_layers) for share in shares}, reverse=True)

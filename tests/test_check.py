@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
-from jaxsteer import check, plan, run, selection, spec
+from jaxsteer import check, conditions, plan, run, selection, spec
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.convert import convert
 from jaxsteer.errors import UserError
@@ -127,9 +130,10 @@ def test_a_run_goes_on_with_the_layer_it_chose_though_another_candidate_would_no
     assert run.run_study(study, model, tmp_path / "results") == summary
 
 
-def test_a_fraction_that_nothing_is_chosen_from_is_not_looked_at(model, tmp_path):
+@pytest.mark.parametrize("fractions", ["[20.0]", "[1e308]"])
+def test_a_fraction_that_nothing_is_chosen_from_is_not_looked_at(model, tmp_path, fractions):
     # Layers and dose are fixed; [selection] is there for its training prompts.
-    unused = (DIRECTION, DIRECTION + SELECTION.replace("[0.5]", "[20.0]"))
+    unused = (DIRECTION, DIRECTION + SELECTION.replace("[0.5]", fractions))
     study = spec.load(tiny.study_file(tmp_path, unused))
     assert check.open_choices(study) == () and len(check.study(study, model, {})) == 0
 
@@ -155,3 +159,26 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
     else:
         with pytest.raises(UserError, match="is no twin that is made"):
             check.study(study, model, {})
+
+
+def test_the_conditions_of_one_choice_at_a_time_are_held(model, tmp_path, monkeypatch):
+    # A vector of every layer for each operation, times a hundred choices, would be gigabytes.
+    held, most = weakref.WeakSet(), []
+
+    def watched(*args):
+        made = conditions.conditions(*args)
+        held.update(made)
+        most.append(len(held) / len(made))
+        return made
+
+    monkeypatch.setattr(check, "conditions", watched)
+    every = ("[0.5]", "[0.0, 0.5, 1.0]\nrefusal_layers = [0.0, 0.5, 1.0]")
+    study = spec.load(tiny.study_file(tmp_path, *chosen(*every), REFUSAL))
+    gc.disable()
+    try:
+        check.study(study, model, {})
+    finally:
+        gc.enable()
+    # The deepest choice is what is run in the plan; beside it there is the one that was looked at,
+    # and the one that is being made.
+    assert len(most) == 9 and max(most) <= 3
