@@ -197,12 +197,15 @@ def conditions(
     if twice:
         raise UserError(f"study {spec.name}: {sorted(twice)[0]!r} repeats a seed, scale or mode")
     twins = _twins(found)
+    # By their repeats' names as well as by the name that claims use for all of them.
+    taken = {name for condition in found for name in (condition.name, condition.base)}
     for twin in twins:
-        if twin.name in {condition.name for condition in found}:
-            raise UserError(
-                f"study {spec.name}: {twin.name!r} is the name of the twin without steering of "
-                f"{twin.unsteered_twin_of!r}, made by itself; rename the condition"
-            )
+        for name in (twin.name, twin.base):
+            if name in taken:
+                raise UserError(
+                    f"study {spec.name}: {name!r} is the name of the twin without steering of "
+                    f"{twin.unsteered_twin_of!r}, made by itself; rename the condition"
+                )
     return found + twins
 
 
@@ -217,12 +220,13 @@ def unsteered_sites(sites: Sequence[str]) -> tuple[str, ...]:
 
 
 def _twins(found: Sequence[Condition]) -> list[Condition]:
-    seen = {(condition.system, condition.scope, condition.sites) for condition in found}
+    # Within a mode: two may have the same text, and each is compared with what is its own.
+    seen = {(c.mode, c.system, c.scope, c.sites) for c in found}
     twins = []
     for condition in found:
         kept: list[Operation] = [o for o in condition.operations if not isinstance(o, Add)]
         sites = unsteered_sites(condition.sites)
-        identity = (condition.system, condition.scope, sites)
+        identity = (condition.mode, condition.system, condition.scope, sites)
         if not sites or identity in seen:
             continue
         seen.add(identity)

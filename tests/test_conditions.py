@@ -208,6 +208,31 @@ ops = [{{ project = "persona", at = "{layer}" }}]
         assert list(compiled(tmp_path, text)) == ["out", "out, unsteered"]
 
 
+def test_a_condition_may_not_have_the_name_that_claims_use_for_twins_of_repeats(tmp_path):
+    text = """
+[[condition]]
+name = "out"
+scales = [1.0, 2.0]
+ops = [{ add = "persona", at = "5", scale = "each" }, { project = "persona", at = "6" }]
+[[condition]]
+name = "out, unsteered"
+ops = [{ project = "persona", at = "7" }]
+"""
+    with pytest.raises(UserError, match=r"'out, unsteered' is .* twin .* of 'out x1'"):
+        compiled(tmp_path, text)
+
+
+def test_every_mode_has_its_twin_even_when_two_have_the_same_text(tmp_path):
+    (tmp_path / "empty.toml").write_text('name = "empty"\nversion = "1"\ntext = ""\n')
+    path = tmp_path / "mine.toml"
+    ops = '[{ add = "persona", at = "5" }, { project = "persona", at = "6" }]'
+    modes = f'modes = ["none", "{tmp_path}/empty.toml"]\n'
+    path.write_text(modes + HEAD + f'[[condition]]\nname = "out"\nops = {ops}')
+    twins = [c for c in by_name(spec.load(path)).values() if c.unsteered_twin_of]
+    assert [twin.mode for twin in twins] == ["none", f"{tmp_path}/empty.toml"]
+    assert twins[0].system == twins[1].system
+
+
 def test_spans_are_readable():
     assert conditions.spans((22, 24, 25, 26)) == "resid_post.22, resid_post.24..26"
 
