@@ -116,7 +116,13 @@ def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
             f"mesh {text} needs {needed} devices and there "
             f"{'is' if len(found) == 1 else 'are'} {len(found)} ({kind}); ask for a smaller --mesh"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Auto,) * 2, devices=found[:needed])
+    shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * 2
+    try:
+        return jax.make_mesh(shape, AXES, kinds, devices=found[:needed])
+    except (AssertionError, NotImplementedError):
+        # Of TPU chips JAX makes whole rectangles only, such as neither 3 of 8 chips nor 16 x 4 of
+        # 8 x 8 have. Any order is right, if not as near.
+        return Mesh(np.array(found[:needed]).reshape(shape), AXES, axis_types=kinds)
 
 
 def _whole(config: ModelConfig, model: int) -> dict[str, str]:

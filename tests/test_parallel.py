@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxsteer import int8, parallel
@@ -186,6 +187,19 @@ def test_spaces_and_either_order_are_read():
 def test_too_few_devices_are_counted():
     with pytest.raises(UserError, match=r"data=2,model=4 needs 8 devices and there is 1 \(CPU\)"):
         parallel.mesh("data=2,model=4", jax.devices()[:1])
+
+
+def test_a_mesh_that_is_no_rectangle_of_chips_is_made_in_their_order(monkeypatch):
+    # As JAX answers for 3 of the 8 chips of a v5e:2x4, and for 16 x 4 of the 8 x 8 of a v6e:8x8.
+    for error in (AssertionError("jax_devices=[...]"), NotImplementedError("Failed to find")):
+
+        def refuses(*asked, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(jax, "make_mesh", refuses)
+        made = parallel.mesh("data=2,model=3", jax.devices()[:1] * 8)
+        assert dict(made.shape) == {"data": 2, "model": 3}
+        assert made.axis_types == (AxisType.Auto, AxisType.Auto)
 
 
 def test_every_parameter_of_both_families_is_in_the_table():
