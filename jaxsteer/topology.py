@@ -8,6 +8,7 @@ models without a weight, and what the compiler says is set against what the chip
     step        = estimated cycles / clock + what the links need for the exchanged bytes
     bound       = (weights + cache, each read once) / HBM bandwidth
     table       = batches of rows x new tokens x step + batches of prompts x segments
+                  + batches of rows x putting them together
 
 Nothing here was measured on a TPU; every number is the compiler's or a data sheet's.
 """
@@ -21,53 +22,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxsteer import hlo, lowering, parallel, prefill
+from jaxsteer import hlo, lanes, lowering, parallel, prefill
 from jaxsteer.chips import HOP, Chip, chip_of, devices
-from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer.config import ModelConfig
 from jaxsteer.depth import BATCH
 from jaxsteer.errors import UserError
+from jaxsteer.published import MODELS
 from jaxsteer.slots import CHUNK
-
-# Published configurations: meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-7B.
-MODELS = {
-    "llama-3.1-8b": ModelConfig(
-        architecture="llama",
-        vocab_size=128256,
-        d_model=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        d_ff=14336,
-        norm_eps=1e-5,
-        rope=RopeConfig(
-            theta=500000.0,
-            kind="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position=8192,
-        ),
-        qkv_bias=False,
-        tied=False,
-        max_position=131072,
-    ),
-    "qwen2.5-7b": ModelConfig(
-        architecture="qwen2",
-        vocab_size=152064,
-        d_model=3584,
-        n_layers=28,
-        n_heads=28,
-        n_kv_heads=4,
-        head_dim=128,
-        d_ff=18944,
-        norm_eps=1e-6,
-        rope=RopeConfig(theta=1000000.0),
-        qkv_bias=True,
-        tied=False,
-        max_position=32768,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +40,7 @@ class Table:
       conditions: number of conditions.
       new_tokens: tokens of each reply; all replies count as that long.
       beginning: padded tokens of the system prompt that rows share.
-      prompt: padded tokens of a usual prompt.
+      prompt: tokens of a usual prompt; lanes hold as many as fit.
       longest: padded tokens of the longest prompt, for which every slot has room.
     """
 
@@ -94,6 +55,20 @@ class Table:
     def rows(self) -> int:
         """Number of (condition, prompt) rows."""
         return self.prompts * self.conditions
+
+    @property
+    def width(self) -> int:
+        """Tokens of a lane of usual prompts, as `lanes.pack` makes them."""
+        return min(lanes.WIDTH, self.longest)
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes the rows' prompts fill.
+
+        >>> Table(prompts=313, conditions=11, prompt=64).lanes
+        1722
+        """
+        return math.ceil(self.rows / max(1, min(lanes.MEMBERS, self.width // self.prompt)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +91,9 @@ class Check:
       bound_seconds: reading weights and cache once at full bandwidth.
       exchanges: what devices exchange in a step.
       exchanged_bytes: their results on one device, added up.
-      prefill_seconds: a batch of prompts through all layers and into the slots.
+      lane: tokens of a lane of prompts.
+      prefill_seconds: a batch of lanes through all layers.
+      together_seconds: putting a batch of rows together once their prompts are read.
       largest_batch: rows that fit, confirmed by compiling, at most the table's; None if it was not
         asked for.
       table_rows: rows of the table.
@@ -140,7 +117,9 @@ class Check:
     bound_seconds: float
     exchanges: tuple[hlo.Exchange, ...]
     exchanged_bytes: int
+    lane: int
     prefill_seconds: float
+    together_seconds: float
     largest_batch: int | None
     table_rows: int
     table_seconds: float
@@ -168,9 +147,14 @@ def default_mesh(config: ModelConfig, count: int) -> dict[str, int]:
 
     >>> default_mesh(MODELS["llama-3.1-8b"], 8)
     {'data': 2, 'model': 4}
+
+    The data axis has to divide `parallel.TOGETHER`, so of a large slice only a part is used:
+
+    >>> default_mesh(MODELS["llama-3.1-8b"], 256)
+    {'data': 16, 'model': 4}
     """
     model = max(m for m in (1, 2, 4) if count % m == 0 and config.n_kv_heads % m == 0)
-    return {"data": count // model, "model": model}
+    return {"data": math.gcd(count // model, parallel.TOGETHER), "model": model}
 
 
 def exchange_seconds(exchanges: tuple[hlo.Exchange, ...], model: int, chip: Chip) -> float:
@@ -212,7 +196,7 @@ def largest(
 
 
 def table_seconds(
-    table: Table, batch: int, step: float, chunk: float, prefill_batch: float
+    table: Table, batch: int, step: float, chunk: float, prefill_batch: float, together: float
 ) -> tuple[float, float]:
     """Seconds to decode a table and to read its prompts.
 
@@ -224,11 +208,13 @@ def table_seconds(
       batch: rows that decode together.
       step: seconds of a step.
       chunk: seconds of entering and leaving a chunk of steps.
-      prefill_batch: seconds of a batch of prompts through all layers and into the slots.
+      prefill_batch: seconds of a batch of lanes through all layers.
+      together: seconds of putting a batch of rows together.
     """
     steps = table.new_tokens - 1
     decode = math.ceil(table.rows / batch) * (steps * step + math.ceil(steps / CHUNK) * chunk)
-    return decode, math.ceil(table.rows / BATCH) * prefill_batch
+    read = math.ceil(table.lanes / BATCH) * prefill_batch
+    return decode, read + math.ceil(table.rows / BATCH) * together
 
 
 def mesh_on(model: str, topology: str, mesh: str | None, batch: int) -> Mesh:
@@ -298,25 +284,34 @@ def check(
     state = sweep.state(batch, table.beginning, table.longest)
     decode = program(*sweep.advance(state))
     prefix = sweep.prefix(table.beginning)
-    levels = sweep.levels(table.prompt, prefix)
     stages = prefill.stages(config.n_layers)
-    segment = program(*sweep.segment(levels[0].stream, stages[0], table.prompt, prefix))
     room = sweep.room(table.beginning, table.longest)
-    gather = program(*sweep.gather(levels[1], stages[0], prefix, room))
-    choose = program(*sweep.first_token(levels, table.prompt, prefix, room))
+
+    def reading(width: int) -> _Reading:
+        levels = sweep.levels(width, prefix)
+        return _Reading(
+            levels=parallel.nbytes(levels),
+            segment=program(*sweep.segment(levels[0].stream, stages[0], width, prefix)),
+            gather=program(*sweep.gather(levels[1], stages[0], prefix, room)),
+            choose=program(*sweep.first_token(levels, width, prefix, room)),
+        )
+
+    # Time goes by usual lanes, memory by the longest prompt's.
+    usual = reading(table.width)
+    widest = usual if table.width == table.longest else reading(table.longest)
 
     weights, cache = parallel.nbytes(sweep.params), parallel.nbytes(state.cache)
     held = parallel.nbytes(state)
     # Beside the slots, while they decode too: beginnings, a batch's levels, and its rows that wait.
-    beside = parallel.nbytes([levels, prefix]) + len(stages) * gather.made + choose.made
-    reading = max(segment.temporaries, gather.temporaries, choose.temporaries)
-    temporaries = max(decode.temporaries + decode.made, reading)
+    beside = parallel.nbytes(prefix) + widest.levels
+    beside += len(stages) * widest.gather.made + widest.choose.made
+    temporaries = max(decode.temporaries + decode.made, widest.temporaries)
     left = chip.hbm - weights - held - beside - temporaries
 
     most = None
     if search:
         stays = weights + beside
-        most = _search(sweep, table, chip, batch, decode, reading, stays, state, program)
+        most = _search(sweep, table, chip, batch, decode, widest, stays, state, program)
 
     model_axis = sizes["model"]
     exchanged = exchange_seconds(decode.turn.exchanges, model_axis, chip)
@@ -326,8 +321,9 @@ def check(
         return p.once.cycles / chip.clock + exchange_seconds(p.once.exchanges, model_axis, chip)
 
     chunk = alone(decode)
-    through = len(stages) * (alone(segment) + alone(gather)) + alone(choose)
-    decoding, reading_seconds = table_seconds(table, batch, step, chunk, through)
+    through = len(stages) * alone(usual.segment)
+    together = len(stages) * alone(usual.gather) + alone(usual.choose)
+    decoding, reading_seconds = table_seconds(table, batch, step, chunk, through, together)
     # Every step reads all weights but the token table, of which it reads the rows it needs.
     read = weights - parallel.nbytes(sweep.params["embed"]) * (not config.tied) + cache
     return Check(
@@ -346,7 +342,9 @@ def check(
         bound_seconds=read / chip.bandwidth,
         exchanges=decode.turn.exchanges,
         exchanged_bytes=sum(e.nbytes * e.times for e in decode.turn.exchanges),
+        lane=table.width,
         prefill_seconds=through,
+        together_seconds=together,
         largest_batch=most,
         table_rows=table.rows,
         table_seconds=decoding + reading_seconds,
@@ -355,13 +353,35 @@ def check(
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """Programs that read prompts in lanes of one width.
+
+    Attributes:
+      levels: bytes of what a batch of lanes leaves at all levels.
+      segment: some layers.
+      gather: putting rows together at a level.
+      choose: the first tokens.
+    """
+
+    levels: int
+    segment: lowering.Program
+    gather: lowering.Program
+    choose: lowering.Program
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes that the dearest of them needs while it runs."""
+        return max(p.temporaries for p in (self.segment, self.gather, self.choose))
+
+
 def _search(
     sweep: lowering.Sweep,
     table: Table,
     chip: Chip,
     batch: int,
     decode: lowering.Program,
-    reading: int,
+    reading: _Reading,
     stays: int,
     state: Any,
     program: Callable[..., lowering.Program],
@@ -372,7 +392,11 @@ def _search(
     """
 
     def needed(state: Any, decode: lowering.Program) -> int:
-        return stays + parallel.nbytes(state) + max(decode.temporaries + decode.made, reading)
+        return (
+            stays
+            + parallel.nbytes(state)
+            + max(decode.temporaries + decode.made, reading.temporaries)
+        )
 
     multiple = _multiple(sweep.mesh.shape)
     other = max(batch // 2 // multiple * multiple, multiple)

@@ -48,13 +48,13 @@ def tpu_check(
     """
     # The TPU compiler is called by name; JAX itself stays on the CPU.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from jaxsteer import chips
+    from jaxsteer import chips, published
     from jaxsteer import topology as topologies
     from jaxsteer.show import plain
 
     failed = []
     done = []
-    asked = list(itertools.product(topology or chips.TOPOLOGIES, model or topologies.MODELS))
+    asked = list(itertools.product(topology or chips.TOPOLOGIES, model or published.MODELS))
     # Before minutes are spent on the first.
     for slice_, name in asked:
         topologies.mesh_on(name, slice_, mesh, batch)
@@ -122,7 +122,8 @@ def _table(checks: Sequence[Check]) -> Table:
     line("bound / step", lambda c: f"{c.bound_seconds / c.step_seconds:.0%}")
     line("exchanged a step, MB", lambda c: f"{c.exchanged_bytes / 1e6:.1f}")
     line("once a chunk, ms", lambda c: f"{1e3 * c.chunk_seconds:.1f}")
-    line("prefill of 16, ms", lambda c: f"{1e3 * c.prefill_seconds:.1f}")
+    line("16 lanes read, ms", lambda c: f"{1e3 * c.prefill_seconds:.1f}")
+    line("16 rows put together, ms", lambda c: f"{1e3 * c.together_seconds:.1f}")
     line("table, s (compiled estimate)", lambda c: f"{c.table_seconds:.0f}")
     for note in dict.fromkeys(note for check in checks for note in check.notes):
         table.caption += f" {note}."

@@ -30,7 +30,9 @@ def check(**changes):
         "bound_seconds": 0.007,
         "exchanges": (),
         "exchanged_bytes": 68_000_000,
+        "lane": 128,
         "prefill_seconds": 0.0225,
+        "together_seconds": 0.0035,
         "largest_batch": 1360,
         "table_rows": 3443,
         "table_seconds": 47.4,
@@ -75,6 +77,25 @@ def test_what_the_mesh_cannot_split_is_under_the_table():
 
 def test_more_than_there_is_does_not_fit():
     assert check().fits and not check(left=-1).fits
+
+
+@pytest.mark.parametrize("command", [["--model", "llama-3.1-8b"], ["--json"]])
+def test_what_does_not_fit_is_said_after_all_were_compiled_and_fails(monkeypatch, command):
+    def checked(name, slice_, **options):
+        if slice_ == "v4:2x2x1":
+            raise topology.DoesNotFitError(f"{name} does not fit {slice_} on mesh: it took all")
+        return check(model=name, topology=slice_, left=-GIB if slice_ == "v5e:2x4" else 0)
+
+    monkeypatch.setattr(topology, "mesh_on", lambda *asked: None)
+    monkeypatch.setattr(topology, "check", checked)
+    done = CliRunner().invoke(app, ["tpu-check", *command], catch_exceptions=False)
+    assert done.exit_code == 1
+    assert "compiling llama-3.1-8b for v4:2x2x1" in done.stderr
+    assert "llama-3.1-8b does not fit v5e:2x4 with 256 rows: 1.0 GiB too much" in done.stderr
+    assert "llama-3.1-8b does not fit v4:2x2x1 on mesh: it took all" in done.stderr
+    assert "fit v6e:2x4" not in done.stderr and "v6e:2x4" in done.stdout
+    fits = CliRunner().invoke(app, ["tpu-check", "--topology", "v6e:2x4"], catch_exceptions=False)
+    assert fits.exit_code == 0 and "does not fit" not in fits.stderr
 
 
 def test_what_is_asked_for_last_is_looked_at_before_the_first_is_compiled(monkeypatch):
