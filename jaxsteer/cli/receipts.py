@@ -15,6 +15,7 @@ from jaxsteer.cli.common import (
     MeshOption,
     ModelOption,
     app,
+    check_device,
     open_model,
     use_compile_cache,
 )
@@ -65,6 +66,7 @@ def verify(
     receipt: Annotated[Path, typer.Argument(help="receipt.json.")],
     results: Annotated[Path | None, typer.Option(help="Results folder to rebuild it from.")] = None,
     model: Annotated[Path | None, typer.Option(help="Converted checkpoint to hash.")] = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Recompute all that can be; exit 1 when something does not match.
 
@@ -74,7 +76,9 @@ def verify(
     from jaxsteer.receipt import verify as verifying
     from jaxsteer.receipt.terminal import checks_table, verdict
 
-    checks = verifying.verify(receipt, folder=results, model=model)
+    if model is not None:
+        check_device()
+    checks = verifying.verify(receipt, folder=results, model=model, mesh=mesh)
     console = _console()
     console.print(checks_table(checks))
     console.print(verdict(checks))

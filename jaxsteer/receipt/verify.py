@@ -40,13 +40,17 @@ class Check:
     warning: str = ""
 
 
-def verify(path: Path, *, folder: Path | None = None, model: Path | None = None) -> list[Check]:
+def verify(
+    path: Path, *, folder: Path | None = None, model: Path | None = None, mesh: str | None = None
+) -> list[Check]:
     """Check a receipt against all that is at hand.
 
     Args:
       path: receipt.json.
       folder: its results folder, to rebuild it from.
       model: its converted checkpoint, to hash.
+      mesh: as `parallel.parse` reads it, the devices to read a checkpoint onto that none holds
+        alone; None for one device.
 
     Raises:
       UserError: the file is no receipt, or what it is checked against cannot be read.
@@ -68,7 +72,7 @@ def verify(path: Path, *, folder: Path | None = None, model: Path | None = None)
         checks.append(_unchecked("which version wrote the receipt", detail, warning))
     checks.append(_page(path, raw, receipt))
     checks += _results(value, receipt, folder, damaged=bool(found))
-    checks += _model(receipt, model)
+    checks += _model(receipt, model, mesh)
     checks.append(
         Check(
             status="unchecked",
@@ -211,14 +215,16 @@ def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:
         yield where
 
 
-def _model(receipt: Statement, folder: Path | None) -> Iterator[Check]:
+def _model(receipt: Statement, folder: Path | None, mesh: str | None) -> Iterator[Check]:
     if folder is None:
         yield _unchecked("the model's files", "give --model to hash them")
         return
+    from jaxsteer import parallel
     from jaxsteer.chatmodel import ChatModel
 
     # Loading hashes every parameter, the config and the tokenizer against the manifest.
-    identity = ChatModel.load(folder).identity()
+    spread = None if mesh is None else parallel.mesh(mesh)
+    identity = ChatModel.load(folder, mesh=spread).identity()
     p = receipt.predicate.model
     differ = [
         f"{name} differs"

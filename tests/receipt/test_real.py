@@ -48,6 +48,21 @@ def test_its_subjects_are_the_checkpoints_files(folder, checkpoint):
         assert digests[f"source/{name}"] == sha256
 
 
+def test_a_model_is_hashed_on_the_mesh_that_is_asked_for(folder, checkpoint, monkeypatch):
+    loaded, load = [], ChatModel.load
+
+    def spied(path, **options):
+        loaded.append(load(path, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(ChatModel, "load", spied)
+    checks = verify.verify(folder / build.JSON, model=checkpoint, mesh="data=1,model=1")
+    assert verify.passed(checks)
+    assert dict(loaded[0].mesh.shape) == {"data": 1, "model": 1}
+    with pytest.raises(UserError, match="mesh model=8 needs 8 devices"):
+        verify.verify(folder / build.JSON, model=checkpoint, mesh="model=8")
+
+
 def test_another_model_is_a_mismatch(folder, tmp_path):
     other = convert(tiny.save(tiny.qwen2(), tmp_path / "hf"), tmp_path / "out", "float32")
     checks = verify.verify(folder / build.JSON, model=other)
