@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import polars as pl
@@ -233,12 +236,11 @@ def test_outside_of_a_git_repository_nothing_of_git_is_shown(monkeypatch, reposi
     assert "git" not in capfd.readouterr().err
 
 
-def test_the_tasks_commands_run_a_study(tmp_path):
-    model = convert(tiny.save(tiny.llama(), tmp_path / "hf"), tmp_path / "model", "float32")
-    study = tiny.study_file(tmp_path)
-    home = tmp_path / "home"
+def machine(disk, study, store, options=""):
+    """A machine with a disk of its own that has begun the task's commands."""
+    model = convert(tiny.save(tiny.llama(), disk / "hf"), disk / "model", "float32")
     # On the machine this environment is made by the task's setup.
-    activate = home / "jaxsteer-env/bin/activate"
+    activate = disk / "jaxsteer-env/bin/activate"
     activate.parent.mkdir(parents=True)
     activate.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
     filled = cloud.task(
@@ -246,23 +248,53 @@ def test_the_tasks_commands_run_a_study(tmp_path):
         name="tiny",
         machine=cloud.tpu("v5e-8"),
         zone="us-west4-a",
-        store=str(tmp_path),
+        store=str(store),
         spot=True,
         model=str(model),
-        options="--limit 2",
+        options=options,
     )
-    given = os.environ | filled["envs"] | {"HOME": str(home), "SKYPILOT_NUM_NODES": "1"}
-    done = subprocess.run(
+    return subprocess.Popen(
         ["bash", "-c", yaml.safe_load(cloud.text(filled))["run"]],
-        env=given,
-        capture_output=True,
+        env=os.environ | filled["envs"] | {"HOME": str(disk), "SKYPILOT_NUM_NODES": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
+
+
+def test_the_tasks_commands_run_a_study(tmp_path):
+    done = machine(tmp_path / "disk", tiny.study_file(tmp_path), tmp_path, "--limit 2")
+    said, errors = done.communicate()
+    assert done.returncode == 0, errors
     out = tmp_path / "results/tiny"
     assert pl.read_parquet(out / "responses.parquet").height == 18
-    assert re.search(rf"are in {out}$", done.stdout.strip())
+    assert re.search(rf"are in {out}$", said.strip())
+
+
+def test_a_machine_that_takes_over_goes_on_from_the_store(tmp_path):
+    study = tiny.study_file(tmp_path, ("harmful = 6", "harmful = 14"), ("batch = 4", "batch = 2"))
+    out = tmp_path / "results/tiny"
+
+    def kept():
+        return {path.name: path.read_bytes() for path in (out / "shards").glob("*.parquet")}
+
+    preempted = machine(tmp_path / "first", study, tmp_path)
+    tick = threading.Event()
+    while not kept() and preempted.poll() is None:
+        tick.wait(0.002)
+    os.killpg(preempted.pid, signal.SIGKILL)
+    preempted.communicate()
+    assert preempted.returncode == -signal.SIGKILL and not (out / "responses.parquet").exists()
+    before = kept()
+    # With a disk of its own, on which the model was converted anew.
+    after = machine(tmp_path / "second", study, tmp_path)
+    _, errors = after.communicate()
+    assert after.returncode == 0, errors
+    held = sum(pl.read_parquet(io.BytesIO(data)).height for data in before.values())
+    assert held > 0 and f"{held}/" in errors
+    assert before.items() <= kept().items()
+    assert pl.read_parquet(out / "responses.parquet")["row_id"].is_unique().all()
 
 
 def test_the_scripts_are_bash():
