@@ -1,7 +1,8 @@
 """Run the benchmarks: python -m tests.bench [--only PART,...] [--full] [--rounds N] [--show].
 
-Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `ceilings`, `compile` and
-`scaling`. What is measured goes to results/bench/bench.json as it comes, and into a table.
+Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `ceilings`, `compile`,
+`scaling`, all on this machine's CPU, and `accelerator`, on its GPU or TPU. What is measured goes to
+results/bench/bench.json as it comes, and into a table.
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ PEERS: tuple[tuple[str, str, str, tuple[int, ...], int, float], ...] = (
     ("lens", "TransformerLens, best batch", "lens", (8, 32, 64), 48, 6.0),
     ("nnsight", "nnsight, best batch", "nnsight", (8, 32, 64), 48, 6.0),
 )
-PARTS = ("study", *(peer[0] for peer in PEERS), "ceilings", "compile", "scaling")
+PARTS = ("study", *(peer[0] for peer in PEERS), "ceilings", "compile", "scaling", "accelerator")
+# Parts that a process of their own measures, by module.
+ALONE = {
+    "scaling": "cost against conditions, rows, layers and width",
+    "accelerator": "a GPU or TPU",
+}
+# Libraries are compared on one device, which all of them can use.
+ON_CPU = {"JAX_PLATFORMS": "cpu"}
 TUNING_TOKENS = 12
 
 
@@ -52,11 +60,15 @@ class Worker:
     def __init__(
         self, errors: IO[str], python: Path, name: str, *paths: Path, cache: Path | None = None
     ):
-        environment = os.environ | {
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = (
+            os.environ
+            | ON_CPU
+            | {
+                "TOKENIZERS_PARALLELISM": "false",
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": str(ROOT),
+            }
+        )
         if cache is not None:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
         self.errors = errors
@@ -150,6 +162,25 @@ class Bench:
 
     def run(self, parts: set[str]) -> None:
         """Run parts in an order that leaves the machine to one library at a time."""
+        if parts - set(ALONE):
+            self._compared(parts)
+        for part, words in ALONE.items():
+            if part not in parts:
+                continue
+            self.say(words)
+            checkpoint, study, _ = self.paths()
+            done = subprocess.run(
+                [sys.executable, "-m", f"tests.bench.{part}", str(checkpoint), str(study)],
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                check=True,
+                env=os.environ | (ON_CPU if part == "scaling" else {}),
+            )
+            # Libraries may print before.
+            self.record[part] = json.loads(done.stdout.splitlines()[-1])
+            self.save()
+
+    def _compared(self, parts: set[str]) -> None:
         python = Path(sys.executable)
         with tempfile.TemporaryDirectory() as folder:
             cold = None
@@ -178,16 +209,6 @@ class Bench:
                     self._study_again(ours)
                 if "ceilings" in parts:
                     self._ceilings(ours)
-        if "scaling" in parts:
-            self.say("cost against conditions, rows, layers and width")
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.bench.scaling", str(CHECKPOINT)],
-                stdout=subprocess.PIPE,
-                cwd=ROOT,
-                check=True,
-            )
-            self.record["scaling"] = json.loads(done.stdout)
-            self.save()
 
     def _twice(self, ours: Worker) -> dict[str, Any]:
         """Seconds of the first and second run of rows that need every program of the study."""
@@ -306,7 +327,7 @@ class Bench:
         except (Failed, OSError):
             self.say("no torch to measure with")
         self.say("prefill and decode alone")
-        self.record["phases"] = shares(
+        self.record["phases"] = figures.shares(
             ours.ask("phases", batch=0), list(self.record["ceilings"].values())
         )
         self.save()
@@ -319,35 +340,6 @@ def covering(job: Job) -> list[int]:
         chosen.setdefault(len(tokens), row)
     conditions = {job.condition[row]: row for row in range(len(job.tokens))}
     return sorted({*chosen.values(), *conditions.values()})
-
-
-def shares(phases: dict[str, Any], ceilings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of prefill and decode, their ceilings, and the shares of them."""
-    work = figures.Work(**phases["work"])
-    flops = max(found["matmul"] for found in ceilings)
-    bandwidth = max(found["read"] for found in ceilings)
-    slots = phases["slots"]
-    at_rows = max(found["matmul_rows"][str(slots)] for found in ceilings)
-    prefill = phases["prompt_tokens"] / phases["prefill_s"]
-    decode = phases["new_tokens"] / phases["decode_s"]
-    most = work.decode_ceiling(slots, flops, bandwidth)
-    computing = slots * work.decode_flops / flops
-    return {
-        "measured": phases,
-        "prefill": {
-            "rate": prefill,
-            "ceiling": work.prefill_ceiling(flops),
-            "bound": "compute",
-            "share": prefill / work.prefill_ceiling(flops),
-        },
-        "decode": {
-            "rate": decode,
-            "ceiling": most,
-            "bound": "compute" if slots / computing <= most * 1.0001 else "memory",
-            "share": decode / most,
-            "share_at_rows": decode / work.decode_ceiling(slots, at_rows, bandwidth),
-        },
-    }
 
 
 def commit() -> str:

@@ -111,6 +111,35 @@ class Work:
         return rows / max(rows * self.decode_flops / flops, reading)
 
 
+def shares(phases: Mapping[str, Any], ceilings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rates of prefill and decode, their ceilings, and the shares of them."""
+    work = Work(**phases["work"])
+    flops = max(found["matmul"] for found in ceilings)
+    bandwidth = max(found["read"] for found in ceilings)
+    slots = phases["slots"]
+    at_rows = max(found["matmul_rows"][str(slots)] for found in ceilings)
+    prefill = phases["prompt_tokens"] / phases["prefill_s"]
+    decode = phases["new_tokens"] / phases["decode_s"]
+    most = work.decode_ceiling(slots, flops, bandwidth)
+    computing = slots * work.decode_flops / flops
+    return {
+        "measured": phases,
+        "prefill": {
+            "rate": prefill,
+            "ceiling": work.prefill_ceiling(flops),
+            "bound": "compute",
+            "share": prefill / work.prefill_ceiling(flops),
+        },
+        "decode": {
+            "rate": decode,
+            "ceiling": most,
+            "bound": "compute" if slots / computing <= most * 1.0001 else "memory",
+            "share": decode / most,
+            "share_at_rows": decode / work.decode_ceiling(slots, at_rows, bandwidth),
+        },
+    }
+
+
 def verdict(value: float | None, least: float | None) -> str:
     """`met`, `not met`, or nothing where there is no target or no figure."""
     if value is None or least is None:

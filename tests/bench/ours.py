@@ -109,7 +109,12 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
         "decode_s": seconds[many] - seconds[few],
         "all_seconds": times,
         "work": dataclasses.asdict(
-            Work.of(ours.model.config, prompt=found, context=total / batch + sum(new_tokens) / 2)
+            Work.of(
+                ours.model.config,
+                prompt=found,
+                context=total / batch + sum(new_tokens) / 2,
+                itemsize=ours.model.params["embed"]["embedding"].dtype.itemsize,
+            )
         ),
     }
 

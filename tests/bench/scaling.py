@@ -1,6 +1,6 @@
 """How cost grows with conditions, rows, layers and width: small random models, real programs.
 
-    python -m tests.bench.scaling CHECKPOINT
+    python -m tests.bench.scaling CHECKPOINT [STUDY]
 
 prints one JSON object: per axis the points and the fitted exponent.
 """
@@ -16,15 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import rows, weights
+from jaxsteer import rows
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.config import ModelConfig
 from jaxsteer.generate import Decoding
 from jaxsteer.interventions import Add, compile_conditions
-from jaxsteer.model import graph
 from jaxsteer.rows import Request
+from tests.bench import workload
 from tests.bench.figures import exponent
 
 CONDITIONS = (1, 4, 16, 64)
@@ -35,7 +36,7 @@ BASE = {"conditions": 4, "rows": 128, "layers": 4, "width": 256}
 PROMPT, NEW, BATCH = 24, 16, 32
 
 
-def random_model(model: ChatModel, layers: int, width: int) -> ChatModel:
+def small_model(model: ChatModel, layers: int, width: int) -> ChatModel:
     """A model of these sizes with random weights, under the real one's tokenizer."""
     config: ModelConfig = dataclasses.replace(
         model.config,
@@ -47,21 +48,12 @@ def random_model(model: ChatModel, layers: int, width: int) -> ChatModel:
         n_kv_heads=max(width // 128, 1),
         head_dim=64,
     )
-    draw = np.random.default_rng(0)
-    params = weights.nest(
-        (path, (0.05 * draw.standard_normal(shape)).astype(np.float32))
-        for path, shape in weights.param_shapes(config).items()
-    )
-    import jax
-
-    return dataclasses.replace(
-        model, config=config, definition=graph(config), params=jax.device_put(params)
-    )
+    return workload.random_model(model, config, jnp.float32)
 
 
 def prepared(model: ChatModel, conditions: int, count: int, layers: int, width: int) -> Any:
     """A call that runs `count` rows, spread over conditions that steer different layers."""
-    small = random_model(model, layers, width)
+    small = small_model(model, layers, width)
     draw = np.random.default_rng(1)
     direction = draw.standard_normal((layers, width)).astype(np.float32)
     stacked = compile_conditions(

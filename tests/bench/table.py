@@ -26,7 +26,7 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         style="dim",
         highlight=False,
     )
-    for part in (_study, _peers, _hardware, _compiling, _scaling):
+    for part in (_study, _peers, _hardware, _compiling, _scaling, _accelerator):
         part(record, console)
 
 
@@ -153,3 +153,39 @@ def _scaling(record: Mapping[str, Any], console: Console) -> None:
         points = "  ".join(f"{size}: {seconds:.2f}" for size, seconds in found["points"])
         table.add_row(axis, f"{found['exponent']:.2f}", points)
     console.print(table)
+
+
+def _accelerator(record: Mapping[str, Any], console: Console) -> None:
+    if "accelerator" not in record:
+        return
+    found = record["accelerator"]
+    if "skipped" in found:
+        console.print(escape(f"\nGPU or TPU: skipped, {found['skipped']}"))
+        return
+    title = f"\nThe demo study on {escape(found['device'])}, bfloat16, compile excluded"
+    table = Table(title=title, title_justify="left")
+    for name in (
+        "slots",
+        "seconds",
+        "new tokens/s",
+        "prefill of its ceiling",
+        "decode",
+        "bound by",
+    ):
+        table.add_column(name, justify="right")
+    for study, phases in zip(found["study"], found["phases"], strict=True):
+        table.add_row(
+            str(study["slots"]),
+            f"{study['seconds']:.1f}",
+            f"{study['rate']:.0f}",
+            f"{100 * phases['prefill']['share']:.0f} %",
+            f"{100 * phases['decode']['share']:.0f} %",
+            phases["decode"]["bound"],
+        )
+    console.print(table)
+    large = found["table"]
+    console.print(
+        f"The paper's table on random weights of its size: {large['rows']} rows of "
+        f"{large['new_tokens']} new tokens, {large['slots']} slots: "
+        f"[bold]{large['seconds']:.1f} s[/]"
+    )

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -19,8 +22,9 @@ from jaxsteer.rows import Request
 from jaxsteer.weights import param_shapes
 from tests import oracle, tiny
 from tests.bench import __main__ as bench
-from tests.bench import figures, hooks, ours, peers, table, worker, workload
+from tests.bench import accelerator, figures, hooks, ours, peers, table, worker, workload
 from tests.bench.job import Job, Site
+from tests.test_parallel import tiny_config
 
 PROMPTS = [[5, 9, 11, 4], [7, 8], [12, 30, 31, 32, 33, 6], [20, 21, 22]]
 NEW = 8
@@ -238,12 +242,12 @@ def test_shares_are_rates_over_ceilings() -> None:
         "work": work,
     }
     ceiling = {"matmul": 1000.0, "matmul_rows": {"4": 500.0}, "read": 1e9}
-    found = bench.shares(phases, [ceiling, ceiling | {"matmul": 900.0}])
+    found = figures.shares(phases, [ceiling, ceiling | {"matmul": 900.0}])
     assert found["prefill"]["share"] == pytest.approx(0.8)
     assert found["decode"]["share"] == pytest.approx(20 / 50)
     assert found["decode"]["bound"] == "compute"
     assert found["decode"]["share_at_rows"] == pytest.approx(20 / 25)
-    slow = bench.shares(phases, [ceiling | {"read": 100.0}])
+    slow = figures.shares(phases, [ceiling | {"read": 100.0}])
     assert slow["decode"]["bound"] == "memory"
     assert slow["decode"]["share"] == pytest.approx(20 / 4)
 
@@ -267,6 +271,75 @@ def test_agreement_is_the_share_of_rows_with_the_same_tokens() -> None:
 )
 def test_a_target_is_met_from_its_own_value_on(value, least, said) -> None:
     assert figures.verdict(value, least) == said
+
+
+SMALL = accelerator.Sizes(
+    batches=(4, 8),
+    matrix=64,
+    read=4096,
+    # More tokens than the tokenizer has.
+    config=dataclasses.replace(tiny_config(), vocab_size=1000),
+    prompts=5,
+    conditions=3,
+    beginning=7,
+    new_tokens=6,
+    slots=4,
+)
+
+
+def test_an_accelerator_is_measured_in_bfloat16_at_every_batch_and_on_the_large_table(
+    model: ChatModel, work: workload.Workload
+) -> None:
+    # On the CPU, which is a device like any other to what is measured.
+    seen = []
+
+    def replies(used: ChatModel, *of: object) -> list[list[int]]:
+        seen.append(used.params["embed"]["embedding"].dtype)
+        return ours.replies(used, *of)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "ours", SimpleNamespace(replies=replies, phases=ours.phases))
+        found = accelerator.measure(model, work, SMALL)
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)} and len(seen) == 4
+    assert [one["slots"] for one in found["study"]] == [4, 8]
+    assert all(one["new_tokens"] > 0 and one["rate"] > 0 for one in found["study"])
+    for one in found["phases"]:
+        # Two bytes for each weight of every matrix.
+        matrices = [s for s in param_shapes(model.config).values() if len(s) == 2]
+        looked_up = (
+            0 if model.config.tied else int(np.prod(param_shapes(model.config)["embed/embedding"]))
+        )
+        weights = sum(int(np.prod(shape)) for shape in matrices) - looked_up
+        assert one["measured"]["work"]["weight_bytes"] == 2 * weights
+        assert one["prefill"]["share"] > 0 and one["decode"]["share"] > 0
+    assert found["table"]["rows"] == 15 and found["table"]["seconds"] > 0
+    json.dumps(found)
+
+
+def test_without_an_accelerator_the_part_is_skipped_with_a_word(tmp_path: Path) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    run = bench.Bench(tmp_path, 1, False, console)
+    run.run({"accelerator"})
+    table.show(run.record, console)
+    assert "GPU or TPU: skipped, JAX has only a CPU here" in console.export_text()
+    assert "skipped" in json.loads((tmp_path / "bench.json").read_text())["accelerator"]
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [("nowhere/python", "no nowhere/python; `make bench` makes it"), (sys.executable, "job")],
+)
+def test_a_peer_that_is_absent_or_does_not_start_is_skipped_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str, said: str
+) -> None:
+    console = Console(width=300, record=True, file=io.StringIO())
+    run = bench.Bench(tmp_path, 1, False, console)
+    monkeypatch.setattr(bench, "PEERS_PYTHON", bench.ROOT / python)
+    run._peer(None, *bench.PEERS[0])
+    (peer,) = json.loads((tmp_path / "bench.json").read_text())["peers"]
+    assert said in peer["skipped"] and peer["name"] == "hf-1"
+    table.show(run.record, console)
+    assert "HF + hooks, one prompt at a time: skipped, " in console.export_text()
 
 
 def record() -> dict:
@@ -297,6 +370,12 @@ def record() -> dict:
         ],
         "phases": {"prefill": share, "decode": share},
         "compile": {"programs": 4, "cold_s": 14.0, "cached_s": 2.0, "later": 0},
+        "accelerator": {
+            "device": "a [card]",
+            "study": [{"slots": n, "seconds": 9.0, "rate": 5000.0} for n in (64, 1024)],
+            "phases": [{"prefill": share, "decode": share | {"bound": "memory"}}] * 2,
+            "table": {"rows": 3443, "new_tokens": 150, "slots": 256, "seconds": 61.0},
+        },
         "scaling": {"rows": {"exponent": 0.98, "points": [[64, 1.0], [128, 2.0]]}},
     }
 
@@ -316,6 +395,9 @@ def test_the_table_says_which_targets_are_met() -> None:
     assert "80 % not met" in line("prefill ")
     assert "<= 15 s, met" in line("Compiling")
     assert "0.98" in line("64: 1.00  128: 2.00")
+    assert "on a [card]" in line("The demo study on")
+    assert [cell.strip() for cell in line(" 1024 ").split("│")[2:5]] == ["9.0", "5000", "57 %"]
+    assert "3443 rows of 150 new tokens, 256 slots: 61.0 s" in line("The paper's table")
 
 
 def test_a_cold_compile_over_its_target_is_not_met() -> None:

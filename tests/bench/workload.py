@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from jaxsteer import planned, run, setup, spec, weights
 from jaxsteer.chatmodel import ChatModel
 from jaxsteer.conditions import conditions
-from jaxsteer.config import to_hf
+from jaxsteer.config import ModelConfig, to_hf
 from jaxsteer.generate import Decoding
 from jaxsteer.interventions import Add, Interventions, Operation, Project
+from jaxsteer.model import graph
 from jaxsteer.rows import Request
 from tests.bench.job import Job, Site
 
@@ -95,6 +99,28 @@ def sites(operations: Sequence[Operation]) -> list[Site]:
             else:
                 site.removed.extend(d[measured] for d in operation.directions)
     return [found[key] for key in sorted(found)]
+
+
+def random_model(model: ChatModel, config: ModelConfig, dtype: DTypeLike) -> ChatModel:
+    """A model of other sizes with random weights, under the real one's tokenizer.
+
+    Args:
+      model: the real one.
+      config: sizes of the other; its vocabulary may be larger than the tokenizer's.
+      dtype: of its parameters.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("shape",))
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return (0.05 * jax.random.normal(key, shape)).astype(dtype)
+
+    shapes = weights.param_shapes(config)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = weights.nest(
+        (path, draw(key, tuple(shape)))
+        for key, (path, shape) in zip(keys, shapes.items(), strict=True)
+    )
+    return dataclasses.replace(model, config=config, definition=graph(config, dtype), params=params)
 
 
 def hf_folder(model: ChatModel, tokenizer: Path, out: Path) -> Path:

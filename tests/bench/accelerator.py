@@ -1,0 +1,211 @@
+"""A GPU or TPU: the demo study and the paper's table, absolute times and shares of its ceilings.
+
+    python -m tests.bench.accelerator CHECKPOINT STUDY
+
+prints one JSON object, or why nothing was measured. Weights are bfloat16, which `jaxsteer convert`
+makes for such a device; peers are not run on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer import rows
+from jaxsteer.chatmodel import ChatModel
+from jaxsteer.config import ModelConfig
+from jaxsteer.generate import Decoding
+from jaxsteer.interventions import Add, Operation, compile_conditions
+from jaxsteer.model import exact_products, graph
+from jaxsteer.published import MODELS
+from jaxsteer.rows import Request
+from tests.bench import figures, ours, workload
+from tests.bench.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured; by default what a device of this kind is for.
+
+    Attributes:
+      batches: slots for the demo study, one run each.
+      matrix: rows and columns of the product that is the ceiling of computing.
+      read: bytes of the array whose reading is the ceiling of memory.
+      config: of the large model, whose weights are random.
+      prompts: of the table.
+      conditions: of the table.
+      beginning: tokens of the system prompt that the table's rows share.
+      new_tokens: of each of the table's replies.
+      slots: for the table.
+    """
+
+    batches: Sequence[int] = (64, 128, 256, 512, 1024)
+    matrix: int = 8192
+    read: int = 2**31
+    config: ModelConfig = MODELS["llama-3.1-8b"]
+    prompts: int = 313
+    conditions: int = 11
+    beginning: int = 48
+    new_tokens: int = 150
+    slots: int = 256
+
+
+def in_bfloat16(model: ChatModel) -> ChatModel:
+    """The model with its parameters rounded."""
+    params = jax.tree.map(lambda kernel: kernel.astype(jnp.bfloat16), model.params)
+    return dataclasses.replace(model, params=params, definition=graph(model.config, jnp.bfloat16))
+
+
+def ceilings(sizes: Sizes, slots: int) -> dict[str, Any]:
+    """Products of bfloat16 in operations/s, large ones and of `slots` rows, and bytes/s read."""
+
+    @jax.jit
+    def product(a: Any, b: Any) -> Any:
+        with exact_products():
+            return a @ b
+
+    def rate(count: int) -> float:
+        a = jnp.ones((count, sizes.matrix), jnp.bfloat16)
+        b = jnp.ones((sizes.matrix, sizes.matrix), jnp.bfloat16)
+        return 2 * count * sizes.matrix**2 / _best(lambda: product(a, b).block_until_ready())
+
+    total = jax.jit(jnp.sum)
+    held = jnp.ones((sizes.read // 4,), jnp.float32)
+    return {
+        "matmul": rate(sizes.matrix),
+        "matmul_rows": {str(slots): rate(slots)},
+        "read": sizes.read / _best(lambda: total(held).block_until_ready()),
+    }
+
+
+def study(model: ChatModel, work: Workload, batch: int) -> dict[str, Any]:
+    """The demo study with so many slots: seconds, compile left out, and what the device held."""
+    every = range(len(work.requests))
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        tokens = ours.replies(model, work, every, batch, work.decoding)
+        seconds.append(time.perf_counter() - start)
+    new = sum(map(len, tokens))
+    return {
+        "slots": batch,
+        "seconds": seconds[1],
+        "first_s": seconds[0],
+        "new_tokens": new,
+        "rate": new / seconds[1],
+        "peak_bytes": _peak(),
+    }
+
+
+def phases(model: ChatModel, work: Workload, sizes: Sizes, batch: int) -> dict[str, Any]:
+    """Prefill and decode alone with so many slots, as shares of the device's ceilings."""
+    found = ours.phases(SimpleNamespace(model=model, work=work), batch)
+    return figures.shares(found, [ceilings(sizes, batch)])
+
+
+def table(model: ChatModel, sizes: Sizes) -> dict[str, Any]:
+    """The paper's table on random weights: seconds of a few rows, which compile, and of all.
+
+    Conditions add at layers from the middle on; no token ends a reply.
+    """
+    config = sizes.config
+    large = workload.random_model(model, config, jnp.bfloat16)
+    draw = np.random.default_rng(0)
+    direction = draw.standard_normal((config.n_layers, config.d_model)).astype(np.float32)
+    middle = config.n_layers // 2
+    conditions: list[list[Operation]] = [[]]
+    for c in range(1, sizes.conditions):
+        at = middle + c % (config.n_layers - middle)
+        conditions.append([Add(direction=direction, layers=(at,), scale=0.1)])
+    beginning = draw.integers(3, config.vocab_size, sizes.beginning).tolist()
+    # About as long as harmful requests are.
+    own = [draw.integers(3, config.vocab_size, n) for n in draw.integers(12, 100, sizes.prompts)]
+    requests = [
+        Request(
+            tokens=beginning + prompt.tolist(),
+            condition=c,
+            row_id=c * sizes.prompts + i,
+            shared=sizes.beginning,
+        )
+        for c in range(len(conditions))
+        for i, prompt in enumerate(own)
+    ]
+    stacked = compile_conditions(
+        conditions, ["all"] * len(conditions), n_layers=config.n_layers, d_model=config.d_model
+    )
+
+    def timed(skip: Collection[int] = ()) -> float:
+        start = time.perf_counter()
+        decoding = Decoding(max_new_tokens=sizes.new_tokens, eos=())
+        run = rows.run(large, requests, stacked, decoding, batch=sizes.slots, skip=skip)
+        done = sum(map(len, run))
+        assert done == len(requests) - len(skip)
+        return time.perf_counter() - start
+
+    first = timed(range(sizes.slots, len(requests)))
+    return {
+        "rows": len(requests),
+        "slots": sizes.slots,
+        "new_tokens": sizes.new_tokens,
+        "first_s": first,
+        "seconds": timed(),
+        "peak_bytes": _peak(),
+    }
+
+
+def measure(model: ChatModel, work: Workload, sizes: Sizes | None = None) -> dict[str, Any]:
+    """All of it on JAX's first device."""
+    sizes = sizes or Sizes()
+    small = in_bfloat16(model)
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind} ({device.platform})",
+        "study": [study(small, work, batch) for batch in sizes.batches],
+        "phases": [phases(small, work, sizes, batch) for batch in sizes.batches],
+        "table": table(model, sizes),
+    }
+
+
+def _peak() -> int | None:
+    # Of the whole process so far; a CPU does not count it.
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _best(call: Callable[[], Any], times: int = 7) -> float:
+    call()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main(checkpoint: str, setup: str) -> None:
+    """Measure, if there is something to measure."""
+    if jax.default_backend() == "cpu":
+        print(
+            json.dumps({"skipped": "JAX has only a CPU here; pip install -e '.[cuda]' for a GPU"})
+        )
+        return
+    from jaxsteer.programs import use_compile_cache
+
+    use_compile_cache()
+    model = ChatModel.load(Path(checkpoint), verify=False)
+    print(json.dumps(measure(model, workload.demo(model, Path(setup)))))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(*sys.argv[1:])
