@@ -147,7 +147,9 @@ def task(
     if store is not None and not re.fullmatch(
         r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9]|/[\w./-]+", store
     ):
-        raise UserError(f"store {store!r} is neither gs://BUCKET nor an absolute path")
+        raise UserError(
+            f"store {store!r} is neither gs://BUCKET, in small letters, nor an absolute path"
+        )
     filled = yaml.safe_load((resources.files("jaxsteer.cloud") / "sweep.yaml").read_text("utf-8"))
     filled["resources"] |= {
         "infra": f"gcp/{zone.rpartition('-')[0]}/{zone}",
