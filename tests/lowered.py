@@ -1,4 +1,4 @@
-"""Compile the decode program of a tiny model for data=4,model=2, for `test_lowering`; print JSON.
+"""Compile the programs of a tiny model for data=4,model=2, for `test_lowering`; print JSON.
 
 In a process of its own: the devices are virtual CPU devices, whose number is fixed when JAX starts,
 and shapes without values would not pass the type checks of the other tests.
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+from typing import Any
 
 if __name__ == "__main__":
     # Not on import: a test run that collects this file would have eight devices, too.
@@ -19,7 +20,7 @@ if __name__ == "__main__":
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     )
 
-from jaxsteer import lowering, parallel
+from jaxsteer import lowering, parallel, prefill
 from jaxsteer.config import ModelConfig, RopeConfig
 
 CONFIG = ModelConfig(
@@ -39,6 +40,21 @@ CONFIG = ModelConfig(
 )
 BATCH, BEGINNING, LONGEST, NEW = 16, 16, 32, 8
 
+
+def reading(sweep: lowering.Sweep) -> dict[str, Any]:
+    """The programs that read prompts."""
+    prefix = sweep.prefix(BEGINNING)
+    levels = sweep.levels(LONGEST, prefix)
+    room = sweep.room(BEGINNING, LONGEST)
+    layers = prefill.stages(CONFIG.n_layers)[0]
+    calls = {
+        "segment": sweep.segment(levels[0].stream, layers, LONGEST, prefix),
+        "gather": sweep.gather(levels[1], layers, prefix, room),
+        "choose": sweep.first_token(levels, LONGEST, prefix, room),
+    }
+    return {name: dataclasses.asdict(lowering.compiled(*call)) for name, call in calls.items()}
+
+
 if __name__ == "__main__":
     sweep = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW)
     state = sweep.state(BATCH, BEGINNING, LONGEST)
@@ -48,6 +64,7 @@ if __name__ == "__main__":
         {
             "params_int8": parallel.nbytes(eight.params),
             "program_int8": dataclasses.asdict(lowering.compiled(*eight.advance(state))),
+            "reading": reading(sweep),
             "params": parallel.nbytes(sweep.params),
             "cache": parallel.nbytes(state.cache),
             "state": parallel.nbytes(state),

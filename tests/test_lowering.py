@@ -48,6 +48,34 @@ def test_kernels_in_eight_bits_are_half_as_large_and_as_few_bytes_are_exchanged(
     assert exchanges[0] == exchanges[1]
 
 
+def test_reading_prompts_hands_on_streams_keys_and_values_and_no_weight(lowered):
+    def exchanged(name):
+        found = lowered["reading"][name]["once"]["exchanges"]
+        return [(e["kind"], e["shape"], e["times"]) for e in found if e["nbytes"] > 128]
+
+    # Lanes of 32 tokens, 4 of a batch's 16 on each device. Each goes on from a stream that another
+    # device may have, which half of the devices hand to the other; then two sums, as in a step.
+    assert exchanged("segment") == [
+        ("all-reduce", "f32[8,32,32]", 1),
+        ("collective-permute", "f32[4,32,32]", 1),
+        ("all-reduce", "f32[4,32,32]", 2),
+    ]
+    # A row's lane may be anywhere: all lanes' keys and values of the device's 1 of 2 heads of 12.
+    assert exchanged("gather") == [("all-gather", "f32[16,1,32,12]", 2)]
+    # Last tokens' streams.
+    assert exchanged("choose") == [
+        ("all-reduce", "f32[8,32]", 1),
+        ("collective-permute", "f32[4,32]", 1),
+    ]
+
+
+def test_rows_are_put_together_in_pieces(lowered):
+    # Keys and values of 4 rows, 64 slots of 1 of 2 heads of 12, 2 bytes each; and what was changed
+    # in each row's layer, less than 100 bytes.
+    cache = 2 * 4 * 1 * 64 * 12 * 2
+    assert 0 <= lowered["reading"]["gather"]["made"] - cache <= 4 * 100
+
+
 def test_the_compiler_counts_the_same_arguments(lowered):
     # And the probes of 3 layers, the sampling's three numbers.
     rest = 3 * 32 * 4 + 3 * 8
