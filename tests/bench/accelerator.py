@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from jaxsteer.model import exact_products, graph
 from jaxsteer.published import MODELS
 from jaxsteer.rows import Request
 from tests.bench import figures, ours, workload
+from tests.bench.ceilings import best
 from tests.bench.workload import Workload
 
 
@@ -78,14 +79,14 @@ def ceilings(sizes: Sizes, slots: int) -> dict[str, Any]:
     def rate(count: int) -> float:
         a = jnp.ones((count, sizes.matrix), jnp.bfloat16)
         b = jnp.ones((sizes.matrix, sizes.matrix), jnp.bfloat16)
-        return 2 * count * sizes.matrix**2 / _best(lambda: product(a, b).block_until_ready())
+        return 2 * count * sizes.matrix**2 / best(lambda: product(a, b).block_until_ready(), 7)
 
     total = jax.jit(jnp.sum)
     held = jnp.ones((sizes.read // 4,), jnp.float32)
     return {
         "matmul": rate(sizes.matrix),
         "matmul_rows": {str(slots): rate(slots)},
-        "read": sizes.read / _best(lambda: total(held).block_until_ready()),
+        "read": sizes.read / best(lambda: total(held).block_until_ready(), 7),
     }
 
 
@@ -180,16 +181,6 @@ def measure(model: ChatModel, work: Workload, sizes: Sizes | None = None) -> dic
 def _peak() -> int | None:
     # Of the whole process so far; a CPU does not count it.
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _best(call: Callable[[], Any], times: int = 7) -> float:
-    call()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def main(checkpoint: str, setup: str) -> None:

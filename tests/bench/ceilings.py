@@ -27,13 +27,12 @@ def measure(library: str, rows: Sequence[int]) -> dict[str, Any]:
     """
     product, read, copy = (_jax if library == "jax" else _torch)()
     found: dict[str, Any] = {
-        "matmul": 2 * LARGE**3 / _best(product(LARGE, LARGE, LARGE, 1), 4),
+        "matmul": 2 * LARGE**3 / best(product(LARGE, LARGE, LARGE, 1), 4),
         "matmul_rows": {
-            str(n): 2 * n * WIDTH * INNER * 30 / _best(product(n, WIDTH, INNER, 30), 7)
-            for n in rows
+            str(n): 2 * n * WIDTH * INNER * 30 / best(product(n, WIDTH, INNER, 30), 7) for n in rows
         },
-        "read": FLOATS * 4 / _best(read, 4),
-        "copy": 2 * FLOATS * 4 / _best(copy, 4),
+        "read": FLOATS * 4 / best(read, 4),
+        "copy": 2 * FLOATS * 4 / best(copy, 4),
     }
     return found
 
@@ -95,8 +94,8 @@ def _random(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def _best(call: Callable[[], None], times: int) -> float:
-    # The best, not the median: a ceiling is what the machine can do when nothing is in the way.
+def best(call: Callable[[], Any], times: int) -> float:
+    """Seconds of the best of some calls: a ceiling is what can be when nothing is in the way."""
     call()
     seconds = []
     for _ in range(times):
