@@ -4,7 +4,7 @@ Two rows with the same prompt whose interventions agree below a layer have the s
 stream there, keys and values included. Prefill goes through the layers in segments (`prefill`), and
 before each one rows that are still the same are one entry, and those whose prompts are side by side
 in one lane (`lanes`). In a study that steers at resid_post.17 of 30 layers, 24 conditions on one
-lane cost one lane's work up to layer 15, and those that only differ from layer 20 on are one until
+lane cost one lane's work up to layer 15, and those that only differ from layer 21 on are one until
 then.
 """
 
