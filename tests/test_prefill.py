@@ -18,6 +18,26 @@ def test_stages_cover_every_layer_once_in_order_and_compile_two_programs_at_most
     assert len(set(sizes)) == 1 or sizes[-1] < sizes[0] == max(sizes[:-1]) == min(sizes[:-1])
 
 
+@pytest.mark.parametrize(
+    ("n_layers", "sizes"),
+    [
+        (1, [1]),
+        (11, [2, 2, 2, 2, 2, 1]),
+        # Llama-3.2-1B, Qwen2.5-0.5B, Qwen2.5-7B, SmolLM2-135M, Llama-3.1-8B, Qwen2.5-3B and
+        # Llama-3.1-70B.
+        (16, [2] * 8),
+        (24, [3] * 8),
+        (28, [4] * 7),
+        (30, [3] * 10),
+        (32, [4] * 8),
+        (36, [4] * 9),
+        (80, [8] * 10),
+    ],
+)
+def test_the_stages_of_known_models_are_these(n_layers, sizes):
+    assert [last - first for first, last in stages(n_layers)] == sizes
+
+
 def test_the_layers_of_a_part_count_from_zero():
     params = {"embed": 0, "layers": {str(i): f"layer {i}" for i in range(12)}}
     assert part(params, 9, 12) == {"layers": {"0": "layer 9", "1": "layer 10", "2": "layer 11"}}
