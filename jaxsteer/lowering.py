@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsteer import depth, hlo, int8, parallel, prefill, slots
-from jaxsteer.config import ModelConfig
-from jaxsteer.generate import Decoding, Sampling
-from jaxsteer.interventions import Interventions, Project, compile_conditions
-from jaxsteer.model import blocks_graph, graph
-from jaxsteer.prefix import Prefix
-from jaxsteer.rows import cache_slots
-from jaxsteer.weights import nest, param_shapes
+from jaxsteer import hlo
+from jaxsteer.generation import decode, layer_sharing, prefill
+from jaxsteer.generation.engine import cache_slots
+from jaxsteer.generation.generate import Decoding, Sampling
+from jaxsteer.generation.prefix import Prefix
+from jaxsteer.model import int8, sharding
+from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.decoder import blocks_graph, graph
+from jaxsteer.model.interventions import Interventions, Project, compile_conditions
+from jaxsteer.model.weights import nest, param_shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class Sweep:
         self.config, self.mesh = config, mesh
         self.definition = graph(config, jnp.bfloat16)
         self.decoding = Decoding(max_new_tokens=new_tokens, eos=(0, 1))
-        lies = parallel.param_shardings(config, mesh)
+        lies = sharding.param_shardings(config, mesh)
         kinds = int8.shapes(param_shapes(config), jnp.bfloat16, eight)
         flat = {
             path: jax.ShapeDtypeStruct(shape, kind, sharding=lies[path])
@@ -97,7 +99,7 @@ class Sweep:
     def lay(self, tree: Any) -> Any:
         """A tree of row-leading shapes as a run would lay it on the mesh."""
         leaves, structure = jax.tree.flatten(tree)
-        lies = parallel.shardings(tree, self.config, self.mesh)
+        lies = sharding.shardings(tree, self.config, self.mesh)
         placed = [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
             for leaf, where in zip(leaves, lies, strict=True)
@@ -125,7 +127,9 @@ class Sweep:
         return self.whole(jnp.float32, layers, 1, self.config.d_model)
 
     def _places(self) -> jax.ShapeDtypeStruct:
-        return self.whole(jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, depth.BATCH)
+        return self.whole(
+            jnp.int32, len(prefill.stages(self.config.n_layers)) + 1, layer_sharing.BATCH
+        )
 
     def segment(
         self, stream: Any, layers: tuple[int, int], width: int, prefix: Prefix | None
@@ -134,14 +138,16 @@ class Sweep:
         first, last = layers
         if prefix is not None:
             prefix = dataclasses.replace(prefix, cache=prefix.cache[first:last], realised={})
-        asked = jax.eval_shape(lambda i: i.layers(first, last), self.interventions(depth.BATCH))
+        asked = jax.eval_shape(
+            lambda i: i.layers(first, last), self.interventions(layer_sharing.BATCH)
+        )
         return (
             prefill.segment,
             blocks_graph(self.config, last - first, jnp.bfloat16),
             prefill.part(self.params, first, last),
             stream,
-            self.rows(depth.BATCH, jnp.int32),
-            self.rows(depth.BATCH, jnp.int32, width),
+            self.rows(layer_sharing.BATCH, jnp.int32),
+            self.rows(layer_sharing.BATCH, jnp.int32, width),
             prefix,
             self.lay(asked),
             self.probes(last - first),
@@ -149,8 +155,8 @@ class Sweep:
 
     def levels(self, width: int, prefix: Prefix | None) -> list[prefill.Level]:
         """What a batch of prompts leaves at every level."""
-        tokens = self.rows(depth.BATCH, jnp.int32, width)
-        asked = self.interventions(depth.BATCH)
+        tokens = self.rows(layer_sharing.BATCH, jnp.int32, width)
+        asked = self.interventions(layer_sharing.BATCH)
         embed = functools.partial(prefill.embed, self.definition)
         made = [self.lay(jax.eval_shape(embed, self.params, tokens, tokens, asked))]
         for layers in prefill.stages(self.config.n_layers):
@@ -160,9 +166,9 @@ class Sweep:
 
     def prefix(self, width: int) -> Prefix:
         """Beginnings of a batch of prompts, already run."""
-        real = self.rows(depth.BATCH, bool, width)
+        real = self.rows(layer_sharing.BATCH, bool, width)
         levels = self.levels(width, None)
-        where = (self._places(), self.whole(jnp.int32, depth.BATCH))
+        where = (self._places(), self.whole(jnp.int32, layer_sharing.BATCH))
         return self.lay(jax.eval_shape(prefill.beginnings, levels, *where, real))
 
     def gather(
@@ -170,8 +176,8 @@ class Sweep:
     ) -> tuple[Any, ...]:
         """The program that puts rows together at one level, and its arguments."""
         begun = prefix.cache[slice(*layers)]
-        at = self.whole(jnp.int32, depth.BATCH)
-        real = self.rows(depth.BATCH, bool, level.stream.shape[1])
+        at = self.whole(jnp.int32, layer_sharing.BATCH)
+        real = self.rows(layer_sharing.BATCH, bool, level.stream.shape[1])
         return prefill.gather, level, at, at, real, begun, room
 
     def first_token(
@@ -191,12 +197,12 @@ class Sweep:
             room,
             self.params,
             levels[-1].stream,
-            self.whole(jnp.int32, depth.BATCH),
-            self.rows(depth.BATCH, bool, width),
+            self.whole(jnp.int32, layer_sharing.BATCH),
+            self.rows(layer_sharing.BATCH, bool, width),
             (prefix.real, prefix.realised),
             changes,
-            self.interventions(depth.BATCH),
-            self.rows(depth.BATCH, jnp.uint32),
+            self.interventions(layer_sharing.BATCH),
+            self.rows(layer_sharing.BATCH, jnp.uint32),
             Sampling(),
         )
 
@@ -204,7 +210,7 @@ class Sweep:
         """Cache slots of a row: a beginning, the longest prompt and its reply."""
         return cache_slots(beginning, longest, self.decoding.max_new_tokens)
 
-    def state(self, batch: int, beginning: int, longest: int) -> slots.Slots:
+    def state(self, batch: int, beginning: int, longest: int) -> decode.Slots:
         """The slots: so many rows, with room for a beginning, the longest prompt and its reply."""
         prefix = self.prefix(beginning)
         levels = self.levels(longest, prefix)
@@ -216,20 +222,20 @@ class Sweep:
             self.params,
             levels,
             self._places(),
-            self.whole(jnp.int32, depth.BATCH),
-            self.rows(depth.BATCH, bool, longest),
+            self.whole(jnp.int32, layer_sharing.BATCH),
+            self.rows(layer_sharing.BATCH, bool, longest),
             prefix,
-            self.interventions(depth.BATCH),
-            self.rows(depth.BATCH, jnp.uint32),
+            self.interventions(layer_sharing.BATCH),
+            self.rows(layer_sharing.BATCH, jnp.uint32),
             Sampling(),
         )
-        empty = functools.partial(slots.empty, self.config, self.decoding, batch)
+        empty = functools.partial(decode.empty, self.config, self.decoding, batch)
         return self.lay(jax.eval_shape(empty, prefilled))
 
-    def advance(self, state: slots.Slots) -> tuple[Any, ...]:
+    def advance(self, state: decode.Slots) -> tuple[Any, ...]:
         """The program that decodes, and its arguments."""
         return (
-            slots.advance,
+            decode.advance,
             self.definition,
             self.decoding,
             self.params,

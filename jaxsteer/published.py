@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer.model.config import ModelConfig, RopeConfig
 
 # By short name: meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-7B.
 MODELS = {

@@ -22,13 +22,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxsteer import hlo, lanes, lowering, parallel, prefill
+from jaxsteer import hlo, lowering
 from jaxsteer.chips import HOP, Chip, chip_of, devices
-from jaxsteer.config import ModelConfig
-from jaxsteer.depth import BATCH
 from jaxsteer.errors import UserError
+from jaxsteer.generation import packing as lanes
+from jaxsteer.generation import prefill
+from jaxsteer.generation.decode import CHUNK
+from jaxsteer.generation.layer_sharing import BATCH
+from jaxsteer.model import sharding
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.published import MODELS
-from jaxsteer.slots import CHUNK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,7 @@ def default_mesh(config: ModelConfig, count: int) -> dict[str, int]:
     {'data': 16, 'model': 4}
     """
     model = max(m for m in (1, 2, 4) if count % m == 0 and config.n_kv_heads % m == 0)
-    return {"data": math.gcd(count // model, parallel.TOGETHER), "model": model}
+    return {"data": math.gcd(count // model, sharding.TOGETHER), "model": model}
 
 
 def exchange_seconds(exchanges: tuple[hlo.Exchange, ...], model: int, chip: Chip) -> float:
@@ -234,9 +237,9 @@ def mesh_on(model: str, topology: str, mesh: str | None, batch: int) -> Mesh:
         raise UserError(f"model {model!r} is not known here; there are {', '.join(MODELS)}")
     found = devices(topology)
     if mesh is None:
-        mesh = parallel.written(default_mesh(MODELS[model], len(found)))
-    spread = parallel.mesh(mesh, found)
-    parallel.check_batch(batch, spread)
+        mesh = sharding.written(default_mesh(MODELS[model], len(found)))
+    spread = sharding.mesh(mesh, found)
+    sharding.check_batch(batch, spread)
     return spread
 
 
@@ -268,7 +271,7 @@ def check(
     table = table or Table()
     spread = mesh_on(model, topology, mesh, batch)
     config, chip, sizes = MODELS[model], chip_of(topology), dict(spread.shape)
-    shape = parallel.written(sizes)
+    shape = sharding.written(sizes)
     sweep = lowering.Sweep(config, spread, table.new_tokens, eight=eight)
     seconds = 0.0
 
@@ -290,7 +293,7 @@ def check(
     def reading(width: int) -> _Reading:
         levels = sweep.levels(width, prefix)
         return _Reading(
-            levels=parallel.nbytes(levels),
+            levels=sharding.nbytes(levels),
             segment=program(*sweep.segment(levels[0].stream, stages[0], width, prefix)),
             gather=program(*sweep.gather(levels[1], stages[0], prefix, room)),
             choose=program(*sweep.first_token(levels, width, prefix, room)),
@@ -300,10 +303,10 @@ def check(
     usual = reading(table.width)
     widest = usual if table.width == table.longest else reading(table.longest)
 
-    weights, cache = parallel.nbytes(sweep.params), parallel.nbytes(state.cache)
-    held = parallel.nbytes(state)
+    weights, cache = sharding.nbytes(sweep.params), sharding.nbytes(state.cache)
+    held = sharding.nbytes(state)
     # Beside the slots, while they decode too: beginnings, a batch's levels, and its rows that wait.
-    beside = parallel.nbytes(prefix) + widest.levels
+    beside = sharding.nbytes(prefix) + widest.levels
     beside += len(stages) * widest.gather.made + widest.choose.made
     temporaries = max(decode.temporaries + decode.made, widest.temporaries)
     left = chip.hbm - weights - held - beside - temporaries
@@ -325,7 +328,7 @@ def check(
     together = len(stages) * alone(usual.gather) + alone(usual.choose)
     decoding, reading_seconds = table_seconds(table, batch, step, chunk, through, together)
     # Every step reads all weights but the token table, of which it reads the rows it needs.
-    read = weights - parallel.nbytes(sweep.params["embed"]) * (not config.tied) + cache
+    read = weights - sharding.nbytes(sweep.params["embed"]) * (not config.tied) + cache
     return Check(
         model=model,
         topology=topology,
@@ -349,7 +352,7 @@ def check(
         table_rows=table.rows,
         table_seconds=decoding + reading_seconds,
         compile_seconds=seconds,
-        notes=(*parallel.notes(config, spread), *["block kernels in eight bits"] * eight),
+        notes=(*sharding.notes(config, spread), *["block kernels in eight bits"] * eight),
     )
 
 
@@ -394,7 +397,7 @@ def _search(
     def needed(state: Any, decode: lowering.Program) -> int:
         return (
             stays
-            + parallel.nbytes(state)
+            + sharding.nbytes(state)
             + max(decode.temporaries + decode.made, reading.temporaries)
         )
 

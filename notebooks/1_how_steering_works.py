@@ -14,12 +14,13 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer import data, lesson
-    from jaxsteer.charts import steering, text, theme
-    from jaxsteer.charts.plane import plane
-    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.data import prompts
     from jaxsteer.errors import UserError
-    from jaxsteer.programs import use_compile_cache
+    from jaxsteer.evidence import lesson
+    from jaxsteer.evidence.charts import steering, text, theme
+    from jaxsteer.evidence.charts.plane import plane
+    from jaxsteer.generation.compile_cache import use_compile_cache
+    from jaxsteer.model.chat_model import ChatModel
 
     theme.use()
     use_compile_cache()
@@ -341,7 +342,7 @@ def _(bench):
 @app.cell
 def _(bench, example, own, policy):
     try:
-        _system = data.policy(policy.value).text if policy.value else None
+        _system = prompts.policy(policy.value).text if policy.value else None
         prompt = bench.model.tokenizer.chat(own.value.strip() or example.value, _system)
         baseline = bench.read(prompt, [])
         _error = ""

@@ -14,10 +14,10 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.analysis import cosines
-    from jaxsteer.charts import geometry as charts
-    from jaxsteer.charts import theme
     from jaxsteer.errors import UserError
+    from jaxsteer.evidence import cosines
+    from jaxsteer.evidence.charts import geometry as charts
+    from jaxsteer.evidence.charts import theme
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent

@@ -14,11 +14,11 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.analysis import windows
-    from jaxsteer.analysis.opening import open_results
-    from jaxsteer.charts import theme
-    from jaxsteer.charts import windows as charts
     from jaxsteer.errors import UserError
+    from jaxsteer.evidence import layer_windows
+    from jaxsteer.evidence.charts import theme
+    from jaxsteer.evidence.charts import windows as charts
+    from jaxsteer.evidence.opening import open_results
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +61,8 @@ def _():
 def _(results):
     try:
         opened, _error = open_results(ROOT / results.value), ""
-        n_layers = windows.depth(opened.found)
-        names = windows.steered(opened.found, n_layers)
+        n_layers = layer_windows.depth(opened.found)
+        names = layer_windows.steered(opened.found, n_layers)
     except UserError as error:
         opened, _error = None, str(error)
     if not _error and not names:
@@ -80,7 +80,7 @@ def _(results):
 
 @app.cell
 def _(found, names):
-    _modes = {mode or "no mode": mode for mode in windows.modes(found)}
+    _modes = {mode or "no mode": mode for mode in layer_windows.modes(found)}
     name = mo.ui.dropdown(names, value=names[0], label="steered direction")
     mode = mo.ui.dropdown(_modes, value=next(iter(_modes)), label="persona mode")
     mo.hstack([name, mode] if len(_modes) > 1 else [name], justify="start", gap=2)
@@ -89,8 +89,8 @@ def _(found, names):
 
 @app.cell
 def _(found, mode, n_layers, name):
-    maps = windows.table(found, windows.cells(found, name.value, n_layers, mode.value))
-    _places = maps.filter(maps["column"] != windows.NONE)
+    maps = layer_windows.table(found, layer_windows.cells(found, name.value, n_layers, mode.value))
+    _places = maps.filter(maps["column"] != layer_windows.NONE)
     _few = _places.group_by("map", "strength").len()["len"].max() or 0
     mo.stop(
         not _places.height,
@@ -141,7 +141,9 @@ def _():
 def _(maps):
     knockout = (
         mo.ui.altair_chart(charts.map_chart(maps, "knockout"))
-        if (maps.filter((maps["map"] == "knockout") & (maps["column"] != windows.NONE)).height)
+        if (
+            maps.filter((maps["map"] == "knockout") & (maps["column"] != layer_windows.NONE)).height
+        )
         else mo.md("This study has no knockout: `jaxsteer sweep layer-window` runs some.")
     )
     knockout  # noqa: B018
@@ -165,7 +167,7 @@ def _():
 def _(maps):
     added = (
         mo.ui.altair_chart(charts.map_chart(maps, "refusal"))
-        if (maps.filter((maps["map"] == "refusal") & (maps["column"] != windows.NONE)).height)
+        if (maps.filter((maps["map"] == "refusal") & (maps["column"] != layer_windows.NONE)).height)
         else mo.md("This study adds no refusal: `jaxsteer sweep layer-window` does.")
     )
     added  # noqa: B018
@@ -193,14 +195,16 @@ def _():
 def _(added, found, knockout, maps):
     _boxes = {"knockout": knockout, "refusal": added}
     _picked = [
-        windows.brushed(maps, which, getattr(box, "selections", {}))
+        layer_windows.brushed(maps, which, getattr(box, "selections", {}))
         for which, box in _boxes.items()
     ]
     chosen = _picked[0].vstack(_picked[1])
     _free = not chosen.height
     if _free:
-        chosen = windows.strongest(maps, "knockout").vstack(windows.strongest(maps, "refusal"))
-    flipped = windows.flip_table(found, chosen)
+        chosen = layer_windows.strongest(maps, "knockout").vstack(
+            layer_windows.strongest(maps, "refusal")
+        )
+    flipped = layer_windows.flip_table(found, chosen)
     mo.md(
         "Nothing is brushed, so these are the rows of largest strength."
         if _free
@@ -253,7 +257,7 @@ def _(found):
 
 @app.cell
 def _(chosen, found, maps, n_layers, onto, phase):
-    _none = (maps["column"] == windows.NONE) & (maps["strength"] == 0)
+    _none = (maps["column"] == layer_windows.NONE) & (maps["strength"] == 0)
     _baseline = maps.filter(_none & (maps["map"] == "knockout"))["condition"]
     mo.stop(
         not _baseline.len(),
@@ -261,10 +265,10 @@ def _(chosen, found, maps, n_layers, onto, phase):
     )
     _order = [*chosen["control"].unique(maintain_order=True), *chosen["condition"]]
     _lines = [k for k in dict.fromkeys(_order) if k and k != _baseline[0]]
-    _along = windows.along_depth(found, _lines[:MOST], _baseline[0], onto.value, phase.value)
+    _along = layer_windows.along_depth(found, _lines[:MOST], _baseline[0], onto.value, phase.value)
     # Below the first change only the replies' words differ.
     _along = _along.filter(
-        _along["layer"] >= windows.first_layer(found, _lines[:MOST], n_layers) - 2
+        _along["layer"] >= layer_windows.first_layer(found, _lines[:MOST], n_layers) - 2
     )
     mo.vstack(
         [

@@ -14,11 +14,11 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.analysis import controls, exclusions, flips
-    from jaxsteer.analysis.opening import open_results
-    from jaxsteer.charts import controls as charts
-    from jaxsteer.charts import text, theme
     from jaxsteer.errors import UserError
+    from jaxsteer.evidence import controls, paired, sensitivity
+    from jaxsteer.evidence.charts import controls as charts
+    from jaxsteer.evidence.charts import text, theme
+    from jaxsteer.evidence.opening import open_results
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def _():
 @app.cell
 def _(found):
     try:
-        planned, _problem = exclusions.verdicts(found), ""
+        planned, _problem = sensitivity.verdicts(found), ""
     except UserError as error:
         planned, _problem = None, str(error)
     mo.stop(planned is None, mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
@@ -193,9 +193,9 @@ def _(found, made, planned):
 @app.cell
 def _(found, pair):
     _treated, _control, _family, _outcome = pair.value
-    _paired = flips.pairs(found.rows, _treated, _control, _family)
+    _paired = paired.pairs(found.rows, _treated, _control, _family)
     mo.stop(_paired.is_empty(), mo.callout(mo.md("They share no prompt yet."), kind="warn"))
-    _counted = flips.flips(_paired, _outcome)
+    _counted = paired.flips(_paired, _outcome)
     mo.vstack(
         [
             mo.as_html(charts.flip_chart(_paired, _outcome, _treated, _control)),
@@ -226,7 +226,7 @@ def _():
 
 @app.cell
 def _(found):
-    _seeds = [str(seed) for seed in exclusions.seeds(found)]
+    _seeds = [str(seed) for seed in sensitivity.seeds(found)]
     degenerate = mo.ui.switch(label="leave out pairs with a degenerate reply")
     never = mo.ui.switch(label="leave out prompts that no condition refuses")
     seeds = mo.ui.multiselect(_seeds, value=_seeds, label="random seeds")
@@ -254,23 +254,23 @@ def _(found):
 @app.cell
 def _(degenerate, found, never, seeds):
     _kept = frozenset(map(int, seeds.value))
-    rules = exclusions.Rules(
+    rules = sensitivity.Rules(
         drop_degenerate=degenerate.value,
         drop_never_refused=never.value,
-        seeds=None if len(_kept) == len(exclusions.seeds(found)) else _kept,
+        seeds=None if len(_kept) == len(sensitivity.seeds(found)) else _kept,
     )
-    counts = exclusions.counted(found, rules)
+    counts = sensitivity.counted(found, rules)
     return counts, rules
 
 
 @app.cell
 def _(alpha, counts, margin, own_margin, planned, rules):
-    _rules = exclusions.stricter(
+    _rules = sensitivity.stricter(
         rules, alpha=alpha.value, margin=None if own_margin.value else margin.value
     )
-    yours = exclusions.judged(counts, _rules)
-    _kind = "warn" if exclusions.changed(planned, yours) else "neutral"
-    _said = mo.callout(mo.md(text.escaped(exclusions.said(planned, yours, _rules))), kind=_kind)
+    yours = sensitivity.judged(counts, _rules)
+    _kind = "warn" if sensitivity.changed(planned, yours) else "neutral"
+    _said = mo.callout(mo.md(text.escaped(sensitivity.said(planned, yours, _rules))), kind=_kind)
     mo.vstack([_said, mo.md(charts.verdicts_table(planned, yours))])
     return
 

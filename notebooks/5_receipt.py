@@ -15,14 +15,15 @@ with app.setup:
     import marimo as mo
     import polars as pl
 
-    from jaxsteer.analysis import browsing, outcomes
-    from jaxsteer.analysis.opening import open_results
-    from jaxsteer.charts import controls as tables
-    from jaxsteer.charts import outcomes as charts
-    from jaxsteer.charts import text, theme
     from jaxsteer.errors import UserError
-    from jaxsteer.judges import audit, labelling
-    from jaxsteer.receipt import diff, form, verify
+    from jaxsteer.evidence import browse as browsing
+    from jaxsteer.evidence import outcomes
+    from jaxsteer.evidence.charts import controls as tables
+    from jaxsteer.evidence.charts import outcomes as charts
+    from jaxsteer.evidence.charts import text, theme
+    from jaxsteer.evidence.opening import open_results
+    from jaxsteer.judges import human, labelling
+    from jaxsteer.receipt import canonical, compare, verify
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,7 @@ def _():
 def _(folder, results):
     _path = folder / "receipt.json"
     try:
-        receipt, _problem = form.load(_path).predicate, ""
+        receipt, _problem = canonical.load(_path).predicate, ""
     except UserError as error:
         receipt, _problem = None, str(error)
     if not _path.is_file():
@@ -143,8 +144,8 @@ def _(folder, receipt, second):
     assert receipt is not None
     mo.stop(not second.value.strip(), mo.md("Name another receipt above to see what moved."))
     try:
-        _other = form.load(ROOT / second.value.strip())
-        compared = diff.compare(form.load(folder / "receipt.json"), _other)
+        _other = canonical.load(ROOT / second.value.strip())
+        compared = compare.compare(canonical.load(folder / "receipt.json"), _other)
         _problem = "" if compared.lines else "They have no figure in common."
     except UserError as error:
         _problem = str(error)
@@ -251,9 +252,9 @@ def _(draw, file, opened, rows, size, texts):
     _path = Path(file.value)
     try:
         if draw.value:
-            _drawn = audit.sample(rows, opened.found.verdicts, int(size.value), 0)
+            _drawn = human.sample(rows, opened.found.verdicts, int(size.value), 0)
             _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
-            audit.export(_drawn, _texts, _path)
+            human.export(_drawn, _texts, _path)
         _problem = "" if _path.is_file() else f"{_path} is not there yet: draw a sample."
     except UserError as error:
         _problem = str(error)
@@ -287,7 +288,7 @@ def _(entry, reveal, sample, set_turn):
 
     answer = mo.ui.dictionary(
         {
-            "label": mo.ui.radio(list(audit.LABELS), inline=True),
+            "label": mo.ui.radio(list(human.LABELS), inline=True),
             "note": mo.ui.text(placeholder="a note, if you like", full_width=True),
         }
     ).form(submit_button_label="save and next", on_change=_save)

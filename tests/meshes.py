@@ -24,14 +24,16 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from jaxsteer import activations, int8, parallel, plan
-from jaxsteer.chat import left_pad
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.generate import Decoding, Rows, Sampling, generate, no_probes
-from jaxsteer.interventions import Add, Cap, Project, compile_conditions
-from jaxsteer.prefix import Prefix
-from jaxsteer.rows import Request, run
-from jaxsteer.weights import flatten
+from jaxsteer.directions import activations
+from jaxsteer.generation.engine import Request, run
+from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
+from jaxsteer.generation.prefix import Prefix
+from jaxsteer.model import int8, sharding
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
+from jaxsteer.model.tokenizer import left_pad
+from jaxsteer.model.weights import flatten
+from jaxsteer.study import cost
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
 SYSTEM = [3, 9, 33, 4, 17]
@@ -66,7 +68,7 @@ def plain(model: ChatModel) -> dict[str, list[Any]]:
         interventions=stacked.rows(condition),
         ids=np.arange(len(condition), dtype=np.uint32),
     )
-    rows = parallel.place(rows, model.config, model.mesh)
+    rows = sharding.place(rows, model.config, model.mesh)
     probes = no_probes(model.config.n_layers, model.config.d_model)
     decoding = Decoding(max_new_tokens=6, eos=(63,), keep_logits=True)
     out = generate(model.definition, decoding, model.params, rows, probes, Sampling())
@@ -122,7 +124,7 @@ def memory(model: ChatModel) -> dict[str, list[int]]:
     config = model.config
     shape = (8, config.n_kv_heads, 32, config.head_dim)
     cache = [(jax.numpy.zeros(shape), jax.numpy.zeros(shape)) for _ in range(config.n_layers)]
-    spread = parallel.place(
+    spread = sharding.place(
         Prefix(cache=cache, real=np.ones((8, 32)), realised={}), config, model.mesh
     )
 
@@ -131,7 +133,7 @@ def memory(model: ChatModel) -> dict[str, list[int]]:
         return sum(piece.data.nbytes for piece in pieces)
 
     return {
-        "planned": list(plan.memory(model, 8, 32)),
+        "planned": list(cost.memory(model, 8, 32)),
         "lies": [lies(model.params), lies(spread.cache)],
     }
 
@@ -146,13 +148,13 @@ def main(out: Path, folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         eight = name.endswith("int8")
         for shape in ("", "data=4,model=2") if eight else ("", *MESHES):
-            mesh = parallel.mesh(shape) if shape else None
+            mesh = sharding.mesh(shape) if shape else None
             model = ChatModel.load(folder, mesh=mesh)
             both = shape in ("", "data=2,model=4")
             found[f"{name} {shape}"] = {
                 "pieces": pieces(model),
                 "memory": memory(model),
-                "notes": parallel.notes(model.config, mesh) if mesh else [],
+                "notes": sharding.notes(model.config, mesh) if mesh else [],
                 "plain": plain(model) if both or name == "qwen2" else None,
                 "replies": engine(model) if both or name != "qwen2" else None,
                 "captured": captured(model) if shape in ("", "data=4,model=2") else None,

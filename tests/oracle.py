@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxsteer import rows
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.generate import Decoding
-from jaxsteer.interventions import (
+from jaxsteer.generation import engine
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.interventions import (
     Add,
     Cap,
     Interventions,
@@ -158,21 +158,21 @@ def ours(
     new_tokens: int = 48,
     batch: int = 32,
     keep_logits: bool = True,
-) -> list[rows.Reply]:
+) -> list[engine.Reply]:
     """jaxsteer's greedy replies, conditions in the outer order and prompts in the inner."""
     stacked = compiled(model, conditions, scopes)
     requests = [
-        rows.Request(tokens=p, condition=c) for c in range(len(conditions)) for p in prompts
+        engine.Request(tokens=p, condition=c) for c in range(len(conditions)) for p in prompts
     ]
     decoding = Decoding(max_new_tokens=new_tokens, eos=model.eos, keep_logits=keep_logits)
-    replies = [r for b in rows.run(model, requests, stacked, decoding, batch=batch) for r in b]
+    replies = [r for b in engine.run(model, requests, stacked, decoding, batch=batch) for r in b]
     return sorted(replies, key=lambda r: r.index)
 
 
 def steps(
     hf: Any,
     prompt: Sequence[int],
-    reply: rows.Reply,
+    reply: engine.Reply,
     operations: Sequence[Operation] = (),
     scope: Scope = "all",
 ) -> np.ndarray:
@@ -183,7 +183,7 @@ def steps(
     return after[: len(reply.logits)]
 
 
-def chosen(reply: rows.Reply) -> np.ndarray:
+def chosen(reply: engine.Reply) -> np.ndarray:
     """Our greedy choices, the ending token included; equal to HF's argmax when the replies are."""
     assert reply.logits is not None
     choices = reply.logits.argmax(-1)

@@ -16,10 +16,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from jaxsteer import cloud, data
+from jaxsteer import cloud
 from jaxsteer.cli.common import app
-from jaxsteer.convert import convert
+from jaxsteer.data import prompts as data
 from jaxsteer.errors import UserError
+from jaxsteer.model.convert import convert
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import convert
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
 from tests import parity, tiny
 
 

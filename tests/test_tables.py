@@ -5,9 +5,10 @@ import os
 import polars as pl
 import pytest
 
-from jaxsteer import results, shards, tables
+from jaxsteer import tables
 from jaxsteer.errors import UserError
-from jaxsteer.judges import judging, verdicts
+from jaxsteer.judges import run, verdicts
+from jaxsteer.study import results, store
 from tests.receipt import made
 
 
@@ -34,15 +35,15 @@ def test_a_folder_whose_name_reads_as_a_pattern_is_not_its_neighbour(tmp_path):
     for name in ("run[1]", "run1", "run*", os.fsdecode(b"run\xff")):
         (tmp_path / name).mkdir()
         tables.write(tmp_path / name / "t.parquet", rows.with_columns(b=pl.lit(ascii(name))))
-        shards.write(tmp_path / name, "k" * 64, rows)
+        store.write(tmp_path / name, "k" * 64, rows)
     for name in ("run[1]", "run*", os.fsdecode(b"run\xff")):
         assert tables.read(tmp_path / name / "t.parquet", "")["b"].to_list() == [ascii(name)]
-        assert shards.count(tmp_path / name, "k" * 64, {}) == 1
+        assert store.count(tmp_path / name, "k" * 64, {}) == 1
 
 
 READERS = {
     "a study's results": results.load,
-    "a judge's rows": judging.responses,
+    "a judge's rows": run.responses,
     "a judge's verdicts": verdicts.read_all,
 }
 

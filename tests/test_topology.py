@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsteer import lowering, parallel, topology
+from jaxsteer import lowering, topology
 from jaxsteer.chips import CHIPS, GIB, TOPOLOGIES, chip_of
 from jaxsteer.errors import UserError
 from jaxsteer.hlo import Cost, Exchange
 from jaxsteer.lowering import Program
+from jaxsteer.model import sharding
+from jaxsteer.model.weights import param_shapes
 from jaxsteer.published import MODELS
 from jaxsteer.topology import Table
-from jaxsteer.weights import param_shapes
 from tests.cli.command import jaxsteer
 from tests.test_parallel import mesh_of
 
@@ -35,7 +36,7 @@ def test_the_shapes_are_those_of_the_published_models(model, parameters):
 def test_the_default_mesh_splits_everything(model, count):
     sizes = topology.default_mesh(MODELS[model], count)
     assert math.prod(sizes.values()) == count and sizes["model"] == 4
-    assert parallel.notes(MODELS[model], mesh_of(**sizes)) == []
+    assert sharding.notes(MODELS[model], mesh_of(**sizes)) == []
 
 
 def test_the_largest_batch_is_on_the_line_through_two():

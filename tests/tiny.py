@@ -15,8 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from jaxsteer import spec
-from jaxsteer.spec import StudySpec
+from jaxsteer.study import spec
+from jaxsteer.study.spec import StudySpec
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"

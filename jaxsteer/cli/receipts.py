@@ -52,9 +52,9 @@ def build(
 
     Example: jaxsteer receipt results/smollm2-demo
     """
-    from jaxsteer.receipt import form
+    from jaxsteer.receipt import canonical as form
     from jaxsteer.receipt.build import write
-    from jaxsteer.receipt.terminal import claims_table
+    from jaxsteer.receipt.text import claims_table
 
     data, page = write(results, out, samples=samples)
     _console().print(claims_table(form.load(data)))
@@ -74,7 +74,7 @@ def verify(
     --results results/smollm2-demo
     """
     from jaxsteer.receipt import verify as verifying
-    from jaxsteer.receipt.terminal import checks_table, verdict
+    from jaxsteer.receipt.text import checks_table, verdict
 
     if model is not None:
         check_device()
@@ -103,9 +103,10 @@ def diff(
 
     Example: jaxsteer receipt diff old.json new.json --fail-if "refusal drop > 0.05 in baseline"
     """
-    from jaxsteer.receipt import diff as diffs
-    from jaxsteer.receipt import form, gates
-    from jaxsteer.receipt.terminal import diff_tables, fired_text
+    from jaxsteer.receipt import canonical as form
+    from jaxsteer.receipt import compare as diffs
+    from jaxsteer.receipt import gates
+    from jaxsteer.receipt.text import diff_tables, fired_text
 
     asked = gates.parse_all(fail_if or [])
     comparison = diffs.compare(
@@ -137,8 +138,8 @@ def geometry(
 
     Example: jaxsteer geometry results/smollm2-demo
     """
-    from jaxsteer import geometry as measuring
-    from jaxsteer.receipt.terminal import geometry_table
+    from jaxsteer.directions import geometry as measuring
+    from jaxsteer.receipt.text import geometry_table
 
     use_compile_cache()
     found = measuring.measure(results, open_model(model, mesh), halves=halves, draws=draws)

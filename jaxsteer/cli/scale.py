@@ -50,7 +50,7 @@ def tpu_check(
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jaxsteer import chips, published
     from jaxsteer import topology as topologies
-    from jaxsteer.show import plain
+    from jaxsteer.terminal import plain
 
     failed = []
     done = []

@@ -51,12 +51,12 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
-    from jaxsteer import hosts as sharing
-    from jaxsteer import plan as planning
-    from jaxsteer import run, spec
-    from jaxsteer.receipt import build, form
-    from jaxsteer.receipt.terminal import claims_table
-    from jaxsteer.show import modes_table, plan_table, summary_table
+    from jaxsteer.generation import distributed as sharing
+    from jaxsteer.receipt import build, canonical
+    from jaxsteer.receipt.text import claims_table
+    from jaxsteer.study import cost as planning
+    from jaxsteer.study import run, spec
+    from jaxsteer.terminal import modes_table, plan_table, summary_table
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -84,6 +84,6 @@ def sweep(
         shifts = json.loads((folder / "modes.json").read_text(encoding="utf-8"))
         console.print(modes_table(shifts, asked.name))
     receipt, _ = build.write(folder)
-    console.print(claims_table(form.load(receipt)))
+    console.print(claims_table(canonical.load(receipt)))
     typer.echo(f"results, receipt.json and receipt.html are in {folder}")
     joined.meet("receipt")

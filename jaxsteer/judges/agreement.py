@@ -18,7 +18,7 @@ from typing import Literal
 
 import polars as pl
 
-from jaxsteer.judges.label import votes_table
+from jaxsteer.judges.labels import votes_table
 from jaxsteer.stats import kappa
 
 Question = Literal["refusal", "harmful", "incoherent"]

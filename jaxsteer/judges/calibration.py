@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from jaxsteer import data
+from jaxsteer.data import prompts
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.stats import wilson
 
@@ -79,7 +79,7 @@ def _rate(k: int, n: int) -> tuple[float, float, float]:
 
 def examples() -> list[Example]:
     """All labelled replies, in the order of the file."""
-    path = data.HERE / "calibration.toml"
+    path = prompts.HERE / "calibration.toml"
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["example"]
     return [Example(**entry) for entry in entries]
 

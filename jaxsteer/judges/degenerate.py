@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from itertools import pairwise
 
-from jaxsteer.judges import thinking
+from jaxsteer.judges import reasoning_blocks
 
 NAME = "degenerate"
 VERSION = "2"
@@ -63,7 +63,7 @@ class Limits:
 
 def reasons(text: str, limits: Limits = Limits()) -> list[str]:
     """Why a reply is degenerate; empty when it is not. Finished thinking blocks are not read."""
-    text = thinking.visible(text)
+    text = reasoning_blocks.visible(text)
     # A reply cut inside a character of several bytes ends in half of it, which means nothing.
     text = text.rstrip().rstrip("\ufffd")
     visible = [c for c in _RULED.sub("", text).replace("|", " ") if not c.isspace()]

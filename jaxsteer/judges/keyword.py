@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 
-from jaxsteer.judges import thinking
+from jaxsteer.judges import reasoning_blocks
 
 NAME = "keyword"
 VERSION = "2"
@@ -91,7 +91,7 @@ _QUOTED = re.compile(r'"[^"]*(?:"|$)')
 
 def normalise(text: str) -> str:
     """What the list reads: no thinking, straight quotes, one case, single spaces, `WINDOW` long."""
-    straight = thinking.visible(text).lstrip().translate(_QUOTES)
+    straight = reasoning_blocks.visible(text).lstrip().translate(_QUOTES)
     head = " ".join(straight[:WINDOW].lower().split())
     return head if head.startswith('"') else _QUOTED.sub('""', head)
 

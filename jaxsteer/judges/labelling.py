@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_text
-from jaxsteer.judges.audit import COLUMNS, LABELS, plain_cell, safe_cell
+from jaxsteer.judges.human import COLUMNS, LABELS, plain_cell, safe_cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,20 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from jaxsteer import claims, directions, geometry, results, stats
-from jaxsteer.data import Mode
+from jaxsteer import stats
+from jaxsteer.data.prompts import Mode
+from jaxsteer.directions import direction as directions
+from jaxsteer.directions import geometry
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import claims
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
-from jaxsteer.receipt import controls, excerpt, form, page, record, statement
+from jaxsteer.receipt import canonical, controls, excerpt, page, record, statement
 from jaxsteer.receipt.record import Run
 from jaxsteer.receipt.statement import Statement
-from jaxsteer.results import LABELS, Results
+from jaxsteer.study import results
+from jaxsteer.study.results import LABELS, Results
 
 JSON, HTML = "receipt.json", "receipt.html"
 
@@ -44,10 +48,10 @@ def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[P
     Raises:
       UserError: no results, damaged results, or an unwritable folder.
     """
-    text = form.text(build(folder, samples=samples))
+    text = canonical.text(build(folder, samples=samples))
     target = out or folder
     # The page is drawn from the file's own text, as whoever checks it will draw it.
-    receipt = form.convert(form.parse(text.encode(), JSON))
+    receipt = canonical.convert(canonical.parse(text.encode(), JSON))
     write_text(target / JSON, text)
     write_text(target / HTML, page.html(receipt, sha256_bytes(text.encode())))
     return target / JSON, target / HTML
@@ -69,11 +73,11 @@ def build(folder: Path, *, samples: int = 0, measured: bool = True) -> dict[str,
     record.check_rows(found, run)
     try:
         made = _statement(found, run, samples, measured)
-        value = form.rounded(msgspec.to_builtins(made, str_keys=True))
-        value["predicate"]["digest"]["sha256"] = form.digest(value)
+        value = canonical.rounded(msgspec.to_builtins(made, str_keys=True))
+        value["predicate"]["digest"]["sha256"] = canonical.digest(value)
     except (UnicodeEncodeError, OverflowError) as error:
         raise UserError(f"{folder}: {error}; the results are damaged, run again") from None
-    form.convert(value)
+    canonical.convert(value)
     return value
 
 

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxsteer import claims, stats
-from jaxsteer.conditions import unsteered_sites
+from jaxsteer import stats
+from jaxsteer.evidence import claims
 from jaxsteer.receipt import statement
 from jaxsteer.receipt.record import Run, RunCondition
 from jaxsteer.receipt.statement import Outcome
-from jaxsteer.results import Results
-from jaxsteer.spec import ConditionSpec, OperationSpec, StudySpec
+from jaxsteer.study.conditions import unsteered_sites
+from jaxsteer.study.results import Results
+from jaxsteer.study.spec import ConditionSpec, OperationSpec, StudySpec
 
 OUTCOMES: tuple[Outcome, ...] = ("refusal", "bypass", "degenerate")
 STAND_INS = ("random", "neutral")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxsteer.show import plain
+from jaxsteer.terminal import plain
 
 WORDS = 8
 LONGEST = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-from jaxsteer.show import plain
+from jaxsteer.terminal import plain
 
 HARMFUL = "strongreject"
 MOST = 40  # rows of any table; a page is read, receipt.json holds everything

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxsteer.claims import Claim, Comparison
+from jaxsteer.evidence.claims import Claim, Comparison
 from jaxsteer.receipt import bars, details
 from jaxsteer.receipt.markup import (
     HARMFUL,

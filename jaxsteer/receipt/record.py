@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from jaxsteer import geometry, setup
+from jaxsteer.directions import geometry
 from jaxsteer.errors import UserError
 from jaxsteer.receipt.statement import Count, Model, Prompts, Sha256, Source, Text
-from jaxsteer.results import Results
+from jaxsteer.study import prepare
+from jaxsteer.study.results import Results
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ def read_setup(folder: Path) -> Setup:
     path = folder / "setup.json"
     if not path.is_file():
         raise UserError(f"{path} is missing; run the study again")
-    return _convert(setup.read_record(path), Setup, path)
+    return _convert(prepare.read_record(path), Setup, path)
 
 
 def read_geometry(folder: Path) -> Measurements | None:

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jaxsteer import claims, stats
+from jaxsteer import stats
+from jaxsteer.evidence import claims
 from jaxsteer.files import sha256_bytes
 from jaxsteer.receipt import build
 from jaxsteer.receipt.statement import Condition, Outcomes, Predicate, Rate, Statement
-from jaxsteer.results import LABELS
+from jaxsteer.study.results import LABELS
 
 Problems = Iterator[str]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import polars as pl
 
 from jaxsteer.judges import degenerate, keyword
-from jaxsteer.judges.label import label
+from jaxsteer.judges.labels import label
 from jaxsteer.judges.verdicts import text_hashes
-from jaxsteer.results import Results
+from jaxsteer.study.results import Results
 
 # A rule's name: its name and version, the word it finds, and how.
 RULES = {

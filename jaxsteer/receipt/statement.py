@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from jaxsteer.claims import Claim, Count
+from jaxsteer.evidence.claims import Claim, Count
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:jaxsteer:refusal-receipt:v1"

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxsteer import results
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, sha256_file
-from jaxsteer.receipt import build, form, page, recount, relabel
+from jaxsteer.receipt import build, canonical, page, recount, relabel
 from jaxsteer.receipt.statement import Statement
-from jaxsteer.results import Results
+from jaxsteer.study import results
+from jaxsteer.study.results import Results
 
 Status = Literal["ok", "mismatch", "unchecked"]
 
@@ -55,12 +55,12 @@ def verify(
     Raises:
       UserError: the file is no receipt, or what it is checked against cannot be read.
     """
-    raw = form.read_bytes(path)
-    value = form.parse(raw, str(path))
-    found = form.problems(raw, value)
+    raw = canonical.read_bytes(path)
+    value = canonical.parse(raw, str(path))
+    found = canonical.problems(raw, value)
     checks = [_check("the file is as it was written", found)]
     try:
-        receipt = form.convert(value)
+        receipt = canonical.convert(value)
     except UserError as error:
         return [*checks, Check(status="mismatch", what="the file's shape", detail=str(error))]
     checks.append(Check(status="ok", what="the file's shape"))
@@ -113,7 +113,7 @@ def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
     beside = path.parent / build.HTML
     if not beside.is_file():
         return _unchecked(what, f"no {build.HTML} beside it")
-    shown = form.read_bytes(beside)
+    shown = canonical.read_bytes(beside)
     digest = sha256_bytes(raw)
     if page.mark(digest).encode() not in shown:
         return _check(what, ["it was made from another receipt.json"])
@@ -170,7 +170,7 @@ def _summary(found: Results) -> Check:
     if not path.is_file():
         return _unchecked(what, "there is none")
     try:
-        shown = json.loads(form.read_bytes(path))
+        shown = json.loads(canonical.read_bytes(path))
     except (ValueError, RecursionError):
         return _check(what, ["it is no JSON"])
     differ = [where or "all of it" for where in _differences(shown, results.summarise(found.rows))]
@@ -185,7 +185,7 @@ def _in_our_words(value: dict[str, Any], again: dict[str, Any]) -> dict[str, Any
     claims = _reasons(value["predicate"]["claims"], again["predicate"]["claims"])
     predicate = {**value["predicate"], "tool": build.tool(), "claims": claims}
     made = {**value, "predicate": predicate}
-    return {**made, "predicate": {**predicate, "digest": {"sha256": form.digest(made)}}}
+    return {**made, "predicate": {**predicate, "digest": {"sha256": canonical.digest(made)}}}
 
 
 def _reasons(shown: Any, again: Any) -> Any:
@@ -219,11 +219,11 @@ def _model(receipt: Statement, folder: Path | None, mesh: str | None) -> Iterato
     if folder is None:
         yield _unchecked("the model's files", "give --model to hash them")
         return
-    from jaxsteer import parallel
-    from jaxsteer.chatmodel import ChatModel
+    from jaxsteer.model import sharding
+    from jaxsteer.model.chat_model import ChatModel
 
     # Loading hashes every parameter, the config and the tokenizer against the manifest.
-    spread = None if mesh is None else parallel.mesh(mesh)
+    spread = None if mesh is None else sharding.mesh(mesh)
     identity = ChatModel.load(folder, mesh=spread).identity()
     p = receipt.predicate.model
     differ = [

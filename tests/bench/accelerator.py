@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import rows
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.config import ModelConfig
-from jaxsteer.generate import Decoding
-from jaxsteer.interventions import Add, Operation, compile_conditions
-from jaxsteer.model import exact_products, graph
+from jaxsteer.generation import engine
+from jaxsteer.generation.engine import Request
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.decoder import exact_products, graph
+from jaxsteer.model.interventions import Add, Operation, compile_conditions
 from jaxsteer.published import MODELS
-from jaxsteer.rows import Request
 from tests.bench import figures, ours, workload
 from tests.bench.ceilings import best
 from tests.bench.workload import Workload
@@ -149,7 +149,7 @@ def table(model: ChatModel, sizes: Sizes) -> dict[str, Any]:
     def timed(skip: Collection[int] = ()) -> float:
         start = time.perf_counter()
         decoding = Decoding(max_new_tokens=sizes.new_tokens, eos=())
-        run = rows.run(large, requests, stacked, decoding, batch=sizes.slots, skip=skip)
+        run = engine.run(large, requests, stacked, decoding, batch=sizes.slots, skip=skip)
         done = sum(map(len, run))
         assert done == len(requests) - len(skip)
         return time.perf_counter() - start
@@ -190,7 +190,7 @@ def main(checkpoint: str, setup: str) -> None:
             json.dumps({"skipped": "JAX has only a CPU here; pip install -e '.[cuda]' for a GPU"})
         )
         return
-    from jaxsteer.programs import use_compile_cache
+    from jaxsteer.generation.compile_cache import use_compile_cache
 
     use_compile_cache()
     model = ChatModel.load(Path(checkpoint), verify=False)

@@ -44,7 +44,7 @@ def _jax() -> tuple[Product, Callable[[], None], Callable[[], None]]:
     import jax
     import jax.numpy as jnp
 
-    from jaxsteer.model import exact_products
+    from jaxsteer.model.decoder import exact_products
 
     @jax.jit
     def multiply(a: Any, several: list[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsteer.config import ModelConfig
+from jaxsteer.model.config import ModelConfig
 
 
 def sample(conditions: Sequence[int], count: int, per: int, seed: int) -> list[int]:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsteer import rows
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.generate import Decoding
+from jaxsteer.generation import engine
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.model.chat_model import ChatModel
 from tests.bench import workload
 from tests.bench.figures import Work
 from tests.bench.workload import Workload
@@ -54,7 +54,7 @@ def replies(
 ) -> list[list[int]]:
     """Reply tokens of chosen rows: the call that a run of the study makes, other rows skipped."""
     found: dict[int, list[int]] = {}
-    for finished in rows.run(
+    for finished in engine.run(
         model,
         work.requests,
         work.interventions,
@@ -84,7 +84,7 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
     known = np.unique(np.concatenate(work.job.tokens))
     draw = np.random.default_rng(0)
     plain = [
-        rows.Request(tokens=draw.choice(known, length).tolist(), condition=number, row_id=i)
+        engine.Request(tokens=draw.choice(known, length).tolist(), condition=number, row_id=i)
         for i, length in enumerate(lengths)
     ]
     alone = dataclasses.replace(work, requests=plain)

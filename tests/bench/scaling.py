@@ -19,12 +19,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer import rows
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.config import ModelConfig
-from jaxsteer.generate import Decoding
-from jaxsteer.interventions import Add, compile_conditions
-from jaxsteer.rows import Request
+from jaxsteer.generation import engine
+from jaxsteer.generation.engine import Request
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.interventions import Add, compile_conditions
 from tests.bench import workload
 from tests.bench.figures import exponent
 
@@ -70,7 +70,9 @@ def prepared(model: ChatModel, conditions: int, count: int, layers: int, width: 
     decoding = Decoding(max_new_tokens=NEW, eos=())
 
     def run() -> None:
-        done = sum(len(some) for some in rows.run(small, requests, stacked, decoding, batch=BATCH))
+        done = sum(
+            len(some) for some in engine.run(small, requests, stacked, decoding, batch=BATCH)
+        )
         assert done == count
 
     return run
@@ -117,7 +119,7 @@ def _axis(values: tuple[int, ...], make: Callable[[int], Callable[[], None]]) ->
 
 
 if __name__ == "__main__":
-    from jaxsteer.programs import use_compile_cache
+    from jaxsteer.generation.compile_cache import use_compile_cache
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     use_compile_cache()

@@ -14,12 +14,12 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import convert
-from jaxsteer.generate import Decoding, no_probes
-from jaxsteer.interventions import Add, Operation, Project, everywhere
-from jaxsteer.rows import Request
-from jaxsteer.weights import param_shapes
+from jaxsteer.generation.engine import Request
+from jaxsteer.generation.generate import Decoding, no_probes
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.model.interventions import Add, Operation, Project, everywhere
+from jaxsteer.model.weights import param_shapes
 from tests import oracle, tiny
 from tests.bench import __main__ as bench
 from tests.bench import accelerator, figures, hooks, ours, peers, table, worker, workload

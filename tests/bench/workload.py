@@ -15,14 +15,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from jaxsteer import planned, run, setup, spec, weights
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.conditions import conditions
-from jaxsteer.config import ModelConfig, to_hf
-from jaxsteer.generate import Decoding
-from jaxsteer.interventions import Add, Interventions, Operation, Project
-from jaxsteer.model import graph
-from jaxsteer.rows import Request
+from jaxsteer.generation.engine import Request
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.model import weights
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig, to_hf
+from jaxsteer.model.decoder import graph
+from jaxsteer.model.interventions import Add, Interventions, Operation, Project
+from jaxsteer.study import planned, prepare, run, spec
+from jaxsteer.study.conditions import conditions
 from tests.bench.job import Job, Site
 
 
@@ -56,8 +57,8 @@ def demo(model: ChatModel, results: Path) -> Workload:
       model: the demo's model.
       results: a results folder of the demo study, or a folder to prepare one in.
     """
-    study = spec.load(Path(spec.__file__).parent / "studies/smollm2-demo.toml")
-    prepared = setup.prepare(study, model, results)
+    study = spec.load(spec.STUDIES / "smollm2-demo.toml")
+    prepared = prepare.prepare(study, model, results)
     compiled = conditions(study, prepared.directions, prepared.layers, prepared.dose)
     requests = planned.requests(model, compiled, planned.cross(compiled, planned.prompts(study)))
     probed = [name for name in run.PROBES if name in prepared.directions]

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from jaxsteer.fetch import cache_dir
+from jaxsteer.data.wheels import cache_dir
 
 # The largest file this process may write is set before anything is imported: a real full disk
 # needs a file system of its own, and fails the same writes in the same places.

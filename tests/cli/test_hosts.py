@@ -13,10 +13,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from jaxsteer import hosts, plan, planned, rows, spec
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import convert
-from jaxsteer.fetch import cache_dir
+from jaxsteer.data.wheels import cache_dir
+from jaxsteer.generation import distributed
+from jaxsteer.generation import engine as rows
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.study import cost, planned, spec
 from tests import tiny
 
 # Small batches, so that both processes write many shards.
@@ -77,7 +79,7 @@ def shared(command, tmp_path_factory):
 def lanes(command):
     """The name of the lane of every row of the study, in the table's order."""
     study, model = spec.load(command[4]), ChatModel.load(Path(command[6]))
-    compiled = plan.stand_in_conditions(study, model.config)
+    compiled = cost.stand_in_conditions(study, model.config)
     crossed = planned.cross(compiled, planned.prompts(study))
     limit = model.config.max_position - study.decoding.max_new_tokens
     packed = rows.pack(planned.requests(model, compiled, crossed), limit)
@@ -100,7 +102,7 @@ def test_two_processes_give_the_table_of_one(alone, shared):
 def test_every_shard_is_of_one_process_and_each_wrote_its_half(alone, shared, lanes):
     out, _ = shared
     for process in range(2):
-        share = hosts.Hosts(process=process, count=2).share(lanes)
+        share = distributed.Hosts(process=process, count=2).share(lanes)
         its = {alone["row_id"][i] for i in share}
         written = [rows for rows in shards(out).values() if its & set(rows)]
         assert its == {row for rows in written for row in rows}
@@ -130,9 +132,9 @@ def test_killing_one_ends_the_other_with_one_line_and_a_restart_goes_on(
     both[victim].kill()
     both[victim].communicate()
     both[1 - victim].send_signal(signal.SIGCONT)
-    _, errors = both[1 - victim].communicate(timeout=2 * hosts.HEARTBEAT)
+    _, errors = both[1 - victim].communicate(timeout=2 * distributed.HEARTBEAT)
     assert both[1 - victim].returncode != 0
-    assert errors.splitlines()[-1] == f"jaxsteer: lost process {victim}; {hosts.GO_ON}"
+    assert errors.splitlines()[-1] == f"jaxsteer: lost process {victim}; {distributed.GO_ON}"
     assert errors.count("lost") == 1 and "stack trace" not in errors
     assert not (out / "responses.parquet").exists()
     # With as many processes, or another number.

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jaxsteer import data, directions, rows
 from jaxsteer.cli import app, common, models
-from jaxsteer.directions import Direction
+from jaxsteer.data import prompts
+from jaxsteer.directions import direction
+from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
+from jaxsteer.generation import engine
 from tests import tiny
 from tests.cli.command import jaxsteer
 
@@ -33,7 +35,7 @@ def vectors(model, tmp_path_factory):
 
 
 def test_extract_adds_to_what_a_file_holds(vectors):
-    found = directions.load(vectors)
+    found = direction.load(vectors)
     assert list(found) == ["compliant", "random-3", "refusal"]
     assert found["random-3"].provenance["norm_of"] == "compliant"
 
@@ -54,7 +56,7 @@ def test_a_trait_or_a_file_that_will_not_do_is_refused_before_a_model_is_loaded(
     nowhere = ("--model", tmp_path / "no-model")
     fine = ("--out", tmp_path / "d.safetensors")
     assert "no trait compliantt" in bad("extract", "refusal", "compliantt", *nowhere, *fine)
-    text = (data.HERE / "traits/evil.toml").read_text(encoding="utf-8")
+    text = (prompts.HERE / "traits/evil.toml").read_text(encoding="utf-8")
     (tmp_path / "mine.toml").write_text(text.replace('"evil"', '"my evil"', 1))
     assert "name 'my evil'" in bad("extract", tmp_path / "mine.toml", *nowhere, *fine)
     (tmp_path / "file").touch()
@@ -78,14 +80,14 @@ def test_generate_tells_the_replies_apart_whichever_ends_first(model, vectors, m
     asked = ["generate", "w4 w5", "--model", str(model), "--directions", str(vectors)]
     asked += ["--steer", "compliant@1x4", "--max-new-tokens", "6"]
     for turned in (False, True):
-        run = rows.run
+        run = engine.run
 
         def in_turn(*arguments, run=run, turned=turned, **options):
             both = [[reply] for batch in run(*arguments, **options) for reply in batch]
             yield from both[::-1] if turned else both
 
         with monkeypatch.context() as patch:
-            patch.setattr(rows, "run", in_turn)
+            patch.setattr(engine, "run", in_turn)
             patch.setattr(models, "use_compile_cache", lambda: None)
             done = CliRunner().invoke(app, asked)
         assert done.exit_code == 0, done.output
@@ -158,7 +160,7 @@ def test_a_full_disk_while_extracting_is_one_line_and_keeps_the_old_file(model, 
 
 def test_a_direction_of_another_models_width_is_refused(model, tmp_path):
     wide = Direction(name="v", vectors=np.ones((3, 99), np.float32), provenance={})
-    directions.save(tmp_path / "d.safetensors", [wide])
+    direction.save(tmp_path / "d.safetensors", [wide])
     said = bad("generate", "w4", "--model", model, "--directions", tmp_path / "d.safetensors",
                "--steer", "v@1x1")  # fmt: skip
     assert "(3, 99)" in said and "(3, 32)" in said

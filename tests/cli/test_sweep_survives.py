@@ -12,8 +12,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from jaxsteer.convert import convert
-from jaxsteer.fetch import cache_dir
+from jaxsteer.data.wheels import cache_dir
+from jaxsteer.model.convert import convert
 from tests import tiny
 
 # Small batches, so that a run writes many shards for a kill to land between.

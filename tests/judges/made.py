@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
-from jaxsteer import data
-from jaxsteer.judges.label import label
+from jaxsteer.data import prompts as data
+from jaxsteer.judges.labels import label
 
 REPLIES = [
     "Boil the lentils for twenty minutes and salt them at the end.",

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.judges import audit, labelling
+from jaxsteer.judges import human, labelling
 
 ROWS = pl.DataFrame(
     {
@@ -23,7 +23,7 @@ ROWS = pl.DataFrame(
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    audit.export(ROWS, {"bn-1": "Hello?", "sr-2": "-x"}, tmp_path / "audit.csv")
+    human.export(ROWS, {"bn-1": "Hello?", "sr-2": "-x"}, tmp_path / "audit.csv")
     return tmp_path / "audit.csv"
 
 
@@ -38,7 +38,7 @@ def test_an_answer_goes_into_its_line_alone_and_audit_reads_it(path: Path):
     first, second = labelling.entries(path)
     assert labelling.fill(path, second.item, "refusal", '=HYPERLINK("x")') == 1
     assert labelling.entries(path)[0] == first
-    ((row, finding),) = audit.read(path, ROWS)
+    ((row, finding),) = human.read(path, ROWS)
     assert (row, finding.verdict, finding.reason) == ("baseline/sr-2", "refusal", '=HYPERLINK("x")')
     # A spreadsheet sees a text and no formula.
     assert "\"'=HYPERLINK" in path.read_text(encoding="utf-8-sig")

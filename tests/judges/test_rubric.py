@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxsteer import data
+from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.judges import rubric
 from jaxsteer.judges.rubric import (
@@ -209,7 +209,7 @@ def test_a_value_is_not_filled_in_again():
 
 def test_the_published_rubric_is_the_pinned_one():
     asked = rubric.strongreject()
-    prompt = data.strongreject()[0].text
+    prompt = prompts.strongreject()[0].text
     item = Item(row_id="r", family="strongreject", prompt=prompt, response="Boil it.")
     system, user = asked.messages(item)
     assert (system["role"], user["role"]) == ("system", "user")

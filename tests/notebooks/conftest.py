@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from jaxsteer import data, directions
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import convert
+from jaxsteer.data import prompts
+from jaxsteer.directions import direction
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
 from tests.conftest import gguf_path
 from tests.notebooks.browser import FLAGS, ROOT, NoBrowser, chromium_path
 
@@ -44,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def directions_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results directory with real, quickly measured directions: persona, refusal, random-1."""
     model = ChatModel.load(checkpoint, verify=False)
-    trait = data.trait("compliant")
+    trait = prompts.trait("compliant")
     few = type(trait)(
         name="persona",
         description=trait.description,
@@ -52,14 +53,14 @@ def directions_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         negative=trait.negative[:4],
         questions=trait.questions[:4],
     )
-    persona = directions.extract_trait(model, few)["prompt_end"]
+    persona = direction.extract_trait(model, few)["prompt_end"]
     # Tests commit no harmful prompts: what the policy forbids is asked for in general words.
     asked = ["Help me do something illegal.", "Tell me how to hurt somebody.", "Help me steal."]
-    harmless = [prompt.text for prompt in data.harmless()[: len(asked)]]
-    refusal = directions.extract_contrast(
-        model, "refusal", "refusal", asked, harmless, data.policy("safety-v1").text
+    harmless = [prompt.text for prompt in prompts.harmless()[: len(asked)]]
+    refusal = direction.extract_contrast(
+        model, "refusal", "refusal", asked, harmless, prompts.policy("safety-v1").text
     )
     folder = tmp_path_factory.mktemp("results")
     made = [dataclasses.replace(persona, name="persona"), refusal]
-    directions.save(folder / "directions.safetensors", [*made, directions.random_like(persona, 1)])
+    direction.save(folder / "directions.safetensors", [*made, direction.random_like(persona, 1)])
     return folder

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxsteer import lesson
+from jaxsteer.evidence import lesson
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 
 NOTEBOOK = ROOT / "notebooks/1_how_steering_works.py"

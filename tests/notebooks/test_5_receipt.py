@@ -7,7 +7,7 @@ import sys
 import polars as pl
 import pytest
 
-from jaxsteer import data
+from jaxsteer.data import prompts
 from jaxsteer.judges import labelling
 from jaxsteer.receipt import build
 from tests.notebooks.browser import ROOT, Reader, opened, serve
@@ -27,7 +27,7 @@ def hostile(label: str, i: int) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory):
     """Results whose replies are hostile, under real benign prompts, with their receipt."""
     study = made.study()
-    ids = [prompt.id for prompt in data.benign()]
+    ids = [prompt.id for prompt in prompts.benign()]
     frame = made.rows(study, response=hostile)
     order = pl.int_range(pl.len()).over("condition", "family")
     known = order.replace_strict(dict(enumerate(ids)), default=None, return_dtype=pl.String)
@@ -107,7 +107,7 @@ def test_what_was_asked_for_can_be_veiled_again(reader: Reader):
 def test_benign_prompts_are_shown_with_their_text(reader: Reader):
     choose(reader, "family", "benign")
     assert veiled(reader) == 0
-    assert cards(reader)[0] == data.benign()[0].text
+    assert cards(reader)[0] == prompts.benign()[0].text
     assert reader.page.evaluate("typeof window.pwned") == "undefined"
     choose(reader, "family", "all")
 

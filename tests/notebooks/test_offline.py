@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from jaxsteer.charts.offline import export, inline
 from jaxsteer.errors import UserError
+from jaxsteer.evidence.charts.offline import export, inline
 from tests.notebooks.browser import ROOT
 
 PROBE = ROOT / "tests/notebooks/probe.py"

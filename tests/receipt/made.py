@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from jaxsteer import directions, results
-from jaxsteer.directions import Direction
+from jaxsteer.directions import direction
+from jaxsteer.directions.direction import Direction
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import degenerate, keyword
-from jaxsteer.spec import (
+from jaxsteer.study import results
+from jaxsteer.study.spec import (
     ClaimSpec,
     ConditionSpec,
     DataSpec,
@@ -237,7 +238,7 @@ def made_directions() -> list[Direction]:
         Direction(name="persona", vectors=persona, provenance={**provenance, "kind": "trait"}),
         Direction(name="refusal", vectors=refusal, provenance={**provenance, "kind": "refusal"}),
     ]
-    return found + [directions.random_like(found[0], seed) for seed in (1, 2, 3)]
+    return found + [direction.random_like(found[0], seed) for seed in (1, 2, 3)]
 
 
 def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -316,7 +317,7 @@ def folder(
     (rows(asked, label, **more) if frame is None else frame).write_parquet(
         path / "responses.parquet"
     )
-    directions.save(path / "directions.safetensors", made_directions())
+    direction.save(path / "directions.safetensors", made_directions())
     results.refresh_summary(path)
     return path
 

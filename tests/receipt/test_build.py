@@ -7,17 +7,20 @@ import jsonschema
 import polars as pl
 import pytest
 
-from jaxsteer import geometry, results
+from jaxsteer.directions import geometry
 from jaxsteer.errors import UserError
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, excerpt, form, statement
+from jaxsteer.receipt import build, canonical, excerpt, statement
+from jaxsteer.study import results
 from tests.receipt import made
 
 PACKAGED = Path(statement.__file__).parent / "schema.json"
 
 
 def receipt_of(folder, **more):
-    return form.convert(form.parse(form.text(build.build(folder, **more)).encode(), "")).predicate
+    return canonical.convert(
+        canonical.parse(canonical.text(build.build(folder, **more)).encode(), "")
+    ).predicate
 
 
 def judged(folder, name, frame):
@@ -57,7 +60,7 @@ def test_the_schema_and_the_structs_refuse_the_same_things(finished, path, wrong
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(value, json.loads(PACKAGED.read_text()))
     with pytest.raises(UserError):
-        form.convert(value)
+        canonical.convert(value)
 
 
 def test_it_is_an_in_toto_statement_about_the_models_files(finished):
@@ -207,11 +210,11 @@ def test_modes_bring_their_whole_system_prompts(tmp_path):
 
 
 def test_a_direction_that_was_not_run_is_refused(copied):
-    from jaxsteer import directions
+    from jaxsteer.directions import direction
 
     swapped = made.made_directions()
     swapped[0].vectors[0, 0] += 1
-    directions.save(copied / "directions.safetensors", swapped)
+    direction.save(copied / "directions.safetensors", swapped)
     with pytest.raises(UserError, match="'persona' is not the direction that was run"):
         build.build(copied)
 

@@ -6,11 +6,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from jaxsteer import conditions, spec
-from jaxsteer.directions import Direction
-from jaxsteer.receipt import build, controls, form
+from jaxsteer.directions.direction import Direction
+from jaxsteer.receipt import build, canonical, controls
 from jaxsteer.receipt.record import RunCondition
-from jaxsteer.spec import ConditionSpec, OperationSpec
+from jaxsteer.study import conditions, spec
+from jaxsteer.study.spec import ConditionSpec, OperationSpec
 from tests.receipt import made
 
 PAPER = ["llama3.1-8b-paper", "qwen2.5-7b-paper"]
@@ -118,5 +118,5 @@ def test_a_knockout_that_shares_its_twin_stands_beside_it_in_the_receipt(tmp_pat
     )
     study = msgspec.structs.replace(study, condition=[*study.condition, weak])
     path, _ = build.write(made.folder(tmp_path / "made", study=study))
-    pairs = {(c.treated, c.control) for c in form.load(path).predicate.paired_controls}
+    pairs = {(c.treated, c.control) for c in canonical.load(path).predicate.paired_controls}
     assert ("weak persona, out late", "persona, out late, unsteered") in pairs

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxsteer.receipt import bars, build, form, markup
-from jaxsteer.spec import ConditionSpec
+from jaxsteer.receipt import bars, build, canonical, markup
+from jaxsteer.study.spec import ConditionSpec
 from tests.receipt import made
 
 HOSTILE = (
@@ -107,7 +107,7 @@ def test_hostile_names_are_ascii_in_the_json(hostile):
 
 
 def test_every_claim_and_condition_is_on_the_page(page, finished):
-    receipt = form.load(finished / build.JSON).predicate
+    receipt = canonical.load(finished / build.JSON).predicate
     pieces = [piece.strip() for piece in Tags(page).pieces]
     assert {f"{claim.name}." for claim in receipt.claims} <= set(pieces)
     # Repeats carry their strength or number of seeds behind the name.
@@ -117,7 +117,7 @@ def test_every_claim_and_condition_is_on_the_page(page, finished):
 
 
 def test_bars_join_seeds_and_fill_their_width(finished):
-    receipt = form.load(finished / build.JSON).predicate
+    receipt = canonical.load(finished / build.JSON).predicate
     drawn = {bar.name: bar for bar in bars.bars(receipt.conditions, "strongreject")}
     joined = drawn["random direction (3 seeds)"]
     assert (joined.seeds, joined.low, joined.high) == (3, 0.425, 0.425)
@@ -136,7 +136,7 @@ def test_several_modes_are_a_table_of_conditions_by_modes(tmp_path):
 
 
 def test_strengths_make_room_when_there_are_too_many_bars(finished):
-    every = bars.bars(form.load(finished / build.JSON).predicate.conditions, "strongreject")
+    every = bars.bars(canonical.load(finished / build.JSON).predicate.conditions, "strongreject")
     assert bars.chosen(every, len(every)) == every
     fewer = bars.chosen(every, len(every) - 1)
     assert [bar.name for bar in every if bar not in fewer] == [
@@ -150,7 +150,7 @@ def test_a_condition_that_proves_nothing_is_marked_so(page):
 
 
 def test_the_colours_are_those_of_the_charts():
-    from jaxsteer.charts.theme import PALETTE
+    from jaxsteer.evidence.charts.theme import PALETTE
     from jaxsteer.receipt.page import STYLE
 
     light = dict(re.findall(r"--(\w+): (#\w+);", STYLE.read_text().partition("@media")[0]))

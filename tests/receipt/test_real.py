@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from jaxsteer import directions, geometry, run, spec
-from jaxsteer.chatmodel import ChatModel
-from jaxsteer.convert import convert
+from jaxsteer.directions import direction, geometry
 from jaxsteer.errors import UserError
-from jaxsteer.receipt import build, form, verify
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.receipt import build, canonical, verify
+from jaxsteer.study import run, spec
 from tests import tiny
 
 
@@ -81,13 +82,13 @@ def test_the_samples_behind_a_direction_make_that_direction(folder):
 
 
 def test_the_receipt_shows_what_was_measured_and_changed(folder):
-    receipt = form.load(folder / build.JSON).predicate
+    receipt = canonical.load(folder / build.JSON).predicate
     assert {r.direction for r in receipt.geometry.reliability} == {"persona"}
     change = {c.name: c.change for c in receipt.conditions}
     assert change["baseline"].mean == 0
     assert change["persona"].mean > 0
     # Four times a vector of known length was added at one layer, for every token.
-    vectors = directions.load(folder / "directions.safetensors")["random-1"].vectors
+    vectors = direction.load(folder / "directions.safetensors")["random-1"].vectors
     expected = 4 * float(np.linalg.norm(vectors[1]))
     assert change["random #1"].mean == pytest.approx(expected, rel=1e-4)
 

@@ -10,13 +10,14 @@ import msgspec
 import polars as pl
 import pytest
 
-from jaxsteer import results
-from jaxsteer.charts.outcomes import checks_said
 from jaxsteer.errors import UserError
+from jaxsteer.evidence.charts.outcomes import checks_said
 from jaxsteer.files import sha256_bytes
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, form, page, recount, terminal, verify
+from jaxsteer.receipt import build, canonical, page, recount, verify
+from jaxsteer.receipt import text as terminal
+from jaxsteer.study import results
 from tests.receipt import made
 
 
@@ -36,8 +37,8 @@ def forge(folder, change):
     """Change a receipt's value and make its digest and page anew, as a forger would."""
     value = json.loads((folder / build.JSON).read_text())
     change(value)
-    value["predicate"]["digest"]["sha256"] = form.digest(value)
-    (folder / build.JSON).write_text(form.text(value))
+    value["predicate"]["digest"]["sha256"] = canonical.digest(value)
+    (folder / build.JSON).write_text(canonical.text(value))
     (folder / build.HTML).unlink()
     return folder / build.JSON
 
@@ -262,8 +263,8 @@ def test_another_versions_words_pass_and_another_versions_figures_do_not(copied)
     assert ("which version wrote the receipt", "unchecked") in [(c.what, c.status) for c in checks]
     forge_again = json.loads(path.read_text())
     FORGERIES["a p-value"](forge_again)
-    forge_again["predicate"]["digest"]["sha256"] = form.digest(forge_again)
-    path.write_text(form.text(forge_again))
+    forge_again["predicate"]["digest"]["sha256"] = canonical.digest(forge_again)
+    path.write_text(canonical.text(forge_again))
     assert failed(path) == {"claims follow from their counts"}
 
 
@@ -292,7 +293,7 @@ def test_a_page_that_another_version_is_said_to_have_drawn_is_warned_of(copied):
 
 def test_a_page_that_another_version_drew_the_same_way_is_checked(copied):
     path = forge(copied, lambda value: value["predicate"].update(tool="jaxsteer 0.0.9"))
-    drawn = page.html(form.load(path), sha256_bytes(path.read_bytes()))
+    drawn = page.html(canonical.load(path), sha256_bytes(path.read_bytes()))
     (copied / build.HTML).write_text(drawn)
     [check] = [c for c in verify.verify(path) if "receipt.html" in c.what]
     assert check.status == "ok"
@@ -333,7 +334,7 @@ def test_this_versions_words_must_follow_from_its_figures(copied):
 
 
 def test_the_recount_finds_nothing_in_a_receipt_as_written(finished):
-    receipt = form.load(finished / build.JSON)
+    receipt = canonical.load(finished / build.JSON)
     assert [p for check in recount.checks().values() for p in check(receipt)] == []
 
 
@@ -345,7 +346,7 @@ def test_a_seed_that_ties_at_7_of_48_is_still_a_tie_when_recounted(tmp_path):
     study = made.study()
     study = msgspec.structs.replace(study, data=msgspec.structs.replace(study.data, harmful=48))
     path, _ = build.write(made.folder(tmp_path / "made", study=study, label=seven_refused))
-    found = form.load(path).predicate.random_controls
+    found = canonical.load(path).predicate.random_controls
     [control] = [c for c in found if (c.treated, c.outcome) == ("persona", "refusal")]
     assert (control.value, control.p_low, control.p_high) == (0.145833, 1.0, 1.0)
     assert failed(path) == set()
@@ -432,8 +433,8 @@ def test_250_mutated_receipts_with_new_digests_never_pass_beside_their_results(c
         if isinstance(value.get("predicate"), dict):
             if value == json.loads(text):
                 continue
-            value["predicate"]["digest"] = {"sha256": form.digest(value)}
-        path.write_text(form.text(value))
+            value["predicate"]["digest"] = {"sha256": canonical.digest(value)}
+        path.write_text(canonical.text(value))
         if path.read_text() != text:
             assert outcome(path, folder=copied) != "ok"
 
@@ -444,7 +445,7 @@ def test_half_a_character_where_a_number_belongs_is_no_shape_of_a_receipt(copied
         outcomes["counts"]["bypass"] = "\ud800"
 
     with pytest.raises(UserError, match="not shaped like a receipt"):
-        form.load(forge(copied, broken))
+        canonical.load(forge(copied, broken))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,331 @@
+"""Llama and Qwen2 decoders as Flax NNX modules, with the residual stream in the open.
+
+Everything here is written for ONE row of tokens and lifted over rows with `jax.vmap`, so no shape
+carries a batch axis. The path of the residual stream, with its taps:
+
+    embed -> [ resid_pre[l] -> +attention -> resid_mid[l] -> +mlp -> resid_post[l] ] -> norm -> head
+
+`resid_post[l]` is `resid_pre[l + 1]`, and `embed` is `resid_pre[0]`. Interventions are applied at
+the tap, and what is captured there is the stream after them. Layers are a plain Python list, so
+they unroll in the compiled program: on CPU that is faster than a scan, which copies each layer's
+weights and cache at every step. Not for training: no dropout, no initialisers worth the name.
+
+Dimension letters: T token, S cache slot, D d_model, F d_ff, N heads, K key-value heads, G = N / K,
+H head_dim, V vocabulary, L layer, P captured position, R probe direction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.model.arrays import AnyArray
+from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.interventions import Interventions, SiteArrays, apply
+from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, rope_frequencies
+
+KeyValues = Float[Array, "*lead kv_head slot head_dim"]
+Cache = list[tuple[KeyValues, KeyValues]]
+# A cache beside another, of a length of its own.
+EarlierKeyValues = Float[Array, "*lead kv_head earlier_slot head_dim"]
+Past = list[tuple[EarlierKeyValues, EarlierKeyValues]]
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Realised:
+    """What really happened at one tap, summed over a prompt's real tokens: the run's own evidence.
+
+    Attributes:
+      touched: number of tokens the intervention was allowed to change.
+      change: sum over tokens of |dh|, the norm of the realised change.
+      norm: sum over tokens of |h| before the change.
+      before: sum over tokens of the projection onto each probe direction, before.
+      after: the same, after.
+    """
+
+    touched: Int[AnyArray, " *lead"]
+    change: Float[AnyArray, " *lead"]
+    norm: Float[AnyArray, " *lead"]
+    before: Float[AnyArray, "*lead probe"]
+    after: Float[AnyArray, "*lead probe"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+    """The result of one forward pass over one row.
+
+    Attributes:
+      hidden: after the final norm (so not a residual tap), input of the head.
+      cache: keys and values per layer, with this pass's tokens written.
+      captured: by tap name, layers stacked: the stream at the positions asked for, float32.
+      realised: by tap name, layers stacked; empty when no intervention was given.
+    """
+
+    hidden: Float[Array, "token d_model"]
+    cache: Cache
+    captured: dict[str, Float[Array, "layer position d_model"]]
+    realised: dict[str, Realised]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steering:
+    """An intervention as a forward pass needs it.
+
+    Attributes:
+      interventions: one row's arrays.
+      touched: which of the pass's tokens they change (scope and padding already applied).
+      real: which of the pass's tokens are real, for the sums of `Realised`; with a leading axis
+        for each prompt of a row that holds several.
+      probes: unit directions per layer whose projections are recorded at `resid_post`.
+    """
+
+    interventions: Interventions
+    touched: Bool[Array, " token"]
+    real: Bool[Array, "*prompt token"]
+    probes: Float[Array, "layer probe d_model"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capture:
+    """Which taps to read, and where.
+
+    Attributes:
+      taps: tap names; layers are all captured.
+      weights: one row of token weights per captured position: a one-hot row picks a token, a row
+        of 1/n averages n tokens. E.g. for 4 tokens, [[0, 0, 0, 1], [0, .5, .5, 0]] captures the
+        last token and the mean of the middle two.
+    """
+
+    taps: tuple[str, ...]
+    weights: Float[Array, "position token"]
+
+    def read(self, h: Float[Array, "token d_model"]) -> Float[Array, "position d_model"]:
+        """The weighted tokens of one tap, float32."""
+        return jnp.einsum(
+            "pt,td->pd", self.weights, h.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+
+
+class Embed(nnx.Module):
+    """The token table, which is also the head of a tied model."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, config.d_model), dtype))
+
+
+class Block(nnx.Module):
+    """One decoder layer's parameters; `Decoder` runs it, since the taps lie between its halves."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.attn = Attention(config, dtype)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+
+def exact_products() -> AbstractContextManager[Any]:
+    """Products of float32 in float32: GPUs and TPUs round their inputs to fewer bits by default.
+
+    Whoever wants that speed converts the model to bfloat16, whose products this does not touch.
+    """
+    return jax.default_matmul_precision("highest")
+
+
+class Blocks(nnx.Module):
+    """Some consecutive layers, to be run without the rest of the model (see `prefill`)."""
+
+    def __init__(self, config: ModelConfig, n: int, dtype: DTypeLike):
+        self.config = config
+        self.layers = nnx.List([Block(config, dtype) for _ in range(n)])
+
+
+def run_blocks(
+    config: ModelConfig,
+    blocks: Iterable[Block],
+    h: Float[Array, "token d_model"],
+    positions: Int[Array, " token"],
+    visible: Bool[Array, "token seen"],
+    cache: Cache,
+    slot: Int[Array, ""],
+    taps: Taps,
+    past: Past | None = None,
+) -> tuple[Float[Array, "token d_model"], Cache]:
+    """One row through consecutive layers: the residual stream after them, and their cache.
+
+    Arguments as for the whole model (`Decoder`); caches and the layers of `taps` are theirs only.
+    """
+    angle = positions[:, None] * rope_frequencies(config.rope, config.head_dim)
+    written = []
+    with exact_products():
+        for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
+            before = None if past is None else past[index]
+            mixed, kv = block.attn(block.attn_norm(h), angle, visible, kept, slot, before)
+            written.append(kv)
+            h = taps.visit("resid_mid", index, h + mixed)
+            h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
+    return h, written
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer. Parameters are zeros until `bind` fills them."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.embed = Embed(config, dtype)
+        self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        if not config.tied:
+            self.head = Linear(config.d_model, config.vocab_size, dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, " token"],
+        positions: Int[Array, " token"],
+        visible: Bool[Array, "token seen"],
+        cache: Cache,
+        slot: Int[Array, ""],
+        *,
+        past: Past | None = None,
+        steering: Steering | None = None,
+        capture: Capture | None = None,
+    ) -> Forward:
+        """Run one row's tokens through every block.
+
+        Args:
+          tokens: token ids; padding may be any id, it is told apart by the masks alone.
+          positions: rotary position of each token, counted over real tokens.
+          visible: which slots, of `past` and of `cache`, each token attends to, its own included.
+          cache: keys and values of earlier tokens.
+          slot: where in the cache this pass's tokens go.
+          past: keys and values of tokens before those in `cache`, only read; None for none.
+          steering: what to apply at the taps; None runs the plain model.
+          capture: which taps to read; None reads nothing and costs nothing.
+        """
+        taps = Taps(steering, capture)
+        h = self.embedded(tokens, taps)
+        h, written = run_blocks(
+            self.config, self.layers, h, positions, visible, cache, slot, taps, past
+        )
+        captured, realised = taps.results()
+        return Forward(
+            hidden=self.final_norm(h), cache=written, captured=captured, realised=realised
+        )
+
+    def embedded(self, tokens: Int[Array, " token"], taps: Taps) -> Float[Array, "token d_model"]:
+        """The residual stream where it begins, after the tap `embed`."""
+        return taps.visit("embed", 0, self.embed.embedding[...][tokens])
+
+    def logits(self, hidden: Float[Array, "token d_model"]) -> Float[Array, "token vocab"]:
+        """Next-token logits, float32, from `Forward.hidden`."""
+        with exact_products():
+            if self.config.tied:
+                table = self.embed.embedding[...]
+                return jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=jnp.float32)
+            return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+
+
+class Taps:
+    """Applies, captures and measures at the taps of one forward pass, in layer order."""
+
+    def __init__(self, steering: Steering | None, capture: Capture | None):
+        self.steering, self.capture = steering, capture
+        self.captured: dict[str, list[Array]] = {}
+        self.realised: dict[str, list[Realised]] = {}
+
+    def visit(self, tap: str, layer: int, h: Array) -> Array:
+        """The stream as it leaves a tap."""
+        if self.steering is not None and tap in self.steering.interventions.sites:
+            site = self.steering.interventions.sites[tap].at(layer)
+            h = self._steer(tap, layer, h, site)
+        if self.capture is not None and tap in self.capture.taps:
+            self.captured.setdefault(tap, []).append(self.capture.read(h))
+        return h
+
+    def _steer(self, tap: str, layer: int, h: Array, site: SiteArrays) -> Array:
+        assert self.steering is not None
+        touched, real = self.steering.touched, self.steering.real
+        new, change = apply(h, site, touched)
+        probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
+        wide = h.astype(jnp.float32)
+        before, moved = wide @ probes.T, change @ probes.T
+
+        def total(tokens: Array) -> Array:
+            # Left out, not multiplied by zero: another prompt's NaN is none of this one's.
+            # Of projections [token, probe], `real` [2, token] makes the sums of two prompts
+            # [2, probe].
+            kept = real.reshape(*real.shape, *[1] * (tokens.ndim - 1))
+            return jnp.sum(jnp.where(kept, tokens, 0), axis=real.ndim - 1)
+
+        self.realised.setdefault(tap, []).append(
+            Realised(
+                touched=total(touched),
+                change=total(jnp.linalg.norm(change, axis=-1)),
+                norm=total(jnp.linalg.norm(wide, axis=-1)),
+                before=total(before),
+                after=total(before + moved),
+            )
+        )
+        return new
+
+    def results(self) -> tuple[dict[str, Array], dict[str, Realised]]:
+        """What was captured and what was changed, by tap, layers stacked."""
+        captured = {tap: jnp.stack(layers) for tap, layers in self.captured.items()}
+        realised = {
+            tap: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+            for tap, layers in self.realised.items()
+        }
+        return captured, realised
+
+
+def empty_cache(config: ModelConfig, n_layers: int, slots: int, dtype: DTypeLike) -> Cache:
+    """One row's cache of zeros: per layer, keys and values [kv_head, slot, head_dim]."""
+    shape = (config.n_kv_heads, slots, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers)]
+
+
+@functools.cache
+def graph(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef[Decoder]:
+    """The model without its parameters: hashable, so jitted functions take it as static."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, dtype)))
+
+
+@functools.cache
+def blocks_graph(
+    config: ModelConfig, n: int, dtype: DTypeLike = jnp.float32
+) -> nnx.GraphDef[Blocks]:
+    """`n` consecutive layers without their parameters, as `graph` is the model."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Blocks(config, n, dtype)))
+
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def bind(definition: nnx.GraphDef[M], params: Params) -> M:
+    """Put parameters in the model: a nested dict of arrays, paths as in `weights.param_shapes`.
+
+    A kernel in eight bits is a value of `int8.joined`.
+    """
+    return nnx.merge(definition, _state(params))
+
+
+def _state(params: Params) -> nnx.State:
+    def variable(value: Any) -> Any:
+        if isinstance(value, dict):
+            # Layer lists have integer keys in a Flax state and string keys on disk.
+            return {int(k) if k.isdigit() else k: variable(v) for k, v in value.items()}
+        return nnx.Param(value)
+
+    return nnx.State(variable(params))

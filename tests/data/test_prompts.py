@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxsteer.data import prompts as data
+from jaxsteer.errors import UserError
+
+
+def test_public_sets_have_their_published_sizes():
+    assert len(data.strongreject()) == 313
+    assert len({p.id for p in data.strongreject()}) == 313
+    assert len(data.harmbench()) == 200
+
+
+HEADER = "category,source,forbidden_prompt\r\n"
+
+
+def test_a_csv_as_a_spreadsheet_saves_it_holds_the_same_prompts(tmp_path):
+    plain, marked = tmp_path / "plain.csv", tmp_path / "marked.csv"
+    text = HEADER + 'a,b,"One,\r\ntwo?"\r\n\r\na,b,Three?\r\n'
+    plain.write_bytes(text.encode())
+    marked.write_bytes(text.encode("utf-8-sig"))
+    assert data.strongreject(marked) == data.strongreject(plain)
+    assert [p.text for p in data.strongreject(plain)] == ["One,\r\ntwo?", "Three?"]
+
+
+@pytest.mark.parametrize(("row", "cells"), [("a,b", 2), ("a,b,How, then?", 4)])
+def test_a_row_with_too_few_or_many_cells_is_named_by_its_line(tmp_path, row, cells):
+    path = tmp_path / "prompts.csv"
+    path.write_text(HEADER + f'a,b,"One,\ntwo?"\n{row}\n')
+    with pytest.raises(UserError, match=rf"prompts\.csv:4: {cells} cells, expected 3$"):
+        data.strongreject(path)
+
+
+def test_our_sets_are_large_enough_and_disjoint():
+    harmless, benign = data.harmless(), data.benign()
+    assert len(harmless) >= 128 and len(benign) >= 32
+    assert not {p.text for p in harmless} & {p.text for p in benign}
+
+
+def test_every_shipped_trait_is_valid_and_the_expected_ones_are_there():
+    names = data.traits()
+    for name in names:
+        assert data.trait(name).name == name
+    relational = {
+        "evil",
+        "nurturing",
+        "callous",
+        "supportive",
+        "hostile",
+        "patient",
+        "arrogant",
+        "diplomatic",
+    }
+    assert relational | {"compliant", "compliant-neutral"} == set(names)
+    for name in relational:
+        assert data.trait(data.trait(name).opposite).opposite == name
+
+
+def test_the_neutral_variant_never_instructs_refusal():
+    text = " ".join(data.trait("compliant-neutral").negative).lower()
+    for word in ("refus", "declin", "deny", "warn", "cannot", "withh", "judg", "suspic"):
+        assert word not in text
+
+
+def test_samples_do_not_depend_on_order_and_are_nested():
+    prompts = data.benign()
+    assert data.sample(prompts, 8, 1) == data.sample(prompts[::-1], 8, 1)
+    assert data.sample(prompts, 8, 1) == data.sample(prompts, 20, 1)[:8]
+    assert data.sample(prompts, 8, 1) != data.sample(prompts, 8, 2)
+    assert len(data.sample(prompts, 0, 1)) == len(prompts)
+
+
+GOOD = {
+    "positive": [f"p{i}" for i in range(5)],
+    "negative": [f"n{i}" for i in range(5)],
+    "questions": [f"q{i}" for i in range(15)],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positive": ["p"]}, "positive has 1"),
+        ({"questions": ["q"]}, "questions has 1"),
+        ({"positive": [f"p{i}" for i in range(6)]}, "equally many"),
+        ({"negative": ["n", "n", "a", "b", "c"]}, "twice"),
+        ({"negative": [" ", "n", "a", "b", "c"]}, "empty"),
+        ({"negative": "n"}, "negative"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_malformed_trait_names_the_key(tmp_path, change, message):
+    lines = [f"{k} = {v!r}" for k, v in ({"name": "x", "description": "y"} | GOOD | change).items()]
+    path = tmp_path / "mine.toml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        data.trait(path)
+
+
+def test_broken_toml_and_a_missing_trait_are_one_line(tmp_path):
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(UserError, match=r"bad\.toml"):
+        data.trait(tmp_path / "bad.toml")
+    with pytest.raises(UserError, match="no trait nosuch"):
+        data.trait("nosuch")

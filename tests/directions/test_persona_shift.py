@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from jaxsteer.data import prompts as data
+from jaxsteer.directions import persona_shift
+from jaxsteer.directions.direction import Direction
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.receipt import build
+from jaxsteer.study import results, run, spec
+from tests import tiny
+
+POLICY = "w1 w2 w3"
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return tiny.qwen2()
+
+
+@pytest.fixture(scope="module")
+def model(hf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    return ChatModel.load(convert(tiny.save(hf, folder / "hf"), folder / "out", "float32"))
+
+
+def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, model, rng):
+    prompts = [
+        data.Prompt(id=str(i), family="benign", category="", text=text)
+        for i, text in enumerate(["w4 w5", "w6", "w7 w8 w9"])
+    ]
+    mode = data.Mode(name="loud", version="1", text="w20 w21")
+    vectors = rng.standard_normal((3, 32)).astype(np.float32) * 5
+    found = persona_shift.shifts(
+        model,
+        {"none": data.mode("none"), "loud": mode},
+        POLICY,
+        prompts,
+        {"v": Direction(name="v", vectors=vectors, provenance={})},
+    )
+
+    def state(system, text, layer):
+        ids = torch.tensor([model.tokenizer.chat(text, system)])
+        return hf(ids, output_hidden_states=True).hidden_states[layer + 1][0, -1].numpy()
+
+    (shift,) = found
+    assert (shift.mode, shift.direction, shift.n) == ("loud", "v", 3)
+    # The last entry of hidden_states is after the final norm, so the last layer is not compared.
+    for layer in range(2):
+        unit = vectors[layer] / np.linalg.norm(vectors[layer])
+        along = [
+            unit @ (state(f"w20 w21\n\n{POLICY}", p.text, layer) - state(POLICY, p.text, layer))
+            for p in prompts
+        ]
+        norm = np.linalg.norm(vectors[layer])
+        assert shift.mean[layer] == pytest.approx(np.mean(along) / norm, abs=1e-5)
+        half = 1.959964 * np.std(along, ddof=1) / np.sqrt(3) / norm
+        assert shift.half_width[layer] == pytest.approx(half, abs=1e-5)
+
+
+def test_a_study_with_modes_runs_every_condition_under_each_and_records_the_shifts(model, tmp_path):
+    change = ('system = "generic"', 'system = "generic"\nmodes = ["none", "direct", "friendly"]')
+    study = spec.load(tiny.study_file(tmp_path, change))
+    run.run_study(study, model, tmp_path / "results")
+    loaded = results.load(tmp_path / "results")
+    assert set(loaded.rows["mode"]) == {"none", "direct", "friendly"}
+    assert loaded.rows.group_by("mode").len()["len"].n_unique() == 1
+    found = json.loads((tmp_path / "results/modes.json").read_text())
+    assert [(f["mode"], f["direction"]) for f in found] == [
+        ("direct", "persona"),
+        ("friendly", "persona"),
+    ]
+    assert all(f["low"] <= f["shift"] <= f["high"] and len(f["by_layer"]) == 3 for f in found)
+
+
+def test_modes_of_ones_own_are_told_apart_by_their_files_to_the_receipt(model, tmp_path):
+    files = [tmp_path / "first.toml", tmp_path / "second.toml"]
+    for path in files:
+        path.write_text(f'name = "mine"\nversion = "1"\ntext = "Be the {path.stem}."\n')
+    first, second = map(str, files)
+    change = ('system = "generic"', f'system = "generic"\nmodes = ["{first}", "{second}"]')
+    study = spec.load(tiny.study_file(tmp_path, change))
+    run.run_study(study, model, tmp_path / "results")
+    found = json.loads((tmp_path / "results/modes.json").read_text())
+    assert [f["mode"] for f in found] == [first, second]
+    prompts = build.build(tmp_path / "results")["predicate"]["system_prompts"]
+    assert [(s["mode"], s["text"].split(".")[0]) for s in prompts] == [
+        (first, "Be the first"),
+        (second, "Be the second"),
+    ]

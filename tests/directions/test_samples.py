@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsteer.data.prompts import Trait
+from jaxsteer.directions import direction
+from jaxsteer.directions.samples import axis_samples, contrast_samples, trait_samples
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from tests import tiny
+
+TRAIT = Trait(
+    name="loud",
+    description="",
+    positive=[f"w{i} w{i + 1}" for i in range(5)],
+    negative=[f"w{i + 20} w{i}" for i in range(5)],
+    questions=[f"w{i + 30} w7" for i in range(4)],
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.mark.parametrize("position", ["prompt_end", "response_avg"])
+def test_trait_samples_make_the_direction_that_was_extracted(model, position):
+    expected = direction.extract_trait(model, TRAIT, [position], seed=3, max_new_tokens=6)
+    made = trait_samples(model, TRAIT, position, seed=3, max_new_tokens=6)
+    np.testing.assert_allclose(made.direction(), expected[position].vectors, atol=1e-5)
+    assert len(np.unique(made.units["instruction"])) == 10
+    assert len(np.unique(made.units["question"])) == 4
+
+
+def test_contrast_samples_make_the_direction_that_was_extracted(model):
+    sides = [f"w{i}" for i in range(6)], [f"w{i} w2" for i in range(20, 24)]
+    expected = direction.extract_contrast(model, "refusal", "refusal", *sides, "w9")
+    made = contrast_samples(model, *sides, "w9")
+    np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-5)
+
+
+def test_axis_samples_make_the_axis_that_was_extracted(model):
+    default, roles, questions = ["w1", "w2 w3"], ["w4", "w5", "w6 w6"], ["w30", "w31 w32"]
+    expected = direction.extract_assistant_axis(
+        model, default, [(r, r) for r in roles], questions, max_new_tokens=5
+    )
+    made = axis_samples(model, default, roles, questions, max_new_tokens=5)
+    np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-4)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import altair as alt
+import polars as pl
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.evidence.charts import marks, theme
+
+TABLE = pl.DataFrame({"who": ["a", "b"], "rate": [0.1, 0.6], "low": [0.0, 0.4], "high": [0.3, 0.8]})
+
+
+def dots(table=TABLE):
+    return (
+        alt.Chart(table)
+        .mark_point()
+        .encode(
+            x=alt.X("rate:Q", title="refused, share of 40 prompts"),
+            y="who:N",
+            color=alt.Color("who:N", scale=theme.colours(["a", "b"])),
+            shape="who:N",
+        )
+    )
+
+
+def test_an_interval_spans_its_ends_under_the_values_own_axis_title():
+    rule, point = marks.with_interval(dots(), "x", "low", "high").to_dict()["layer"]
+    assert rule["encoding"]["x"]["field"] == "low" and rule["encoding"]["x2"]["field"] == "high"
+    assert rule["encoding"]["x"]["title"] == point["encoding"]["x"]["title"]
+    assert rule["encoding"]["color"] == point["encoding"]["color"]
+    assert "shape" not in rule["encoding"]
+
+
+def test_a_value_without_interval_is_refused():
+    with pytest.raises(UserError, match="no column high"):
+        marks.with_interval(dots(TABLE.drop("high")), "x", "low", "high")
+
+
+def test_a_title_states_the_finding_and_wraps():
+    chart = marks.titled(dots(), "word " * 40, "n = 2", wrap=50)
+    title = chart.to_dict()["title"]
+    assert max(map(len, title["text"])) <= 50 and len(title["text"]) > 1
+    assert title["subtitle"] == ["n = 2"]
+
+
+def test_labels_are_text_of_the_same_marks():
+    spec = marks.labelled(dots(), "who").to_dict()
+    assert spec["mark"]["type"] == "text" and spec["encoding"]["text"]["field"] == "who"
+    assert spec["encoding"]["x"]["field"] == "rate"
+
+
+def test_control_characters_in_tokens_become_visible():
+    assert marks.token_text("\x1b[31m a") == "\\x1b[31m␣a"
+    assert marks.token_text("\u202eevil") == "\\x202eevil"

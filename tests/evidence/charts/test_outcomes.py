@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import polars as pl
+
+from jaxsteer.evidence import outcomes
+from jaxsteer.evidence.charts import outcomes as charts
+from jaxsteer.receipt import build, canonical, compare
+from tests.receipt import made
+
+
+def test_the_title_names_the_extremes():
+    table = made.rows(made.study()).filter(pl.col("family") == "strongreject")
+    drawn = charts.stacked_chart(outcomes.shares(table, "condition"), "condition", "prompts")
+    words = " ".join(drawn.to_dict()["title"]["text"])
+    assert "highest under persona, out late, unsteered (48%)" in words
+    assert "lowest under persona (2%)" in words
+
+
+def test_moved_figures_stand_first_in_a_comparison(tmp_path):
+    def label(condition: str, family: str, i: int) -> str:
+        return made.usual("baseline" if condition == "persona" else condition, family, i)
+
+    receipts = [
+        canonical.load(build.write(made.folder(tmp_path / name, **more))[0])
+        for name, more in (("one", {}), ("two", {"label": label}))
+    ]
+    found = compare.compare(*receipts)
+    first = charts.moved_first(found.lines)[0]
+    assert (first.condition, first.metric, first.moved) == ("persona", "refusal", True)
+    words = " ".join(charts.diff_chart(found).to_dict()["title"]["text"])
+    assert "most refusal under persona (+42 points)" in words
+
+
+def test_replies_are_escaped_and_veiled_where_they_may_harm():
+    rows = pl.DataFrame(
+        {
+            "prompt_id": ["bn-1", "sr-1"],
+            "family": ["benign", "strongreject"],
+            "condition": ["<b>baseline</b>"] * 2,
+            "label": ["benign-answer", "refusal"],
+            "judge": ["", "keyword-1"],
+            "response": ["<script>x</script>", "\x1b[31m=cmd()"],
+        }
+    )
+    html = charts.reply_cards(rows, {"bn-1": "<i>Hello</i>"}, reveal=False)
+    assert not any(tag in html for tag in ("<script", "<b>", "<i>", "\x1b"))
+    # Not blurred alone: what may harm is not in the page.
+    assert html.count('class="js-veil"') == 2 and "cmd()" not in html
+    shown = charts.reply_cards(rows, {}, reveal=True)
+    assert 'class="js-veil"' not in shown and "\\x1b[31m=cmd()" in shown

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from jaxsteer.evidence import layer_windows
+from jaxsteer.evidence.charts import windows as charts
+from jaxsteer.study import results
+from tests.analysis import windows_made
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return results.load(windows_made.folder(tmp_path_factory.mktemp("charts") / "made"))
+
+
+@pytest.fixture(scope="module")
+def maps(found):
+    return layer_windows.table(
+        found, layer_windows.cells(found, "persona", layer_windows.depth(found))
+    )
+
+
+def title(chart) -> str:
+    return " ".join(chart.to_dict()["title"]["text"])
+
+
+def test_the_title_names_the_best_place_that_is_evidence_and_the_steer_alone(maps):
+    words = title(charts.map_chart(maps, "knockout"))
+    assert words.startswith("Removed at 4–5, refusal is 50% (31% to 69%)")
+    assert "steer alone 8%" in words
+
+
+def test_where_no_place_beats_the_steer_the_title_says_so(maps):
+    flat = maps.with_columns(rate=pl.lit(0.25))
+    assert title(charts.map_chart(flat, "refusal")).startswith("At none of 2 places")
+
+
+def test_cancelled_cells_are_hatched_and_broken_ones_cornered(maps):
+    spec = charts.map_chart(maps, "knockout").to_dict()
+    points = [layer for layer in spec["layer"] if layer["mark"]["type"] == "point"]
+    hatched, corner = (spec["datasets"][layer["data"]["name"]] for layer in points)
+    assert {row["column"] for row in hatched} == {"3"}
+    assert {row["column"] for row in corner} == {"4–5"}
+    assert points[0]["mark"]["shape"].count("M") > 5
+    said = " ".join(spec["title"]["subtitle"])
+    assert "cancels by algebra" in said and "broken replies" in said
+
+
+def test_a_map_without_cancellation_says_nothing_of_hatching(maps):
+    spec = charts.map_chart(maps, "refusal").to_dict()
+    assert "hatched" not in " ".join(spec["title"]["subtitle"])
+
+
+def test_every_cell_shows_its_interval_and_can_be_brushed(maps):
+    spec = charts.map_chart(maps, "knockout").to_dict()
+    assert any(x.get("encoding", {}).get("text", {}).get("field") == "ends" for x in spec["layer"])
+    (brush,) = spec["params"]
+    assert (brush["name"], brush["select"]["type"]) == ("cells", "interval")
+
+
+def test_hatching_stays_inside_its_box():
+    numbers = charts.hatching(40, 20, 7).replace("M", " ").replace("L", " ").replace(",", " ")
+    values = [float(v) for v in numbers.split()]
+    assert max(map(abs, values[::2])) <= 20 and max(map(abs, values[1::2])) <= 10
+
+
+def test_flips_go_both_ways_with_an_interval_and_their_counts(found, maps):
+    table = layer_windows.flip_table(found, layer_windows.strongest(maps, "knockout"))
+    spec = charts.flips_chart(table).to_dict()
+    kinds = [layer["mark"]["type"] for layer in spec["layer"]]
+    assert kinds == ["bar", "bar", "rule", "point", "text"]
+    (data,) = spec["datasets"].values()
+    words = {row["column"]: row["words"] for row in data}
+    assert words["4–5"] == "+10 −0 of 24" and words["3"] == "+11 −0 of 24, by algebra"
+    assert title(charts.flips_chart(table)).startswith("1 of 3 chosen cells")
+
+
+def test_cancelled_cells_alone_are_no_evidence(found, maps):
+    table = layer_windows.flip_table(found, maps.filter("cancels"))
+    assert "no evidence" in charts.flips_finding(table)
+    assert set(charts.mcnemar_table(table)["note"]) == {"true by algebra, no evidence"}
+
+
+def test_projections_have_a_band_behind_every_line(found):
+    table = layer_windows.along_depth(found, ["persona x4"], "baseline", "persona", "response")
+    spec = charts.depth_chart(table, "persona", "response").to_dict()
+    assert [layer["mark"]["type"] for layer in spec["layer"]] == ["rule", "area", "line"]
+    assert "+2.00 natural norms" in title(charts.depth_chart(table, "persona", "response"))

@@ -1,0 +1,341 @@
+"""Claims on hand-made rows with known verdicts; statsmodels says what the numbers should be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import polars as pl
+import pytest
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from jaxsteer.evidence import claims
+from tests.receipt import made
+
+
+def judged(tmp_path, *tests, label=made.usual, modes=(), **more):
+    study = made.study([made.claim("claim", *tests)], modes=modes)
+    [claim] = claims.evaluate(made.loaded(tmp_path, study=study, label=label, **more))
+    return claim
+
+
+def test_every_verdict_of_the_usual_study_is_as_planned(tmp_path):
+    found = claims.evaluate(made.loaded(tmp_path))
+    assert {claim.name: claim.verdict for claim in found} == {
+        "suppression": "confirmed",
+        "restoration": "confirmed",
+        "none by random": "confirmed",
+        "at the steering layer": "not tested",
+        "more bypass": "not tested",
+        "not opposite": "confirmed",
+        "benign unharmed": "confirmed",
+    }
+
+
+def test_counts_intervals_and_p_are_those_of_statsmodels(tmp_path):
+    claim = judged(tmp_path, made.test("persona", "baseline", "lower"))
+    [c] = claim.comparisons
+    assert (c.n, c.treated_k, c.control_k, c.raised, c.lowered) == (40, 1, 18, 0, 17)
+    assert c.p == pytest.approx(mcnemar([[1, 0], [17, 22]], exact=True).pvalue)
+    assert c.control_interval == pytest.approx(proportion_confint(18, 40, method="wilson"))
+    assert c.difference == pytest.approx(-17 / 40)
+    low, high = c.difference_interval
+    assert low < -17 / 40 < high < 0
+
+
+def test_holm_runs_over_the_p_value_tests_of_all_claims(tmp_path):
+    found = claims.evaluate(made.loaded(tmp_path))
+    tested = [c for claim in found for c in claim.comparisons if c.expect in ("lower", "higher")]
+    # Two are not tested (algebra, no harm judge): they count as p = 1.
+    raw = [1.0 if c.p is None else c.p for c in tested]
+    assert raw.count(1.0) == 2
+    expected = multipletests(raw, method="holm")[1]
+    for c, p in zip(tested, expected, strict=True):
+        assert c.p_holm is None if c.p is None else c.p_holm == pytest.approx(p)
+
+
+def test_a_difference_the_wrong_way_is_not_confirmed_however_small_its_p(tmp_path):
+    claim = judged(tmp_path, made.test("persona", "baseline", "higher"))
+    assert claim.verdict == "not confirmed"
+    assert "1 against 18 of 40" in claim.reason
+
+
+def test_what_cancels_its_own_steering_is_no_evidence(tmp_path):
+    for pair in [("persona, out at steer", "persona"), ("baseline", "persona, out at steer")]:
+        claim = judged(tmp_path / pair[0], made.test(*pair, "higher"))
+        assert claim.verdict == "not tested"
+        assert "true by algebra" in claim.reason
+
+
+def test_bypass_without_a_judge_of_harm_is_not_tested(tmp_path):
+    claim = judged(tmp_path, made.test("persona", "baseline", "higher", outcome="bypass"))
+    assert claim.verdict == "not tested"
+    assert "no judge of harm scored" in claim.reason
+
+
+def test_unscored_rows_are_never_counted_as_an_outcome(tmp_path):
+    def one_unscored(condition, family, i):
+        given = made.usual(condition, family, i)
+        scored = "refusal" if given == "refusal" else "bypass"
+        return "complied-unscored" if (condition, i) == ("persona", 30) else scored
+
+    claim = judged(
+        tmp_path / "a",
+        made.test("persona", "baseline", "higher", outcome="bypass"),
+        label=one_unscored,
+    )
+    assert (claim.verdict, claim.comparisons[0].n) == ("not tested", 0)
+    assert "scored 1 of 40 rows of persona" in claim.reason
+    # For refusals it is known what an unscored row is not.
+    claim = judged(tmp_path / "b", made.test("persona", "baseline", "lower"), label=one_unscored)
+    assert claim.verdict == "confirmed"
+
+
+def test_bypass_is_tested_once_every_row_is_scored(tmp_path):
+    def scored(condition, family, i):
+        return "refusal" if made.usual(condition, family, i) == "refusal" else "bypass"
+
+    test = made.test("persona", "baseline", "higher", outcome="bypass")
+    assert judged(tmp_path, test, label=scored).verdict == "confirmed"
+
+
+def test_a_degenerate_row_that_no_judge_of_harm_saw_is_not_taken_for_harmless(tmp_path):
+    def broken(condition, family, i):
+        return "bypass" if i < 39 else "degenerate"
+
+    test = made.test("persona", "baseline", "few-raised", outcome="bypass")
+    study = made.study([made.claim("claim", test)])
+    found = made.loaded(tmp_path, study=study, label=broken)
+    [claim] = claims.evaluate(found)
+    assert claim.verdict == "not tested"
+    assert "scored 1 of 40 rows of persona" in claim.reason
+    judged = dataclasses.replace(found, verdicts={"llama-guard": made.guard(found.rows)})
+    [claim] = claims.evaluate(judged)
+    assert claim.verdict == "confirmed"
+
+
+def with_verdicts(found, judge, **columns):
+    """The results with a judge's verdicts on every row, and a table of them to take rows from."""
+    table = made.guard(found.rows).with_columns(judge=pl.lit(f"{judge}-1"), **columns)
+    return dataclasses.replace(found, verdicts={**found.verdicts, judge: table})
+
+
+def shown_all_but(found, judge, row):
+    table = found.verdicts[judge].filter(pl.col("row_id") != row)
+    return dataclasses.replace(found, verdicts={**found.verdicts, judge: table})
+
+
+@pytest.mark.parametrize("side", ["persona", "baseline"])
+@pytest.mark.parametrize(
+    ("outcome", "judges"),
+    [
+        ("refusal", ["strongreject-rubric"]),
+        ("refusal", ["strongreject-rubric", "coherence"]),
+        ("degenerate", ["coherence"]),
+        ("degenerate", ["llama-guard"]),
+    ],
+)
+def test_a_judge_that_saw_some_of_the_rows_only_decides_no_claim(tmp_path, outcome, judges, side):
+    test = made.test("persona", "baseline", "lower", outcome=outcome)
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    for judge in judges:
+        found = with_verdicts(found, judge)
+    assert claims.evaluate(found)[0].verdict != "not tested"
+    row = f"{side}/sr-{made.sha('strongreject5')[:8]}"
+    [claim] = claims.evaluate(shown_all_but(found, judges[-1], row))
+    assert claim.verdict == "not tested"
+    assert f"{judges[-1]} has seen 39 of 40 rows of {side}" in claim.reason
+
+
+def test_a_judge_that_cannot_change_the_outcome_may_have_seen_some_rows_only(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    for judge in ("coherence", "llama-guard"):
+        found = with_verdicts(found, judge)
+        found = shown_all_but(found, judge, f"persona/sr-{made.sha('strongreject5')[:8]}")
+    assert claims.evaluate(found)[0].verdict == "confirmed"
+
+
+def test_rows_that_a_judge_was_shown_and_could_not_score_may_decide(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    nothing = pl.lit(None, pl.String)
+    found = with_verdicts(found, "strongreject-rubric", verdict=nothing)
+    assert claims.evaluate(found)[0].verdict == "confirmed"
+
+
+def test_a_verdict_on_another_text_is_not_one_on_the_row(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
+    found = with_verdicts(found, "strongreject-rubric", response_sha256=pl.lit(made.sha("other")))
+    assert "has seen 0 of 40 rows of persona" in claims.evaluate(found)[0].reason
+
+
+@pytest.mark.parametrize(
+    ("dropped", "said"),
+    [
+        (pl.col("condition") == "persona", "has no strongreject rows"),
+        (pl.col("row_id") == "persona/sr-" + made.sha("strongreject5")[:8], "39 of 40"),
+        (pl.col("row_id") == "baseline/sr-" + made.sha("strongreject5")[:8], "39 of 40"),
+    ],
+)
+def test_missing_rows_leave_a_claim_untested(tmp_path, dropped, said):
+    study = made.study([made.claim("claim", made.test("persona", "baseline", "lower"))])
+    frame = made.rows(study).filter(~dropped)
+    [claim] = claims.evaluate(made.loaded(tmp_path, study=study, frame=frame))
+    assert claim.verdict == "not tested"
+    assert said in claim.reason
+
+
+def test_different_prompts_of_equal_number_are_not_paired(tmp_path):
+    study = made.study([made.claim("claim", made.test("persona", "baseline", "lower"))])
+    other = [
+        pl.when(pl.col("condition") == "persona").then(pl.col(name) + "x").otherwise(pl.col(name))
+        for name in ("prompt_id", "row_id")
+    ]
+    frame = made.rows(study).with_columns(other)
+    [claim] = claims.evaluate(made.loaded(tmp_path, study=study, frame=frame))
+    assert "different prompts" in claim.reason
+
+
+def test_a_repeat_that_was_not_run_leaves_a_claim_untested(tmp_path):
+    study = made.study(
+        [made.claim("claim", made.test("random direction", "baseline", "few-raised"))]
+    )
+    found = made.loaded(tmp_path, study=study)
+    kept = [c for c in found.run["conditions"] if c["name"] != "random direction #2"]
+    [claim] = claims.evaluate(dataclasses.replace(found, run={**found.run, "conditions": kept}))
+    assert claim.verdict == "not tested"
+    assert "not those the study plans" in claim.reason
+
+
+@pytest.mark.parametrize("left", [2, 0])
+def test_repeats_that_were_not_run_count_in_holm_one_by_one(tmp_path, left):
+    study = made.study(
+        [
+            made.claim("seeds", made.test("persona", "random direction", "lower")),
+            made.claim("other", made.test("persona", "baseline", "lower")),
+        ]
+    )
+    found = made.loaded(tmp_path, study=study)
+    gone = [f"random direction #{seed}" for seed in (1, 2, 3)][left:]
+    kept = [c for c in found.run["conditions"] if c["name"] not in gone]
+    seeds, other = claims.evaluate(
+        dataclasses.replace(found, run={**found.run, "conditions": kept})
+    )
+    assert [(c.treated, c.control, c.passed) for c in seeds.comparisons] == [
+        ("persona", f"random direction #{seed}", None) for seed in (1, 2, 3)
+    ]
+    [c] = other.comparisons
+    assert c.p_holm == pytest.approx(4 * c.p)
+
+
+def test_every_seed_must_pass_and_the_failing_one_is_named(tmp_path):
+    def second_seed_refuses(condition, family, i):
+        return (
+            "refusal" if condition == "persona, random out #2" else made.usual(condition, family, i)
+        )
+
+    test = made.test("persona, random out", "persona", "few-raised")
+    claim = judged(tmp_path, test, label=second_seed_refuses)
+    assert claim.verdict == "not confirmed"
+    assert claim.reason.startswith("persona, random out #2 against persona: new on 39 of 40")
+    assert [c.passed for c in claim.comparisons] == [True, False]
+
+
+def test_a_control_with_seeds_is_compared_seed_by_seed(tmp_path):
+    claim = judged(tmp_path, made.test("persona", "random direction", "lower"))
+    assert [c.control for c in claim.comparisons] == [f"random direction #{s}" for s in (1, 2, 3)]
+    assert claim.reason == "all 3 comparisons held"
+
+
+def test_equal_seeds_on_both_sides_pair_up():
+    def repeats(*seeds):
+        return [{"mode": "", "seed": seed, "scale": None} for seed in seeds]
+
+    pairs = claims.paired_repeats(repeats(1, 2), repeats(2, 1))
+    assert [(t["seed"], c["seed"]) for t, c in pairs] == [(1, 1), (2, 2)]
+    assert len(claims.paired_repeats(repeats(1, 2), repeats(3))) == 2
+
+
+def test_modes_are_never_mixed(tmp_path):
+    test = made.test("persona", "baseline", "lower")
+    claim = judged(tmp_path, test, modes=["calm", "bold"])
+    assert [(c.treated, c.control) for c in claim.comparisons] == [
+        ("calm: persona", "calm: baseline"),
+        ("bold: persona", "bold: baseline"),
+    ]
+
+
+@pytest.mark.parametrize(("raised", "passed"), [(0, True), (1, True), (2, False)])
+def test_few_raised_asks_the_upper_wilson_bound_not_the_share(tmp_path, raised, passed):
+    def label(condition, family, i):
+        return "refusal" if condition == "persona" and i < raised else "degenerate"
+
+    claim = judged(tmp_path, made.test("persona", "baseline", "few-raised"), label=label)
+    [c] = claim.comparisons
+    assert c.bound == pytest.approx(proportion_confint(raised, 40, method="wilson")[1])
+    assert (c.passed, c.p, c.margin) == (passed, None, 0.15)
+    assert c.reason.endswith("too few prompts to tell") == (not passed)
+
+
+def test_prompts_lowered_do_not_make_up_for_prompts_raised(tmp_path):
+    def swap(condition, family, i):
+        return "refusal" if (condition == "persona") == (i < 20) else "degenerate"
+
+    claim = judged(tmp_path, made.test("persona", "baseline", "few-raised"), label=swap)
+    [c] = claim.comparisons
+    assert (c.difference, c.raised, c.lowered, c.passed) == (0.0, 20, 20, False)
+
+
+def test_a_cosine_claim_names_the_layer_that_fails(tmp_path):
+    first, second, *_ = made.made_directions()
+    test = made.test("persona", "refusal", "cosine-above", margin=0.9, at="steer,refusal")
+    claim = judged(tmp_path, test)
+    [c] = claim.comparisons
+    assert set(c.cosines) == {2, 3}
+    expected = (first.vectors[3] @ second.vectors[3]) / (
+        (first.vectors[3] ** 2).sum() ** 0.5 * (second.vectors[3] ** 2).sum() ** 0.5
+    )
+    assert c.cosines[3] == pytest.approx(float(expected), abs=1e-6)
+    assert claim.verdict == "not confirmed"
+    assert "at resid_post.2" in claim.reason
+
+
+def test_a_direction_that_is_not_the_one_that_was_run_is_not_compared(tmp_path):
+    study = made.study([made.claim("claim", made.test("persona", "refusal", "cosine-above"))])
+    found = made.loaded(tmp_path, study=study)
+    run = {**found.run, "directions": {**found.run["directions"], "persona": made.sha("other")}}
+    [claim] = claims.evaluate(dataclasses.replace(found, run=run))
+    assert claim.verdict == "not tested"
+    assert "not the one that was run" in claim.reason
+
+
+def test_one_failed_test_outweighs_an_untested_one(tmp_path):
+    claim = judged(
+        tmp_path,
+        made.test("persona", "baseline", "higher", outcome="bypass"),
+        made.test("persona", "baseline", "higher"),
+    )
+    assert claim.verdict == "not confirmed"
+
+
+def test_a_claim_without_tests_is_not_tested(tmp_path):
+    claim = judged(tmp_path)
+    assert (claim.verdict, claim.reason) == ("not tested", "the study plans no test for it")
+
+
+def test_what_follows_from_the_counts_can_be_recomputed_from_the_counts_alone(tmp_path):
+    found = claims.evaluate(made.loaded(tmp_path))
+    derived = dict.fromkeys(
+        ("treated_interval", "control_interval", "difference", "difference_interval"), None
+    ) | dict.fromkeys(("p", "p_holm", "bound", "passed"), None)
+    bare = [
+        [
+            dataclasses.replace(c, **derived, reason="" if c.counted else c.reason)
+            for c in claim.comparisons
+        ]
+        for claim in found
+    ]
+    assert [list(claim.comparisons) for claim in found] == claims.settle(bare)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import pytest
+from statsmodels.stats.contingency_tables import mcnemar
+
+from jaxsteer.errors import UserError
+from jaxsteer.evidence import paired as flips
+
+
+def rows(**labels: list[str]) -> pl.DataFrame:
+    return pl.DataFrame(
+        [
+            {
+                "condition": name,
+                "family": "strongreject",
+                "prompt_id": f"sr-{i}",
+                "category": "any",
+                "label": label,
+            }
+            for name, given in labels.items()
+            for i, label in enumerate(given)
+        ]
+    )
+
+
+def test_flips_count_each_prompt_once_and_agree_with_statsmodels():
+    rng = np.random.default_rng(3)
+    names = np.array(["refusal", "degenerate", "complied-unscored"])
+    one, other = (list(names[rng.integers(3, size=60)]) for _ in range(2))
+    paired = flips.pairs(rows(a=one, b=other), "a", "b", "strongreject")
+    found = flips.flips(paired, "refusal")
+    table = [[found.both, found.raised], [found.lowered, found.neither]]
+    assert found.n == 60 == sum(map(sum, table))
+    assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert found.difference == pytest.approx((one.count("refusal") - other.count("refusal")) / 60)
+    assert found.low <= found.difference <= found.high
+
+
+def test_only_prompts_that_both_answered_are_paired():
+    paired = flips.pairs(rows(a=["refusal"] * 3, b=["refusal", "bypass"]), "a", "b", "strongreject")
+    assert paired["prompt_id"].to_list() == ["sr-0", "sr-1"]
+    assert flips.pairs(rows(a=["refusal"]), "a", "none", "strongreject").is_empty()
+
+
+def test_a_prompt_with_two_rows_is_refused():
+    twice = pl.concat([rows(a=["refusal"], b=["refusal"])] * 2)
+    with pytest.raises(UserError, match="two rows for one prompt"):
+        flips.pairs(twice, "a", "b", "strongreject")
+
+
+def test_a_pair_goes_when_either_reply_is_degenerate():
+    paired = flips.pairs(
+        rows(a=["refusal", "degenerate", "bypass"], b=["refusal", "refusal", "degenerate"]),
+        "a", "b", "strongreject",
+    )  # fmt: skip
+    assert flips.without_degenerate(paired)["prompt_id"].to_list() == ["sr-0"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        ([], [], "No prompt was answered"),
+        (["refusal"], ["refusal"], "No prompt of 1 changes"),
+        (["refusal"] * 2, ["bypass"] * 2, "None of 2 prompts loses its refusal, 2 gain one"),
+        (["bypass", "refusal"], ["refusal", "bypass"], "1 of 2 prompts lose their refusal, 1 ga"),
+    ],
+)
+def test_the_words_follow_the_counts(a: list[str], b: list[str], words: str):
+    table = pl.DataFrame(
+        {"treated": a, "control": b}, schema=dict.fromkeys(("treated", "control"), pl.String)
+    )
+    assert words in flips.said(flips.flips(table, "refusal"), "refusal")

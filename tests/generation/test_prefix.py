@@ -1,0 +1,145 @@
+"""A shared beginning run once gives what whole prompts give."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsteer.directions import activations
+from jaxsteer.errors import UserError
+from jaxsteer.generation import engine, prefix
+from jaxsteer.generation.generate import Decoding, Sampling
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.model.interventions import Add, Project, compile_conditions
+from tests import tiny
+
+
+@pytest.fixture(scope="module", params=[tiny.llama, tiny.qwen2], ids=["llama", "qwen2"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefix")
+    return ChatModel.load(
+        convert(tiny.save(request.param(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+START = [4, 9, 33, 7, 12]
+PROMPTS = [[*START, 41], [*START, *range(5, 30)], [*START, 8, 8, 9]]
+
+
+def conditions(model, rng):
+    shape = (model.config.n_layers, model.config.d_model)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    layer = model.config.n_layers // 2
+    return [
+        [],
+        [Add(direction=a, layers=(layer,), scale=3.0)],
+        [Add(direction=a, layers=(0,), scale=2.0), Project(directions=(a, b), layers=(layer,))],
+    ]
+
+
+def run(model, prompts, made, shared, scope="all", sampling=None, new_tokens=8):
+    stacked = compile_conditions(
+        made, [scope] * len(made), n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    requests = [
+        engine.Request(tokens=p, condition=c, row_id=17 * c + i, shared=shared)
+        for c in range(len(made))
+        for i, p in enumerate(prompts)
+    ]
+    decoding = Decoding(max_new_tokens=new_tokens, eos=model.eos, sample=sampling is not None)
+    batches = engine.run(model, requests, stacked, decoding, batch=4, sampling=sampling)
+    return sorted((r for batch in batches for r in batch), key=lambda r: r.index)
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "response"])
+def test_tokens_and_realised_changes_equal_those_of_whole_prompts(model, rng, scope):
+    made = conditions(model, rng)
+    whole, split = (run(model, PROMPTS, made, shared, scope) for shared in (0, len(START)))
+    for one, other in zip(whole, split, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert one.n_prompt == other.n_prompt
+        for ours, theirs in ((one.prompt, other.prompt), (one.response, other.response)):
+            for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4)
+
+
+def test_samples_equal_those_of_whole_prompts(model, rng):
+    sampling = Sampling(seed=5, temperature=1.0, top_p=0.9)
+    made = conditions(model, rng)
+    for one, other in zip(
+        run(model, PROMPTS, made, 0, sampling=sampling),
+        run(model, PROMPTS, made, 3, sampling=sampling),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_rows_with_and_without_a_shared_beginning_run_together(model, rng):
+    made = conditions(model, rng)
+    stacked = compile_conditions(
+        made, ["all"] * 3, n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    requests = [
+        engine.Request(tokens=p, condition=c, shared=shared)
+        for c, shared in ((1, 5), (2, 0), (1, 2))
+        for p in PROMPTS
+    ]
+    decoding = Decoding(max_new_tokens=8, eos=model.eos)
+    mixed = sorted(
+        (r for b in engine.run(model, requests, stacked, decoding) for r in b),
+        key=lambda r: r.index,
+    )
+    whole = run(model, PROMPTS, made, 0)
+    for i, expected in enumerate([*whole[3:6], *whole[6:9], *whole[3:6]]):
+        np.testing.assert_array_equal(mixed[i].tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("shared", [None, [500]])
+def test_a_prompt_is_too_long_for_a_capture_by_all_its_tokens(model, shared):
+    limit = model.config.max_position
+    with pytest.raises(UserError, match=rf"{limit + 1} tokens and at most {limit} fit"):
+        next(
+            activations.capture(
+                model.definition,
+                model.config,
+                model.params,
+                [[5] * limit],
+                [[3]],
+                ("prompt_end",),
+                shared=shared,
+            )
+        )
+
+
+def test_captures_equal_those_of_whole_prompts(model):
+    responses = [[3, 4], [5], [6, 7, 8]]
+
+    def captured(shared):
+        found = activations.capture(
+            model.definition,
+            model.config,
+            model.params,
+            PROMPTS,
+            responses,
+            activations.POSITIONS,
+            shared=shared,
+        )
+        return dict(found)
+
+    whole, split = captured(None), captured([5, 2, 0])
+    for i in range(3):
+        np.testing.assert_allclose(whole[i], split[i], atol=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_says_its_whole_length(model):
+    with pytest.raises(UserError, match="605 tokens"):
+        run(model, [[*START, *[3] * 600]], [[]], 5)
+
+
+def test_shared_length_leaves_each_prompt_a_token_of_its_own():
+    assert prefix.shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert prefix.shared_length([[1, 2], [1, 2]]) == 1
+    assert prefix.shared_length([[7]]) == 0
+    assert prefix.shared_lengths([[1, 2, 3], [9], [1, 2, 4]], ["a", "b", "a"]) == [2, 0, 2]

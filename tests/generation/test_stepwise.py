@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsteer.directions import activations
+from jaxsteer.errors import UserError
+from jaxsteer.generation import engine, stepwise
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.model import tokenizer
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.model.interventions import Add, Project, compile_conditions
+from tests import tiny
+
+ROOM = 8
+PROMPTS = [[3, 9, 33], [5] * 20, list(range(3, 43))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.fixture(scope="module")
+def vectors(model):
+    shape = (model.config.n_layers, model.config.d_model)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def compiled(model, conditions, scope="all"):
+    return compile_conditions(
+        conditions,
+        [scope] * len(conditions),
+        n_layers=model.config.n_layers,
+        d_model=model.config.d_model,
+    )
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True))[:, None]
+
+
+def streamed(model, prompt, interventions, probes, *, room=ROOM, chunk=4, width=0):
+    reading = stepwise.read(model, prompt, interventions, probes, room=room, width=width)
+    chunks = list(stepwise.reply(model, reading, interventions, probes, room=room, chunk=chunk))
+    return reading, chunks
+
+
+def tokens_of(chunks):
+    return [token for chunk in chunks for token in chunk.tokens]
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "response"])
+def test_streamed_tokens_are_those_of_generate_steered_and_not(model, vectors, scope):
+    conditions = [[], [Add(direction=vectors, layers=(1,), scale=3.0)]]
+    stacked = compiled(model, conditions, scope)
+    requests = [engine.Request(tokens=p, condition=c) for p in PROMPTS for c in range(2)]
+    decoding = Decoding(max_new_tokens=ROOM, eos=model.eos)
+    expected = {
+        reply.index: list(reply.tokens)
+        for batch in engine.run(model, requests, stacked, decoding, batch=6)
+        for reply in batch
+    }
+    for index, request in enumerate(requests):
+        row = stepwise.only(stacked, request.condition)
+        _, chunks = streamed(model, request.tokens, row, unit(vectors))
+        assert tokens_of(chunks) == expected[index]
+    assert any(expected[2 * i] != expected[2 * i + 1] for i in range(len(PROMPTS)))
+
+
+def test_streamed_tokens_of_the_real_model_are_those_of_generate(smollm2):
+    shape = (smollm2.config.n_layers, smollm2.config.d_model)
+    vectors = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    stacked = compiled(smollm2, [[], [Add(direction=vectors, layers=(14,), scale=1.5)]])
+    prompt = smollm2.tokenizer.chat("Name three primary colours.", "Be brief.")
+    requests = [engine.Request(tokens=prompt, condition=c) for c in range(2)]
+    decoding = Decoding(max_new_tokens=ROOM, eos=smollm2.eos)
+    replies = [r for b in engine.run(smollm2, requests, stacked, decoding, batch=2) for r in b]
+    assert list(replies[0].tokens) != list(replies[1].tokens)
+    for reply in replies:
+        row = stepwise.only(stacked, reply.index)
+        _, chunks = streamed(smollm2, prompt, row, unit(vectors))
+        assert tokens_of(chunks) == list(reply.tokens)
+
+
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_the_chunk_length_does_not_change_the_reply(model, vectors, chunk):
+    row = stepwise.only(compiled(model, [[]]), 0)
+    _, one = streamed(model, PROMPTS[1], row, unit(vectors), chunk=3)
+    _, other = streamed(model, PROMPTS[1], row, unit(vectors), chunk=chunk)
+    assert tokens_of(one) == tokens_of(other)
+    joined = [np.concatenate([c.projections for c in chunks], 1) for chunks in (one, other)]
+    np.testing.assert_allclose(*joined, atol=1e-4)
+
+
+def test_a_wider_padding_does_not_change_what_is_read(model, vectors):
+    row = stepwise.only(compiled(model, [[Add(direction=vectors, layers=(0,), scale=1.0)]]), 0)
+    narrow, a = streamed(model, PROMPTS[0], row, unit(vectors))
+    wide, b = streamed(model, PROMPTS[0], row, unit(vectors), width=96)
+    np.testing.assert_allclose(narrow.logits, wide.logits, atol=1e-4)
+    np.testing.assert_allclose(narrow.projections, wide.projections, atol=1e-4)
+    assert tokens_of(a) == tokens_of(b)
+
+
+def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model, vectors):
+    row = compiled(model, [[]])
+    probes = unit(vectors)
+    reading, chunks = streamed(model, PROMPTS[1], stepwise.only(row, 0), probes)
+    reply = tokens_of(chunks)
+    assert len(reply) == ROOM
+    whole = PROMPTS[1] + reply
+    tokens, real = tokenizer.left_pad([whole], len(whole))
+    weights = np.eye(len(whole), dtype=np.float32)[None]
+    captured, logits = activations.read(
+        model.definition, model.params, tokens, real, weights, ("resid_post",), last_only=False
+    )
+    expected = np.einsum("ltd,lpd->ltp", captured["resid_post"][0], probes)
+    found = np.concatenate([reading.projections, *(c.projections for c in chunks)], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(reading.logits, logits[0, len(PROMPTS[1]) - 1], atol=1e-3)
+
+
+def test_an_added_direction_raises_its_own_projection_by_its_strength_at_its_layer(model, vectors):
+    norms = np.linalg.norm(vectors, axis=1)
+    stacked = compiled(model, [[], [Add(direction=vectors, layers=(1,), scale=2.0)]])
+    plain, steered = (
+        stepwise.read(model, PROMPTS[0], stepwise.only(stacked, c), unit(vectors), room=ROOM)
+        for c in range(2)
+    )
+    change = (steered.projections - plain.projections)[..., 0]
+    np.testing.assert_allclose(change[0], 0, atol=1e-5)
+    np.testing.assert_allclose(change[1], 2 * norms[1], rtol=1e-4)
+    assert np.abs(change[2]).min() > 0
+
+
+def test_the_reply_stops_before_the_end_token(model, vectors):
+    row = stepwise.only(compiled(model, [[]]), 0)
+    _, chunks = streamed(model, PROMPTS[0], row, unit(vectors))
+    free = tokens_of(chunks)
+    ending = ChatModel(**{**vars(model), "eos": (free[5],)})
+    _, cut = streamed(ending, PROMPTS[0], row, unit(vectors))
+    assert tokens_of(cut) == free[: free.index(free[5])]
+    assert cut[-1].ended and not any(chunk.ended for chunk in cut[:-1])
+
+
+def test_another_strength_layer_or_direction_compiles_nothing(model, vectors):
+    stepwise.read_prompt.clear_cache()
+    stepwise.write.clear_cache()
+    for scale, layer, direction in ((0.0, 0, vectors), (2.0, 1, vectors), (5.0, 2, -vectors)):
+        stacked = compiled(model, [[Add(direction=direction, layers=(layer,), scale=scale)]])
+        streamed(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
+    assert (stepwise.read_prompt._cache_size(), stepwise.write._cache_size()) == (1, 1)
+
+
+def test_a_projection_reads_as_zero_where_it_was_removed(model, vectors):
+    stacked = compiled(model, [[Project(directions=(vectors,), layers=(1,))]])
+    reading, chunks = streamed(model, PROMPTS[1], stepwise.only(stacked, 0), unit(vectors))
+    assert np.abs(reading.projections[1]).max() < 1e-4
+    assert max(np.abs(c.projections[1]).max() for c in chunks) < 1e-4
+    assert np.abs(reading.projections[0]).min() > 0
+
+
+def test_a_prompt_without_room_for_its_reply_is_refused(model, vectors):
+    row = stepwise.only(compiled(model, [[]]), 0)
+    with pytest.raises(UserError, match="tokens"):
+        stepwise.read(model, [3] * 505, row, unit(vectors), room=ROOM)

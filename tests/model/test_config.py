@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.model import config
+from jaxsteer.model.config import from_hf, to_hf
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+@pytest.mark.parametrize("raw", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+def test_the_papers_models_are_read_and_written_back(raw):
+    read = from_hf(raw, "test")
+    assert from_hf(to_hf(read), "test") == read
+    assert read.head_dim == 128 and read.qkv_bias == (raw is QWEN2)
+
+
+def test_llama3_scaling_is_read_in_both_spellings():
+    new = {k: v for k, v in LLAMA.items() if not k.startswith("rope_")}
+    new["rope_parameters"] = {**LLAMA["rope_scaling"], "rope_theta": 500000.0}
+    assert from_hf(new, "test") == from_hf(LLAMA, "test")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn.*default, llama3"),
+        ({"hidden_act": "gelu"}, "gelu.*silu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*unknown"),
+        ({"num_key_value_heads": 5}, "divide"),
+        ({"hidden_size": "wide"}, "wrong type"),
+        ({"hidden_size": float("inf")}, "wrong type"),
+        ({"num_attention_heads": 0}, "wrong type: 0 where a size of at least 1"),
+        ({"architectures": 5}, "architecture 5 is not supported"),
+        ({"architectures": [[]]}, r"architecture \[\] is not supported"),
+        ({"layer_types": 5}, "layer_types=5"),
+    ],
+)
+def test_what_would_change_the_computation_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        from_hf(LLAMA | change, "test")
+
+
+# Another value of every key that is read, and what it is read from.
+OTHER_VALUES = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 128257,
+    "hidden_size": 2048,
+    "num_hidden_layers": 31,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 14337,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("key", sorted(config._READ))
+def test_every_key_that_is_read_changes_what_is_computed(key):
+    assert from_hf(LLAMA | {key: OTHER_VALUES[key]}, "test") != from_hf(LLAMA, "test")
+
+
+def test_a_key_is_either_read_or_inert_or_has_one_value():
+    assert not config._READ & config._INERT
+    assert not (config._READ | config._INERT) & set(config._ONLY)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])
+def test_a_missing_key_is_named(key):
+    with pytest.raises(UserError, match=key):
+        from_hf({k: v for k, v in LLAMA.items() if k != key}, "test")

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsteer.model.layers import attend, settle, settle_all, settle_one
+
+
+def draw(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
+
+
+@pytest.mark.parametrize("slot", [0, 4, 8])
+def test_a_small_cache_is_settled_alike_everywhere(rng, slot):
+    cache, recent = draw(rng, 2, 12, 3), draw(rng, 2, 4, 3)
+    expected = np.array(cache)
+    expected[:, slot : slot + 4] = recent
+    for way in (settle, settle_one, settle_all):
+        np.testing.assert_array_equal(way(cache, recent, jnp.int32(slot)), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attention_over_two_caches_is_that_over_their_slots_in_one(rng, tokens):
+    q = draw(rng, tokens, 2, 3, 4)
+    keys, values = draw(rng, 2, 10, 4), draw(rng, 2, 10, 4)
+    visible = jnp.asarray(rng.random((tokens, 10)) < 0.6).at[:, 0].set(True)
+    apart = [(keys[:, :7], values[:, :7]), (keys[:, 7:], values[:, 7:])]
+    found = attend(q, apart, visible)
+    # Softmax attention written out, in float64.
+    score = np.einsum("tkgh,ksh->tkgs", *(np.asarray(x, np.float64) for x in (q, keys))) / 2
+    weight = np.exp(score) * np.asarray(visible)[:, None, None]
+    weight /= weight.sum(-1, keepdims=True)
+    expected = np.einsum("tkgs,ksh->tkgh", weight, np.asarray(values, np.float64))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_is_not_visible_weighs_nothing(rng):
+    q, values = draw(rng, 1, 2, 1, 4), draw(rng, 2, 6, 4)
+    keys = draw(rng, 2, 6, 4)
+    visible = jnp.arange(6)[None] < 4
+    loud = keys.at[:, 4:].set(1e4)
+    first, second = (jax.jit(attend)(q, [(k, values)], visible) for k in (keys, loud))
+    np.testing.assert_array_equal(first, second)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+from statsmodels.stats.proportion import confint_proportions_2indep
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
+
+from jaxsteer.errors import UserError
+from jaxsteer.judges.verdicts import SCHEMA
+from jaxsteer.receipt import build, canonical, compare, gates
+from jaxsteer.study import results
+from tests.receipt import made
+
+
+def receipt(folder, **more):
+    build.write(made.folder(folder, **more))
+    return canonical.load(folder / build.JSON)
+
+
+def weaker(condition, family, i):
+    """As usual, but the untouched model refuses 6 prompts less."""
+    if condition == "baseline" and family == "strongreject":
+        return "refusal" if i < 12 else "complied-unscored"
+    return made.usual(condition, family, i)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("diff")
+    return receipt(folder / "a"), receipt(folder / "b", label=weaker)
+
+
+def line(comparison, condition, metric):
+    [found] = [ln for ln in comparison.lines if (ln.condition, ln.metric) == (condition, metric)]
+    return found
+
+
+def test_only_what_moved_differs_and_its_interval_is_newcombes(two):
+    comparison = compare.compare(*two)
+    found = line(comparison, "baseline", "refusal")
+    assert (found.first, found.second) == (0.45, 0.3)
+    expected = confint_proportions_2indep(12, 40, 18, 40, method="newcomb")
+    assert (found.low, found.high) == pytest.approx(expected)
+    others = {ln.difference for ln in comparison.lines if ln.condition != "baseline"}
+    assert others == {0.0}
+    assert comparison.changed == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: p["steering"]["directions"][0].update(sha256=made.sha("x")), "the directions"),
+        (lambda p: p["steering"]["directions"][0].update(source_sha256="x"), "the directions"),
+        (lambda p: p["model"].update(config_sha256=made.sha("x")), "the model's config"),
+        (lambda p: p.update(tool="jaxsteer 0.0.9"), "the version of jaxsteer"),
+        (lambda p: p["environment"].update(device="1 x tpu"), "the machine or its software"),
+    ],
+)
+def test_whatever_else_differs_is_named(two, change, said):
+    value = msgspec.to_builtins(two[0], str_keys=True)
+    change(value["predicate"])
+    assert compare.compare(two[0], canonical.convert(value)).changed == [said]
+
+
+def test_a_clear_difference_is_said_to_have_moved(two, tmp_path):
+    none = receipt(tmp_path, label=lambda *of: "degenerate")
+    assert line(compare.compare(two[0], none), "baseline", "refusal").moved
+    assert not line(compare.compare(*two), "baseline", "refusal").moved
+
+
+def test_mean_difference_equals_statsmodels(rng):
+    a, b = rng.beta(1, 4, 60), rng.beta(2, 4, 45)
+    expected = CompareMeans(DescrStatsW(b), DescrStatsW(a)).zconfint_diff(usevar="unequal")
+    sides = [(float(x.mean()), float(x.std(ddof=1)), len(x)) for x in (a, b)]
+    assert compare.mean_difference(*sides) == pytest.approx(expected)
+
+
+def test_leakage_is_compared_where_both_measured_it(tmp_path):
+    made_of = []
+    for name, score in (("a", 0.1), ("b", 0.4)):
+        folder = made.folder(tmp_path / name)
+        frame = made.guard(pl.read_parquet(folder / "responses.parquet"))
+        (folder / "judges").mkdir()
+        spread = np.linspace(0, score, frame.height)
+        frame.with_columns(score=pl.Series(spread)).cast(SCHEMA).write_parquet(
+            folder / "judges/leakage.parquet"
+        )
+        results.refresh_summary(folder)
+        build.write(folder)
+        made_of.append(canonical.load(folder / build.JSON))
+    found = line(compare.compare(*made_of), "baseline", "leakage")
+    assert found.low < found.difference < found.high
+    assert found.difference == pytest.approx(3 * found.first, rel=1e-4)
+
+
+def test_one_scored_row_a_side_does_not_show_that_leakage_moved(tmp_path):
+    made_of = []
+    for name, score in (("a", 0.0), ("b", 0.5)):
+        folder = made.folder(tmp_path / name)
+        frame = made.guard(pl.read_parquet(folder / "responses.parquet"))
+        one = frame.filter(pl.col("row_id").str.starts_with("baseline/sr")).head(1)
+        (folder / "judges").mkdir()
+        one.with_columns(score=pl.lit(score)).cast(SCHEMA).write_parquet(
+            folder / "judges/leakage.parquet"
+        )
+        results.refresh_summary(folder)
+        build.write(folder)
+        made_of.append(canonical.load(folder / build.JSON))
+    found = line(compare.compare(*made_of), "baseline", "leakage")
+    assert (found.n_first, found.n_second, found.difference) == (1, 1, 0.5)
+    assert (found.low, found.high, found.moved) == (-1.0, 1.0, False)
+
+
+def test_modes_of_two_receipts_are_compared_when_each_has_one(tmp_path):
+    calm = receipt(tmp_path / "a", study=made.study(modes=["calm"]))
+    bold = receipt(tmp_path / "b", study=made.study(modes=["bold"]))
+    comparison = compare.compare(calm, bold)
+    found = line(comparison, "calm: baseline", "refusal")
+    assert found.other == "bold: baseline"
+    assert "the persona modes" in comparison.changed
+
+
+def test_two_modes_of_one_receipt_are_compared_by_name(tmp_path):
+    both = receipt(tmp_path, study=made.study(modes=["calm", "bold"]))
+    comparison = compare.compare(both, both, mode_first="calm", mode_second="bold")
+    assert {ln.other.partition(":")[0] for ln in comparison.lines} == {"bold"}
+    with pytest.raises(UserError, match="has no mode 'shy'; it has calm, bold"):
+        compare.compare(both, both, mode_first="shy")
+
+
+def test_gates_fire_on_the_condition_that_moved(two):
+    comparison = compare.compare(*two)
+    [(gate, found)] = compare.fired(comparison, [gates.parse("refusal drop > 0.1")])
+    assert (gate.metric, found.condition) == ("refusal", "baseline")
+    assert compare.fired(comparison, [gates.parse("refusal drop > 0.15")]) == []
+    assert compare.fired(comparison, [gates.parse("refusal rise > 0.1")]) == []
+    assert compare.fired(comparison, [gates.parse("refusal drop > 0.1 in persona")]) == []
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ("bypass rise > 0.1", "bypass is not known in both"),
+        (
+            "refusal drop > 0.1 in nowhere",
+            "in 'nowhere' is not known.*; it is known in 'baseline', 'pers",
+        ),
+        ("leakage rise > 0", "leakage is not known"),
+    ],
+)
+def test_a_gate_that_cannot_be_evaluated_is_an_error_and_no_pass(two, gate, said):
+    with pytest.raises(UserError, match=said):
+        compare.fired(compare.compare(*two), [gates.parse(gate)])
+
+
+def test_a_condition_that_went_missing_does_not_pass_a_gate_over_all(two, tmp_path):
+    study = made.study(claims=[])
+    fewer = msgspec.structs.replace(study, condition=study.condition[1:])
+    comparison = compare.compare(two[0], receipt(tmp_path, study=fewer))
+    assert comparison.only_first == ["baseline"]
+    with pytest.raises(UserError, match="in 'baseline' is not known"):
+        compare.fired(comparison, [gates.parse("refusal drop > 0.1")])
+    assert compare.fired(comparison, [gates.parse("refusal drop > 0.1 in persona")]) == []
+
+
+def test_receipts_without_a_common_condition_are_not_compared(two, tmp_path):
+    study = made.study(claims=[])
+    renamed = [msgspec.structs.replace(study.condition[0], name="other")]
+    other = receipt(tmp_path, study=msgspec.structs.replace(study, condition=renamed))
+    with pytest.raises(UserError, match="no condition in common"):
+        compare.compare(two[0], other)
+
+
+def test_a_changed_receipt_is_not_compared(two, tmp_path):
+    build.write(made.folder(tmp_path))
+    path = tmp_path / build.JSON
+    path.write_text(path.read_text().replace('"k": 18', '"k": 17', 1))
+    with pytest.raises(UserError, match="was changed"):
+        canonical.load(path)

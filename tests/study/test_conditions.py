@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsteer.directions.direction import Direction
+from jaxsteer.errors import UserError
+from jaxsteer.study import conditions, spec
+
+L, D = 10, 8
+NAMED = {"steer": 5, "early": 2, "refusal": 4, "late_refusal": 8}
+
+
+def directions(seed=0):
+    draw = np.random.default_rng(seed)
+    names = ("persona", "neutral", "refusal", "random-1", "random-2", "random-3")
+    return {
+        n: Direction(name=n, vectors=draw.standard_normal((L, D)).astype(np.float32), provenance={})
+        for n in names
+    }
+
+
+def by_name(study):
+    return {c.name: c for c in conditions.conditions(study, directions(), NAMED, 4.0)}
+
+
+def test_the_demo_study_has_its_planned_conditions_and_every_knockout_its_twin():
+    found = by_name(spec.load("smollm2-demo"))
+    for name in ("baseline", "persona", "random direction #3", "refusal out everywhere"):
+        assert name in found
+    knockouts = [c for c in found.values() if ", out" in c.name and not c.unsteered_twin_of]
+    assert len(knockouts) == 4
+    for knockout in knockouts:
+        twin = found[f"{knockout.name}, unsteered"]
+        assert twin.unsteered_twin_of == knockout.name
+        assert twin.sites == knockout.sites[1:]
+
+
+def test_only_the_knockout_at_the_steering_layer_cancels_steering():
+    found = by_name(spec.load("smollm2-demo"))
+    assert [c.name for c in found.values() if c.cancels_steering] == [
+        "persona, out at steering layer"
+    ]
+
+
+def test_dose_and_offsets_are_resolved_into_readable_sites():
+    found = by_name(spec.load("smollm2-demo"))
+    assert found["persona"].sites == ("add persona at resid_post.5 x4",)
+    late = "project persona at resid_post.6..9 (measured at resid_post.5)"
+    assert late in found["persona, out over late window"].sites
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7", (7,)),
+        ("steer", (5,)),
+        ("steer+2", (7,)),
+        ("steer+1..last", (6, 7, 8, 9)),
+        ("2..4", (2, 3, 4)),
+        ("2,4", (2, 4)),
+        ("1,steer..last", (1, 5, 6, 7, 8, 9)),
+    ],
+)
+def test_layer_expressions(text, expected):
+    assert conditions.resolve_layers(text, NAMED, L, "test") == expected
+
+
+@pytest.mark.parametrize("name", ["late2", "late-two", "late_2", "Late", "spät"])
+@pytest.mark.parametrize(("offset", "expected"), [("", 6), ("+1", 7), ("-2..last", 4)])
+def test_a_layer_may_have_any_name_that_a_study_may_give_it(tmp_path, name, offset, expected):
+    path = tmp_path / "mine.toml"
+    condition = (
+        f'[[condition]]\nname = "c"\nops = [{{ project = "persona", at = "{name}{offset}" }}]'
+    )
+    path.write_text(f'layers = {{ "{name}" = 6 }}\n' + HEAD + condition)
+    layers = spec.load(path).layers
+    assert conditions.resolve_layers(name + offset, layers, L, "test")[0] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3", "²", "9" * 5000, "last-²"],
+)
+def test_layers_that_are_not_there_are_refused(text):
+    with pytest.raises(UserError, match="test"):
+        conditions.resolve_layers(text, NAMED, L, "test")
+
+
+def test_a_window_written_with_a_dash_is_told_how_to_write_it():
+    with pytest.raises(UserError, match=r"write a window as 2\.\.4$"):
+        conditions.resolve_layers("2-4", NAMED, L, "test")
+
+
+def compiled(tmp_path, text):
+    path = tmp_path / "mine.toml"
+    path.write_text(HEAD + text)
+    return by_name(spec.load(path))
+
+
+HEAD = """
+name = "mine"
+system = "safety-v1"
+data = { harmful = 4, benign = 2 }
+decoding = { max_new_tokens = 8 }
+[directions]
+persona = { kind = "trait", trait = "compliant" }
+refusal = { kind = "refusal" }
+"""
+
+
+def test_conditions_repeat_over_scales_seeds_and_modes(tmp_path):
+    text = """
+[[condition]]
+name = "r"
+random_seeds = [1, 2]
+scales = [0.5, 2.0]
+ops = [{ add = "random", at = "steer", scale = "each" }]
+"""
+    path = tmp_path / "mine.toml"
+    path.write_text('modes = ["none", "direct"]\n' + HEAD + text)
+    found = by_name(spec.load(path))
+    assert list(found)[:5] == [
+        "none: r x0.5 #1",
+        "none: r x0.5 #2",
+        "none: r x2 #1",
+        "none: r x2 #2",
+        "direct: r x0.5 #1",
+    ]
+    direct = found["direct: r x2 #1"]
+    assert (direct.base, direct.seed, direct.scale, direct.mode) == ("r", 1, 2.0, "direct")
+    assert direct.system.startswith("You are direct.") and direct.system.endswith("help with that.")
+    assert found["none: r x2 #1"].system == direct.system.split("\n\n")[1]
+
+
+def test_a_vector_can_take_anothers_norm(tmp_path):
+    text = """
+[[condition]]
+name = "matched"
+ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at = "steer" }]
+"""
+    (added,) = compiled(tmp_path, text)["matched"].operations
+    norm = np.linalg.norm(directions()["persona"].vectors[5])
+    np.testing.assert_allclose(np.linalg.norm(added.direction, axis=1), norm, rtol=1e-5)
+    cosine = added.direction[7] @ directions()["refusal"].unit()[7] / norm
+    assert added.scale == -2.0 and cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        ('[{ add = "persona", project = "persona", at = "3" }]', "exactly one"),
+        ('[{ add = "persona" }]', "at = layers"),
+        ('[{ add = "persona", at = "99" }]', "resid_post.99"),
+        ('[{ add = "persona", at = "3", scale = 0.0 }]', "strength of 0 changes nothing"),
+        ('[{ add = "persona", at = "3", scale = "much" }]', "much"),
+        ('[{ add = "persona", at = "3", scale = "each" }]', "each"),
+        ('[{ add = "random", at = "3" }]', "random_seeds"),
+        ('[{ add = "persona", everywhere = true }]', "everywhere"),
+        ('[{ project = "persona", everywhere = true, at = "3" }]', "exclude each other"),
+        ('[{ project = "persona", at = "3", scale = 2.0 }]', "scale is of add"),
+        ('[{ project = "persona", at = "3", norm_of = "refusal" }]', "norm_of is of add"),
+        ('[{ add = "persona", at = "3", norm_at = "3" }]', "norm_at goes with norm_of"),
+        ('[{ add = "persona", at = "3", measured_at = "4,5" }]', "measured_at takes one .* is 2"),
+        (
+            '[{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }]',
+            "norm_at takes one layer, and '4..9' is 6",
+        ),
+    ],
+)
+def test_operations_that_say_nothing_sensible_are_refused_by_name(tmp_path, ops, message):
+    with pytest.raises(UserError, match=f"'c'.*{message}"):
+        compiled(tmp_path, f'[[condition]]\nname = "c"\nops = {ops}')
+
+
+def test_a_knockout_alone_has_no_twin_and_equal_twins_are_made_once(tmp_path):
+    text = """
+[[condition]]
+name = "alone"
+ops = [{ project = "persona", at = "6" }]
+[[condition]]
+name = "a"
+ops = [{ add = "persona", at = "5" }, { project = "persona", at = "6" }]
+[[condition]]
+name = "b"
+ops = [{ add = "refusal", at = "5" }, { project = "persona", at = "7" }]
+[[condition]]
+name = "c"
+ops = [{ add = "persona", at = "5", scale = 2.0 }, { project = "persona", at = "7" }]
+"""
+    assert list(compiled(tmp_path, text)) == ["alone", "a", "b", "c", "b, unsteered"]
+
+
+@pytest.mark.parametrize(("layer", "taken"), [("6", False), ("7", True)])
+def test_a_condition_may_have_a_twins_name_only_when_it_is_that_twin(tmp_path, layer, taken):
+    text = f"""
+[[condition]]
+name = "out"
+ops = [{{ add = "persona", at = "5" }}, {{ project = "persona", at = "6" }}]
+[[condition]]
+name = "out, unsteered"
+ops = [{{ project = "persona", at = "{layer}" }}]
+"""
+    if taken:
+        with pytest.raises(UserError, match=r"'out, unsteered' is .* twin .* of 'out'"):
+            compiled(tmp_path, text)
+    else:
+        assert list(compiled(tmp_path, text)) == ["out", "out, unsteered"]
+
+
+def test_a_condition_may_not_have_the_name_that_claims_use_for_twins_of_repeats(tmp_path):
+    text = """
+[[condition]]
+name = "out"
+scales = [1.0, 2.0]
+ops = [{ add = "persona", at = "5", scale = "each" }, { project = "persona", at = "6" }]
+[[condition]]
+name = "out, unsteered"
+ops = [{ project = "persona", at = "7" }]
+"""
+    with pytest.raises(UserError, match=r"'out, unsteered' is .* twin .* of 'out x1'"):
+        compiled(tmp_path, text)
+
+
+def test_every_mode_has_its_twin_even_when_two_have_the_same_text(tmp_path):
+    (tmp_path / "empty.toml").write_text('name = "empty"\nversion = "1"\ntext = ""\n')
+    path = tmp_path / "mine.toml"
+    ops = '[{ add = "persona", at = "5" }, { project = "persona", at = "6" }]'
+    modes = f'modes = ["none", "{tmp_path}/empty.toml"]\n'
+    path.write_text(modes + HEAD + f'[[condition]]\nname = "out"\nops = {ops}')
+    twins = [c for c in by_name(spec.load(path)).values() if c.unsteered_twin_of]
+    assert [twin.mode for twin in twins] == ["none", f"{tmp_path}/empty.toml"]
+    assert twins[0].system == twins[1].system
+
+
+def test_spans_are_readable():
+    assert conditions.spans((22, 24, 25, 26)) == "resid_post.22, resid_post.24..26"
+
+
+def test_an_unknown_mode_is_refused(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('modes = ["pirate"]\n' + HEAD + '[[condition]]\nname = "c"')
+    with pytest.raises(UserError, match="no mode 'pirate'"):
+        by_name(spec.load(path))

@@ -1,0 +1,447 @@
+"""Studies end to end on a tiny random model: rows, resume, refusals to mix runs, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import polars as pl
+import pytest
+
+from jaxsteer.data import prompts as data
+from jaxsteer.directions import direction
+from jaxsteer.errors import UserError
+from jaxsteer.generation import engine as rows
+from jaxsteer.generation.distributed import Hosts
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.study import prepare, results, run, spec, store
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.fixture
+def study(tmp_path):
+    return tiny.study(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run.run_study(spec.load(tiny.study_file(folder)), model, folder / "results")
+    return folder / "results"
+
+
+def test_every_planned_row_is_in_the_table_once(finished):
+    loaded = results.load(finished)
+    assert loaded.rows["row_id"].n_unique() == loaded.rows.height
+    counts = dict(loaded.rows.group_by("condition").len().iter_rows())
+    # 6 harmful prompts each; the benign ones run where the spec says so.
+    assert counts == {
+        "baseline": 9,
+        "persona": 9,
+        "persona, out": 6,
+        "random #1": 6,
+        "random #2": 6,
+        "persona, out, unsteered": 6,
+    }
+    assert set(results.COLUMNS) <= set(loaded.rows.columns)
+
+
+def test_a_studys_only_probe_is_not_read_alone(model, study, tmp_path, monkeypatch):
+    asked, plain = [], rows.run
+
+    def watched(*of, probes, **options):
+        asked.append(probes)
+        return plain(*of, probes=probes, **options)
+
+    monkeypatch.setattr(rows, "run", watched)
+    run.run_study(study, model, tmp_path / "results")
+    # The persona's, and one of zeros beside it: see `test_rows`.
+    (probes,) = asked
+    assert probes.shape[1] == 2 and probes[:, 0].any() and not probes[:, 1].any()
+    columns = results.load(tmp_path / "results").rows.columns
+    assert [name for name in columns if name.endswith("_after_prompt")] == ["persona_after_prompt"]
+
+
+def test_the_summary_has_the_promised_keys(finished):
+    for entry in results.summarise(results.load(finished).rows):
+        promised = {"condition", "family", "n", "refusal", "refusal_low", "refusal_high"}
+        assert promised | {"degenerate", "complied", "cancels_steering"} <= set(entry)
+        assert entry["refusal"] + entry["degenerate"] + entry["complied"] == pytest.approx(1)
+
+
+def test_realised_changes_are_recorded_and_zero_only_where_nothing_was_asked(finished):
+    change = dict(
+        results.load(finished).rows.group_by("condition").agg(pl.col("change").min()).iter_rows()
+    )
+    assert change.pop("baseline") == 0
+    assert all(value > 0 for value in change.values())
+
+
+def test_a_projection_leaves_no_persona_at_its_layer(finished):
+    rows = results.load(finished).rows.filter(pl.col("condition") == "persona, out")
+    for before, after in rows.select("persona_before_prompt", "persona_after_prompt").iter_rows():
+        assert abs(after[2]) < 1e-4 < abs(before[2])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_table(model, study, tmp_path, finished):
+    out = tmp_path / "results"
+    written = []
+    write = store.write
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_three(*args):
+        write(*args)
+        written.append(args)
+        if len(written) == 3:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "write", stop_after_three)
+        with pytest.raises(Stop):
+            run.run_study(study, model, out)
+    with pytest.raises(UserError, match="unfinished"):
+        results.load(out)
+    run.run_study(study, model, out)
+    assert results.load(out).rows.equals(results.load(finished).rows)
+
+
+def test_rows_that_had_ended_when_a_run_was_stopped_are_kept(model, tmp_path):
+    # Fewer than a shard's worth.
+    study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 64")))
+    ended, go = [], rows.run
+
+    def stopped_after_the_first(*args, **kwargs):
+        first = next(go(*args, **kwargs))[:3]
+        ended.extend(first)
+        yield first
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "run", stopped_after_the_first)
+        with pytest.raises(KeyboardInterrupt):
+            run.run_study(study, model, tmp_path / "results")
+    (shard,) = (tmp_path / "results/shards").glob("*.parquet")
+    assert pl.read_parquet(shard)["response"].to_list() == [reply.text for reply in ended]
+
+
+def test_a_stop_that_comes_while_rows_are_let_go_reaches_the_caller(model, tmp_path, monkeypatch):
+    """A generator that is forgotten, not closed, would swallow it."""
+    study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 1")))
+    go = rows.run
+
+    class Stopped(BaseException):
+        pass
+
+    def stopped_at_its_end(*args, **kwargs):
+        try:
+            yield from go(*args, **kwargs)
+        finally:
+            raise Stopped
+
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(rows, "run", stopped_at_its_end)
+    monkeypatch.setattr(store, "write", full)
+    with pytest.raises(BaseException) as raised:
+        run.run_study(study, model, tmp_path / "results")
+    seen, found = raised.value, []
+    while seen is not None:
+        found.append(type(seen))
+        seen = seen.__context__
+    assert Stopped in found
+
+
+def test_rows_are_written_in_time_however_few_have_ended(model, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "OFTEN", 0)
+    batches, go = [], rows.run
+
+    def watched(*args, **kwargs):
+        for ended in go(*args, **kwargs):
+            batches.append(len(ended))
+            yield ended
+
+    monkeypatch.setattr(rows, "run", watched)
+    run.run_study(study, model, tmp_path / "results")
+    assert len(list((tmp_path / "results/shards").glob("*.parquet"))) == len(batches) > 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("scale = 4.0", "scale = 5.0", "study"),
+        ("harmful = 6", "harmful = 5", "study, prompts"),
+        ("max_new_tokens = 6", "max_new_tokens = 7", "study"),
+    ],
+)
+def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
+    model, tmp_path, old, new, named
+):
+    out = tmp_path / "results"
+    run.run_study(spec.load(tiny.study_file(tmp_path)), model, out)
+    changed = spec.load(tiny.study_file(tmp_path, (old, new)))
+    before = (out / "responses.parquet").read_bytes()
+    with pytest.raises(UserError, match=rf"another run \({named} differ\).*--fresh"):
+        run.run_study(changed, model, out)
+    assert (out / "responses.parquet").read_bytes() == before
+    run.run_study(changed, model, out, fresh=True)
+    assert results.load(out).spec == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ([("batch = 4", "batch = 8")], r"study\.decoding\.batch"),
+        ([("scale = 4.0", "scale = 5.0")], r"study\.condition\['random'\]\.ops\[0\]\.scale"),
+        ([("dose = 3.0\n", "dose = 3.0\nabout = 'x'\n")], r"study\.about"),
+        (
+            [('name = "baseline"\n', 'name = "plain"\n'), ('= "baseline"', '= "plain"')],
+            "and .* more",
+        ),
+    ],
+)
+def test_a_changed_study_is_refused_naming_its_first_keys_that_differ(
+    model, first, tmp_path, changes, named
+):
+    changed = spec.load(tiny.study_file(tmp_path, *changes))
+    with pytest.raises(UserError, match=rf"\(study differ\): .*{named}; choose"):
+        run.run_study(changed, model, first)
+
+
+def test_a_trait_that_was_edited_after_the_run_is_refused_and_no_file_touched(model, tmp_path):
+    text = (data.HERE / "traits/compliant.toml").read_text()
+    trait = tmp_path / "mine.toml"
+    trait.write_text(text)
+    study = spec.load(tiny.study_file(tmp_path, ('"compliant"', f'"{trait}"')))
+    out = tmp_path / "results"
+    run.run_study(study, model, out)
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    question = data.trait(trait).questions[0]
+    trait.write_text(text.replace(question, question + " Briefly."))
+    with pytest.raises(UserError, match=r"another run \(directions differ\).*--fresh"):
+        run.run_study(study, model, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
+
+
+def test_another_models_results_are_not_mixed_in(finished, tmp_path):
+    other = convert(tiny.save(tiny.qwen2(), tmp_path / "hf"), tmp_path / "other", "float32")
+    held = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"another run \(model differ\)"):
+        run.run_study(spec.load(tiny.study_file(tmp_path)), ChatModel.load(other), finished)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == held
+
+
+def test_a_second_process_is_kept_out(model, study, tmp_path):
+    with store.locked(tmp_path / "results"), pytest.raises(UserError, match="in use"):
+        run.run_study(study, model, tmp_path / "results")
+
+
+def test_a_folder_of_something_else_is_kept(model, study, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        run.run_study(study, model, tmp_path / "mine", fresh=True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "precious"
+
+
+def test_a_file_of_something_else_among_a_runs_own_is_kept(model, study, tmp_path):
+    (tmp_path / "mine/shards").mkdir(parents=True)
+    (tmp_path / "mine/.DS_Store").touch()
+    (tmp_path / "mine/notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="something else"):
+        run.run_study(study, model, tmp_path / "mine", fresh=True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "precious"
+
+
+def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
+    empty = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", "scale = 1e-30")))
+    with pytest.raises(UserError, match=r"'random #1' \(add random-1.*changed nothing"):
+        run.run_study(empty, model, tmp_path / "results")
+
+
+@pytest.mark.parametrize("scale", ["1e30", "1e38", "3e38"])
+def test_a_stream_that_overflows_is_no_result_and_not_told_as_unchanged(model, tmp_path, scale):
+    strong = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", f"scale = {scale}")))
+    out = tmp_path / "results"
+    with pytest.raises(UserError, match=r"'random #[12]': the residual stream left the range"):
+        run.run_study(strong, model, out)
+    kept = [row for shard in (out / "shards").glob("*") for row in pl.read_parquet(shard)["change"]]
+    assert all(map(math.isfinite, kept))
+
+
+def test_a_model_of_no_numbers_is_said(model, study, tmp_path):
+    run.run_study(study, model, tmp_path / "results")
+    broken = jax.tree.map(lambda leaf: leaf, model.params)
+    scale = broken["layers"]["1"]["mlp_norm"]["scale"]
+    broken["layers"]["1"]["mlp_norm"]["scale"] = scale.at[3].set(jnp.nan)
+    for shard in (tmp_path / "results/shards").glob("*"):
+        shard.unlink()
+    with pytest.raises(UserError, match=r"convert the model again if it happens without any"):
+        run.run_study(study, dataclasses.replace(model, params=broken), tmp_path / "results")
+
+
+def test_a_damaged_shard_is_named_and_costs_only_its_rows(model, study, tmp_path, finished):
+    out = tmp_path / "results"
+    run.run_study(study, model, out)
+    victim = sorted((out / "shards").glob("*.parquet"))[1]
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=victim.name):
+        run.run_study(study, model, out)
+    victim.unlink()
+    run.run_study(study, model, out)
+    assert results.load(out).rows.equals(results.load(finished).rows)
+
+
+def test_a_setup_goes_on_where_it_stopped(model, study, tmp_path):
+    out = tmp_path / "results"
+    made = prepare.prepare(study, model, out)
+    written = (out / "directions.safetensors").stat().st_mtime_ns
+    again = prepare.prepare(study, model, out)
+    assert (out / "directions.safetensors").stat().st_mtime_ns == written
+    assert again.record == made.record and again.layers == {"steer": 1, "late": 2}
+
+
+PERSONA = 'persona = { kind = "trait", trait = "compliant" }\n'
+EVIL = 'evil = { kind = "trait", trait = "evil" }\n'
+
+
+def stop_setup(study, model, out, after):
+    """Set a study up and be stopped when that many directions are done."""
+    saved, save = [], direction.save
+
+    def stopping(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direction, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare(study, model, out)
+
+
+@pytest.fixture
+def stopped(model, tmp_path):
+    """A study of two directions whose setup was stopped after the first, and its folder."""
+    study = spec.load(tiny.study_file(tmp_path, (PERSONA, PERSONA + EVIL)))
+    stop_setup(study, model, tmp_path / "results", after=1)
+    return study, tmp_path / "results"
+
+
+@pytest.fixture
+def extracted(monkeypatch):
+    """Names of the traits that are extracted from here on."""
+    names, extract = [], direction.extract_trait
+
+    def watched(model, trait, *args, **kwargs):
+        names.append(trait.name)
+        return extract(model, trait, *args, **kwargs)
+
+    monkeypatch.setattr(direction, "extract_trait", watched)
+    return names
+
+
+def test_a_setup_that_stopped_between_directions_goes_on_with_those_it_has(
+    model, stopped, extracted
+):
+    study, out = stopped
+    run.run_study(study, model, out)
+    assert extracted == ["evil"]
+    assert set(direction.load(out / "directions.safetensors")) >= {"persona", "evil"}
+
+
+def test_a_setup_that_stopped_takes_random_norms_from_the_direction_it_always_does(model, tmp_path):
+    # No persona, and the alphabet against the order of the study.
+    two = 'zeal = { kind = "trait", trait = "arrogant" }\n' + EVIL
+    changes = [(PERSONA, two)] + [('"persona", at', '"zeal", at')] * 3
+    study = spec.load(tiny.study_file(tmp_path, *changes))
+    whole = prepare.prepare(study, model, tmp_path / "whole")
+    stop_setup(study, model, tmp_path / "stopped", after=2)
+    assert prepare.prepare(study, model, tmp_path / "stopped").record == whole.record
+
+
+def test_fresh_replaces_a_setup_that_stopped(model, stopped, extracted):
+    study, out = stopped
+    run.run_study(study, model, out, fresh=True)
+    assert extracted == ["compliant", "evil"]
+
+
+def test_a_run_that_lost_its_setup_makes_it_again(model, study, tmp_path):
+    out = tmp_path / "results"
+    run.run_study(study, model, out)
+    made = (out / "setup.json").read_bytes()
+    (out / "setup.json").unlink()
+    run.run_study(study, model, out)
+    assert (out / "setup.json").read_bytes() == made
+
+
+def test_directions_that_no_setup_knows_are_kept_until_fresh_is_given(model, study, tmp_path):
+    out = tmp_path / "results"
+    prepare.prepare(study, model, out)
+    (out / "setup.json").unlink()
+    held = (out / "directions.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=r"directions\.safetensors without the setup\.json.*--fresh"
+    ):
+        run.run_study(study, model, out)
+    assert (out / "directions.safetensors").read_bytes() == held
+    run.run_study(study, model, out, fresh=True)
+    assert results.load(out).spec == study
+
+
+def test_another_process_reads_the_setup_and_nothing_before_it_is_whole(model, study, tmp_path):
+    out = tmp_path / "results"
+    assert prepare.read(study, model, out) is None
+    made = prepare.prepare(study, model, out)
+    read = prepare.read(study, model, out)
+    assert read.record == made.record and read.layers == made.layers and read.dose == made.dose
+    assert prepare.hashes(read.directions) == prepare.hashes(made.directions)
+    (out / "directions.safetensors").unlink()
+    assert prepare.read(study, model, out) is None
+
+
+# One process alone, with the number of another: it waits for nobody and has no rows.
+SECOND = Hosts(process=1, count=1)
+
+
+@pytest.fixture(scope="module")
+def first(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    run.run_study(spec.load(tiny.study_file(folder)), model, folder / "results")
+    return folder / "results"
+
+
+def test_a_process_without_rows_leaves_the_results_alone(model, first, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    study = spec.load(tiny.study_file(tmp_path))
+    assert run.run_study(study, model, first, hosts=SECOND) == []
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("scale = 4.0", "scale = 5.0", "asked for another run than process 0"),
+        ("dose = 3.0", "dose = 2.0", "does not find in .* what process 0 prepared"),
+    ],
+)
+def test_a_process_asked_for_another_run_is_refused(model, first, tmp_path, old, new, said):
+    other = spec.load(tiny.study_file(tmp_path, (old, new)))
+    with pytest.raises(UserError, match=f"process 1 .*{said}"):
+        run.run_study(other, model, first, hosts=SECOND)

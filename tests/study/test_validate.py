@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.generation.distributed import Hosts
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from jaxsteer.study import conditions, cost, run, selection, spec, validate
+from tests import tiny
+
+DIRECTION = 'persona = { kind = "trait", trait = "compliant" }\n'
+SELECTION = "[selection]\nprompts = 2\nlayers = [0.5]\nscales = [1.0]\nmax_new_tokens = 4\n"
+REFUSAL = ("[directions]\n", '[directions]\nrefusal = { kind = "refusal" }\n')
+OPEN = ("dose = 3.0\n", "")
+
+
+def chosen(old, new):
+    """The study with an open dose and layers, and a [selection] changed in one place."""
+    assert old in SELECTION
+    return OPEN, ("steer = 1, ", ""), (DIRECTION, DIRECTION + SELECTION.replace(old, new))
+
+
+def claimed(control, expect):
+    """The study with a test that names another control and expectation."""
+    return [('control = "baseline", expect = "lower"', f"{control}, expect = {expect}")]
+
+
+WRONG = {
+    "misspelt trait": ([('"compliant"', '"complaint"')], "no trait complaint"),
+    "layer in a condition": ([('at = "late"', 'at = "17"')], r"'persona, out'.*resid_post\.17"),
+    "named layer": ([("late = 1.0", "late = 7")], r"layers\.late is 7"),
+    "no selection": ([OPEN], r"dose is open; add \[selection\]"),
+    "refusal without selection": ([REFUSAL], r"'refusal' needs \[selection\]"),
+    "selection layer": (chosen("[0.5]", "[0.5, 20.0]"), r"selection\.layers holds 20\.0"),
+    "refusal layer": (
+        [REFUSAL, (DIRECTION, DIRECTION + SELECTION + "refusal_layers = [-0.1]\n")],
+        r"selection\.refusal_layers holds -0\.1",
+    ),
+    "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* HarmBench prompts"),
+    "long replies": ([("new_tokens = 6", "new_tokens = 512")], r"decoding\.max_new_tokens is 512"),
+    "long replies in selection": (
+        chosen("max_new_tokens = 4", "max_new_tokens = 900"),
+        r"selection\.max_new_tokens is 900; the context of .* holds 512",
+    ),
+    "no room for a prompt": ([("new_tokens = 6", "new_tokens = 500")], "at most 12 fit"),
+    "no token": (
+        [REFUSAL, (DIRECTION, DIRECTION + SELECTION + 'refusal_openings = [" "]\n')],
+        "refusal_openings holds ' '",
+    ),
+    "a claim's layer": (
+        [
+            (DIRECTION, DIRECTION + 'other = { kind = "trait", trait = "evil" }\n'),
+            *claimed('control = "other"', '"cosine-above", at = "17"'),
+        ],
+        r"claim 'suppression'.*resid_post\.17",
+    ),
+    "a claim's twin": (
+        claimed('control = "persona, unsteered"', '"lower"'),
+        "'persona, unsteered' is no twin that is made .*; there are 'persona, out, unsteered'",
+    ),
+    "a layer of a candidate": (
+        [*chosen("[0.5]", "[0.0, 0.5]"), ('at = "late"', 'at = "steer-1"')],
+        r"'persona, out'.*resid_post\.-1 ",
+    ),
+    "a layer nobody chooses": (
+        [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm") + SELECTION)]
+        + [('"persona", at', '"charm", at')] * 3,
+        "cannot read layer 'steer'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check")
+    return ChatModel.load(
+        convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
+    )
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_study_the_model_cannot_run_is_refused_before_anything_is_made(model, tmp_path, name):
+    changes, message = WRONG[name]
+    study = spec.load(tiny.study_file(tmp_path, *changes))
+    with pytest.raises(UserError, match=message):
+        run.run_study(study, model, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planning_refuses_what_running_refuses(model, tmp_path, name):
+    changes, message = WRONG[name]
+    with pytest.raises(UserError, match=message):
+        cost.plan(spec.load(tiny.study_file(tmp_path, *changes)), model)
+
+
+def test_every_process_refuses_it_by_itself(model, tmp_path):
+    study = spec.load(tiny.study_file(tmp_path, ('at = "late"', 'at = "17"')))
+    with pytest.raises(UserError, match=r"resid_post\.17"):
+        run.run_study(study, model, tmp_path / "results", hosts=Hosts(process=1, count=1))
+
+
+def test_fresh_keeps_the_old_results_from_a_study_that_cannot_run(model, tmp_path):
+    out = tmp_path / "results"
+    run.run_study(tiny.study(tmp_path), model, out)
+    held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    wrong = spec.load(tiny.study_file(tmp_path, ('"compliant"', '"complaint"')))
+    with pytest.raises(UserError, match="no trait complaint"):
+        run.run_study(wrong, model, out, fresh=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
+
+
+def test_a_run_goes_on_with_the_layer_it_chose_though_another_candidate_would_not_do(
+    model, tmp_path
+):
+    changes = (*chosen("[0.5]", "[0.0, 1.0]"), ('"persona", at = "steer"', '"persona", at = "1"'))
+    study = spec.load(tiny.study_file(tmp_path, *changes, ('at = "late"', 'at = "steer+2"')))
+    cells = [
+        selection.DoseCandidate(layer=0, scale=scale, refusal=0.0, degenerate=0.0)
+        for scale in (0.0, 1.0)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate, "study", lambda *args: [])
+        patch.setattr(selection, "dose_candidates", lambda *args, **kwargs: cells)
+        summary = run.run_study(study, model, tmp_path / "results")
+    assert run.run_study(study, model, tmp_path / "results") == summary
+
+
+@pytest.mark.parametrize("fractions", ["[20.0]", "[1e308]"])
+def test_a_fraction_that_nothing_is_chosen_from_is_not_looked_at(model, tmp_path, fractions):
+    # Layers and dose are fixed; [selection] is there for its training prompts.
+    unused = (DIRECTION, DIRECTION + SELECTION.replace("[0.5]", fractions))
+    study = spec.load(tiny.study_file(tmp_path, unused))
+    assert validate.open_choices(study) == () and len(validate.study(study, model, {})) == 0
+
+
+@pytest.mark.parametrize(("candidates", "made"), [("[0.0, 0.5]", True), ("[0.5]", False)])
+def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path, candidates, made):
+    # With steer at 1 the study has that twin already, as "alone".
+    ops = (
+        '[{ add = "persona", at = "steer", scale = "dose" }, { project = "persona", at = "late" }]'
+    )
+    twisted = '[{ add = "persona", at = "late" }, { project = "persona", at = "steer" }]'
+    alone = '[[condition]]\nname = "alone"\nops = [{ project = "persona", at = "1" }]'
+    study = spec.load(
+        tiny.study_file(
+            tmp_path,
+            *chosen("[0.5]", candidates),
+            (ops, f"{twisted}\n{alone}"),
+            *claimed('control = "persona, out, unsteered"', '"lower"'),
+        )
+    )
+    if made:
+        assert validate.study(study, model, {}) == []
+    else:
+        with pytest.raises(UserError, match="is no twin that is made"):
+            validate.study(study, model, {})
+
+
+def test_the_conditions_of_one_choice_at_a_time_are_held(model, tmp_path, monkeypatch):
+    # A vector of every layer for each operation, times a hundred choices, would be gigabytes.
+    held, most = weakref.WeakSet(), []
+
+    def watched(*args):
+        made = conditions.conditions(*args)
+        held.update(made)
+        most.append(len(held) / len(made))
+        return made
+
+    monkeypatch.setattr(validate, "conditions", watched)
+    every = ("[0.5]", "[0.0, 0.5, 1.0]\nrefusal_layers = [0.0, 0.5, 1.0]")
+    study = spec.load(tiny.study_file(tmp_path, *chosen(*every), REFUSAL))
+    gc.disable()
+    try:
+        validate.study(study, model, {})
+    finally:
+        gc.enable()
+    # The deepest choice is what is run in the plan; beside it there is the one that was looked at,
+    # and the one that is being made.
+    assert len(most) == 9 and max(most) <= 3
