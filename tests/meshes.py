@@ -27,11 +27,11 @@ import numpy as np
 from jaxsteer.directions import activations
 from jaxsteer.generation.engine import Request, run
 from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
+from jaxsteer.generation.padding import left_pad
 from jaxsteer.generation.prefix import Prefix
 from jaxsteer.model import int8, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
-from jaxsteer.model.tokenizer import left_pad
 from jaxsteer.model.weights import flatten
 from jaxsteer.study import cost
 

@@ -16,9 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
+from jaxsteer.generation import padding
 from jaxsteer.generation.layer_sharing import fill
 from jaxsteer.generation.prefix import Prefix, opened, take
-from jaxsteer.model import sharding, tokenizer
+from jaxsteer.model import sharding
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind
 from jaxsteer.model.interventions import Interventions
@@ -88,7 +89,7 @@ def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int
     """Group row indices by bucket: yields (bucket width, at most `size` indices)."""
     by_width: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        by_width.setdefault(tokenizer.bucket(length, limit), []).append(index)
+        by_width.setdefault(padding.bucket(length, limit), []).append(index)
     for width in sorted(by_width):
         members = by_width[width]
         for start in range(0, len(members), size):
@@ -147,7 +148,7 @@ def capture(
       UserError: a row that does not fit the model's context, or as `position_weights`.
     """
     lengths = (len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    tokenizer.check_lengths(lengths, config.max_position)
+    padding.check_lengths(lengths, config.max_position)
     prefix, beginning = None, [0] * len(prompts)
     if shared is not None:
         beginnings = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]
@@ -159,7 +160,7 @@ def capture(
     rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
     for width, members in batches([len(r) for r in rows], config.max_position, batch):
         filler = batch - len(members)
-        tokens, real = tokenizer.left_pad([rows[i] for i in members] + [[]] * filler, width)
+        tokens, real = padding.left_pad([rows[i] for i in members] + [[]] * filler, width)
         weights = np.zeros((batch, len(asked), width), np.float32)
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)

@@ -25,9 +25,8 @@ from jaxsteer.directions import activations
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.generation import stepwise
+from jaxsteer.generation import padding, stepwise
 from jaxsteer.generation.stepwise import Reading
-from jaxsteer.model import tokenizer
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,
@@ -317,8 +316,8 @@ def _last_logits(
         n_layers=model.config.n_layers,
         d_model=model.config.d_model,
     )
-    width = tokenizer.bucket(max(len(prompt), WIDTH), model.config.max_position)
-    tokens, real = tokenizer.left_pad([list(prompt)] * size, width)
+    width = padding.bucket(max(len(prompt), WIDTH), model.config.max_position)
+    tokens, real = padding.left_pad([list(prompt)] * size, width)
     nothing = np.zeros((size, 0, width), np.float32)
     found = []
     for start in range(0, len(conditions), size):

@@ -19,13 +19,13 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import memory, packing, prefill, scheduler
+from jaxsteer.generation import memory, packing, padding, prefill, scheduler
 from jaxsteer.generation.generate import Decoding, Sampling, no_probes
 from jaxsteer.generation.layer_sharing import BATCH, Work, descend, fill
 from jaxsteer.generation.packing import Lanes
 from jaxsteer.generation.prefix import Prefix
 from jaxsteer.generation.scheduler import Ended, Reader, Seat
-from jaxsteer.model import sharding, tokenizer
+from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Realised
 from jaxsteer.model.interventions import Interventions
@@ -162,7 +162,7 @@ def run(
     sampling = sampling or Sampling()
     batch = slots_for(batch, len(requests), sharding.data_of(sharding.mesh_of(model.params)))
     limit = config.max_position - decoding.max_new_tokens
-    tokenizer.check_lengths((len(request.tokens) for request in requests), limit)
+    padding.check_lengths((len(request.tokens) for request in requests), limit)
     for index, request in enumerate(requests):
         if not request.tokens:
             raise UserError(f"request {index} has no tokens; a prompt needs at least one")
@@ -208,7 +208,7 @@ class _Prompts:
         self.decoding, self.sampling = decoding, sampling
         prefix, beginning = _beginnings(model, requests, interventions, probes)
         packed = pack(requests, limit)
-        self.buckets = [tokenizer.bucket(len(r.tokens) - r.shared, limit) for r in requests]
+        self.buckets = [padding.bucket(len(r.tokens) - r.shared, limit) for r in requests]
         self.work = Work(
             definition=model.definition,
             config=model.config,

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from jaxsteer.model import tokenizer
+from jaxsteer.generation import padding
 
 # Most prompts in a lane: programs measure what is changed in as many, however many there are.
 MEMBERS = 8
@@ -74,7 +74,7 @@ def pack(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: in
     Raises:
       UserError: a prompt that is too long.
     """
-    longest = max((tokenizer.bucket(len(prompt), limit) for prompt in prompts), default=0)
+    longest = max((padding.bucket(len(prompt), limit) for prompt in prompts), default=0)
     least = min(WIDTH, longest)
     rows: dict[tuple[Hashable, tuple[int, ...]], list[int]] = {}
     for row, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
@@ -90,7 +90,7 @@ def pack(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: in
             (o for o in some if o[1] + len(prompt) <= len(tokens[o[0]]) and o[2] < MEMBERS), None
         )
         if found is None:
-            width = max(least, tokenizer.bucket(len(prompt), limit))
+            width = max(least, padding.bucket(len(prompt), limit))
             found = [len(tokens), 0, 0]
             some.append(found)
             tokens.append(np.zeros(width, np.int32))
@@ -108,7 +108,7 @@ def alone(prompts: Sequence[Sequence[int]], width: int) -> Lanes:
     """Each prompt in a lane of that width of its own, left-padded; the same ones in the same."""
     numbers: dict[tuple[int, ...], int] = {}
     lane = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    tokens, real = tokenizer.left_pad([list(prompt) for prompt in numbers], width)
+    tokens, real = padding.left_pad([list(prompt) for prompt in numbers], width)
     return Lanes(
         tokens=list(tokens), owner=list(real.astype(np.int32)), lane=lane, member=[1] * len(lane)
     )

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.model import tokenizer
+from jaxsteer.generation import padding
 from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import (
@@ -252,8 +252,8 @@ def read(
       UserError: the prompt and its reply do not fit the model's context.
     """
     limit = model.config.max_position - room
-    padded = tokenizer.bucket(max(len(prompt), min(width, limit)), limit)
-    tokens, real = tokenizer.left_pad([list(prompt)], padded)
+    padded = padding.bucket(max(len(prompt), min(width, limit)), limit)
+    tokens, real = padding.left_pad([list(prompt)], padded)
     logits, projections, state = read_prompt(
         model.definition, room, model.params, tokens[0], real[0], interventions, probes
     )

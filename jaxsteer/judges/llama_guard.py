@@ -28,10 +28,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine
+from jaxsteer.generation import engine, padding
 from jaxsteer.generation.generate import Decoding
 from jaxsteer.judges.verdicts import Finding, Item
-from jaxsteer.model import tokenizer
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import compile_conditions
 from jaxsteer.terminal import plain
@@ -137,7 +136,7 @@ def judge(
     """Yield findings in finished batches, in no set order."""
     config = guard.model.config
     asked = [prompt_ids(guard, item) for item in items]
-    limit = min(config.max_position - NEW_TOKENS, tokenizer.BUCKETS[-1])
+    limit = min(config.max_position - NEW_TOKENS, padding.BUCKETS[-1])
     too_long = [
         (item.row_id, Finding(reason=f"{len(ids)} tokens, the guard takes {limit}"))
         for item, (ids, _) in zip(items, asked, strict=True)

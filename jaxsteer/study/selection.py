@@ -16,13 +16,13 @@ from jaxtyping import Float
 from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine
+from jaxsteer.generation import engine, padding
 from jaxsteer.generation.generate import Decoding, no_probes
 from jaxsteer.generation.layer_sharing import fill
 from jaxsteer.generation.prefix import shared_length, take
 from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal
-from jaxsteer.model import sharding, tokenizer
+from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,
@@ -108,7 +108,7 @@ def last_logits(
       UserError: a prompt that does not fit the model's context.
     """
     config = model.config
-    tokenizer.check_lengths(map(len, prompts), config.max_position)
+    padding.check_lengths(map(len, prompts), config.max_position)
     out = np.zeros((len(prompts), config.vocab_size), np.float32)
     shared = shared_length(prompts)
     prefix = fill(
@@ -123,7 +123,7 @@ def last_logits(
     own = [list(prompt[shared:]) for prompt in prompts]
     for width, members in activations.batches([len(p) for p in own], config.max_position, batch):
         filler = batch - len(members)
-        tokens, real = tokenizer.left_pad([own[i] for i in members] + [[]] * filler, width)
+        tokens, real = padding.left_pad([own[i] for i in members] + [[]] * filler, width)
         tokens, real, weights, asked, begun = sharding.place(
             (
                 tokens,

@@ -15,8 +15,8 @@ from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
+from jaxsteer.generation import padding
 from jaxsteer.generation.engine import Request
-from jaxsteer.model import tokenizer
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare
@@ -151,7 +151,7 @@ def _check_fit(
             f"study {spec.name}: {where}.max_new_tokens is {new}; the context of {model.name} "
             f"holds {room} tokens, the prompt's among them"
         )
-    tokenizer.check_lengths(map(len, prompts), room - new)
+    padding.check_lengths(map(len, prompts), room - new)
 
 
 def _check_claims(spec: StudySpec, compiled: Iterable[Sequence[Condition]], n_layers: int) -> None:

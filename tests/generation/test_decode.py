@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsteer.generation import decode, engine, layer_sharing, prefill
+from jaxsteer.generation import decode, engine, layer_sharing, padding, prefill
 from jaxsteer.generation.engine import Request
 from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
-from jaxsteer.model import tokenizer
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
@@ -58,8 +57,8 @@ def stack(model, made, scope):
 def plain(model, requests, stacked, decoding, probes, sampling):
     """All rows in one batch of `generate`, nothing shared."""
     prompts = [list(request.tokens) for request in requests]
-    width = tokenizer.bucket(max(map(len, prompts)), model.config.max_position)
-    tokens, real = tokenizer.left_pad(prompts, width)
+    width = padding.bucket(max(map(len, prompts)), model.config.max_position)
+    tokens, real = padding.left_pad(prompts, width)
     batch = Rows(
         tokens=tokens,
         real=real,

@@ -5,9 +5,8 @@ import pytest
 
 from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine, stepwise
+from jaxsteer.generation import engine, padding, stepwise
 from jaxsteer.generation.generate import Decoding
-from jaxsteer.model import tokenizer
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
@@ -113,7 +112,7 @@ def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model
     reply = tokens_of(chunks)
     assert len(reply) == ROOM
     whole = PROMPTS[1] + reply
-    tokens, real = tokenizer.left_pad([whole], len(whole))
+    tokens, real = padding.left_pad([whole], len(whole))
     weights = np.eye(len(whole), dtype=np.float32)[None]
     captured, logits = activations.read(
         model.definition, model.params, tokens, real, weights, ("resid_post",), last_only=False

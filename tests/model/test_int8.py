@@ -12,11 +12,11 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.generation.engine import Request, run
 from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
+from jaxsteer.generation.padding import left_pad
 from jaxsteer.model import checkpoint, int8
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, compile_conditions
-from jaxsteer.model.tokenizer import left_pad
 from jaxsteer.model.weights import flatten
 from tests import tiny
 from tests.cli.command import jaxsteer
