@@ -22,7 +22,7 @@ from jaxsteer.generation import decode, layer_sharing, prefill
 from jaxsteer.generation.engine import cache_slots
 from jaxsteer.generation.generate import Decoding, Sampling
 from jaxsteer.generation.prefix import Prefix
-from jaxsteer.model import int8, sharding
+from jaxsteer.model import sharding
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import blocks_graph, graph
 from jaxsteer.model.interventions import Interventions, Project, compile_conditions
@@ -71,23 +71,21 @@ def compiled(program: Callable[..., Any], *arguments: Any) -> Program:
 
 
 class Sweep:
-    """A sweep of one model on one mesh, in bfloat16, block kernels in eight bits if asked for.
+    """A sweep of one model on one mesh, in bfloat16.
 
     Each row brings what a study asks of it at `resid_post`: a vector added, a direction removed;
     and one direction is recorded.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, new_tokens: int, *, eight: bool = False):
+    def __init__(self, config: ModelConfig, mesh: Mesh, new_tokens: int):
         self.config, self.mesh = config, mesh
         self.definition = graph(config, jnp.bfloat16)
         self.decoding = Decoding(max_new_tokens=new_tokens, eos=(0, 1))
         lies = sharding.param_shardings(config, mesh)
-        kinds = int8.shapes(param_shapes(config), jnp.bfloat16, eight)
-        flat = {
-            path: jax.ShapeDtypeStruct(shape, kind, sharding=lies[path])
-            for path, (shape, kind) in kinds.items()
-        }
-        self.params = nest(int8.joined(flat).items())
+        self.params = nest(
+            (path, jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=lies[path]))
+            for path, shape in param_shapes(config).items()
+        )
         vector = np.ones((config.n_layers, config.d_model), np.float32)
         self.asked = compile_conditions(
             [[Project(directions=(vector,), layers=(0,))]],

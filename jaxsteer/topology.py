@@ -102,7 +102,7 @@ class Check:
       table_rows: rows of the table.
       table_seconds: the whole table: compiled estimate, every reply at full length.
       compile_seconds: of all programs of this check.
-      notes: what the model axis could not split, and kernels in eight bits.
+      notes: what the model axis could not split.
     """
 
     model: str
@@ -251,7 +251,6 @@ def check(
     batch: int = 256,
     table: Table | None = None,
     search: bool = True,
-    eight: bool = False,
 ) -> Check:
     """Compile a sweep for a slice.
 
@@ -262,7 +261,6 @@ def check(
       batch: rows that decode together.
       table: the study to foretell.
       search: also look for the largest batch, which compiles decoding twice more.
-      eight: block kernels in eight bits.
 
     Raises:
       UserError: as `mesh_on`.
@@ -272,7 +270,7 @@ def check(
     spread = mesh_on(model, topology, mesh, batch)
     config, chip, sizes = MODELS[model], chip_of(topology), dict(spread.shape)
     shape = sharding.written(sizes)
-    sweep = lowering.Sweep(config, spread, table.new_tokens, eight=eight)
+    sweep = lowering.Sweep(config, spread, table.new_tokens)
     seconds = 0.0
 
     def program(*call: Any) -> lowering.Program:
@@ -352,7 +350,7 @@ def check(
         table_rows=table.rows,
         table_seconds=decoding + reading_seconds,
         compile_seconds=seconds,
-        notes=(*sharding.notes(config, spread), *["block kernels in eight bits"] * eight),
+        notes=tuple(sharding.notes(config, spread)),
     )
 
 

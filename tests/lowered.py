@@ -61,11 +61,8 @@ if __name__ == "__main__":
     sweep = lowering.Sweep(CONFIG, sharding.mesh("data=4,model=2"), NEW)
     state = sweep.state(BATCH, BEGINNING, LONGEST)
     program = lowering.compiled(*sweep.advance(state))
-    eight = lowering.Sweep(CONFIG, sharding.mesh("data=4,model=2"), NEW, eight=True)
     json.dump(
         {
-            "params_int8": sharding.nbytes(eight.params),
-            "program_int8": dataclasses.asdict(lowering.compiled(*eight.advance(state))),
             "reading": reading(sweep),
             "params": sharding.nbytes(sweep.params),
             "cache": sharding.nbytes(state.cache),

@@ -29,7 +29,7 @@ from jaxsteer.generation.engine import Request, run
 from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
 from jaxsteer.generation.padding import left_pad
 from jaxsteer.generation.prefix import Prefix
-from jaxsteer.model import int8, sharding
+from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
 from jaxsteer.model.weights import flatten
@@ -115,7 +115,7 @@ def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     """Device number and shape of every piece of every parameter."""
     return {
         path: [(shard.device.id, shard.data.shape) for shard in value.addressable_shards]
-        for path, value in int8.parts(flatten(model.params)).items()
+        for path, value in flatten(model.params).items()
     }
 
 
@@ -142,12 +142,11 @@ def main(out: Path, folders: dict[str, Path]) -> None:
     """Run the models on one device and on meshes, and write what came out.
 
     Each family goes over every mesh in one of the two ways to run rows, and both over one mesh
-    that cannot split its key-value heads. A model with kernels in eight bits goes over one mesh.
+    that cannot split its key-value heads.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        eight = name.endswith("int8")
-        for shape in ("", "data=4,model=2") if eight else ("", *MESHES):
+        for shape in ("", *MESHES):
             mesh = sharding.mesh(shape) if shape else None
             model = ChatModel.load(folder, mesh=mesh)
             both = shape in ("", "data=2,model=4")

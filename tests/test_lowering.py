@@ -37,17 +37,6 @@ def test_memory_of_a_device_is_its_pieces(lowered):
     assert lowered["cache"] == 2 * (4 * 1 * 64 * 12) * 2 * 3
 
 
-def test_kernels_in_eight_bits_are_half_as_large_and_as_few_bytes_are_exchanged(lowered):
-    # Half of the kernels' columns or all of them, each with a scale of 2 bytes; see above.
-    scales = 3 * 2 * ((48 + 24 + 24 + 48 + 48) // 2 + 2 * 32)
-    assert lowered["params"] - lowered["params_int8"] == 3 * 9216 // 2 - scales
-    exchanges = [
-        [e for e in lowered[name]["turn"]["exchanges"] if e["nbytes"] > 128]
-        for name in ("program", "program_int8")
-    ]
-    assert exchanges[0] == exchanges[1]
-
-
 def test_reading_prompts_hands_on_streams_keys_and_values_and_no_weight(lowered):
     def exchanged(name):
         found = lowered["reading"][name]["once"]["exchanges"]

@@ -122,7 +122,7 @@ class Level:
 class Sweep(lowering.Sweep):
     """A sweep whose programs are names; see `programs`."""
 
-    def __init__(self, config, mesh, new_tokens, *, eight=False):
+    def __init__(self, config, mesh, new_tokens):
         self.mesh = mesh
         self.params = {"embed": nbytes(GIB), "layers": nbytes(7 * GIB)}
 

@@ -46,10 +46,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
     dtype: Annotated[
         str,
-        typer.Option(
-            help="float32, bfloat16, either with +int8 for block kernels in eight bits, "
-            "or auto: bfloat16 unless this is a CPU."
-        ),
+        typer.Option(help="float32, bfloat16, or auto: bfloat16 unless this is a CPU."),
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
 ) -> None:

@@ -37,7 +37,6 @@ def tpu_check(
     search: Annotated[
         bool, typer.Option("--search/--no-search", help="Look for the largest batch that fits.")
     ] = True,
-    eight: Annotated[bool, typer.Option("--int8", help="Block kernels in eight bits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compile a sweep of a full-size model for TPUs that are not there; say what fits, how fast.
@@ -61,9 +60,7 @@ def tpu_check(
     for slice_, name in asked:
         typer.echo(f"compiling {name} for {slice_}", err=True)
         try:
-            made = topologies.check(
-                name, slice_, mesh=mesh, batch=batch, search=search, eight=eight
-            )
+            made = topologies.check(name, slice_, mesh=mesh, batch=batch, search=search)
         except topologies.DoesNotFitError as error:
             failed.append(str(error))
             continue

@@ -26,7 +26,7 @@ class ChatModel:
       name: the checkpoint folder's name, for tables.
       config: architecture and sizes.
       definition: the Flax graph, static in jitted functions.
-      params: parameters as a nested dict of arrays (see `int8` for kernels in eight bits).
+      params: parameters as a nested dict of arrays.
       tokenizer: chat tokenizer.
       eos: token ids that end a reply.
       weights_sha256: identity of the parameters.

@@ -31,7 +31,6 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
-from jaxsteer.model import int8
 from jaxsteer.model.config import ModelConfig, from_hf, to_hf
 from jaxsteer.model.weights import flatten, nest, param_shapes
 
@@ -60,8 +59,7 @@ class Checkpoint:
 
     Attributes:
       config: the model's configuration.
-      params: nested dict of arrays, paths as in `weights.param_shapes`; see `int8` for kernels
-        in eight bits.
+      params: nested dict of arrays, paths as in `weights.param_shapes`.
       tokenizer_dir: folder of the tokenizer's files.
       eos_token_ids: ids that end a reply.
       manifest: the manifest as read.
@@ -96,7 +94,7 @@ def save(
     Args:
       out: the folder to make; an existing checkpoint there is replaced, anything else refused.
       config: the model's configuration.
-      params: arrays by path, all of one dtype but kernels in eight bits (`int8.shapes`).
+      params: arrays by path, all of one dtype.
       write_tokenizer: writes the tokenizer's files into the folder it is given.
       eos_token_ids: ids that end a reply.
       source: description of the source with the sha256 of each of its files.
@@ -120,7 +118,7 @@ def save(
             manifest = {
                 "format": FORMAT,
                 "source": source,
-                "dtype": _dtype(params),
+                "dtype": params["embed/embedding"].dtype.name,
                 "eos_token_ids": eos_token_ids,
                 "config_sha256": sha256_file(made / "config.json"),
                 "tokenizer_files": files,
@@ -163,11 +161,6 @@ def _remove(folder: Path, out: Path) -> None:
     if (folder / "old").exists() and not out.exists():
         (folder / "old").rename(out)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _dtype(params: Mapping[str, np.ndarray]) -> str:
-    eight = any(path.endswith(int8.SCALE) for path in params)
-    return params["embed/embedding"].dtype.name + int8.MARK * eight
 
 
 def _orbax() -> Any:
@@ -289,8 +282,7 @@ def load(
         )
         if read.format != FORMAT:
             raise UserError(f"{manifest_path}: format {read.format!r} is unknown; {again}")
-        eight = read.dtype.endswith(int8.MARK)
-        dtype = jnp.dtype(read.dtype.removesuffix(int8.MARK))
+        dtype = jnp.dtype(read.dtype)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: config or manifest cannot be read ({error}); {again}") from None
     if sha256_file(path / "config.json") != read.config_sha256:
@@ -300,15 +292,15 @@ def load(
         file = path / "tokenizer" / name
         if not file.is_file() or sha256_file(file) != read.tokenizer_files.get(name):
             raise UserError(f"{file} is missing or does not match the manifest; {again}")
-    shapes = int8.shapes(param_shapes(config), dtype, eight)
+    shapes = param_shapes(config)
     lies = (
         dict.fromkeys(shapes, SingleDeviceSharding(jax.local_devices()[0]))
         if shardings is None
         else shardings(config)
     )
     target = nest(
-        (name, jax.ShapeDtypeStruct(shape, kind, sharding=lies[name]))
-        for name, (shape, kind) in shapes.items()
+        (name, jax.ShapeDtypeStruct(shape, dtype, sharding=lies[name]))
+        for name, shape in shapes.items()
     )
     try:
         orbax = _orbax()
@@ -332,7 +324,7 @@ def load(
             raise UserError(f"{path}/params: {what} does not match its sha256; {again}")
     return Checkpoint(
         config=config,
-        params=nest(int8.joined(flatten(params)).items()),
+        params=params,
         tokenizer_dir=path / "tokenizer",
         eos_token_ids=read.eos_token_ids,
         manifest=manifest,

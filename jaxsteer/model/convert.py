@@ -6,7 +6,6 @@ No torch, no pickle, no remote code.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -20,12 +19,11 @@ import numpy as np
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file, write_json
-from jaxsteer.model import checkpoint, config, int8, weights
+from jaxsteer.model import checkpoint, config, weights
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.tokenizer import Tokenizer
 
 FLOATS: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-DTYPES = (*FLOATS, *(name + int8.MARK for name in FLOATS))
 SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
 GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
@@ -59,8 +57,7 @@ def convert(source: str | Path, out: Path, dtype: str, revision: str | None = No
       source: a folder with config.json and safetensors (single or sharded), a .gguf file, or a
         hub id such as `org/name` (the only case that uses the network).
       out: the checkpoint folder to make.
-      dtype: of the converted parameters, float32 or bfloat16, `+int8` for block kernels in eight
-        bits (`int8`); `auto` is `dtype_here`.
+      dtype: of the converted parameters, float32 or bfloat16; `auto` is `dtype_here`.
       revision: of a hub id: branch, tag or commit; None is the main branch.
 
     Returns:
@@ -72,10 +69,8 @@ def convert(source: str | Path, out: Path, dtype: str, revision: str | None = No
     """
     if dtype == "auto":
         dtype = dtype_here()
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
-    if dtype.endswith(int8.MARK):
-        int8.check()
+    if dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(FLOATS)}")
     path = Path(source)
     local = path.suffix == ".gguf" or path.is_dir()
     if local and revision is not None:
@@ -138,7 +133,7 @@ def fill(
     entries = {entry.source: entry for entry in weights.table(target, form)}
     shapes = weights.param_shapes(target)
     params: dict[str, np.ndarray] = {}
-    kind = FLOATS[dtype.removesuffix(int8.MARK)]
+    kind = FLOATS[dtype]
     problems: list[str] = []
     heads: list[np.ndarray] = []
     for name, _, read in tensors:
@@ -162,11 +157,6 @@ def fill(
             continue
         if value.shape != shapes[entry.target]:
             problems.append(f"{name} has shape {value.shape}, expected {shapes[entry.target]}")
-            continue
-        if dtype.endswith(int8.MARK) and int8.is_rounded(entry.target):
-            made = int8.rounded(value.astype(np.float32, copy=False))
-            made = dataclasses.replace(made, scale=made.scale.astype(kind))
-            params |= int8.parts({entry.target: made})
             continue
         params[entry.target] = value.astype(kind, order="C", copy=False)
     missing = [entry.source for entry in entries.values() if entry.target not in params]

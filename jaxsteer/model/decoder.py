@@ -314,10 +314,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def bind(definition: nnx.GraphDef[M], params: Params) -> M:
-    """Put parameters in the model: a nested dict of arrays, paths as in `weights.param_shapes`.
-
-    A kernel in eight bits is a value of `int8.joined`.
-    """
+    """Put parameters in the model: a nested dict of arrays, paths as in `weights.param_shapes`."""
     return nnx.merge(definition, _state(params))
 
 

@@ -13,7 +13,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.model import int8
 from jaxsteer.model.config import ModelConfig, RopeConfig, llama3_frequencies
 
 
@@ -32,7 +31,7 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias), kernel [in, out] in the model's dtype, or in eight bits (`int8`)."""
+    """x @ kernel (+ bias), kernel [in, out] in the model's dtype."""
 
     def __init__(self, n_in: int, n_out: int, dtype: DTypeLike, bias: bool = False):
         self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
@@ -42,8 +41,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "token n_in"]) -> Float[Array, "token n_out"]:
         """The affine map of each token."""
-        kernel = self.kernel.get_value()
-        y = int8.product(x, kernel) if isinstance(kernel, int8.Rounded) else x @ kernel
+        y = x @ self.kernel[...]
         return y + self.bias[...] if self.use_bias else y
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.errors import UserError
-from jaxsteer.model import int8
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Params
 from jaxsteer.model.weights import param_shapes
@@ -159,16 +158,11 @@ def notes(config: ModelConfig, mesh: Mesh) -> list[str]:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter lies, by path; also where the scales of a kernel in eight bits would."""
+    """Where each parameter lies, by path."""
     shardings = {}
     for path in param_shapes(config):
         below = path.split("/", 2)[2] if path.startswith("layers/") else path
-        letters = PARAMETERS[below]
-        shardings[path] = NamedSharding(mesh, spec(letters, config, mesh))
-        if int8.is_rounded(path):
-            # One scale per column: the first dimension has length 1.
-            columns = spec("1" + letters[1:], config, mesh)
-            shardings[path + int8.SCALE] = NamedSharding(mesh, columns)
+        shardings[path] = NamedSharding(mesh, spec(PARAMETERS[below], config, mesh))
     return shardings
 
 

@@ -24,6 +24,7 @@ from jaxsteer.model.layers import rope_frequencies
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
+from tests.cli.command import jaxsteer
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,7 @@ def test_a_hub_id_is_converted_and_its_commit_recorded(source, tmp_path, monkeyp
 UNDER_A_LIMIT = """
 import resource, sys
 from pathlib import Path
-from jaxsteer.convert import convert
+from jaxsteer.model.convert import convert
 small, large, out, room = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 convert(small, out / "small", "float32")
 status = dict(line.split(":") for line in open("/proc/self/status"))
@@ -422,3 +423,9 @@ def test_a_truncated_gguf_is_named(tmp_path):
     (tmp_path / "m.gguf").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"m\.gguf is damaged"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+
+
+def test_other_types_than_these_are_refused_and_listed(tmp_path):
+    done = jaxsteer("convert", tmp_path, "--out", tmp_path / "out", "--dtype", "int8")
+    assert done.returncode == 2
+    assert "supported: auto, float32, bfloat16" in done.stderr

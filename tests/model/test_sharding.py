@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from jaxsteer.data.wheels import cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.generation.prefix import Prefix
-from jaxsteer.model import int8
 from jaxsteer.model import sharding as parallel
 from jaxsteer.model.config import ModelConfig, RopeConfig
 from jaxsteer.model.convert import convert
@@ -34,8 +33,6 @@ def runs(tmp_path_factory):
     for name, build in FAMILIES.items():
         out = convert(tiny.save(build(), folder / f"{name}-hf"), folder / name, "float32")
         made.append(f"{name}={out}")
-    out = convert(folder / "llama-hf", folder / "llama-int8", "float32+int8")
-    made.append(f"llama-int8={out}")
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -99,7 +96,7 @@ def test_every_mesh_runs_a_study_to_the_replies_of_one_device(runs, family, shap
     assert one["replies"] == [row[: row.index(63)] if 63 in row else row for row in plain]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama-int8"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_read_a_part_of_the_rows_on_each_device(runs, family):
     one, spread = (runs[f"{family} {shape}"]["captured"] for shape in ("", "data=4,model=2"))
     assert one["rows"] == [16] and spread["rows"] == [4] * 8
@@ -116,16 +113,6 @@ def test_a_plan_counts_what_lies_on_several_devices_as_often(runs):
     # A cache's rows are split, and 2 key-value heads in 2; in 4 they are whole on each.
     assert split[1] == one[1] and twice[1] == 4 * one[1]
     assert split[0] > 4 * one[0]
-
-
-def test_kernels_in_eight_bits_are_split_and_give_the_tokens_of_one_device(runs):
-    found = runs["llama-int8 data=4,model=2"]
-    assert found["replies"] == runs["llama-int8 "]["replies"] != runs["llama "]["replies"]
-    shapes = {path: {tuple(shape) for _, shape in of} for path, of in found["pieces"].items()}
-    assert shapes["layers/0/mlp/up/kernel"] == {(32, 24)}
-    assert shapes["layers/0/mlp/up/kernel_scale"] == {(1, 24)}
-    assert shapes["layers/0/mlp/down/kernel"] == {(24, 32)}
-    assert shapes["layers/0/mlp/down/kernel_scale"] == {(1, 32)}
 
 
 def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
@@ -206,10 +193,10 @@ def test_a_mesh_that_is_no_rectangle_of_chips_is_made_in_their_order(monkeypatch
 def test_every_parameter_of_both_families_is_in_the_table():
     for architecture in FAMILIES:
         config = tiny_config(architecture)
-        shapes, mesh = int8.shapes(param_shapes(config), "float32", True), mesh_of(1, 1)
+        shapes, mesh = param_shapes(config), mesh_of(1, 1)
         shardings = parallel.param_shardings(config, mesh)
         assert shardings.keys() == shapes.keys()
-        for path, (shape, _) in shapes.items():
+        for path, shape in shapes.items():
             assert len(shardings[path].spec) == len(shape), path
 
 
