@@ -98,9 +98,7 @@ def captured(model: ChatModel) -> dict[str, Any]:
     activations.read = watched
     prompts = [SYSTEM + prompt for prompt in PROMPTS]
     found = activations.capture(
-        model.definition,
-        model.config,
-        model.params,
+        model,
         prompts,
         [[]] * len(prompts),
         ("prompt_end",),

@@ -20,7 +20,7 @@ from jaxsteer.generation import padding
 from jaxsteer.generation.layer_sharing import fill
 from jaxsteer.generation.prefix import Prefix, opened, take
 from jaxsteer.model import sharding
-from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.model.masks import causal_mask, positions
@@ -126,9 +126,7 @@ def position_weights(
 
 
 def capture(
-    definition: nnx.GraphDef[Decoder],
-    config: ModelConfig,
-    params: Params,
+    model: ChatModel,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     asked: Sequence[Position],
@@ -147,6 +145,7 @@ def capture(
     Raises:
       UserError: a row that does not fit the model's context, or as `position_weights`.
     """
+    config = model.config
     lengths = (len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     padding.check_lengths(lengths, config.max_position)
     prefix, beginning = None, [0] * len(prompts)
@@ -155,7 +154,15 @@ def capture(
         numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(beginnings))}
         beginning = [numbers[tokens] for tokens in beginnings]
         unprobed = np.zeros((config.n_layers, 0, config.d_model), np.float32)
-        prefix = fill(definition, config, params, list(numbers), [0] * len(numbers), None, unprobed)
+        prefix = fill(
+            model.definition,
+            config,
+            model.params,
+            list(numbers),
+            [0] * len(numbers),
+            None,
+            unprobed,
+        )
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
     for width, members in batches([len(r) for r in rows], config.max_position, batch):
@@ -165,8 +172,8 @@ def capture(
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
         begun = prefix and take(prefix, np.array([beginning[i] for i in members] + [0] * filler))
-        placed = sharding.place((tokens, real, weights, begun), config, sharding.mesh_of(params))
-        captured, _ = read(definition, params, *placed[:3], (tap,), prefix=placed[3])
+        placed = sharding.place((tokens, real, weights, begun), config, model.mesh)
+        captured, _ = read(model.definition, model.params, *placed[:3], (tap,), prefix=placed[3])
         found = np.asarray(captured[tap])
         for slot, i in enumerate(members):
             yield i, found[slot]

@@ -79,9 +79,7 @@ def group_means(
     """
     streams = [Mean() for _ in range(max(groups) + 1)]
     norms = [Mean() for _ in streams]
-    for i, captured in activations.capture(
-        model.definition, model.config, model.params, prompts, responses, asked, shared=shared
-    ):
+    for i, captured in activations.capture(model, prompts, responses, asked, shared=shared):
         streams[groups[i]].add(captured)
         norms[groups[i]].add(np.linalg.norm(captured.astype(np.float64), axis=-1))
     return [

@@ -91,13 +91,7 @@ def _last_states(
     shared = [shared_length(ids)] * len(ids)
     states = np.zeros((len(ids), model.config.n_layers, model.config.d_model), np.float64)
     for i, captured in activations.capture(
-        model.definition,
-        model.config,
-        model.params,
-        ids,
-        [[]] * len(ids),
-        ["prompt_end"],
-        shared=shared,
+        model, ids, [[]] * len(ids), ["prompt_end"], shared=shared
     ):
         states[i] = captured[:, 0]
         progress.advance(1)

@@ -161,9 +161,7 @@ def _states(
 ) -> Float[np.ndarray, "sample layer d_model"]:
     shape = (len(prompts), model.config.n_layers, model.config.d_model)
     values = np.zeros(shape, np.float32)
-    for i, captured in activations.capture(
-        model.definition, model.config, model.params, prompts, responses, [position]
-    ):
+    for i, captured in activations.capture(model, prompts, responses, [position]):
         values[i] = captured[:, 0]
     return values
 

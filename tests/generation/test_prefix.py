@@ -102,9 +102,7 @@ def test_a_prompt_is_too_long_for_a_capture_by_all_its_tokens(model, shared):
     with pytest.raises(UserError, match=rf"{limit + 1} tokens and at most {limit} fit"):
         next(
             activations.capture(
-                model.definition,
-                model.config,
-                model.params,
+                model,
                 [[5] * limit],
                 [[3]],
                 ("prompt_end",),
@@ -118,9 +116,7 @@ def test_captures_equal_those_of_whole_prompts(model):
 
     def captured(shared):
         found = activations.capture(
-            model.definition,
-            model.config,
-            model.params,
+            model,
             PROMPTS,
             responses,
             activations.POSITIONS,
