@@ -8,7 +8,7 @@ import pytest
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from jaxsteer.judges.agreement import agreements
-from tests.judges.test_label import responses, table
+from tests.judges.test_labels import responses, table
 
 
 def study(n: int, rng: np.random.Generator):

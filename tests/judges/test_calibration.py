@@ -4,7 +4,7 @@ from pathlib import Path
 
 from scipy.stats import binomtest
 
-from jaxsteer.judges import calibration
+from tests.judges import calibration
 
 ROOT = Path(__file__).parents[2]
 

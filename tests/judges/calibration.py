@@ -1,11 +1,11 @@
 """How good the two judges that need no model are, on our own labelled replies.
 
-The examples (`jaxsteer/data/calibration.toml`) come in two parts: patterns and thresholds were
+The examples (`calibration.toml`) come in two parts: patterns and thresholds were
 chosen on `tune`, and nothing was changed after the first look at `held-out`. They were written to
 be hard (repetition in verse, refusals in a story, salad made of real words), not drawn from what a
 model says, so the figures say where a judge is blind and not how often that matters.
 
-    python -m jaxsteer.judges.calibration
+    python -m tests.judges.calibration
 
 prints the table that docs/judges.md shows, and every example that is judged wrongly.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
-from jaxsteer.data import prompts
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.stats import wilson
 
@@ -79,7 +79,7 @@ def _rate(k: int, n: int) -> tuple[float, float, float]:
 
 def examples() -> list[Example]:
     """All labelled replies, in the order of the file."""
-    path = prompts.HERE / "calibration.toml"
+    path = Path(__file__).with_name("calibration.toml")
     entries = tomllib.loads(path.read_text(encoding="utf-8"))["example"]
     return [Example(**entry) for entry in entries]
 
