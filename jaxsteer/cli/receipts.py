@@ -138,10 +138,10 @@ def geometry(
 
     Example: jaxsteer geometry results/smollm2-demo
     """
-    from jaxsteer.directions import geometry as measuring
+    from jaxsteer.evidence import reliability
     from jaxsteer.receipt.text import geometry_table
 
     use_compile_cache()
-    found = measuring.measure(results, open_model(model, mesh), halves=halves, draws=draws)
+    found = reliability.measure(results, open_model(model, mesh), halves=halves, draws=draws)
     _console().print(geometry_table(found))
-    typer.echo(f"wrote {results / measuring.FILE}; build the receipt again to have it there")
+    typer.echo(f"wrote {results / reliability.FILE}; build the receipt again to have it there")

@@ -12,16 +12,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Trait
 from jaxsteer.directions import activations
 from jaxsteer.directions.activations import Position
-from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.means import sample_replies
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Layers
-from jaxsteer.study import prepare
-from jaxsteer.study.spec import StudySpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,26 +160,3 @@ def _states(
     for i, captured in activations.capture(model, prompts, responses, [position]):
         values[i] = captured[:, 0]
     return values
-
-
-def of_direction(spec: StudySpec, model: ChatModel, direction: Direction) -> Samples | str:
-    """The samples behind one direction of a study, or why there are none to gather."""
-    item = spec.directions.get(direction.name)
-    if item is None:
-        return "not made by this study's spec"
-    if item.kind == "trait":
-        return trait_samples(model, data.trait(item.trait), item.position)
-    if item.kind == "assistant-axis":
-        material = data.roles()
-        roles = [role["instruction"] for role in material["roles"]]
-        position = direction.provenance.get("position", "response_avg")
-        return axis_samples(model, material["default"], roles, material["questions"], position)
-    if item.kind == "refusal" and spec.selection is not None:
-        prompts = prepare.split(spec.selection, spec.name)
-        return contrast_samples(
-            model,
-            [p.text for p in prompts.harmful_train],
-            [p.text for p in prompts.harmless_train],
-            data.policy(spec.system).text,
-        )
-    return f"kind {item.kind} is derived or sampled twice; its parts are measured instead"

@@ -19,9 +19,9 @@ from jaxtyping import Float
 
 from jaxsteer.data import prompts
 from jaxsteer.directions import direction as directions
-from jaxsteer.directions import geometry
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import reliability as measuring
 
 CORE = ("persona", "refusal", "axis")
 # cos(persona, refusal) at "layer 20" in arXiv 2606.26161: model, number of blocks, value.
@@ -69,7 +69,7 @@ def load(folder: Path) -> Geometry:
     shapes = {d.vectors.shape for d in found.values()}
     if len(shapes) > 1:
         raise UserError(f"{path} mixes directions of several shapes; extract them from one model")
-    measured = geometry.load(folder)
+    measured = measuring.load(folder)
     again = f"run `jaxsteer geometry {folder} --model DIR`"
     notes = []
     if measured is None:

@@ -19,9 +19,8 @@ import polars as pl
 from jaxsteer import stats
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
-from jaxsteer.directions import geometry
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims
+from jaxsteer.evidence import claims, reliability
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
@@ -351,7 +350,7 @@ def _geometry(found: Results, run: Run) -> statement.Geometry | None:
     known = record.read_geometry(found.folder)
     if known is None:
         return None
-    path = found.folder / geometry.FILE
+    path = found.folder / reliability.FILE
     for name, direction in known.directions.items():
         if run.directions.get(name) != direction.sha256:
             raise UserError(f"{path} measured other directions; run `jaxsteer geometry` again")
@@ -396,7 +395,7 @@ def _geometry(found: Results, run: Run) -> statement.Geometry | None:
 def _files(found: Results, measured: bool) -> dict[str, str]:
     names = ["run.json", "setup.json", "responses.parquet", "summary.json"]
     names += ["directions.safetensors"] + [f"judges/{name}.parquet" for name in found.verdicts]
-    names += [geometry.FILE] if measured else []
+    names += [reliability.FILE] if measured else []
     return {n: sha256_file(found.folder / n) for n in names if (found.folder / n).is_file()}
 
 

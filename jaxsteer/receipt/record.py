@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from jaxsteer.directions import geometry
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import reliability
 from jaxsteer.receipt.statement import Count, Model, Prompts, Sha256, Source, Text
 from jaxsteer.study import prepare
 from jaxsteer.study.results import Results
@@ -134,8 +134,8 @@ def read_geometry(folder: Path) -> Measurements | None:
     Raises:
       UserError: unreadable, or of another shape.
     """
-    value = geometry.load(folder)
-    return None if value is None else _convert(value, Measurements, folder / geometry.FILE)
+    value = reliability.load(folder)
+    return None if value is None else _convert(value, Measurements, folder / reliability.FILE)
 
 
 def _known(value: Any, kind: type[msgspec.Struct]) -> Any:

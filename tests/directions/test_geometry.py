@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 
-import msgspec
 import numpy as np
 import pytest
 from scipy import stats as theirs
@@ -11,7 +9,6 @@ from scipy import stats as theirs
 from jaxsteer.directions import geometry
 from jaxsteer.directions.samples import Samples
 from jaxsteer.errors import UserError
-from tests.receipt import made as receipts
 
 LAYERS, WIDTH = 2, 24
 
@@ -153,26 +150,3 @@ def test_the_permutation_null_rejects_no_more_often_than_it_says(rng):
         observed = geometry.cosines(made.direction(), other)
         rejected += geometry.two_sided_p(observed, null)[0] <= 0.05
     assert theirs.binomtest(int(rejected), 60).proportion_ci(0.99).low <= 0.05
-
-
-def test_a_folder_without_measurements_has_no_geometry(tmp_path):
-    assert geometry.load(tmp_path) is None
-
-
-def test_a_study_without_directions_has_nothing_to_measure(tmp_path, smollm2):
-    study = receipts.study(claims=[])
-    study = msgspec.structs.replace(study, directions={}, condition=study.condition[:1])
-    with pytest.raises(UserError, match="its study has no directions"):
-        geometry.measure(receipts.folder(tmp_path, study=study), smollm2)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}', "[" * 100_000])
-def test_a_damaged_geometry_file_is_refused_in_one_line(tmp_path, text):
-    (tmp_path / geometry.FILE).write_text(text)
-    with pytest.raises(UserError, match=r"geometry\.json"):
-        geometry.load(tmp_path)
-
-
-def test_what_was_measured_reads_back(tmp_path):
-    (tmp_path / geometry.FILE).write_text(json.dumps({"format": geometry.FORMAT, "pairs": []}))
-    assert geometry.load(tmp_path) == {"format": geometry.FORMAT, "pairs": []}

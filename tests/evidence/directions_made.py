@@ -12,6 +12,7 @@ import numpy as np
 from jaxsteer.directions import direction, geometry
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.samples import Samples
+from jaxsteer.evidence import reliability
 
 LAYERS, WIDTH = 8, 24
 # nurturing is evil turned around; refusal leans against persona.
@@ -55,12 +56,12 @@ def folder(path: Path, *, measured: bool = True, random: int = 3) -> Path:
     controls = [direction.random_like(named["persona"], seed) for seed in range(random)]
     direction.save(path / "directions.safetensors", [*named.values(), *controls])
     if measured:
-        (path / geometry.FILE).write_text(json.dumps(record(named, made)))
+        (path / reliability.FILE).write_text(json.dumps(record(named, made)))
     return path
 
 
 def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, Any]:
-    """geometry.json in the form that `geometry.measure` writes."""
+    """geometry.json in the form that `reliability.measure` writes."""
     described = {}
     for name, found in made.items():
         split = {u: geometry.split_half(found, u, halves=20) for u in found.units}
@@ -84,4 +85,4 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
         ends = {"low": low.tolist(), "high": high.tolist(), "p": p.tolist()}
         shuffled = {"shuffled": [one], "relabellings": geometry.relabellings(made[one])}
         pairs.append({"first": one, "second": other, "null": {**shuffled, **ends}})
-    return {"format": geometry.FORMAT, "directions": described, "pairs": pairs}
+    return {"format": reliability.FORMAT, "directions": described, "pairs": pairs}

@@ -11,8 +11,8 @@ from scipy.spatial.distance import cosine as theirs_distance
 
 from jaxsteer.directions import direction, geometry
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import cosines
-from tests.analysis import directions_made
+from jaxsteer.evidence import cosines, reliability
+from tests.evidence import directions_made
 
 WHOLE = (0, directions_made.LAYERS - 1)
 
@@ -74,7 +74,7 @@ def test_without_measurements_the_cosines_stand_and_a_note_says_what_to_run(tmp_
 
 def test_measurements_of_other_directions_are_not_used(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "stale")
-    path = tmp_path / "stale" / geometry.FILE
+    path = tmp_path / "stale" / reliability.FILE
     value = json.loads(path.read_text())
     value["directions"]["evil"]["sha256"] = "f" * 64
     path.write_text(json.dumps(value))

@@ -8,7 +8,7 @@ from statsmodels.stats.proportion import proportion_confint
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import layer_windows
 from jaxsteer.study import results
-from tests.analysis import windows_made
+from tests.evidence import windows_made
 from tests.receipt import made
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.analysis import directions_made
+from tests.evidence import directions_made
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 
 NOTEBOOK = ROOT / "notebooks/2_geometry.py"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.analysis import windows_made
+from tests.evidence import windows_made
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 from tests.receipt import made
 

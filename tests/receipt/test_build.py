@@ -7,8 +7,8 @@ import jsonschema
 import polars as pl
 import pytest
 
-from jaxsteer.directions import geometry
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import reliability
 from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.receipt import build, canonical, excerpt, statement
 from jaxsteer.study import results
@@ -184,19 +184,19 @@ def test_measured_geometry_is_shown_at_the_studys_layers(tmp_path):
     null = {"shuffled": ["persona"], "relabellings": 70, "low": curve, "high": curve, "p": curve}
     persona = made.made_directions()[0]
     written = {
-        "format": geometry.FORMAT,
+        "format": reliability.FORMAT,
         "isotropic_sd": 0.25,
         "directions": {
             "persona": {"sha256": persona.sha256, "reliability": {"instruction": halves}}
         },
         "pairs": [{"first": "persona", "second": "refusal", "cosine": curve, "null": null}],
     }
-    (folder / geometry.FILE).write_text(json.dumps(written))
+    (folder / reliability.FILE).write_text(json.dumps(written))
     found = receipt_of(folder).geometry
     assert [(r.layer, r.mean) for r in found.reliability] == [(2, 0.2), (3, 0.3)]
     assert [(c.layer, c.p) for c in found.cosines] == [(2, 0.2), (3, 0.3)]
     written["directions"]["persona"]["sha256"] = made.sha("other")
-    (folder / geometry.FILE).write_text(json.dumps(written))
+    (folder / reliability.FILE).write_text(json.dumps(written))
     with pytest.raises(UserError, match="measured other directions"):
         build.build(folder)
 

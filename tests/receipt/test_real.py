@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from jaxsteer.directions import direction, geometry
+from jaxsteer.directions import direction
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import reliability
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.receipt import build, canonical, verify
@@ -28,7 +29,7 @@ def folder(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("real")
     model = ChatModel.load(checkpoint)
     run.run_study(spec.load(tiny.study_file(out)), model, out / "results")
-    geometry.measure(out / "results", model, halves=10, draws=50)
+    reliability.measure(out / "results", model, halves=10, draws=50)
     build.write(out / "results", samples=2)
     return out / "results"
 
@@ -74,7 +75,7 @@ def test_another_model_is_a_mismatch(folder, tmp_path):
 
 
 def test_the_samples_behind_a_direction_make_that_direction(folder):
-    measured = json.loads((folder / geometry.FILE).read_text())
+    measured = json.loads((folder / reliability.FILE).read_text())
     persona = measured["directions"]["persona"]
     assert persona["recomputed_cosine"] == pytest.approx(1, abs=1e-5)
     assert set(persona["reliability"]) == {"instruction", "question"}
@@ -96,4 +97,4 @@ def test_the_receipt_shows_what_was_measured_and_changed(folder):
 def test_geometry_of_another_model_is_refused(folder, tmp_path):
     other = convert(tiny.save(tiny.qwen2(), tmp_path / "hf"), tmp_path / "out", "float32")
     with pytest.raises(UserError, match="was run on another model"):
-        geometry.measure(folder, ChatModel.load(other))
+        reliability.measure(folder, ChatModel.load(other))

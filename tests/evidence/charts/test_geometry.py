@@ -8,7 +8,7 @@ import pytest
 
 from jaxsteer.evidence import cosines
 from jaxsteer.evidence.charts import geometry as charts
-from tests.analysis import directions_made
+from tests.evidence import directions_made
 
 WHOLE = (0, directions_made.LAYERS - 1)
 

@@ -6,7 +6,7 @@ import pytest
 from jaxsteer.evidence import layer_windows
 from jaxsteer.evidence.charts import windows as charts
 from jaxsteer.study import results
-from tests.analysis import windows_made
+from tests.evidence import windows_made
 
 
 @pytest.fixture(scope="module")
