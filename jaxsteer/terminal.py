@@ -10,6 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jaxsteer.words import percent, span
+
 if TYPE_CHECKING:
     # Typing only: it would have every command import JAX, --help among them.
     from jaxsteer.study.cost import Plan
@@ -36,10 +38,10 @@ def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
             Text(plain(row["condition"]) + mark),
             row["family"],
             str(row["n"]),
-            f"{row['refusal']:.0%}",
-            f"{row['refusal_low']:.0%} to {row['refusal_high']:.0%}",
-            f"{row['degenerate']:.0%}",
-            f"{row['complied']:.0%}",
+            percent(row["refusal"]),
+            span(row["refusal_low"], row["refusal_high"]),
+            percent(row["degenerate"]),
+            percent(row["complied"]),
         )
     return table
 

@@ -40,7 +40,7 @@ def test_a_hostile_condition_name_is_inert_in_the_table():
     text = printed(terminal.summary_table([row], "t"))
     # The console itself writes no escapes here, so any would be the name's.
     assert "\x1b" not in text and "\x07" not in text
-    assert "[red]x[/red]" in text and "cancels steering" in text and "5% to 70%" in text
+    assert "[red]x[/red]" in text and "cancels steering" in text and "5 to 70 %" in text
 
 
 def test_modes_are_shown_against_the_policy_alone_with_intervals():

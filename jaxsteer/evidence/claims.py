@@ -25,6 +25,7 @@ from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.study.conditions import repeat_name, resolve_layers
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import TestSpec
+from jaxsteer.words import p_equals, percent
 
 ALPHA = 0.05
 # No study has more rows; a file that says so is damaged, and counting to it would take forever.
@@ -91,7 +92,9 @@ class Comparison:
         if self.expect == "cosine-above":
             return f"cosine above {self.margin:g}"
         if self.expect == "few-raised":
-            return f"new {OUTCOMES[self.outcome]} on at most {self.margin:.0%} of prompts"
+            return (
+                f"new {OUTCOMES[self.outcome]} on at most {percent(self.margin or 0.0)} of prompts"
+            )
         return f"{'fewer' if self.expect == 'lower' else 'more'} {OUTCOMES[self.outcome]}"
 
 
@@ -404,12 +407,13 @@ def _judged(c: Comparison, p_holm: float) -> Comparison:
         return dataclasses.replace(c, passed=not low, reason=why)
     if c.bound is not None and c.margin is not None:
         passed = c.bound <= c.margin
-        why = f"new on {c.raised} of {c.n} prompts, so up to {c.bound:.0%}, over {c.margin:.0%}"
+        why = f"new on {c.raised} of {c.n} prompts, so up to {percent(c.bound)}"
+        why += f", over {percent(c.margin)}"
         why += "; too few prompts to tell" if c.raised <= c.margin * c.n else ""
         return dataclasses.replace(c, passed=passed, reason="" if passed else why)
     right_way = c.raised < c.lowered if c.expect == "lower" else c.raised > c.lowered
     passed = right_way and p_holm < ALPHA
-    why = f"{c.treated_k} against {c.control_k} of {c.n} (adjusted p {p_holm:.2g})"
+    why = f"{c.treated_k} against {c.control_k} of {c.n} (adjusted {p_equals(p_holm)})"
     return dataclasses.replace(c, p_holm=p_holm, passed=passed, reason="" if passed else why)
 
 

@@ -29,6 +29,7 @@ from jaxsteer.receipt.controls import Table, random_controls, treated_of, unstee
 from jaxsteer.receipt.statement import RandomControl
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import ClaimSpec, ConditionSpec, OperationSpec, StudySpec, TestSpec
+from jaxsteer.words import p_equals, percent, points
 
 Kind = Literal["random", "unsteered", "matched", "neutral", "benign", "swapped"]
 Status = Literal["stands", "breaks", "undecided"]
@@ -212,8 +213,8 @@ def _random(
             status=status,
             why={
                 "breaks": f"inside the range of {e.n} random seeds",
-                "stands": f"{where}, p = {p:.2g}",
-                "undecided": f"{where}, but {e.n} seeds cannot show less than p = {p:.2g}",
+                "stands": f"{where}, {p_equals(p)}",
+                "undecided": f"{where}, but {e.n} seeds cannot show less than {p_equals(p)}",
             }[status],
         )
 
@@ -360,16 +361,16 @@ def _measured(found: Results, asked: _Asked, margin: float) -> Finding | None:
 
 def _status(got: flips.Flips, expects: Expect, margin: float) -> tuple[Status, str]:
     beyond = got.p < ALPHA
-    chance = f"exact p = {got.p:.2g}" if got.p >= 0.0001 else "exact p < 0.0001"
+    chance = f"exact {p_equals(got.p)}"
     if expects == "no rise":
         bound = stats.wilson(got.raised, got.n)[1]
-        new = f"new on {got.raised} of {got.n} prompts, so up to {bound:.0%}"
+        new = f"new on {got.raised} of {got.n} prompts, so up to {percent(bound)}"
         if bound <= margin:
-            return "stands", f"{new}, within {margin:.0%}"
+            return "stands", f"{new}, within {percent(margin)}"
         if beyond and got.difference > 0:
             return "breaks", f"{new}, and the rise is not chance ({chance})"
-        return "undecided", f"{new}, over {margin:.0%}"
-    words = f"{100 * got.difference:+.0f} points, {chance}"
+        return "undecided", f"{new}, over {percent(margin)}"
+    words = f"{points(got.difference)} points, {chance}"
     if not beyond:
         return "undecided", words
     right_way = got.difference > 0 if expects == "higher" else got.difference < 0

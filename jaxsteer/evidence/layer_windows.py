@@ -24,6 +24,7 @@ from jaxsteer.evidence.paired import flips, pairs
 from jaxsteer.study.conditions import UNSTEERED, resolve_layers
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import OperationSpec
+from jaxsteer.words import layer_list
 
 Map = Literal["knockout", "refusal"]
 Phase = Literal["prompt", "response"]
@@ -65,21 +66,6 @@ class Cell:
     control: str
     twin: str
     cancels: bool
-
-
-def span(layers: Sequence[int]) -> str:
-    """Layers in few letters.
-
-    >>> span([19]), span(range(18, 30)), span([22, 24])
-    ('19', '18–29', '22, 24')
-    """
-    groups: list[list[int]] = []
-    for layer in layers:
-        if groups and layer == groups[-1][-1] + 1:
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
-    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in groups)
 
 
 def depth(found: Results) -> int:
@@ -191,7 +177,7 @@ def _cell(
 ) -> Cell:
     # Windows stand behind single layers, both by depth.
     order = -1 if not layers else layers[0] + 1000 * (len(layers) > 1)
-    column = span(layers) if layers else NONE
+    column = layer_list(layers) if layers else NONE
     return Cell(
         map=which,
         condition=condition,

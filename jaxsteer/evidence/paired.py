@@ -8,6 +8,7 @@ import polars as pl
 
 from jaxsteer import stats
 from jaxsteer.errors import UserError
+from jaxsteer.words import p_equals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,5 +104,4 @@ def said(found: Flips, outcome: str) -> str:
         lose, gain = f"None of {found.n} prompts loses its {outcome}", f"{found.raised} gain one"
     if not found.raised:
         gain = "none gains one"
-    p = "< 0.0001" if found.p < 0.0001 else f"= {found.p:.2g}"
-    return f"{lose}, {gain} (exact McNemar p {p})"
+    return f"{lose}, {gain} (exact McNemar {p_equals(found.p)})"

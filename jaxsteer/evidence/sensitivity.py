@@ -17,6 +17,7 @@ from jaxsteer.evidence import claims
 from jaxsteer.evidence import paired as flips
 from jaxsteer.evidence.claims import Claim, Comparison
 from jaxsteer.study.results import Results
+from jaxsteer.words import p_equals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,5 +173,5 @@ def _at(c: Comparison, alpha: float) -> Comparison:
         return c
     right_way = c.raised < c.lowered if c.expect == "lower" else c.raised > c.lowered
     passed = right_way and c.p_holm < alpha
-    why = f"{c.treated_k} against {c.control_k} of {c.n} (adjusted p {c.p_holm:.2g})"
+    why = f"{c.treated_k} against {c.control_k} of {c.n} (adjusted {p_equals(c.p_holm)})"
     return dataclasses.replace(c, passed=passed, reason="" if passed else why)

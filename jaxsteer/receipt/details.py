@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxsteer.receipt import bars
-from jaxsteer.receipt.markup import HARMFUL, esc, family_words, number, percent, points, span, table
+from jaxsteer.receipt.markup import HARMFUL, esc, family_words, table
 from jaxsteer.receipt.statement import Condition, Predicate
+from jaxsteer.words import p_value, percent, points, span
 
 
 def benign(p: Predicate) -> Iterator[str]:
@@ -49,7 +50,7 @@ def controls(p: Predicate) -> Iterator[str]:
             [
                 [esc(c.control), esc(c.treated or "–"), str(c.n), percent(c.mean),
                  span(c.low, c.high), "–" if c.value is None else percent(c.value),
-                 number(None if c.p_low is None or c.p_high is None
+                 p_value(None if c.p_low is None or c.p_high is None
                         else min(1.0, 2 * min(c.p_low, c.p_high)))]
                 for c in shown
             ],
@@ -77,7 +78,7 @@ def controls(p: Predicate) -> Iterator[str]:
                 if name in known and dose.family in known[name].outcomes
             )
             name = f"{dose.mode}: {dose.base}" if dose.mode else dose.base
-            yield f"<p>{esc(name)}, refused: {steps} (trend p {number(dose.p)}).</p>"
+            yield f"<p>{esc(name)}, refused: {steps} (trend p {p_value(dose.p)}).</p>"
 
 
 def setup(p: Predicate) -> Iterator[str]:
@@ -126,7 +127,7 @@ def _geometry(p: Predicate) -> Iterator[str]:
         halves.setdefault((r.direction, r.unit), {})[r.layer] = f"{r.mean:+.2f}"
     angles: dict[tuple[str, str], dict[int, str]] = {}
     for c in p.geometry.cosines:
-        chance = "" if c.p is None else f" (p {number(c.p)})"
+        chance = "" if c.p is None else f" (p {p_value(c.p)})"
         angles.setdefault((c.first, c.second), {})[c.layer] = f"{c.cosine:+.2f}{chance}"
     layers = sorted({r.layer for r in p.geometry.reliability})
     layers = layers or sorted({c.layer for c in p.geometry.cosines})

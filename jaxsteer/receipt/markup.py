@@ -16,28 +16,6 @@ def esc(text: object) -> str:
     return html.escape(plain(str(text)))
 
 
-def percent(share: float) -> str:
-    """A share as a whole percentage."""
-    return f"{100 * share:.0f} %"
-
-
-def span(low: float, high: float) -> str:
-    """An interval of shares."""
-    return f"{100 * low:.0f} to {100 * high:.0f} %"
-
-
-def points(low: float) -> str:
-    """A difference of shares, in percentage points."""
-    return f"{100 * low:+.0f}".replace("-", "\u2212")
-
-
-def number(p: float | None) -> str:
-    """A p-value."""
-    if p is None:
-        return "–"
-    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """A table of ready-made cells; columns whose head begins with # are numbers."""
     classes = [' class="n"' if name.startswith("#") else "" for name in head]

@@ -13,18 +13,9 @@ from pathlib import Path
 
 from jaxsteer.evidence.claims import Claim, Comparison
 from jaxsteer.receipt import bars, details
-from jaxsteer.receipt.markup import (
-    HARMFUL,
-    MOST,
-    esc,
-    family_words,
-    number,
-    percent,
-    points,
-    span,
-    table,
-)
+from jaxsteer.receipt.markup import HARMFUL, MOST, esc, family_words, table
 from jaxsteer.receipt.statement import Condition, Predicate, Statement
+from jaxsteer.words import p_value, percent, points, span
 
 STYLE = Path(__file__).parent / "receipt.css"
 
@@ -211,5 +202,5 @@ def _line(c: Comparison) -> str:
     return (
         f"{head}: {percent(c.treated_k / c.n)} against {percent(c.control_k / c.n)} {c.outcome}, "
         f"difference {points(c.difference)} ({points(low)} to {points(high)}), "
-        f"adjusted p {number(c.p_holm)}"
+        f"adjusted p {p_value(c.p_holm)}"
     )

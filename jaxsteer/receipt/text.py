@@ -14,6 +14,7 @@ from jaxsteer.receipt.gates import Gate
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.receipt.verify import Check, warnings
 from jaxsteer.terminal import plain
+from jaxsteer.words import percent, points
 
 STYLES = {
     "confirmed": "green",
@@ -71,14 +72,6 @@ def verdict(checks: Sequence[Check]) -> Text:
     return safe(f"{counted['ok']} checks passed, {unmade}")
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
 def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
     """The differences, what else changed, and what could not be compared."""
     changed = ", ".join(comparison.changed) or "nothing"
@@ -94,10 +87,10 @@ def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
         table.add_row(
             safe(name),
             line.metric,
-            _percent(line.first),
-            _percent(line.second),
-            _points(line.difference),
-            f"{_points(line.low)} to {_points(line.high)}",
+            percent(line.first, 1),
+            percent(line.second, 1),
+            points(line.difference, 1),
+            f"{points(line.low, 1)} to {points(line.high, 1)}",
             Text(_way(line), style="bold") if line.moved else "",
         )
     table.caption = "intervals of independent rates (Newcombe); moved: the interval leaves out 0"
@@ -120,8 +113,8 @@ def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
     for gate, line in fired:
         sure = "" if line.moved else ", though the interval holds 0"
         yield safe(
-            f"gate fires: {gate.text}: {line.condition} went from {_percent(line.first)} to "
-            f"{_percent(line.second)} (n {line.n_first} and {line.n_second}{sure})",
+            f"gate fires: {gate.text}: {line.condition} went from {percent(line.first, 1)} to "
+            f"{percent(line.second, 1)} (n {line.n_first} and {line.n_second}{sure})",
             "bold red",
         )
 

@@ -31,6 +31,7 @@ from jaxsteer.model.interventions import (
     compile_conditions,
     everywhere,
 )
+from jaxsteer.words import percent
 
 Report = Callable[[int], None]
 
@@ -285,7 +286,7 @@ def choose_dose(candidates: Sequence[DoseCandidate], max_degenerate: float) -> D
     steered = [c for c in candidates if c.scale and c.degenerate <= limit + 1e-9]
     if not steered:
         raise UserError(
-            f"at every layer and strength more than {limit:.0%} of replies are degenerate; add "
-            "weaker strengths to [selection] scales"
+            f"at every layer and strength more than {percent(limit)} of replies are degenerate; "
+            "add weaker strengths to [selection] scales"
         )
     return min(steered, key=lambda c: (c.refusal, c.degenerate, c.scale, c.layer))

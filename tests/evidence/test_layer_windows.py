@@ -35,15 +35,15 @@ def test_the_persona_is_the_steered_direction(found):
 
 def test_columns_are_layers_by_depth_with_windows_last(maps):
     mine = maps.filter(pl.col("map") == "knockout").sort("order")
-    assert mine["column"].unique(maintain_order=True).to_list() == ["none", "3", "4", "5", "4–5"]
+    assert mine["column"].unique(maintain_order=True).to_list() == ["none", "3", "4", "5", "4..5"]
     assert set(mine["norms"]) == {"0", "1", "2", "4"}
 
 
 def test_the_row_of_strength_nothing_is_the_knockout_alone(maps):
-    twin = one(maps, "4–5", "0")
+    twin = one(maps, "4..5", "0")
     assert twin["condition"].item().endswith("unsteered")
     assert twin["control"].item() == "baseline"
-    assert one(maps, "4–5", "2")["twin"].item() == twin["condition"].item()
+    assert one(maps, "4..5", "2")["twin"].item() == twin["condition"].item()
 
 
 def test_cells_are_paired_with_the_steer_of_their_own_strength(maps):
@@ -93,7 +93,7 @@ def test_without_a_brush_the_strongest_row_is_shown(maps):
 def test_flips_are_mcnemars_and_holm_counts_the_cells_shown(found, maps):
     chosen = maps.filter(pl.col("norms") == "4", pl.col("column") != "none")
     table = layer_windows.flip_table(found, chosen)
-    late = table.filter(pl.col("column") == "4–5").row(0, named=True)
+    late = table.filter(pl.col("column") == "4..5").row(0, named=True)
     assert (late["raised"], late["lowered"], late["n"]) == (10, 0, windows_made.N)
     square = [[2, 10], [0, windows_made.N - 12]]
     assert late["p"] == pytest.approx(theirs_mcnemar(square, exact=True).pvalue)
@@ -101,7 +101,7 @@ def test_flips_are_mcnemars_and_holm_counts_the_cells_shown(found, maps):
 
 
 def test_the_twin_shows_what_the_steer_still_does(found, maps):
-    table = layer_windows.flip_table(found, one(maps, "4–5", "4"))
+    table = layer_windows.flip_table(found, one(maps, "4..5", "4"))
     # The twin refuses 14 prompts and the cell 12 of the same; both break on the same four.
     assert table["unlike"].item() == 2
 

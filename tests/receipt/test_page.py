@@ -160,13 +160,6 @@ def test_the_colours_are_those_of_the_charts():
     assert light["answer"] == PALETTE["axis"]
 
 
-@pytest.mark.parametrize(
-    ("p", "shown"), [(None, "–"), (0.00001, "< 0.0001"), (0.0312, "0.031"), (1.0, "1")]
-)
-def test_p_values_are_short_and_never_zero(p, shown):
-    assert markup.number(p) == shown
-
-
 def test_a_long_table_says_how_much_it_leaves_out():
     made_table = markup.table(["a"], [[str(i)] for i in range(markup.MOST + 3)])
     assert made_table.count("<tr>") == markup.MOST + 1

@@ -14,6 +14,7 @@ from jaxsteer.evidence.charts.text import escaped
 from jaxsteer.evidence.claims import OUTCOMES, Claim
 from jaxsteer.evidence.controls import KINDS, Finding, headline
 from jaxsteer.stats import wilson
+from jaxsteer.words import p_equals, p_value, points
 
 PROMPTS = {"strongreject": "harmful prompts", "benign": "benign prompts"}
 MOST_PAIRS = 160  # dots side by side that can still be told apart
@@ -44,22 +45,6 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
         cells = [escaped(str(cell).replace("\n", " ")) for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def signed(points: float) -> str:
-    """A difference of shares in percentage points, with a true minus sign.
-
-    >>> signed(-0.25), signed(0.041)
-    ('−25', '+4')
-    """
-    return f"{100 * points:+.0f}".replace("-", "\u2212")
-
-
-def p_value(p: float | None) -> str:
-    """A p-value in words."""
-    if p is None:
-        return "–"
-    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
 def findings_chart(made: Sequence[Finding]) -> alt.LayerChart:
@@ -310,8 +295,8 @@ def flip_chart(paired: pl.DataFrame, outcome: str, treated: str, control: str) -
     chart = alt.LayerChart(layer=[line.encode(x=x, y=y, detail="column:O"), dots])
     found = flips.flips(paired, outcome)
     detail = (
-        f"{treated} minus {control}: {signed(found.difference)} points, paired bootstrap 95 % "
-        f"interval {signed(found.low)} to {signed(found.high)}; n = {found.n:,} prompts"
+        f"{treated} minus {control}: {points(found.difference)} points, paired bootstrap 95 % "
+        f"interval {points(found.low)} to {points(found.high)}; n = {found.n:,} prompts"
     )
     if shown.height < paired.height:
         detail += f"; drawn: {shown.height} of the {found.raised + found.lowered:,} that flip"
@@ -328,11 +313,10 @@ def mcnemar_table(found: flips.Flips, outcome: str, treated: str, control: str) 
         [f"{control}: {outcome}", found.both, f"{lost} lost"],
         [f"{control}: not", f"{gained} gained", found.neither],
     ]
-    equal = p_value(found.p) if found.p < 0.0001 else f"= {p_value(found.p)}"
     words = (
         f"Only the {lost + gained} prompts off the diagonal count: if nothing but chance decided "
         f"which way they fall, a split at least as lopsided as {lost} to {gained} would come up "
-        f"with p {equal} (exact McNemar, two-sided, not corrected)."
+        f"with {p_equals(found.p)} (exact McNemar, two-sided, not corrected)."
     )
     return f"{markdown_table(head, rows)}\n\n{words}"
 

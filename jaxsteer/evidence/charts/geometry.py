@@ -10,8 +10,9 @@ import numpy as np
 import polars as pl
 
 from jaxsteer.evidence.charts import theme
-from jaxsteer.evidence.charts.marks import labelled, percent, titled
+from jaxsteer.evidence.charts.marks import labelled, titled
 from jaxsteer.evidence.cosines import Components, Window
+from jaxsteer.words import percent
 
 LAYER = "layer (resid_post)"
 COSINE = "cosine"
@@ -167,7 +168,7 @@ def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> alt.Co
     if tested.height:
         share = percent(beyond / tested.height)
         finding += (
-            f"{beyond} of {tested.height} cosines ({share}) lie beyond chance; 5% would by luck"
+            f"{beyond} of {tested.height} cosines ({share}) lie beyond chance; 5 % would by luck"
         )
     else:
         finding += "chance was not measured"

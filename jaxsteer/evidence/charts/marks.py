@@ -90,16 +90,3 @@ def token_text(text: str) -> str:
     ('␣Paris', '⏎', '∅')
     """
     return plain(text).replace("\n", "⏎").replace(" ", "␣") or "∅"
-
-
-def percent(value: float) -> str:
-    """A share in words: `42%`, and `0.3%` or `<0.1%` where rounding would say 0.
-
-    >>> [percent(x) for x in (0, 0.0004, 0.003, 0.42, 0.9996, 1)]
-    ['0%', '<0.1%', '0.3%', '42%', '>99.9%', '100%']
-    """
-    if 0 < value < 0.001:
-        return "<0.1%"
-    if 0.999 < value < 1:
-        return ">99.9%"
-    return f"{value:.1%}" if 0 < value < 0.01 or 0.99 < value < 1 else f"{value:.0%}"

@@ -9,8 +9,8 @@ import polars as pl
 
 from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import theme
-from jaxsteer.evidence.charts.controls import LABELS, markdown_table, signed
-from jaxsteer.evidence.charts.marks import percent, reference, titled, with_interval
+from jaxsteer.evidence.charts.controls import LABELS, markdown_table
+from jaxsteer.evidence.charts.marks import reference, titled, with_interval
 from jaxsteer.evidence.charts.text import card, cards
 from jaxsteer.evidence.outcomes import ORDER, whiskers
 from jaxsteer.judges.labelling import Entry
@@ -18,6 +18,7 @@ from jaxsteer.receipt.bars import SEGMENTS
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.statement import Predicate
 from jaxsteer.receipt.verify import Check, warnings
+from jaxsteer.words import percent, points
 
 WORDS = {label: words for label, _, words in SEGMENTS}
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
@@ -154,7 +155,7 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
     finding = f"{len(moved)} of {len(found.lines)} figures have moved"
     if moved:
         most = moved_first(moved)[0]
-        finding += f", most {most.metric} under {most.condition} ({signed(most.difference)} points)"
+        finding += f", most {most.metric} under {most.condition} ({points(most.difference)} points)"
     sizes = sorted({n for line in found.lines for n in (line.n_first, line.n_second)})
     detail = (
         f"Newcombe 95 % interval of each, not corrected for their number; n = {sizes[0]} to "

@@ -6,8 +6,9 @@ import altair as alt
 import polars as pl
 
 from jaxsteer.evidence.charts import theme
-from jaxsteer.evidence.charts.marks import labelled, percent, titled, token_text
+from jaxsteer.evidence.charts.marks import labelled, titled, token_text
 from jaxsteer.evidence.lesson import Step
+from jaxsteer.words import percent
 
 SIDES = ["baseline", "steered"]
 SIDE_COLOURS = alt.Scale(domain=SIDES, range=[theme.PALETTE["baseline"], theme.PALETTE["persona"]])

@@ -8,8 +8,9 @@ import altair as alt
 import polars as pl
 
 from jaxsteer.evidence.charts import theme
-from jaxsteer.evidence.charts.marks import percent, titled
+from jaxsteer.evidence.charts.marks import titled
 from jaxsteer.evidence.layer_windows import NONE, Map
+from jaxsteer.words import p_equals, percent, span
 
 WIDE, HIGH = 66, 46
 BROKEN = 0.1  # cells with more degenerate replies are marked
@@ -31,7 +32,7 @@ def map_finding(maps: pl.DataFrame, which: Map) -> str:
     much = "1 norm" if best["norms"] == "1" else f"{best['norms']} norms"
     verb = "Removed" if which == "knockout" else f"{much} of refusal added"
     there = f"{verb} at {best['column']}, refusal is {percent(best['rate'])}"
-    there += f" ({percent(best['low'])} to {percent(best['high'])})"
+    there += f" ({span(best['low'], best['high'])})"
     control = maps.filter(pl.col("condition") == best["control"]).head(1)
     if not control.height:
         return f"{there}, the most of {top.height} places; there is no control to set beside it"
@@ -105,7 +106,7 @@ def _map_detail(mine: pl.DataFrame) -> str:
     if mine["cancels"].any():
         parts.append("hatched: the steer cancels by algebra")
     if mine.filter(_broken()).height:
-        parts.append(f"red corner: broken replies above {BROKEN:.0%}")
+        parts.append(f"red corner: broken replies above {percent(BROKEN)}")
     return "; ".join(parts) + ". Drag over cells to choose them"
 
 
@@ -215,7 +216,7 @@ def flips_finding(table: pl.DataFrame) -> str:
     best = tested.sort("p_holm", "p").row(0, named=True)
     clear = tested.filter(pl.col("p_holm") <= 0.05).height
     holm = f"{clear} of {tested.height} chosen cells flip more one way than luck would"
-    small = f"smallest p {best['p_holm']:.2g}, Holm over the cells shown"
+    small = f"smallest {p_equals(best['p_holm'])}, Holm over the cells shown"
     return f"{holm} ({small})"
 
 

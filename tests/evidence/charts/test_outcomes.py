@@ -12,8 +12,8 @@ def test_the_title_names_the_extremes():
     table = made.rows(made.study()).filter(pl.col("family") == "strongreject")
     drawn = charts.stacked_chart(outcomes.shares(table, "condition"), "condition", "prompts")
     words = " ".join(drawn.to_dict()["title"]["text"])
-    assert "highest under persona, out late, unsteered (48%)" in words
-    assert "lowest under persona (2%)" in words
+    assert "highest under persona, out late, unsteered (48 %)" in words
+    assert "lowest under persona (2 %)" in words
 
 
 def test_moved_figures_stand_first_in_a_comparison(tmp_path):

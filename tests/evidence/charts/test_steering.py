@@ -53,7 +53,9 @@ def test_operations_are_named_with_tap_and_unit(kind, strength, words):
 
 
 def test_a_changed_first_token_is_the_finding():
-    assert "moves from “␣I” (60%) to “Sure” (50%)" in title(steering.next_token_chart(TOKENS, "x"))
+    assert "moves from “␣I” (60 %) to “Sure” (50 %)" in title(
+        steering.next_token_chart(TOKENS, "x")
+    )
 
 
 def test_an_unchanged_first_token_is_the_finding():
@@ -91,8 +93,8 @@ def test_the_survival_chart_states_both_ends():
         {"later": [0, 1, 2], "layer": [5, 6, 7], "moved": [1e-7, 0.16, 0.2], "alone": [0.22] * 3}
     )
     assert title(steering.survival_chart(table, "x")) == (
-        "Projected out where it was added, the steer moves <0.1% of the probability; one layer "
-        "later, 16%; never, 22%"
+        "Projected out where it was added, the steer moves < 0.1 % of the probability; one layer "
+        "later, 16 %; never, 22 %"
     )
     assert "never" in title(steering.survival_chart(table.head(1), "x"))
 
