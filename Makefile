@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep "$(1)" $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) \
 	$(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)") $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
-.PHONY: help demo test lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
+.PHONY: help demo test test-slow lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,14 +68,20 @@ sky-check: .venv/made .venv-sky/made ## have SkyPilot's own parser read the task
 tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not there [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
 	TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so $(BIN)/jaxsteer tpu-check $(CHECK)
 
-# Two files of tests at a time: most of a test is one core's work. Whole files, which share fixtures.
-test: .venv/made-dev model ## run every test, against HF transformers on torch and the real SmolLM2
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes, since most tests use one core; a file stays in one process, since its tests share fixtures.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: .venv/made-dev ## ruff and mypy
+test: .venv/made-dev model ## run the short tests, against HF transformers on torch and the real SmolLM2
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/made-dev model ## run the long tests: killed processes, browsers, several hosts, whole studies
+	$(PYTEST) -m slow
+
+lint: .venv/made-dev ## ruff, mypy, and the package's size by folder
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(BIN)/python -m tests.weigh
 
 parity: .venv/made-dev model ## measure agreement with HF transformers and write docs/parity.md
 	$(BIN)/python -m tests.parity docs/parity.md

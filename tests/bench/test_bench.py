@@ -26,6 +26,9 @@ from tests.bench import accelerator, figures, hooks, ours, peers, table, worker,
 from tests.bench.job import Job, Site
 from tests.test_parallel import tiny_config
 
+# The benchmark itself is run by hand; these tests of it load several libraries.
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 9, 11, 4], [7, 8], [12, 30, 31, 32, 33, 6], [20, 21, 22]]
 NEW = 8
 

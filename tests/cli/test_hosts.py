@@ -21,6 +21,9 @@ from jaxsteer.model.convert import convert
 from jaxsteer.study import cost, planned, spec
 from tests import tiny
 
+# Whole sweeps in several processes, some of them killed.
+pytestmark = pytest.mark.slow
+
 # Small batches, so that both processes write many shards.
 SMALL = (("harmful = 6", "harmful = 14"), ("batch = 4", "batch = 2"))
 

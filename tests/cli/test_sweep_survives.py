@@ -16,6 +16,9 @@ from jaxsteer.data.wheels import cache_dir
 from jaxsteer.model.convert import convert
 from tests import tiny
 
+# Whole sweeps in processes of their own, some of them killed.
+pytestmark = pytest.mark.slow
+
 # Small batches, so that a run writes many shards for a kill to land between.
 SMALL = (("harmful = 6", "harmful = 60"), ("batch = 4", "batch = 2"))
 

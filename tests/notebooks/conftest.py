@@ -17,6 +17,12 @@ from tests.conftest import gguf_path
 from tests.notebooks.browser import FLAGS, ROOT, NoBrowser, chromium_path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 # Per module: Playwright's synchronous interface runs an event loop in this thread while it is open,
 # and tests elsewhere may want one of their own.
 @pytest.fixture(scope="module")

@@ -63,13 +63,14 @@ def test_what_was_not_given_is_said_to_be_unchecked(finished, tmp_path):
     ]
 
 
-def test_every_one_of_400_single_byte_changes_is_caught(copied):
+@pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
+def test_every_single_byte_change_is_caught(copied, count):
     path = copied / build.JSON
     raw = path.read_bytes()
     draw = random.Random(0)
     at_digest = raw.index(b'"digest"', raw.index(b'"date"'))
-    positions = [draw.randrange(len(raw)) for _ in range(360)]
-    positions += [at_digest + draw.randrange(90) for _ in range(40)]
+    positions = [draw.randrange(len(raw)) for _ in range(count * 9 // 10)]
+    positions += [at_digest + draw.randrange(90) for _ in range(count // 10)]
     for position in positions:
         changed = bytearray(raw)
         changed[position] = draw.choice([b for b in range(256) if b != raw[position]])
@@ -77,11 +78,12 @@ def test_every_one_of_400_single_byte_changes_is_caught(copied):
         assert outcome(path) != "ok", (position, raw[position], changed[position])
 
 
-def test_every_single_deletion_and_insertion_of_100_is_caught(copied):
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_every_single_deletion_and_insertion_is_caught(copied, count):
     path = copied / build.JSON
     raw = path.read_bytes()
     draw = random.Random(1)
-    for _ in range(50):
+    for _ in range(count):
         at = draw.randrange(len(raw))
         for changed in (raw[:at] + raw[at + 1 :], raw[:at] + b" " + raw[at:]):
             path.write_bytes(changed)
@@ -98,11 +100,12 @@ def test_changes_that_keep_the_value_are_caught_too(copied, old):
 
 @pytest.mark.parametrize("name", ["receipt.html", "run.json", "setup.json", "responses.parquet",
                                   "directions.safetensors", "summary.json"])  # fmt: skip
-def test_12_changed_bytes_in_each_file_beside_it_are_caught(copied, name):
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_changed_byte_in_each_file_beside_it_is_caught(copied, name, count):
     path = copied / name
     raw = path.read_bytes()
     draw = random.Random(name)
-    for _ in range(12):
+    for _ in range(count):
         changed = bytearray(raw)
         position = draw.randrange(len(raw))
         changed[position] ^= 1 << draw.randrange(8)
@@ -413,22 +416,24 @@ def mutate(value, draw):
     return value
 
 
-def test_350_mutated_receipts_never_pass_and_never_crash(copied):
+@pytest.mark.parametrize("count", [20, pytest.param(350, marks=pytest.mark.slow)])
+def test_mutated_receipts_never_pass_and_never_crash(copied, count):
     path = copied / build.JSON
     text = path.read_text()
     draw = random.Random(2)
-    for _ in range(350):
+    for _ in range(count):
         value = mutate(json.loads(text), draw)
         path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
         assert outcome(path) != "ok"
 
 
-def test_250_mutated_receipts_with_new_digests_never_pass_beside_their_results(copied):
+@pytest.mark.parametrize("count", [10, pytest.param(250, marks=pytest.mark.slow)])
+def test_mutated_receipts_with_new_digests_never_pass_beside_their_results(copied, count):
     path = copied / build.JSON
     (copied / build.HTML).unlink()
     text = path.read_text()
     draw = random.Random(3)
-    for _ in range(250):
+    for _ in range(count):
         value = mutate(json.loads(text), draw)
         if isinstance(value.get("predicate"), dict):
             if value == json.loads(text):
@@ -448,6 +453,7 @@ def test_half_a_character_where_a_number_belongs_is_no_shape_of_a_receipt(copied
         canonical.load(forge(copied, broken))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n"), [("run.json", 90), ("setup.json", 30), ("summary.json", 15)]
 )
@@ -483,7 +489,8 @@ def damage(frame, draw):
 
 
 @pytest.mark.parametrize("name", ["responses", "judges/llama-guard", "judges/leakage"])
-def test_50_damaged_tables_never_crash_a_build_or_pass(tmp_path, name):
+@pytest.mark.parametrize("count", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_damaged_tables_never_crash_a_build_or_pass(tmp_path, name, count):
     folder = made.folder(tmp_path / "made")
     verdicts = made.guard(pl.read_parquet(folder / "responses.parquet")).cast(SCHEMA)
     (folder / "judges").mkdir()
@@ -494,7 +501,7 @@ def test_50_damaged_tables_never_crash_a_build_or_pass(tmp_path, name):
     assert outcome(folder / build.JSON, folder=folder) == "ok"
     frame = pl.read_parquet(folder / f"{name}.parquet")
     draw = random.Random(name)
-    for _ in range(50):
+    for _ in range(count):
         changed = damage(frame, draw)
         if changed is not None:
             changed.write_parquet(folder / f"{name}.parquet")

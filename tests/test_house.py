@@ -1,0 +1,125 @@
+"""The size and the shape of the package: budgets, the direction of imports, unused names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import weigh
+
+# Code lines. Raise a number in the commit that needs it, and give the reason there.
+CORE = 4500
+WHOLE = 11500
+MODULE = 350
+FILES = 80
+
+# A module may import from its own group and from those above it.
+GROUPS = (
+    ("errors", "files", "stats", "words", "tables", "terminal", "progress"),
+    ("data",),
+    ("model",),
+    ("generation",),
+    ("directions",),
+    ("judges",),
+    ("study",),
+    ("evidence",),
+    ("receipt",),
+    ("cli",),
+)
+RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}
+# Decorators that register a function, so that no other code has to name it.
+REGISTERS = ("command", "callback")
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[Path, int]:
+    """Code lines of every module."""
+    return weigh.modules()
+
+
+def test_the_core_is_within_its_budget(counted):
+    assert weigh.core_lines(counted) <= CORE, weigh.table(counted)
+
+
+def test_the_package_is_within_its_budget(counted):
+    assert sum(counted.values()) <= WHOLE, weigh.table(counted)
+
+
+def test_the_package_has_few_files(counted):
+    assert len(counted) <= FILES
+
+
+def test_no_module_is_long(counted):
+    assert {str(module): lines for module, lines in counted.items() if lines > MODULE} == {}
+
+
+def _first_part(module: Path) -> str:
+    return module.parts[0].removesuffix(".py")
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Folders and top-level modules of the package that a module imports, in functions too."""
+    package = weigh.PACKAGE.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == package:
+                yield parts[1] if len(parts) > 1 else "__init__"
+
+
+def test_imports_point_from_a_folder_to_those_above_it(counted):
+    upwards = []
+    for module in counted:
+        if module == Path("__init__.py"):
+            continue
+        tree = ast.parse((weigh.PACKAGE / module).read_text(encoding="utf-8"))
+        # A name without a rank may neither import from the package nor be imported.
+        rank = RANK.get(_first_part(module), -1)
+        upwards += [
+            f"{module} imports {name}"
+            for name in _imported(tree)
+            if RANK.get(name, len(GROUPS)) > rank
+        ]
+    assert not upwards, "\n".join(upwards)
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    """Names that a module defines at its top level, registered commands excepted."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            calls = [d.func for d in node.decorator_list if isinstance(d, ast.Call)]
+            if not any(isinstance(f, ast.Attribute) and f.attr in REGISTERS for f in calls):
+                yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in (leaf for target in targets for leaf in ast.walk(target)):
+                # Not the `x` in `x.attribute = value`.
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    yield name.id
+
+
+def test_every_name_is_used(counted):
+    root = weigh.PACKAGE.parent
+    words: Counter[str] = Counter()
+    for folder in (weigh.PACKAGE, root / "tests", root / "notebooks"):
+        for path in folder.rglob("*.py"):
+            words.update(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    unused = [
+        f"{module}: {name}"
+        for module in counted
+        for name in _defined(ast.parse((weigh.PACKAGE / module).read_text(encoding="utf-8")))
+        if words[name] == 1 and not name.startswith("__")
+    ]
+    assert not unused, "\n".join(unused)
