@@ -18,7 +18,7 @@ from jaxsteer.model.weights import param_shapes
 from jaxsteer.published import MODELS
 from jaxsteer.topology import Table
 from tests.cli.command import jaxsteer
-from tests.test_parallel import mesh_of
+from tests.model.test_sharding import mesh_of
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests import oracle, tiny
 from tests.bench import __main__ as bench
 from tests.bench import accelerator, figures, hooks, ours, peers, table, worker, workload
 from tests.bench.job import Job, Site
-from tests.test_parallel import tiny_config
+from tests.model.test_sharding import tiny_config
 
 # The benchmark itself is run by hand; these tests of it load several libraries.
 pytestmark = pytest.mark.slow
