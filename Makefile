@@ -38,8 +38,12 @@ sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [
 notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 without their code)
 	$(BIN)/marimo $(if $(APP),run,edit) notebooks
 
-notebook-html: .venv/made-notebooks model ## export them to results/html, one self-contained file each [RESULTS=dir]
-	$(BIN)/python -m jaxsteer.charts.offline notebooks/*.py --out results/html $(if $(RESULTS),--results "$(RESULTS)")
+notebook-html: .venv/made-notebooks model ## export them to results/html; a browser loads marimo's scripts from the network [RESULTS=dir]
+	@mkdir -p results/html
+	@for notebook in notebooks/*.py; do \
+		$(BIN)/marimo --yes export html $$notebook --no-include-code --force \
+			-o results/html/$$(basename $$notebook .py).html $(if $(RESULTS),-- --results "$(RESULTS)") || exit; \
+	done
 
 # Beside the environment, not in it: found there, it would speak up in every run without a TPU.
 .venv/made-tpu: .venv/made
