@@ -67,7 +67,7 @@ def read(
         if interventions is not None:
             steering = Steering(
                 interventions=interventions,
-                touched=real & interventions.on_prompt,
+                steered=real & interventions.on_prompt,
                 real=real,
                 probes=jnp.zeros((n_layers, 0, d_model)),
             )

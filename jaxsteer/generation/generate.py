@@ -153,7 +153,7 @@ def _prefill(
     cache, before = opened(model.config, model.config.n_layers, prefix, tokens.shape[0], dtype)
     steering = Steering(
         interventions=interventions,
-        touched=real & interventions.on_prompt,
+        steered=real & interventions.on_prompt,
         real=real,
         probes=probes,
     )
@@ -198,7 +198,7 @@ def step(
     """
     steering = Steering(
         interventions=interventions,
-        touched=(live & interventions.on_response)[None],
+        steered=(live & interventions.on_response)[None],
         real=live[None],
         probes=probes,
     )

@@ -122,7 +122,7 @@ class Prefilled:
 def _steering(interventions: Interventions, owner: Array, probes: Array) -> Steering:
     return Steering(
         interventions=interventions,
-        touched=(owner > 0) & interventions.on_prompt,
+        steered=(owner > 0) & interventions.on_prompt,
         real=owner == jnp.arange(1, MEMBERS + 1)[:, None],
         probes=probes,
     )

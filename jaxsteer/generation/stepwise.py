@@ -102,7 +102,7 @@ def _forward(
     tokens: Array,
     at: Array,
     visible: Array,
-    touched: Array,
+    steered: Array,
     real: Array,
     cache: Cache,
     slot: Array,
@@ -110,7 +110,7 @@ def _forward(
     """One pass with every token's projections: [layer, token, probe]."""
     steering = Steering(
         interventions=interventions,
-        touched=touched,
+        steered=steered,
         real=real,
         probes=jnp.zeros((model.config.n_layers, 0, model.config.d_model)),
     )

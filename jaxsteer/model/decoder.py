@@ -47,14 +47,14 @@ class Realised:
     """What really happened at one tap, summed over a prompt's real tokens: the run's own evidence.
 
     Attributes:
-      touched: number of tokens the intervention was allowed to change.
+      steered: number of tokens the intervention was allowed to change.
       change: sum over tokens of |dh|, the norm of the realised change.
       norm: sum over tokens of |h| before the change.
       before: sum over tokens of the projection onto each probe direction, before.
       after: the same, after.
     """
 
-    touched: Int[AnyArray, " *lead"]
+    steered: Int[AnyArray, " *lead"]
     change: Float[AnyArray, " *lead"]
     norm: Float[AnyArray, " *lead"]
     before: Float[AnyArray, "*lead probe"]
@@ -86,14 +86,14 @@ class Steering:
 
     Attributes:
       interventions: one row's arrays.
-      touched: which of the pass's tokens they change (scope and padding already applied).
-      real: which of the pass's tokens are real, for the sums of `Realised`; with a leading axis
-        for each prompt of a row that holds several.
+      steered: which of the pass's tokens they change (scope and padding already applied).
+      real: which of the pass's tokens are real, for the sums of `Realised`; in a packed sequence
+        with a leading axis of prompts.
       probes: unit directions per layer whose projections are recorded at `resid_post`.
     """
 
     interventions: Interventions
-    touched: Bool[Array, " token"]
+    steered: Bool[Array, " token"]
     real: Bool[Array, "*prompt token"]
     probes: Float[Array, "layer probe d_model"]
 
@@ -256,22 +256,21 @@ class Taps:
 
     def _steer(self, tap: str, layer: int, h: Array, site: SiteArrays) -> Array:
         assert self.steering is not None
-        touched, real = self.steering.touched, self.steering.real
-        new, change = apply(h, site, touched)
+        steered, real = self.steering.steered, self.steering.real
+        new, change = apply(h, site, steered)
         probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
         wide = h.astype(jnp.float32)
         before, moved = wide @ probes.T, change @ probes.T
 
         def total(tokens: Array) -> Array:
-            # Left out, not multiplied by zero: another prompt's NaN is none of this one's.
-            # Of projections [token, probe], `real` [2, token] makes the sums of two prompts
-            # [2, probe].
+            # `where`, since zero times another prompt's NaN would be NaN.
+            # Projections [token, probe] of two prompts (`real` [2, token]) sum to [2, probe].
             kept = real.reshape(*real.shape, *[1] * (tokens.ndim - 1))
             return jnp.sum(jnp.where(kept, tokens, 0), axis=real.ndim - 1)
 
         self.realised.setdefault(tap, []).append(
             Realised(
-                touched=total(touched),
+                steered=total(steered),
                 change=total(jnp.linalg.norm(change, axis=-1)),
                 norm=total(jnp.linalg.norm(wide, axis=-1)),
                 before=total(before),

@@ -256,7 +256,7 @@ def _line(
         "judge": judge,
         "cancels_steering": condition.cancels_steering,
         # Tokens times sites where something changed, and the summed norm of the change there.
-        "touched": sum(int(realised.touched[realised.change > 0].sum()) for realised in both),
+        "touched": sum(int(realised.steered[realised.change > 0].sum()) for realised in both),
         "change": engine.total_change(reply),
     }
     for phase, realised in (("prompt", reply.prompt), ("response", reply.response)):

@@ -116,7 +116,7 @@ def test_realised_change_counts_real_tokens_in_scope(model, rng):
             np.testing.assert_allclose(
                 realised["resid_post"].change, [0, expected * norm, 0], rtol=1e-4
             )
-            assert (realised["resid_post"].touched == expected).all()
+            assert (realised["resid_post"].steered == expected).all()
 
 
 def test_a_projection_leaves_its_probe_at_zero(model, rng):
