@@ -15,7 +15,7 @@ with app.setup:
     import marimo as mo
 
     from jaxsteer.errors import UserError
-    from jaxsteer.evidence import controls, paired, sensitivity
+    from jaxsteer.evidence import findings, paired, sensitivity
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import text, theme
     from jaxsteer.evidence.opening import open_results
@@ -121,12 +121,12 @@ def _():
 @app.cell
 def _(found, planned):
     try:
-        made, _problem = controls.findings(found) if planned else [], ""
+        made, _problem = findings.evaluate(found) if planned else [], ""
     except UserError as error:
         made, _problem = [], str(error)
     mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
-    mo.stop(not made, mo.callout(mo.md(controls.headline([]) + "."), kind="warn"))
-    _alone, _absent = controls.alone(found, made), controls.absent(made)
+    mo.stop(not made, mo.callout(mo.md(findings.headline([]) + "."), kind="warn"))
+    _alone, _absent = findings.alone(found, made), findings.absent(made)
     _notes = f"Kinds of control that this study does not have: {', '.join(_absent) or 'none'}. "
     _notes += f"Claims with no control beside them: {', '.join(_alone) or 'none'}."
     mo.vstack([mo.as_html(charts.findings_chart(made)), mo.md(text.escaped(_notes))])
@@ -181,7 +181,7 @@ def _():
 
 @app.cell
 def _(found, made, planned):
-    options = controls.comparisons(found, planned, made)
+    options = findings.comparisons(found, planned, made)
     mo.stop(
         not options, mo.callout(mo.md("No two conditions have rows to compare yet."), kind="warn")
     )

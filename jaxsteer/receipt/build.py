@@ -20,11 +20,11 @@ from jaxsteer import stats
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, reliability
+from jaxsteer.evidence import claims, controls, reliability
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
-from jaxsteer.receipt import canonical, controls, excerpt, page, record, statement
+from jaxsteer.receipt import canonical, excerpt, page, record, statement
 from jaxsteer.receipt.record import Run
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import results

@@ -15,13 +15,17 @@ import msgspec
 from msgspec import Meta
 
 from jaxsteer.evidence.claims import Claim, Count
+from jaxsteer.evidence.controls import (
+    Difference,
+    DoseResponse,
+    PairedControl,
+    RandomControl,
+    Share,
+)
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:jaxsteer:refusal-receipt:v1"
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Difference = Annotated[float, Meta(ge=-1, le=1)]
-Outcome = Literal["refusal", "bypass", "degenerate"]
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -239,73 +243,6 @@ class Condition(Part, frozen=True):
     system_sha256: Sha256
     change: Change
     outcomes: dict[str, Outcomes]
-
-
-class RandomControl(Part, frozen=True):
-    """A condition against the same condition with random directions, one per seed.
-
-    Attributes:
-      control: name in the specification of the random condition.
-      treated: name of the condition compared, or "" when the study has none of the same shape.
-      n: seeds; low, mean, high: the rate under them.
-      value: the rate of the treated condition.
-      p_low, p_high: empirical one-sided p, at least 1 / (n + 1).
-    """
-
-    control: str
-    treated: str
-    family: str
-    outcome: Outcome
-    n: Count
-    low: Share
-    mean: Share
-    high: Share
-    value: Share | None
-    p_low: Share | None
-    p_high: Share | None
-
-
-class PairedControl(Part, frozen=True):
-    """Two conditions on the same prompts, compared row by row.
-
-    Attributes:
-      kind: `neutral` the same steering with a direction that has nothing to do with refusal;
-        `unsteered` a knockout and its twin without steering; `benign` a condition and the
-        untouched model on benign prompts.
-      raised, lowered: prompts with the outcome under `treated` alone, under `control` alone.
-      difference: treated rate minus control rate, with the paired bootstrap 95 % interval.
-    """
-
-    kind: Literal["neutral", "unsteered", "benign"]
-    treated: str
-    control: str
-    family: str
-    outcome: Outcome
-    n: Count
-    raised: Count
-    lowered: Count
-    difference: Difference
-    low: Difference
-    high: Difference
-
-
-class DoseResponse(Part, frozen=True):
-    """One condition over its strengths, on the same prompts.
-
-    Attributes:
-      conditions: names, in order of strength.
-      strengths: in natural norms.
-      z, p: trend test within prompts (Cochran-Mantel-Haenszel correlation).
-    """
-
-    base: str
-    mode: str
-    family: str
-    outcome: Outcome
-    conditions: list[str]
-    strengths: list[float]
-    z: float
-    p: Share
 
 
 class JudgeRecord(Part, frozen=True):

@@ -1,78 +1,115 @@
+"""Which condition a control stands beside, in the studies that are shipped."""
+
 from __future__ import annotations
 
-from pathlib import Path
-
+import msgspec
+import numpy as np
 import pytest
 
-from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, controls
-from jaxsteer.evidence.controls import Finding
+from jaxsteer.directions.direction import Direction
+from jaxsteer.evidence import controls
+from jaxsteer.receipt import build, canonical
+from jaxsteer.receipt.record import RunCondition
+from jaxsteer.study import conditions, spec
 from jaxsteer.study.spec import ConditionSpec, OperationSpec
 from tests.receipt import made
 
-NEUTRAL = ConditionSpec(
-    name="neutral persona", ops=[OperationSpec(add="neutral", at="steer", scale="dose")]
-)
-EARLY = ConditionSpec(
-    name="refusal early",
-    ops=[made.ADD, OperationSpec(add="refusal", at="early", scale=2.0)],
-)
-SWAPPED = ConditionSpec(
-    name="swapped",
-    ops=[
-        OperationSpec(add="persona", at="early", scale="dose"),
-        OperationSpec(add="refusal", at="steer", scale=2.0),
-    ],
-)
-MATCHED = ConditionSpec(
-    name="equal norm taken",
-    random_seeds=[1],
-    ops=[made.ADD, OperationSpec(add="random", at="steer+2", scale="-dose", norm_of="persona")],
-)
+PAPER = ["llama3.1-8b-paper", "qwen2.5-7b-paper"]
 
 
-def found(path: Path, label: made.Label = made.usual):
-    study = made.study(
-        claims=[
-            *made.CLAIMS,
-            made.claim("early fails", made.test("refusal early", "persona", "few-raised")),
-        ]
+def treated(study, control, stand_in):
+    [item] = [c for c in study.condition if c.name == control]
+    found = controls.treated_of(study, item, stand_in)
+    return found and found.name
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_random_control_stands_beside_the_condition_of_its_own_norm(name):
+    study = spec.load(name)
+    assert treated(study, "random, norm of I-Thou", "random") == "I-Thou, natural"
+    assert treated(study, "random direction", "random") == "persona"
+    assert treated(study, "persona, random out at 22", "random") == "persona, out at 22"
+
+
+def test_the_demos_controls_stand_beside_the_persona():
+    study = spec.load("smollm2-demo")
+    assert treated(study, "random direction", "random") == "persona"
+    assert treated(study, "neutral persona", "neutral") == "persona"
+    assert (
+        treated(study, "persona, random out over late window", "random")
+        == "persona, out over late window"
     )
-    study.condition.extend([NEUTRAL, EARLY, SWAPPED, MATCHED])
-    return made.loaded(path, study=study, label=label)
 
 
-@pytest.fixture(scope="module")
-def usual(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
-    return controls.findings(found(tmp_path_factory.mktemp("controls") / "made"))
-
-
-def of(findings: list[Finding], claim: str, kind: str) -> list[Finding]:
-    return [f for f in findings if f.claim == claim and f.kind == kind]
-
-
-def test_each_claim_gets_the_controls_that_speak_to_it(usual: list[Finding]):
-    kinds = {c: {f.kind for f in usual if f.claim == c} for c in {f.claim for f in usual}}
-    assert kinds["suppression"] == {"random", "neutral", "benign"}
-    assert kinds["restoration"] == {"random", "unsteered", "matched"}
-    assert kinds["early fails"] == {"swapped"}
-    assert controls.absent(usual) == []
-
-
-def test_controls_are_found_by_what_they_do_and_not_by_name(usual: list[Finding]):
-    (swapped,) = of(usual, "early fails", "swapped")
-    assert (swapped.first, swapped.second, swapped.expects) == (
-        "swapped",
-        "refusal early",
-        "higher",
+def test_a_random_direction_is_as_long_as_the_persona_unless_told_otherwise():
+    study = made.study()
+    other = ConditionSpec(
+        name="refusal", ops=[OperationSpec(add="refusal", at="steer", scale="dose")]
     )
-    (matched,) = of(usual, "restoration", "matched")
-    assert (matched.first, matched.second) == ("equal norm taken #1", "persona")
-    (twin,) = of(usual, "restoration", "unsteered")
-    assert (twin.first, twin.second) == ("persona, out late, unsteered", "baseline")
+    study = msgspec.structs.replace(study, condition=[other, *study.condition])
+    assert treated(study, "random direction", "random") == "persona"
 
 
-def test_a_knockout_that_shares_the_twin_of_another_has_it_too(tmp_path: Path):
+def test_a_control_of_a_norm_that_no_condition_has_takes_the_first_of_its_shape():
+    study = made.study()
+    longer = ConditionSpec(
+        name="long",
+        random_seeds=[1],
+        ops=[OperationSpec(add="random", at="steer", scale="dose", norm_of="refusal")],
+    )
+    study = msgspec.structs.replace(study, condition=[*study.condition, longer])
+    assert treated(study, "long", "random") == "persona"
+
+
+def compiled(study):
+    """A shipped study's conditions as a run would record them, on made directions."""
+    draw = np.random.default_rng(0)
+    seeds = {f"random-{seed}" for item in study.condition for seed in item.random_seeds}
+    vectors = {
+        name: Direction(
+            name=name, vectors=draw.standard_normal((32, 8)).astype(np.float32), provenance={}
+        )
+        for name in (*study.directions, *seeds)
+    }
+    named = {"steer": 17, "refusal": 14} | {
+        name: layer if isinstance(layer, int) else conditions.depth(layer, 32)
+        for name, layer in study.layers.items()
+    }
+    fields = RunCondition.__struct_fields__[:-1]
+    return [
+        RunCondition(
+            **{field: getattr(c, field) for field in fields}, system_sha256=made.sha(c.system)
+        )
+        for c in conditions.conditions(study, vectors, named, study.dose or 1.0)
+    ]
+
+
+def test_a_knockout_of_every_strength_has_its_unsteered_twin():
+    run = compiled(spec.load("layer-window"))
+    knockouts = [c for c in run if ", out" in c.base and not c.unsteered_twin_of]
+    assert len(knockouts) == 27
+    for knockout in knockouts:
+        twin = controls.unsteered_twin(run, knockout)
+        assert twin is not None and twin.sites == knockout.sites[1:]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_knockout_with_refusal_added_shares_the_twin_of_the_one_without(name):
+    run = compiled(spec.load(name))
+    [knockout] = [c for c in run if c.name == "persona, refusal added early, out at 22"]
+    twin = controls.unsteered_twin(run, knockout)
+    assert twin is not None and twin.name == "persona, out at 22, unsteered"
+
+
+def test_what_only_adds_or_only_projects_has_no_unsteered_twin():
+    run = compiled(spec.load("smollm2-demo"))
+    for name in ("baseline", "persona", "refusal out everywhere", "persona, refusal added late"):
+        [condition] = [c for c in run if c.name == name]
+        assert controls.unsteered_twin(run, condition) is None
+
+
+def test_a_knockout_that_shares_its_twin_stands_beside_it_in_the_receipt(tmp_path):
+    study = made.study()
     weak = ConditionSpec(
         name="weak persona, out late",
         ops=[
@@ -80,65 +117,7 @@ def test_a_knockout_that_shares_the_twin_of_another_has_it_too(tmp_path: Path):
             OperationSpec(project="persona", at="steer+1..last"),
         ],
     )
-    study = made.study([made.claim("weak", made.test(weak.name, "persona", "higher"))])
-    study.condition.append(weak)
-    findings = controls.findings(made.loaded(tmp_path / "made", study=study))
-    (twin,) = of(findings, "weak", "unsteered")
-    assert (twin.treated, twin.first) == (weak.name, "persona, out late, unsteered")
-
-
-def test_few_seeds_leave_a_claim_undecided_however_far_out_it_lies(usual: list[Finding]):
-    (random,) = of(usual, "suppression", "random")
-    assert random.n == 3 and random.p == 0.25 and random.status == "undecided"
-    assert random.difference == pytest.approx((1 - 17) / 40)
-
-
-def test_random_directions_that_do_as_much_break_the_claim(tmp_path: Path):
-    def label(condition: str, family: str, i: int) -> str:
-        name = "persona" if condition.startswith("random direction") else condition
-        return made.usual(name, family, i)
-
-    (random,) = of(controls.findings(found(tmp_path, label)), "suppression", "random")
-    assert random.status == "breaks" and "inside the range" in random.why
-
-
-def test_a_projection_that_refuses_by_itself_breaks_the_restoration(tmp_path: Path):
-    def label(condition: str, family: str, i: int) -> str:
-        if condition.endswith("late, unsteered"):
-            return "refusal" if i < 35 else "degenerate"
-        return made.usual(condition, family, i)
-
-    (twin,) = of(controls.findings(found(tmp_path, label)), "restoration", "unsteered")
-    assert (twin.raised, twin.lowered, twin.status) == (17, 0, "breaks")
-
-
-@pytest.mark.parametrize("field", ["seed", "scale", "benign"])
-def test_a_run_record_without_a_field_is_one_clear_error(tmp_path: Path, field: str):
-    results = found(tmp_path)
-    for condition in results.run["conditions"]:
-        del condition[field]
-    with pytest.raises(UserError, match=rf"run.json: condition 'baseline' lacks '{field}'"):
-        controls.findings(results)
-
-
-def test_a_claim_without_controls_is_named(usual: list[Finding], tmp_path: Path):
-    results = found(tmp_path)
-    alone = controls.alone(results, [f for f in usual if f.claim != "early fails"])
-    # Claims on random directions and benign prompts are controls themselves.
-    assert "early fails" in alone and not {"none by random", "benign unharmed"} & set(alone)
-
-
-def test_every_pair_that_is_compared_can_be_looked_at(usual: list[Finding], tmp_path: Path):
-    results = found(tmp_path)
-    options = controls.comparisons(results, claims.evaluate(results), usual)
-    assert next(iter(options.values())) == ("persona", "baseline", "strongreject", "refusal")
-    assert ("swapped", "refusal early", "strongreject", "refusal") in options.values()
-    assert len(set(options.values())) == len(options)
-
-
-def test_the_headline_counts_the_statuses(usual: list[Finding]):
-    words = controls.headline(usual)
-    n = {status: sum(f.status == status for f in usual) for status in ("stands", "breaks")}
-    assert (
-        f"against {n['stands']} the claim stands" in words and f"of {len(usual)} controls" in words
-    )
+    study = msgspec.structs.replace(study, condition=[*study.condition, weak])
+    path, _ = build.write(made.folder(tmp_path / "made", study=study))
+    pairs = {(c.treated, c.control) for c in canonical.load(path).predicate.paired_controls}
+    assert ("weak persona, out late", "persona, out late, unsteered") in pairs

@@ -12,7 +12,7 @@ from jaxsteer.evidence.charts import theme
 from jaxsteer.evidence.charts.marks import reference, titled, with_interval
 from jaxsteer.evidence.charts.text import escaped
 from jaxsteer.evidence.claims import OUTCOMES, Claim
-from jaxsteer.evidence.controls import KINDS, Finding, headline
+from jaxsteer.evidence.findings import KINDS, Finding, headline
 from jaxsteer.stats import wilson
 from jaxsteer.words import p_equals, p_value, points
 

@@ -5,7 +5,7 @@ import dataclasses
 import polars as pl
 import pytest
 
-from jaxsteer.evidence import controls
+from jaxsteer.evidence import findings
 from jaxsteer.evidence import paired as flips
 from jaxsteer.evidence.charts import controls as charts
 from jaxsteer.study import results
@@ -18,13 +18,13 @@ def found(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_the_title_is_what_the_controls_say(found):
-    findings = controls.findings(found)
-    drawn = charts.findings_chart(findings).to_dict()
-    assert " ".join(drawn["title"]["text"]) == controls.headline(findings)
+    every = findings.evaluate(found)
+    drawn = charts.findings_chart(every).to_dict()
+    assert " ".join(drawn["title"]["text"]) == findings.headline(every)
 
 
 def test_each_seed_has_a_point_with_an_interval_and_n(found):
-    table = charts.envelope_table(found.rows, controls.findings(found))
+    table = charts.envelope_table(found.rows, findings.evaluate(found))
     seeds = table.filter((pl.col("row") == "persona") & (pl.col("kind") == "random"))
     assert seeds["name"].to_list() == [f"random direction #{i}" for i in (1, 2, 3)]
     inside = table.filter(pl.col("rate").is_between("low", "high"))
@@ -46,7 +46,7 @@ def suppressing_and_bypassing(tmp_path_factory: pytest.TempPathFactory):
 
 def test_each_outcome_has_its_own_row_beside_its_random_directions(suppressing_and_bypassing):
     found = suppressing_and_bypassing
-    made_of = [f for f in controls.findings(found) if f.treated == "persona"]
+    made_of = [f for f in findings.evaluate(found) if f.treated == "persona"]
     table = charts.envelope_table(found.rows, made_of)
     treated = table.filter(pl.col("kind") == "treated")
     rates = dict(treated.select("row", "rate").iter_rows())
@@ -59,7 +59,7 @@ def test_each_outcome_has_its_own_row_beside_its_random_directions(suppressing_a
 def test_the_axis_names_the_one_outcome_that_is_drawn(suppressing_and_bypassing):
     found = suppressing_and_bypassing
     for outcome in ("refusal", "bypass"):
-        made_of = [f for f in controls.findings(found) if f.outcome == outcome]
+        made_of = [f for f in findings.evaluate(found) if f.outcome == outcome]
         table = charts.envelope_table(found.rows, made_of)
         assert "persona" in table["row"].to_list()
         assert axis_titles(charts.envelope_chart(table).to_dict()) == {f"{outcome} rate"}
@@ -72,7 +72,7 @@ def axis_titles(drawn: dict) -> set[str]:
 
 
 def test_rows_of_other_prompts_are_told_apart(found):
-    (one,) = [f for f in controls.findings(found) if (f.kind, f.treated) == ("random", "persona")]
+    (one,) = [f for f in findings.evaluate(found) if (f.kind, f.treated) == ("random", "persona")]
     made_of = [one, dataclasses.replace(one, family="benign")]
     rows = charts.envelope_table(found.rows, made_of)["row"].unique(maintain_order=True)
     assert rows.to_list() == ["persona · harmful prompts", "persona · benign prompts"]

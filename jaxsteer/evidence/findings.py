@@ -1,0 +1,410 @@
+"""Each claim of a study next to the controls that could break it.
+
+A control asks whether something other than what the claim says would have done the same. Which
+conditions are controls of which follows from what they do to the stream, not from their names:
+
+random     the same operations with a random direction in the place of the claim's, one per seed
+unsteered  a knockout on a model that was not steered: projecting alone, against the plain model
+matched    a random vector taken away, as long as the persona vector that was put in
+neutral    a persona whose negative side never speaks of refusing
+benign     harmless prompts: do refusals or broken replies appear there?
+swapped    the two additions in the other order of depth
+
+These comparisons are made to look for weak points. Their p-values are not corrected and confirm
+nothing; what was planned stands in the claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from jaxsteer import stats
+from jaxsteer.errors import UserError
+from jaxsteer.evidence import paired as flips
+from jaxsteer.evidence.claims import ALPHA, Claim
+from jaxsteer.evidence.controls import (
+    RandomControl,
+    Table,
+    random_controls,
+    treated_of,
+    unsteered_twin,
+)
+from jaxsteer.receipt import record
+from jaxsteer.study.results import Results
+from jaxsteer.study.spec import ClaimSpec, ConditionSpec, OperationSpec, StudySpec, TestSpec
+from jaxsteer.words import p_equals, percent, points
+
+Kind = Literal["random", "unsteered", "matched", "neutral", "benign", "swapped"]
+Status = Literal["stands", "breaks", "undecided"]
+Expect = Literal["higher", "lower", "no rise"]
+MARGIN = 0.15
+KINDS: dict[Kind, str] = {
+    "random": "random directions",
+    "unsteered": "knockout without steering",
+    "matched": "matched norm",
+    "neutral": "neutral persona",
+    "benign": "benign prompts",
+    "swapped": "order swap",
+}
+QUESTIONS: dict[Kind, str] = {
+    "random": "Would any direction of this length do the same?",
+    "unsteered": "Does the projection raise refusal by itself, with no persona to remove?",
+    "matched": "Does taking away as much of something random bring refusal back too?",
+    "neutral": "Does a persona that never speaks of refusing lower refusal as well?",
+    "benign": "Does the model also fail on prompts that deserve an answer?",
+    "swapped": "Does refusal return when it is added after the persona, and not before?",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One control of one claim and what the rows say.
+
+    Attributes:
+      claim: the claim's name.
+      kind: what sort of control.
+      treated: condition of the claim.
+      first, second: conditions compared; `second` is "" for random directions.
+      family, outcome: prompts and label counted.
+      expects: what the claim needs of first against second; of random directions, of the treated
+        against them.
+      n: prompts; of random directions, seeds.
+      raised, lowered: prompts with the outcome under first alone, under second alone; 0 for
+        random directions.
+      difference: rate of first minus rate of second; of random directions, treated minus their
+        mean.
+      low, high: its 95 % interval; of random directions, treated minus largest and smallest.
+      p: McNemar, two-sided; of random directions, one-sided, at least 1 / (n + 1).
+      status: the claim stands against it, breaks on it, or it is undecided.
+      why: the rule that decided, with its figures.
+    """
+
+    claim: str
+    kind: Kind
+    treated: str
+    first: str
+    second: str
+    family: str
+    outcome: str
+    expects: Expect
+    n: int
+    raised: int = 0
+    lowered: int = 0
+    difference: float
+    low: float
+    high: float
+    p: float
+    status: Status
+    why: str
+
+    @property
+    def question(self) -> str:
+        """What the control asks."""
+        return QUESTIONS[self.kind]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Asked:
+    claim: str
+    kind: Kind
+    treated: str
+    first: str
+    second: str
+    family: str
+    outcome: str
+    expects: Expect
+
+
+def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
+    """Every control of every claim that the study ran, measured, in the order of the claims.
+
+    Args:
+      found: the results; conditions without rows yet are left out.
+      margin: share of prompts up to which new cases are few.
+
+    Raises:
+      UserError: run.json is damaged.
+    """
+    made: list[Finding] = []
+    run = record.run(found)
+    envelopes = random_controls(found.spec, run, Table(found))
+    bases = {c.name: c.base for c in run.conditions}
+    conditions = _conditions(found)
+    pairs = ((c, unsteered_twin(run.conditions, c)) for c in run.conditions)
+    twins = {c.name: twin.name for c, twin in pairs if twin is not None}
+    for claim in found.spec.claim:
+        made += _random(claim, envelopes, bases)
+        for asked in dict.fromkeys(_asked(found.spec, conditions, claim, twins)):
+            one = _measured(found, asked, margin)
+            if one is not None:
+                made.append(one)
+    return made
+
+
+def alone(found: Results, made: Sequence[Finding]) -> list[str]:
+    """Names of the claims on behaviour that no control stands beside.
+
+    A claim on random directions or on benign prompts is a control itself, and not listed.
+    """
+    specs = {c.name: c for c in found.spec.condition}
+
+    def about(test: TestSpec) -> bool:
+        ops = specs[test.treated].ops if test.treated in specs else []
+        own_control = test.family == "benign" or any("random" in (op.add, op.project) for op in ops)
+        return test.expect != "cosine-above" and not own_control
+
+    return [
+        claim.name
+        for claim in found.spec.claim
+        if any(map(about, claim.tests)) and not any(f.claim == claim.name for f in made)
+    ]
+
+
+def absent(made: Sequence[Finding]) -> list[str]:
+    """Kinds of control that the study does not have at all, in words."""
+    return [words for kind, words in KINDS.items() if not any(f.kind == kind for f in made)]
+
+
+def headline(made: Sequence[Finding]) -> str:
+    """What the controls say together, in one sentence.
+
+    >>> headline([])
+    'This study ran no control that could break a claim'
+    """
+    if not made:
+        return "This study ran no control that could break a claim"
+    n = {status: sum(f.status == status for f in made) for status in ("stands", "breaks")}
+    rest = len(made) - sum(n.values())
+    words = f"{n['breaks']} of {len(made)} controls break their claim"
+    if n["breaks"] == 1:
+        words = f"1 of {len(made)} controls breaks its claim"
+    if not n["breaks"]:
+        words = f"None of {len(made)} controls breaks its claim"
+    return f"{words}; against {n['stands']} the claim stands, {rest} cannot tell"
+
+
+def _random(
+    claim: ClaimSpec, envelopes: Sequence[RandomControl], bases: Mapping[str, str]
+) -> Iterator[Finding]:
+    wanted: dict[tuple[str, str, str], str] = {
+        (t.treated, t.family, t.outcome): t.expect
+        for t in claim.tests
+        if t.expect in ("lower", "higher")
+    }
+    for e in envelopes:
+        expect = wanted.get((bases.get(e.treated, ""), e.family, e.outcome))
+        if expect is None or e.value is None or e.p_low is None or e.p_high is None:
+            continue
+        lower = expect == "lower"
+        p, beyond = (e.p_low, e.value < e.low) if lower else (e.p_high, e.value > e.high)
+        status: Status = "breaks" if not beyond else "stands" if p <= 0.05 else "undecided"
+        where = ("below" if lower else "above") + f" all {e.n} seeds"
+        yield Finding(
+            claim=claim.name,
+            kind="random",
+            treated=e.treated,
+            first=e.control,
+            second="",
+            family=e.family,
+            outcome=e.outcome,
+            expects="lower" if lower else "higher",
+            n=e.n,
+            difference=e.value - e.mean,
+            low=e.value - e.high,
+            high=e.value - e.low,
+            p=p,
+            status=status,
+            why={
+                "breaks": f"inside the range of {e.n} random seeds",
+                "stands": f"{where}, {p_equals(p)}",
+                "undecided": f"{where}, but {e.n} seeds cannot show less than {p_equals(p)}",
+            }[status],
+        )
+
+
+# Which claims a control speaks to, by what the claim expects of its condition.
+_SPEAKS_TO: dict[Kind, tuple[str, ...]] = {
+    "unsteered": ("higher",),
+    "matched": ("higher",),
+    "neutral": ("lower",),
+    "swapped": ("few-raised",),
+    "benign": ("lower", "higher", "few-raised"),
+}
+
+
+def _conditions(found: Results) -> list[dict[str, Any]]:
+    """The conditions of run.json, with the fields that a receipt can do without.
+
+    Raises:
+      UserError: one of them lacks such a field.
+    """
+    conditions: list[dict[str, Any]] = found.run["conditions"]
+    for c in conditions:
+        for field in ("seed", "scale", "benign"):
+            if field not in c:
+                raise UserError(
+                    f"{found.folder}/run.json: condition {c['name']!r} lacks {field!r}; run the "
+                    "study again"
+                )
+    return conditions
+
+
+def _asked(
+    spec: StudySpec,
+    conditions: Sequence[dict[str, Any]],
+    claim: ClaimSpec,
+    twins: Mapping[str, str],
+) -> Iterator[_Asked]:
+    plain = {c["mode"]: c for c in reversed(conditions) if not c["sites"]}
+    specs = {c.name: c for c in spec.condition}
+    for test in claim.tests:
+        item = specs.get(test.treated)
+        if test.expect == "cosine-above" or test.family == "benign" or item is None:
+            continue
+        for c in conditions:
+            if c["base"] != item.name or c["seed"] is not None or c["mode"] not in plain:
+                continue
+            untouched, twin = plain[c["mode"]]["name"], twins.get(c["name"], "")
+            contrasts = _contrasts(spec, conditions, c, item, untouched, twin)
+            for kind, first, second, expects in contrasts:
+                if test.expect not in _SPEAKS_TO[kind]:
+                    continue
+                counted: list[tuple[str, str]] = [(test.family, test.outcome)]
+                if kind == "benign":
+                    counted = [("benign", "refusal"), ("benign", "degenerate")]
+                for family, outcome in counted:
+                    yield _Asked(
+                        claim=claim.name,
+                        kind=kind,
+                        treated=c["name"],
+                        first=first,
+                        second=second,
+                        family=family,
+                        outcome=outcome,
+                        expects=expects,
+                    )
+
+
+def _contrasts(
+    spec: StudySpec,
+    conditions: Sequence[dict[str, Any]],
+    c: dict[str, Any],
+    item: ConditionSpec,
+    plain: str,
+    twin: str,
+) -> Iterator[tuple[Kind, str, str, Expect]]:
+    """(kind, first, second, what the claim expects of first) for one condition of a claim."""
+
+    def same_repeat(base: str) -> Iterator[str]:
+        for other in conditions:
+            if other["base"] == base and (other["mode"], other["scale"]) == (c["mode"], c["scale"]):
+                yield other["name"]
+
+    if twin:
+        yield "unsteered", twin, plain, "no rise"
+    for control in spec.condition:
+        neutral = treated_of(spec, control, "neutral")
+        if neutral is not None and neutral.name == item.name:
+            for name in same_repeat(control.name):
+                yield "neutral", name, plain, "lower"
+        if _swaps(control, item):
+            for name in same_repeat(control.name):
+                yield "swapped", name, c["name"], "higher"
+        if _takes_as_much(control, item):
+            added = [op for op in item.ops if op.add]
+            steered = [k for k in spec.condition if k.ops == added]
+            for name in same_repeat(control.name) if steered else ():
+                for base in same_repeat(steered[0].name):
+                    yield "matched", name, base, "no rise"
+    if c["benign"] and c["name"] != plain:
+        yield "benign", c["name"], plain, "no rise"
+
+
+def _swaps(control: ConditionSpec, item: ConditionSpec) -> bool:
+    """Whether both add the same two directions, each where the other condition adds the other."""
+
+    def places(ops: Sequence[OperationSpec]) -> dict[str, str]:
+        return {op.add: op.at for op in ops}
+
+    one, two = places(control.ops), places(item.ops)
+    if len(control.ops) != 2 or len(item.ops) != 2 or len(one) != 2 or set(one) != set(two):
+        return False
+    a, b = one
+    return "" not in one and one[a] != one[b] and (one[a], one[b]) == (two[b], two[a])
+
+
+def _takes_as_much(control: ConditionSpec, item: ConditionSpec) -> bool:
+    """Whether `control` adds what `item` adds, then takes away a random vector of stated length."""
+    added = [op for op in item.ops if op.add]
+    knocked = [op for op in item.ops if op.project and op.project != "random"]
+    taken = [op for op in control.ops if op.add == "random" and str(op.scale).startswith("-")]
+    rest = [op for op in control.ops if op not in taken]
+    return len(added) == 1 and bool(knocked) and len(taken) == 1 and rest == added
+
+
+def _measured(found: Results, asked: _Asked, margin: float) -> Finding | None:
+    paired = flips.pairs(found.rows, asked.first, asked.second, asked.family)
+    if paired.is_empty():
+        return None
+    got = flips.flips(paired, asked.outcome)
+    status, why = _status(got, asked.expects, margin)
+    return Finding(
+        **dataclasses.asdict(asked),
+        n=got.n,
+        raised=got.raised,
+        lowered=got.lowered,
+        difference=got.difference,
+        low=got.low,
+        high=got.high,
+        p=got.p,
+        status=status,
+        why=why,
+    )
+
+
+def _status(got: flips.Flips, expects: Expect, margin: float) -> tuple[Status, str]:
+    beyond = got.p < ALPHA
+    chance = f"exact {p_equals(got.p)}"
+    if expects == "no rise":
+        bound = stats.wilson(got.raised, got.n)[1]
+        new = f"new on {got.raised} of {got.n} prompts, so up to {percent(bound)}"
+        if bound <= margin:
+            return "stands", f"{new}, within {percent(margin)}"
+        if beyond and got.difference > 0:
+            return "breaks", f"{new}, and the rise is not chance ({chance})"
+        return "undecided", f"{new}, over {percent(margin)}"
+    words = f"{points(got.difference)} points, {chance}"
+    if not beyond:
+        return "undecided", words
+    right_way = got.difference > 0 if expects == "higher" else got.difference < 0
+    return ("stands", words) if right_way else ("breaks", f"{words}, the other way")
+
+
+def comparisons(
+    found: Results, judged: Sequence[Claim], made: Sequence[Finding]
+) -> dict[str, tuple[str, str, str, str]]:
+    """Every pair of conditions that a claim or a control compares, by a name to choose it by.
+
+    Returns:
+      (treated, control, family, outcome) of pairs that have rows; the claims' own first.
+    """
+    asked = [
+        (c.treated, c.control, c.family, c.outcome)
+        for claim in judged
+        for c in claim.comparisons
+        if c.outcome
+    ]
+    asked += [(f.first, f.second, f.family, f.outcome) for f in made if f.second]
+    there = set(found.rows.select("condition", "family").unique().iter_rows())
+    return {
+        f"{treated} against {control} ({outcome}, {family})": (
+            treated,
+            control,
+            family,
+            outcome,
+        )
+        for treated, control, family, outcome in dict.fromkeys(asked)
+        if {(treated, family), (control, family)} <= there
+    }

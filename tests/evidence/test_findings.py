@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jaxsteer.errors import UserError
+from jaxsteer.evidence import claims, findings
+from jaxsteer.evidence.findings import Finding
+from jaxsteer.study.spec import ConditionSpec, OperationSpec
+from tests.receipt import made
+
+NEUTRAL = ConditionSpec(
+    name="neutral persona", ops=[OperationSpec(add="neutral", at="steer", scale="dose")]
+)
+EARLY = ConditionSpec(
+    name="refusal early",
+    ops=[made.ADD, OperationSpec(add="refusal", at="early", scale=2.0)],
+)
+SWAPPED = ConditionSpec(
+    name="swapped",
+    ops=[
+        OperationSpec(add="persona", at="early", scale="dose"),
+        OperationSpec(add="refusal", at="steer", scale=2.0),
+    ],
+)
+MATCHED = ConditionSpec(
+    name="equal norm taken",
+    random_seeds=[1],
+    ops=[made.ADD, OperationSpec(add="random", at="steer+2", scale="-dose", norm_of="persona")],
+)
+
+
+def found(path: Path, label: made.Label = made.usual):
+    study = made.study(
+        claims=[
+            *made.CLAIMS,
+            made.claim("early fails", made.test("refusal early", "persona", "few-raised")),
+        ]
+    )
+    study.condition.extend([NEUTRAL, EARLY, SWAPPED, MATCHED])
+    return made.loaded(path, study=study, label=label)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
+    return findings.evaluate(found(tmp_path_factory.mktemp("controls") / "made"))
+
+
+def of(every: list[Finding], claim: str, kind: str) -> list[Finding]:
+    return [f for f in every if f.claim == claim and f.kind == kind]
+
+
+def test_each_claim_gets_the_controls_that_speak_to_it(usual: list[Finding]):
+    kinds = {c: {f.kind for f in usual if f.claim == c} for c in {f.claim for f in usual}}
+    assert kinds["suppression"] == {"random", "neutral", "benign"}
+    assert kinds["restoration"] == {"random", "unsteered", "matched"}
+    assert kinds["early fails"] == {"swapped"}
+    assert findings.absent(usual) == []
+
+
+def test_controls_are_found_by_what_they_do_and_not_by_name(usual: list[Finding]):
+    (swapped,) = of(usual, "early fails", "swapped")
+    assert (swapped.first, swapped.second, swapped.expects) == (
+        "swapped",
+        "refusal early",
+        "higher",
+    )
+    (matched,) = of(usual, "restoration", "matched")
+    assert (matched.first, matched.second) == ("equal norm taken #1", "persona")
+    (twin,) = of(usual, "restoration", "unsteered")
+    assert (twin.first, twin.second) == ("persona, out late, unsteered", "baseline")
+
+
+def test_a_knockout_that_shares_the_twin_of_another_has_it_too(tmp_path: Path):
+    weak = ConditionSpec(
+        name="weak persona, out late",
+        ops=[
+            OperationSpec(add="persona", at="steer", scale=1.0),
+            OperationSpec(project="persona", at="steer+1..last"),
+        ],
+    )
+    study = made.study([made.claim("weak", made.test(weak.name, "persona", "higher"))])
+    study.condition.append(weak)
+    every = findings.evaluate(made.loaded(tmp_path / "made", study=study))
+    (twin,) = of(every, "weak", "unsteered")
+    assert (twin.treated, twin.first) == (weak.name, "persona, out late, unsteered")
+
+
+def test_few_seeds_leave_a_claim_undecided_however_far_out_it_lies(usual: list[Finding]):
+    (random,) = of(usual, "suppression", "random")
+    assert random.n == 3 and random.p == 0.25 and random.status == "undecided"
+    assert random.difference == pytest.approx((1 - 17) / 40)
+
+
+def test_random_directions_that_do_as_much_break_the_claim(tmp_path: Path):
+    def label(condition: str, family: str, i: int) -> str:
+        name = "persona" if condition.startswith("random direction") else condition
+        return made.usual(name, family, i)
+
+    (random,) = of(findings.evaluate(found(tmp_path, label)), "suppression", "random")
+    assert random.status == "breaks" and "inside the range" in random.why
+
+
+def test_a_projection_that_refuses_by_itself_breaks_the_restoration(tmp_path: Path):
+    def label(condition: str, family: str, i: int) -> str:
+        if condition.endswith("late, unsteered"):
+            return "refusal" if i < 35 else "degenerate"
+        return made.usual(condition, family, i)
+
+    (twin,) = of(findings.evaluate(found(tmp_path, label)), "restoration", "unsteered")
+    assert (twin.raised, twin.lowered, twin.status) == (17, 0, "breaks")
+
+
+@pytest.mark.parametrize("field", ["seed", "scale", "benign"])
+def test_a_run_record_without_a_field_is_one_clear_error(tmp_path: Path, field: str):
+    results = found(tmp_path)
+    for condition in results.run["conditions"]:
+        del condition[field]
+    with pytest.raises(UserError, match=rf"run.json: condition 'baseline' lacks '{field}'"):
+        findings.evaluate(results)
+
+
+def test_a_claim_without_controls_is_named(usual: list[Finding], tmp_path: Path):
+    results = found(tmp_path)
+    alone = findings.alone(results, [f for f in usual if f.claim != "early fails"])
+    # Claims on random directions and benign prompts are controls themselves.
+    assert "early fails" in alone and not {"none by random", "benign unharmed"} & set(alone)
+
+
+def test_every_pair_that_is_compared_can_be_looked_at(usual: list[Finding], tmp_path: Path):
+    results = found(tmp_path)
+    options = findings.comparisons(results, claims.evaluate(results), usual)
+    assert next(iter(options.values())) == ("persona", "baseline", "strongreject", "refusal")
+    assert ("swapped", "refusal early", "strongreject", "refusal") in options.values()
+    assert len(set(options.values())) == len(options)
+
+
+def test_the_headline_counts_the_statuses(usual: list[Finding]):
+    words = findings.headline(usual)
+    n = {status: sum(f.status == status for f in usual) for status in ("stands", "breaks")}
+    assert (
+        f"against {n['stands']} the claim stands" in words and f"of {len(usual)} controls" in words
+    )
