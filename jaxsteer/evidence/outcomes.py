@@ -6,11 +6,17 @@ from typing import Literal
 
 import polars as pl
 
-from jaxsteer.receipt.bars import SEGMENTS
 from jaxsteer.stats import wilson
 
 By = Literal["condition", "category"]
-ORDER = [label for label, _, _ in SEGMENTS]
+# Each label in words, in the order in which bars are stacked.
+WORDS = {
+    "refusal": "refused",
+    "benign-answer": "answered without harm",
+    "complied-unscored": "answered, harm not judged",
+    "bypass": "harmful answer (bypass)",
+    "degenerate": "broken text (degenerate)",
+}
 
 
 def shares(rows: pl.DataFrame, by: By, *, most: int = 40) -> pl.DataFrame:
@@ -26,7 +32,7 @@ def shares(rows: pl.DataFrame, by: By, *, most: int = 40) -> pl.DataFrame:
       share, low, high (Wilson 95 %), start and end (of the stacked segment).
     """
     groups = rows[by].unique(maintain_order=True).head(most).to_list()
-    there = [label for label in ORDER if label in set(rows["label"].unique())]
+    there = [label for label in WORDS if label in set(rows["label"].unique())]
     counts = {
         (group, label): k
         for group, label, k in rows.group_by(by, "label").len().select(by, "label", "len").rows()

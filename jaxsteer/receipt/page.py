@@ -1,191 +1,238 @@
 """A receipt as one HTML page: no scripts, no network, readable without knowing the code.
 
-The page's content security policy allows nothing but its own style sheet, by hash. All text from
-the receipt is escaped, with control characters spelled out.
+This module computes what the page shows, as plain values (numbers, words, rows); the template
+`page.html.jinja` makes the HTML and escapes every text, with control characters spelled out. The
+page's content security policy allows nothing but its own style sheet, by hash.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jinja2
+from markupsafe import Markup
+
+from jaxsteer import stats
 from jaxsteer.evidence.claims import Claim, Comparison
-from jaxsteer.receipt import bars, details
-from jaxsteer.receipt.markup import HARMFUL, MOST, esc, family_words, table
-from jaxsteer.receipt.statement import Condition, Predicate, Statement
-from jaxsteer.words import p_value, percent, points, span
+from jaxsteer.evidence.outcomes import WORDS
+from jaxsteer.receipt.statement import (
+    Condition,
+    DoseResponse,
+    Outcomes,
+    PairedControl,
+    Predicate,
+    RandomControl,
+    Rate,
+    Statement,
+)
+from jaxsteer.terminal import plain
+from jaxsteer.words import p_value, percent, points, signed, span
 
-STYLE = Path(__file__).parent / "receipt.css"
-
-SIGNS = {
-    "confirmed": "✓ confirmed",
-    "not confirmed": "✗ not confirmed",
-    "not tested": "– not tested",
-}
-
-
-def mark(digest: str) -> str:
-    """The element that names the receipt.json a page was made from."""
-    return f'<meta name="receipt-sha256" content="{digest}">'
+FOLDER = Path(__file__).parent
+STYLE = FOLDER / "receipt.css"
+HARMFUL = "strongreject"
+MOST = 40  # rows of any table: the page is for reading, receipt.json holds everything
+MOST_PROMPTS = 8
 
 
 def html(receipt: Statement, digest: str) -> str:
-    """The page.
+    """The page, a pure function of the receipt.
 
     Args:
       receipt: what it shows.
       digest: sha256 of receipt.json's bytes.
     """
-    style = STYLE.read_text(encoding="utf-8")
-    allowed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    )
     p = receipt.predicate
-    body = "\n".join(_body(p, digest))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'{mark(digest)}\n<meta name="color-scheme" content="light dark">\n'
-        f"<title>Refusal receipt: {esc(p.study.name)}</title>\n<style>{style}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def _body(p: Predicate, digest: str) -> Iterator[str]:
-    yield from _head(p)
-    yield from _outcomes(p)
-    yield from _claims(p)
-    yield from details.benign(p)
-    yield from details.controls(p)
-    yield from details.setup(p)
-    yield from details.judges(p)
-    yield from details.samples(p)
-    yield from details.identity(p, digest)
-    yield from details.foot(p)
-
-
-def _head(p: Predicate) -> Iterator[str]:
-    prompts = ", ".join(f"{f.n} {family_words(name)} prompts" for name, f in p.prompts.items())
-    yield (
-        f'<header><p class="kicker">Refusal receipt · {esc(p.study.name)}</p>'
-        f"<h1>{esc(p.study.about or p.study.name)}</h1>"
-        f'<p class="soft">{esc(p.model.name)} · {prompts} · {esc(p.date[:10])}</p></header>'
-    )
-    tiles = []
-    untouched = _plain(p)
-    if untouched is not None:
-        for family, words in ((HARMFUL, "harmful"), ("benign", "benign")):
-            found = untouched.outcomes.get(family)
-            if found is not None and found.n:
-                r = found.refusal
-                tiles.append(
-                    (percent(r.rate), f"of {words} prompts refused by the untouched model, "
-                     f"{r.k} of {r.n} (95 % interval {span(r.low, r.high)})")
-                )  # fmt: skip
-    counted = {verdict: sum(c.verdict == verdict for c in p.claims) for verdict in SIGNS}
-    if p.claims:
-        tiles.append(
-            (f"{counted['confirmed']} of {len(p.claims)}", "claims confirmed, "
-             f"{counted['not confirmed']} not confirmed, {counted['not tested']} not tested")
-        )  # fmt: skip
-    cells = "".join(f'<div class="tile"><b>{a}</b><span>{b}</span></div>' for a, b in tiles)
-    yield f'<div class="tiles">{cells}</div>'
-
-
-def _plain(p: Predicate) -> Condition | None:
-    return next((c for c in p.conditions if not c.sites), None)
-
-
-def _outcomes(p: Predicate) -> Iterator[str]:
-    every = bars.bars(p.conditions, HARMFUL)
-    if not every:
-        return
-    drawn = bars.chosen(every, MOST)
-    modes = {bar.mode for bar in every}
-    yield "<h2>What the model did with harmful prompts</h2>"
-    yield f'<div class="legend">{bars.legend(drawn)}</div>'
-    rows = []
-    for bar in drawn:
-        name = f"{bar.mode}: {bar.name}" if len(modes) > 1 else bar.name
-        # A condition that proves nothing must not look as if it did.
-        sign = ' <span class="soft">(proves nothing †)</span>' if bar.cancels else ""
-        rows.append(
-            f'<tr><td class="label">{esc(name)}{sign}</td><td>{bars.svg(bar)}</td>'
-            f'<td class="n">{percent(bar.shares["refusal"])}</td>'
-            f'<td class="n soft">{span(bar.low, bar.high)}</td></tr>'
-        )
-    yield (
-        '<table class="bars"><tr><th>condition</th><th>share of prompts</th>'
-        f'<th class="n">refused</th><th class="n">95 %</th></tr>{"".join(rows)}</table>'
-    )
-    note = "Lines are 95 % Wilson intervals of the refused share; over seeds, smallest to largest."
-    if any(bar.cancels for bar in drawn):
-        note += (
-            " † The vector is removed where it was added, so the result is that of the removal "
-            "alone, by algebra, whatever the model does."
-        )
-    if len(modes) == 1 and len(drawn) < len(every):
-        note += f" {len(every) - len(drawn)} more conditions are in receipt.json."
-    yield f'<p class="note">{note}</p>'
-    if len(modes) > 1:
-        yield from _by_mode(every)
-
-
-def _by_mode(every: Sequence[bars.Bar]) -> Iterator[str]:
-    """Refused shares as conditions by modes: what a mode changes reads along a line."""
-    modes = list(dict.fromkeys(bar.mode for bar in every))
-    found = {(bar.name, bar.mode): percent(bar.shares["refusal"]) for bar in every}
-    yield table(
-        ["refused by condition and mode", *(f"#{esc(mode) or 'no mode'}" for mode in modes)],
-        [
-            [esc(name), *(found.get((name, mode), "–") for mode in modes)]
-            for name in dict.fromkeys(bar.name for bar in every)
+    style = STYLE.read_text(encoding="utf-8")
+    every = bars(p.conditions, HARMFUL)
+    drawn = chosen(every, MOST)
+    return _environment().get_template("page.html.jinja").render(
+        p=p,
+        digest=digest,
+        style=Markup(style),
+        style_sha256=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        most=MOST,
+        most_prompts=MOST_PROMPTS,
+        prompts=[f"{f.n} {family_words(name)} prompts" for name, f in p.prompts.items()],
+        untouched=list(_untouched(p)),
+        verdicts=Counter(claim.verdict for claim in p.claims),
+        bars=drawn,
+        n_bars=len(every),
+        legend=[(k, words) for k, words in WORDS.items() if any(k in b.shares for b in drawn)],
+        modes=list(dict.fromkeys(bar.mode for bar in every)),
+        by_mode=_by_mode(every),
+        claims=[(claim, _evidence(claim)) for claim in p.claims],
+        benign=bars(p.conditions, "benign"),
+        random_controls=[(c, _two_sided(c)) for c in p.random_controls if _about_refusal(c)],
+        paired_controls=_paired_controls(p),
+        trends=list(_trends(p)),
+        layers=[f"{name} = {layer}" for name, layer in sorted(p.steering.layers.items())],
+        directions=[f"{d.name} ({d.kind})" for d in p.steering.directions if d.kind != "random"],
+        n_random=sum(d.kind == "random" for d in p.steering.directions),
+        applied=_applied(p),
+        geometry=list(_geometry(p)),
+        decided=[f"{name or 'no judge'} {count}" for name, count in p.judges.decided.items()],
+        n_unjudged=sum(o.unjudged for c in p.conditions for o in c.outcomes.values()),
+        software=[
+            f"{name} {version}"
+            for name, version in sorted(p.environment.items())
+            if name not in ("device", "platform")
         ],
+    )  # fmt: skip
+
+
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Runs on every value before it is escaped, so that no template line can forget it.
+        finalize=visible,
+    )
+    made.globals |= {
+        "percent": percent,
+        "span": span,
+        "points": points,
+        "p_value": p_value,
+        "family_words": family_words,
+    }
+    return made
+
+
+def visible(value: object) -> object:
+    """A text with its control and direction characters spelled out; anything else as it is."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def family_words(name: str) -> str:
+    """A prompt family in words."""
+    return {HARMFUL: "harmful"}.get(name, name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One bar: a condition, or all seeds of one.
+
+    Attributes:
+      mode: its persona mode.
+      name: its base, with strength and number of seeds.
+      shares: of each label that occurs.
+      low, high: of the refusal rate: the Wilson interval, or the range over seeds.
+      n: prompts.
+      plain: whether nothing was done to the model.
+      scale: its strength, or None.
+      cancels: whether it cancels its own steering.
+    """
+
+    mode: str
+    name: str
+    shares: dict[str, float]
+    low: float
+    high: float
+    n: int
+    plain: bool
+    scale: float | None
+    cancels: bool
+
+    @property
+    def segments(self) -> Iterator[tuple[str, str, float, float]]:
+        """(label, its words, start, share) of each label that occurs, from left to right."""
+        start = 0.0
+        for label, share in self.shares.items():
+            yield label, WORDS[label], start, share
+            start += share
+
+
+def bars(conditions: Sequence[Condition], family: str) -> list[Bar]:
+    """Conditions with rows of a family, seeds of one condition joined, in the study's order."""
+    groups: dict[tuple[str, str, float | None], list[tuple[Condition, Outcomes]]] = {}
+    for condition in conditions:
+        outcomes = condition.outcomes.get(family)
+        if outcomes is not None and outcomes.n:
+            key = condition.mode, condition.base, condition.scale
+            groups.setdefault(key, []).append((condition, outcomes))
+    return [_bar(*key, repeats) for key, repeats in groups.items()]
+
+
+def _bar(
+    mode: str, base: str, scale: float | None, repeats: Sequence[tuple[Condition, Outcomes]]
+) -> Bar:
+    outcomes = [o for _, o in repeats]
+    rates = [o.counts.get("refusal", 0) / o.n for o in outcomes]
+    low, high = min(rates), max(rates)
+    if len(repeats) == 1:
+        low, high = stats.wilson(outcomes[0].counts.get("refusal", 0), outcomes[0].n)
+    shares = {
+        label: statistics.fmean(o.counts.get(label, 0) / o.n for o in outcomes) for label in WORDS
+    }
+    return Bar(
+        mode=mode,
+        name=base
+        + ("" if scale is None else f" x{scale:g}")
+        + (f" ({len(repeats)} seeds)" if len(repeats) > 1 else ""),
+        shares={label: share for label, share in shares.items() if share},
+        low=low,
+        high=high,
+        n=outcomes[0].n,
+        plain=not repeats[0][0].sites,
+        scale=scale,
+        cancels=repeats[0][0].cancels_steering,
     )
 
 
-def _claims(p: Predicate) -> Iterator[str]:
-    if not p.claims:
-        return
-    yield "<h2>Claims, fixed before the run</h2>"
-    rows = []
-    for claim in p.claims:
-        kind = claim.verdict.replace(" ", "-")
-        rows.append(
-            [
-                f'<span class="verdict {kind}">{SIGNS[claim.verdict]}</span>',
-                f"<b>{esc(claim.name)}.</b> {esc(claim.says)}<br>"
-                f'<span class="soft">{_evidence(claim)}</span>',
-            ]
-        )
-    yield table(["verdict", "claim and evidence"], rows, "claims")
-    yield (
-        '<p class="note">A claim is confirmed when every planned comparison holds: for more or '
-        "fewer, an exact McNemar test on the same prompts with Holm's correction over the whole "
-        "study (p below 0.05); for little change, the upper bound of the share of prompts that "
-        "changed for the worse. Differences are in percentage points with 95 % bootstrap "
-        "intervals.</p>"
-    )
+def chosen(every: Sequence[Bar], most: int) -> list[Bar]:
+    """The bars worth drawing: of several modes the untouched model, else at most `most`.
+
+    When there are too many, strengths are left out first, since the page shows their trends.
+    """
+    if len({bar.mode for bar in every}) > 1:
+        untouched = [bar for bar in every if bar.plain]
+        return untouched or list(every[:most])
+    kept = [bar for bar in every if bar.scale is None] if len(every) > most else list(every)
+    return (kept or list(every))[:most]
 
 
-def _evidence(claim: Claim) -> str:
+def _by_mode(every: Sequence[Bar]) -> list[tuple[str, list[float | None]]]:
+    """Refused shares as conditions by modes, so that one line shows what a mode changes."""
+    modes = dict.fromkeys(bar.mode for bar in every)
+    found = {(bar.name, bar.mode): bar.shares.get("refusal", 0.0) for bar in every}
+    return [
+        (name, [found.get((name, mode)) for mode in modes])
+        for name in dict.fromkeys(bar.name for bar in every)
+    ]
+
+
+def _untouched(p: Predicate) -> Iterator[tuple[str, Rate]]:
+    """(prompt family in words, refusal rate) of the first condition without operations."""
+    run = next((c.outcomes for c in p.conditions if not c.sites), {})
+    for family in (HARMFUL, "benign"):
+        outcomes = run.get(family)
+        if outcomes is not None and outcomes.n:
+            yield family_words(family), outcomes.refusal
+
+
+def _evidence(claim: Claim) -> list[str]:
+    """The comparisons that decided a claim, in words."""
     counted = [c for c in claim.comparisons if c.counted]
     if claim.verdict != "confirmed" or not counted:
-        lines = [claim.reason]
-    else:
-        lines = [_line(c) for c in counted[:3]]
-        lines += [f"and {len(counted) - 3} more, all held"] if len(counted) > 3 else []
-    return "<br>".join(esc(line) for line in lines)
+        return [claim.reason]
+    more = [f"and {len(counted) - 3} more, all held"] if len(counted) > 3 else []
+    return [*map(_line, counted[:3]), *more]
 
 
 def _line(c: Comparison) -> str:
     if c.cosines is not None:
         found = ", ".join(
-            f"{value:+.2f} at layer {layer}" for layer, value in sorted(c.cosines.items())
+            f"{signed(value)} at layer {layer}" for layer, value in sorted(c.cosines.items())
         )
         return f"cosine of {c.treated} and {c.control}: {found} (above {c.margin:g} asked)"
     if c.n == 0 or c.difference_interval is None or c.difference is None:
@@ -204,3 +251,71 @@ def _line(c: Comparison) -> str:
         f"difference {points(c.difference)} ({points(low)} to {points(high)}), "
         f"adjusted p {p_value(c.p_holm)}"
     )
+
+
+def _about_refusal(control: RandomControl | PairedControl | DoseResponse) -> bool:
+    return control.outcome == "refusal" and control.family == HARMFUL
+
+
+def _two_sided(control: RandomControl) -> float | None:
+    if control.p_low is None or control.p_high is None:
+        return None
+    return min(1.0, 2 * min(control.p_low, control.p_high))
+
+
+def _paired_controls(p: Predicate) -> list[PairedControl]:
+    # Seeds have their range above, and what cancels its steering equals its control by algebra.
+    single = {c.name for c in p.conditions if c.seed is None and not c.cancels_steering}
+    return [
+        c
+        for c in p.paired_controls
+        if _about_refusal(c) and c.kind != "benign" and c.treated in single
+    ]
+
+
+def _trends(p: Predicate) -> Iterator[tuple[DoseResponse, list[str]]]:
+    """Each condition of several strengths, and its refused share at each."""
+    rates = {
+        c.name: c.outcomes[HARMFUL].refusal.rate for c in p.conditions if HARMFUL in c.outcomes
+    }
+    for dose in filter(_about_refusal, p.dose_responses):
+        steps = zip(dose.strengths, dose.conditions, strict=True)
+        yield dose, [f"x{s:g}: {percent(rates[name])}" for s, name in steps if name in rates]
+
+
+def _applied(p: Predicate) -> list[tuple[str, str, float]]:
+    """(condition, its operations, mean change), one line for all seeds, of the first mode."""
+    groups: dict[tuple[str, float | None], list[Condition]] = {}
+    for c in p.conditions:
+        # An unsteered control has the operations of its knockout without the addition, and modes
+        # differ in their texts alone.
+        if c.sites and c.mode == p.conditions[0].mode and not c.unsteered_twin_of:
+            groups.setdefault((c.base, c.scale), []).append(c)
+    lines = []
+    for first, *others in groups.values():
+        name = f"{first.base} (first seed)" if others else first.name
+        scope = "" if first.scope == "all" else f" ({first.scope} tokens only)"
+        operations = "; ".join(first.sites).replace("resid_post.", "layer ") + scope
+        lines.append((name, operations, first.change.mean))
+    return lines
+
+
+def _geometry(p: Predicate) -> Iterator[tuple[str, list[int], list[tuple[str, list[str]]]]]:
+    """(head, layers, rows): the agreement of halves, then the cosines, where they were measured."""
+    if p.geometry is None:
+        return
+    halves: dict[str, dict[int, str]] = {}
+    for r in p.geometry.reliability:
+        halves.setdefault(f"{r.direction}, {r.unit}", {})[r.layer] = signed(r.mean)
+    angles: dict[str, dict[int, str]] = {}
+    for c in p.geometry.cosines:
+        chance = "" if c.p is None else f" (p {p_value(c.p)})"
+        angles.setdefault(f"{c.first}, {c.second}", {})[c.layer] = signed(c.cosine) + chance
+    for head, found in (
+        ("direction, and what is halved: agreement of random halves", halves),
+        ("two directions: cosine, with p against shuffled labels", angles),
+    ):
+        layers = sorted({layer for cells in found.values() for layer in cells})
+        if found:
+            rows = [(name, [cells.get(k, "–") for k in layers]) for name, cells in found.items()]
+            yield head, layers, rows

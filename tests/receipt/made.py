@@ -14,8 +14,10 @@ import polars as pl
 
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
+from jaxsteer.evidence import reliability
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import degenerate, keyword
+from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.study import results
 from jaxsteer.study.spec import (
     ClaimSpec,
@@ -228,6 +230,40 @@ def guard(frame: pl.DataFrame, unsafe: Callable[[str], bool] = lambda row: False
             "response_sha256": [sha(text) for text in frame["response"]],
         }
     )
+
+
+def judge(folder: Path) -> None:
+    """Verdicts of three judges on every row: a guard, a rubric, and leakage scores."""
+    frame = guard(pl.read_parquet(folder / "responses.parquet"))
+    (folder / "judges").mkdir(exist_ok=True)
+    for name, table in (
+        ("llama-guard", frame),
+        (
+            "strongreject-rubric",
+            frame.with_columns(verdict=pl.lit("answered"), score=pl.lit(0.9)),
+        ),
+        ("leakage", frame.with_columns(score=pl.lit(0.25))),
+    ):
+        table.cast(SCHEMA).write_parquet(folder / f"judges/{name}.parquet")
+    results.refresh_summary(folder)
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Write a geometry.json in which every value grows by 0.1 a layer, and return it."""
+    curve = [0.1 * i for i in range(LAYERS)]
+    halves = {"units": 8, "mean": curve, "low": curve, "high": curve, "spearman_brown": curve}
+    null = {"shuffled": ["persona"], "relabellings": 70, "low": curve, "high": curve, "p": curve}
+    persona = made_directions()[0]
+    written = {
+        "format": reliability.FORMAT,
+        "isotropic_sd": 0.25,
+        "directions": {
+            "persona": {"sha256": persona.sha256, "reliability": {"instruction": halves}}
+        },
+        "pairs": [{"first": "persona", "second": "refusal", "cosine": curve, "null": null}],
+    }
+    (folder / reliability.FILE).write_text(json.dumps(written))
+    return written
 
 
 def made_directions() -> list[Direction]:

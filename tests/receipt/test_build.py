@@ -179,19 +179,7 @@ def test_agreement_of_judges_is_there(tmp_path):
 def test_measured_geometry_is_shown_at_the_studys_layers(tmp_path):
     folder = made.folder(tmp_path)
     assert receipt_of(folder).geometry is None
-    curve = [0.1 * i for i in range(made.LAYERS)]
-    halves = {"units": 8, "mean": curve, "low": curve, "high": curve, "spearman_brown": curve}
-    null = {"shuffled": ["persona"], "relabellings": 70, "low": curve, "high": curve, "p": curve}
-    persona = made.made_directions()[0]
-    written = {
-        "format": reliability.FORMAT,
-        "isotropic_sd": 0.25,
-        "directions": {
-            "persona": {"sha256": persona.sha256, "reliability": {"instruction": halves}}
-        },
-        "pairs": [{"first": "persona", "second": "refusal", "cosine": curve, "null": null}],
-    }
-    (folder / reliability.FILE).write_text(json.dumps(written))
+    written = made.measure(folder)
     found = receipt_of(folder).geometry
     assert [(r.layer, r.mean) for r in found.reliability] == [(2, 0.2), (3, 0.3)]
     assert [(c.layer, c.p) for c in found.cosines] == [(2, 0.2), (3, 0.3)]

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import msgspec
 import pytest
 
-from jaxsteer.receipt import bars, build, canonical, markup
-from jaxsteer.study.spec import ConditionSpec
+from jaxsteer.receipt import build, canonical, page
 from tests.receipt import made
 
 HOSTILE = (
-    "<script>alert(1)</script> \x1b[31m\u202e =cmd|'/C calc'!A0 [x](javascript:alert(1)) &amp;"
+    "<script>alert(1)</script> \x1b[31m\u202e =cmd|'/C calc'!A0 [x](javascript:alert(1)) &amp; "
+    '{{ 7 * 7 }} " onload="alert(1)'
 )
+# Texts that a receipt's shape or the page's tables fix; every other text can hold anything.
+FIXED = {
+    *("confirmed", "not confirmed", "not tested", "lower", "higher", "few-raised", "cosine-above"),
+    *("refusal", "bypass", "degenerate", "harmful", "incoherent"),
+    *("neutral", "unsteered", "random", "benign", "strongreject"),
+    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v1"),
+}
 
 
 class Tags(HTMLParser):
@@ -40,75 +49,94 @@ class Tags(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(finished):
+def drawn(finished):
     return (finished / build.HTML).read_text()
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    """A receipt in which everything that a study or model can name is hostile."""
-    import msgspec
-
-    study = made.study(modes=[HOSTILE])
-    value = msgspec.to_builtins(study)
-    value["about"] = HOSTILE
-    value["condition"] += [msgspec.to_builtins(ConditionSpec(name=HOSTILE, ops=[made.ADD]))]
-    value["claim"][0] |= {"name": HOSTILE, "says": HOSTILE}
-    study = msgspec.convert(value, type(study))
-    folder = made.folder(
-        tmp_path_factory.mktemp("hostile") / "made",
-        study=study,
-        response=lambda label, i: f"{HOSTILE} {i}",
-    )
+def full(tmp_path_factory):
+    """A receipt that has every part: modes, judges, leakage, geometry and samples."""
+    folder = made.folder(tmp_path_factory.mktemp("full"), study=made.study(modes=["calm", "bold"]))
+    made.judge(folder)
+    made.measure(folder)
     build.write(folder, samples=30)
-    return folder
+    return json.loads((folder / build.JSON).read_text())
+
+
+def hostile(value):
+    """The value with every text in it made hostile, so that equal names stay equal."""
+    if isinstance(value, str):
+        fixed = not value or value in FIXED or re.fullmatch("[0-9a-f]{64}", value)
+        return value if fixed else f"{value}{HOSTILE}"
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    if isinstance(value, dict):
+        return {key: hostile(item) for key, item in value.items()}
+    return value
 
 
 def elements(page):
     return {tag for tag, _ in Tags(page).found}
 
 
-def test_a_page_loads_nothing_and_runs_nothing(page):
-    tags = Tags(page)
-    assert not elements(page) & {"script", "link", "img", "iframe", "object", "embed", "form", "a"}
+def test_a_page_loads_nothing_and_runs_nothing(drawn):
+    tags = Tags(drawn)
+    assert not elements(drawn) & {"script", "link", "img", "iframe", "object", "embed", "form", "a"}
     for tag, attributes in tags.found:
         assert not {"src", "href", "style", "srcset"} & set(attributes), tag
         assert not [name for name in attributes if name.startswith("on")], tag
-    assert "url(" not in page
-    assert "@import" not in page
-    assert not re.findall(r"https?://", page)
+    assert "url(" not in drawn
+    assert "@import" not in drawn
+    assert not re.findall(r"https?://", drawn)
 
 
-def test_its_security_policy_allows_its_own_style_and_nothing_else(page):
+def test_its_security_policy_allows_its_own_style_and_nothing_else(drawn):
     [policy] = [
         attributes["content"]
-        for tag, attributes in Tags(page).found
+        for tag, attributes in Tags(drawn).found
         if attributes.get("http-equiv") == "Content-Security-Policy"
     ]
-    style = re.search(r"<style>(.*?)</style>", page, re.S)[1]
+    style = re.search(r"<style>(.*?)</style>", drawn, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
 
 
-def test_hostile_names_and_replies_are_text_on_the_page(hostile, page):
-    shown = (hostile / build.HTML).read_text()
-    assert elements(shown) == elements(page)
+def test_every_text_of_a_receipt_is_inert_on_the_page(full):
+    value = hostile(full)
+    predicate = value["predicate"]
+    for names in (
+        predicate["environment"],
+        predicate["judges"]["decided"],
+        predicate["steering"]["layers"],
+        predicate["model"]["source"]["files"],
+    ):
+        for name in list(names):
+            names[name + HOSTILE] = names.pop(name)
+    plain = page.html(canonical.convert(full), "0" * 64)
+    shown = page.html(canonical.convert(value), "0" * 64)
+    # Element by element the same page: no text became an element or an attribute.
+    assert [(tag, set(attributes)) for tag, attributes in Tags(shown).found] == [
+        (tag, set(attributes)) for tag, attributes in Tags(plain).found
+    ]
     assert "<script" not in shown
     assert "\x1b" not in shown
     assert "\u202e" not in shown
     text = Tags(shown).text
-    assert "<script>alert(1)</script> \\x1b[31m\\x202e =cmd" in text
-    assert "&amp;" in text
+    assert text.count("<script>alert(1)</script> \\x1b[31m\\x202e =cmd") > 200
+    assert text.count('&amp; {{ 7 * 7 }} " onload="alert(1)') > 200
+    # Names of the environment, judges, layers and claims came through.
+    for name in ("jaxsteer", "keyword-2", "steer", "suppression", "calm", "benign unharmed holds."):
+        assert f"{name}<script>" in text
 
 
-def test_hostile_names_are_ascii_in_the_json(hostile):
-    raw = (hostile / build.JSON).read_bytes()
+def test_hostile_names_are_ascii_in_the_json(full):
+    raw = canonical.text(hostile(full)).encode()
     assert all(byte == 0x0A or 0x20 <= byte < 0x7F for byte in raw)
 
 
-def test_every_claim_and_condition_is_on_the_page(page, finished):
+def test_every_claim_and_condition_is_on_the_page(drawn, finished):
     receipt = canonical.load(finished / build.JSON).predicate
-    pieces = [piece.strip() for piece in Tags(page).pieces]
+    pieces = [piece.strip() for piece in Tags(drawn).pieces]
     assert {f"{claim.name}." for claim in receipt.claims} <= set(pieces)
     # Repeats carry their strength or number of seeds behind the name.
     for condition in receipt.conditions:
@@ -116,13 +144,15 @@ def test_every_claim_and_condition_is_on_the_page(page, finished):
     assert receipt.rows.sha256 in pieces
 
 
-def test_bars_join_seeds_and_fill_their_width(finished):
+def test_bars_join_seeds_and_fill_their_width(finished, drawn):
     receipt = canonical.load(finished / build.JSON).predicate
-    drawn = {bar.name: bar for bar in bars.bars(receipt.conditions, "strongreject")}
-    joined = drawn["random direction (3 seeds)"]
-    assert (joined.seeds, joined.low, joined.high) == (3, 0.425, 0.425)
-    for bar in drawn.values():
-        widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="10"', bars.svg(bar))]
+    found = {bar.name: bar for bar in page.bars(receipt.conditions, "strongreject")}
+    joined = found["random direction (3 seeds)"]
+    assert (joined.low, joined.high) == (0.425, 0.425)
+    pictures = re.findall(r'<svg viewBox="0 0 100 10".*?</svg>', drawn, re.S)
+    assert len(pictures) == len(found)
+    for picture in pictures:
+        widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="10"', picture)]
         assert sum(widths) == pytest.approx(100, abs=0.05)
 
 
@@ -136,34 +166,36 @@ def test_several_modes_are_a_table_of_conditions_by_modes(tmp_path):
 
 
 def test_strengths_make_room_when_there_are_too_many_bars(finished):
-    every = bars.bars(canonical.load(finished / build.JSON).predicate.conditions, "strongreject")
-    assert bars.chosen(every, len(every)) == every
-    fewer = bars.chosen(every, len(every) - 1)
+    every = page.bars(canonical.load(finished / build.JSON).predicate.conditions, "strongreject")
+    assert page.chosen(every, len(every)) == every
+    fewer = page.chosen(every, len(every) - 1)
     assert [bar.name for bar in every if bar not in fewer] == [
         f"persona by strength x{s}" for s in (1, 2, 4)
     ]
 
 
-def test_a_condition_that_proves_nothing_is_marked_so(page):
-    row = re.search(r"<tr><td class=\"label\">persona, out at steer.*?</tr>", page, re.S)[0]
+def test_a_condition_that_proves_nothing_is_marked_so(drawn):
+    row = re.search(r"<tr><td class=\"label\">persona, out at steer.*?</tr>", drawn, re.S)[0]
     assert "proves nothing" in row
 
 
 def test_the_colours_are_those_of_the_charts():
     from jaxsteer.evidence.charts.theme import PALETTE
-    from jaxsteer.receipt.page import STYLE
 
-    light = dict(re.findall(r"--(\w+): (#\w+);", STYLE.read_text().partition("@media")[0]))
+    light = dict(re.findall(r"--(\w+): (#\w+);", page.STYLE.read_text().partition("@media")[0]))
     assert light["refusal"] == PALETTE["refusal"]
     assert light["bypass"] == PALETTE["persona"]
     assert light["degenerate"] == PALETTE["degenerate"]
     assert light["answer"] == PALETTE["axis"]
 
 
-def test_a_long_table_says_how_much_it_leaves_out():
-    made_table = markup.table(["a"], [[str(i)] for i in range(markup.MOST + 3)])
-    assert made_table.count("<tr>") == markup.MOST + 1
-    assert "3 more in receipt.json" in made_table
+def test_a_long_table_says_how_much_it_leaves_out(finished):
+    receipt = canonical.load(finished / build.JSON)
+    claims = receipt.predicate.claims * 7
+    many = msgspec.structs.replace(receipt.predicate, claims=claims)
+    shown = page.html(msgspec.structs.replace(receipt, predicate=many), "0" * 64)
+    assert shown.count('<td><span class="verdict') == page.MOST
+    assert f"{len(claims) - page.MOST} more in receipt.json" in shown
 
 
 def test_it_prints_on_two_pages_of_a4(finished, tmp_path):

@@ -12,15 +12,13 @@ from jaxsteer.evidence.charts import theme
 from jaxsteer.evidence.charts.controls import LABELS, markdown_table
 from jaxsteer.evidence.charts.marks import reference, titled, with_interval
 from jaxsteer.evidence.charts.text import card, cards
-from jaxsteer.evidence.outcomes import ORDER, whiskers
+from jaxsteer.evidence.outcomes import WORDS, whiskers
 from jaxsteer.judges.labelling import Entry
-from jaxsteer.receipt.bars import SEGMENTS
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.statement import Predicate
 from jaxsteer.receipt.verify import Check, warnings
 from jaxsteer.words import percent, points
 
-WORDS = {label: words for label, _, words in SEGMENTS}
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
 MOST_LINES = 24
 
@@ -33,7 +31,7 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
       unit: what a bar is: `condition` or `category`.
       subject: which prompts, in words.
     """
-    there = [label for label in ORDER if label in set(table["label"])]
+    there = [label for label in WORDS if label in set(table["label"])]
     shown = table.with_columns(
         outcome=pl.col("label").replace_strict(WORDS, return_dtype=pl.String),
         row=pl.format("{}  (n = {})", "group", "n"),
