@@ -1,6 +1,6 @@
-"""Read the residual stream at taps: captures for directions, logits for selection and parity.
+"""Read the residual stream at taps: states for directions, logits for selection and parity.
 
-Only the taps and positions asked for leave the device; nothing is kept for the others.
+Only the asked taps and positions are copied from the device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import padding
+from jaxsteer.generation.generate import no_probes
 from jaxsteer.generation.layer_sharing import fill
 from jaxsteer.generation.prefix import Prefix, opened, take
 from jaxsteer.model import sharding
@@ -27,6 +28,7 @@ from jaxsteer.model.masks import causal_mask, positions
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")
+Captured = dict[str, Float[Array, "row layer position d_model"]]
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "taps", "last_only"))
@@ -40,7 +42,7 @@ def read(
     interventions: Interventions | None = None,
     last_only: bool = True,
     prefix: Prefix | None = None,
-) -> tuple[dict[str, Float[Array, "row layer position d_model"]], Float[Array, "row out vocab"]]:
+) -> tuple[Captured, Float[Array, "row out vocab"]]:
     """One forward pass over left-padded rows: captured taps and logits.
 
     Args:
@@ -52,7 +54,7 @@ def read(
       taps: which taps to read; static.
       interventions: one entry per row, prompt scope; None runs the plain model.
       last_only: logits of the last token only ([row, 1, vocab]), else of every token.
-      prefix: each row's beginning, already run; `tokens` then holds the rest.
+      prefix: the leading tokens of each row, already run; `tokens` then holds the rest.
 
     Returns:
       Captures in float32 per tap, after interventions; logits in float32.
@@ -104,7 +106,7 @@ def position_weights(
     Prompt of 2 and response of 2 tokens in width 5, tokens [pad, p, p, r, r]:
         prompt_end      [0, 0, 1, 0, 0]    the last prompt token
         response_start  [0, 0, 0, 1, 0]    the first response token
-        response_avg    [0, 0, 0, .5, .5]  every response token, the ending token not counted
+        response_avg    [0, 0, 0, .5, .5]  every response token, without the ending token
 
     Raises:
       UserError: a response position asked of an empty response, or an unknown position.
@@ -125,55 +127,87 @@ def position_weights(
     return weights
 
 
-def capture(
+def forward(
     model: ChatModel,
     prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    asked: Sequence[Position],
+    responses: Sequence[Sequence[int]] | None = None,
+    asked: Sequence[Position] = (),
     *,
-    tap: str = "resid_post",
+    taps: tuple[str, ...] = (),
     batch: int = 16,
     shared: Sequence[int] | None = None,
-) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"]]]:
-    """Yield (row index, float32 captures at the asked positions), in no set order.
+    interventions: Interventions | None = None,
+    condition: int = 0,
+) -> Iterator[tuple[list[int], Captured, Float[Array, "row 1 vocab"]]]:
+    """Run every prompt with its response once, in batches of one padded width.
 
-    Rows run in batches of one bucket, spread over the data axis if the parameters lie on a mesh;
-    short batches are filled with rows that are all padding so that each bucket compiles once.
-    `shared` says how many leading tokens of each prompt to run once for all rows that begin with
-    the same ones.
+    Short batches are filled with rows of padding, so that each width compiles once.
+
+    Args:
+      model: the model; the rows of a batch are split over its mesh.
+      prompts: token ids.
+      responses: token ids that follow each prompt; none by default.
+      asked: the token positions whose states are captured.
+      taps: where they are captured.
+      batch: rows that run together.
+      shared: the number of leading tokens of each prompt that are run once for all prompts that
+        begin with the same ones.
+      interventions: conditions, of which one is applied; None runs the plain model.
+      condition: index of that one.
+
+    Yields:
+      The indices of a batch's rows, which are the first rows of its captures and last logits.
 
     Raises:
-      UserError: a row that does not fit the model's context, or as `position_weights`.
+      UserError: a row longer than the model's context, or as `position_weights`.
     """
     config = model.config
+    responses = [[]] * len(prompts) if responses is None else responses
     lengths = (len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     padding.check_lengths(lengths, config.max_position)
-    prefix, beginning = None, [0] * len(prompts)
+    prefix, prefix_of = None, [0] * len(prompts)
     if shared is not None:
-        beginnings = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]
-        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(beginnings))}
-        beginning = [numbers[tokens] for tokens in beginnings]
-        unprobed = np.zeros((config.n_layers, 0, config.d_model), np.float32)
+        prefixes = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]
+        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(prefixes))}
+        prefix_of = [numbers[tokens] for tokens in prefixes]
+        conditions, probes = [condition] * len(numbers), no_probes(config.n_layers, config.d_model)
         prefix = fill(
-            model.definition,
-            config,
-            model.params,
-            list(numbers),
-            [0] * len(numbers),
-            None,
-            unprobed,
+            model.definition, config, model.params, list(numbers), conditions, interventions, probes
         )
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
-    rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
+    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    steered = None if interventions is None else interventions.rows(np.full(batch, condition))
     for width, members in batches([len(r) for r in rows], config.max_position, batch):
         filler = batch - len(members)
         tokens, real = padding.left_pad([rows[i] for i in members] + [[]] * filler, width)
         weights = np.zeros((batch, len(asked), width), np.float32)
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
-        begun = prefix and take(prefix, np.array([beginning[i] for i in members] + [0] * filler))
-        placed = sharding.place((tokens, real, weights, begun), config, model.mesh)
-        captured, _ = read(model.definition, model.params, *placed[:3], (tap,), prefix=placed[3])
-        found = np.asarray(captured[tap])
+        begun = prefix and take(prefix, np.array([prefix_of[i] for i in members] + [0] * filler))
+        placed = sharding.place((tokens, real, weights, steered, begun), config, model.mesh)
+        captured, logits = read(
+            model.definition, model.params, *placed[:3], taps, placed[3], prefix=placed[4]
+        )
+        yield members, captured, logits
+
+
+def capture(
+    model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]] | None,
+    asked: Sequence[Position],
+    *,
+    tap: str = "resid_post",
+    shared: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"]]]:
+    """Yield (row index, float32 states at the asked positions), in no set order.
+
+    Raises:
+      UserError: as `forward`.
+    """
+    for members, captured, _ in forward(
+        model, prompts, responses, asked, taps=(tap,), shared=shared
+    ):
+        states = np.asarray(captured[tap])
         for slot, i in enumerate(members):
-            yield i, found[slot]
+            yield i, states[slot]

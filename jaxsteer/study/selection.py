@@ -16,13 +16,11 @@ from jaxtyping import Float
 from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine, padding
-from jaxsteer.generation.generate import Decoding, no_probes
-from jaxsteer.generation.layer_sharing import fill
-from jaxsteer.generation.prefix import shared_length, take
+from jaxsteer.generation import engine
+from jaxsteer.generation.generate import Decoding
+from jaxsteer.generation.prefix import shared_length
 from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal
-from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,
@@ -108,37 +106,15 @@ def last_logits(
     Raises:
       UserError: a prompt that does not fit the model's context.
     """
-    config = model.config
-    padding.check_lengths(map(len, prompts), config.max_position)
-    out = np.zeros((len(prompts), config.vocab_size), np.float32)
-    shared = shared_length(prompts)
-    prefix = fill(
-        model.definition,
-        config,
-        model.params,
-        [prompts[0][:shared]],
-        [condition],
-        interventions,
-        no_probes(config.n_layers, config.d_model),
-    )
-    own = [list(prompt[shared:]) for prompt in prompts]
-    for width, members in activations.batches([len(p) for p in own], config.max_position, batch):
-        filler = batch - len(members)
-        tokens, real = padding.left_pad([own[i] for i in members] + [[]] * filler, width)
-        tokens, real, weights, asked, begun = sharding.place(
-            (
-                tokens,
-                real,
-                np.zeros((batch, 0, width), np.float32),
-                interventions.rows(np.full(batch, condition)),
-                take(prefix, np.zeros(batch, int)),
-            ),
-            config,
-            model.mesh,
-        )
-        _, logits = activations.read(
-            model.definition, model.params, tokens, real, weights, (), asked, prefix=begun
-        )
+    out = np.zeros((len(prompts), model.config.vocab_size), np.float32)
+    for members, _, logits in activations.forward(
+        model,
+        prompts,
+        shared=[shared_length(prompts)] * len(prompts),
+        batch=batch,
+        interventions=interventions,
+        condition=condition,
+    ):
         out[members] = np.asarray(logits[: len(members), 0])
         report(len(members))
     return out
