@@ -21,14 +21,13 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     >>> round(low, 3), round(high, 3)
     (0.263, 0.554)
     """
+    # Imported here: it takes a second, and most commands need no statistics.
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, z2 = k / n, z * z
-    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    # The exact bounds at k = 0 and k = n are 0 and 1; rounding must not say otherwise.
-    return (0.0 if k == 0 else middle - half), (1.0 if k == n else middle + half)
+    interval = binomtest(k, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -39,14 +38,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
     >>> mcnemar(0, 6)
     0.03125
     """
-    n, least = only_first + only_second, min(only_first, only_second)
-    if n <= 1000:
-        tail = sum(math.comb(n, i) for i in range(least + 1))
-        return min(1.0, 2 * tail / 2**n)
-    # Beyond, in logarithms: good to ten digits, and quick however many there are.
-    whole = math.lgamma(n + 1) - n * math.log(2)
-    logs = [whole - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(least + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    from scipy.stats import binomtest
+
+    n = only_first + only_second
+    return float(binomtest(only_first, n).pvalue) if n else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -228,27 +223,6 @@ def envelope(controls: Sequence[float], treated: float) -> Envelope:
     )
 
 
-def cochran_armitage(
-    k: Sequence[int], n: Sequence[int], strengths: Sequence[float]
-) -> tuple[float, float]:
-    """Trend of independent rates k / n over strengths: (z, two-sided p).
-
-    Cochran 1954, Armitage 1955, with the conditional variance (N - 1), as statsmodels'
-    linear-by-linear test. (0, 1) when there is nothing to see: one strength, or all rows alike.
-
-    >>> z, p = cochran_armitage([2, 5, 9], [20, 20, 20], [0, 1, 2])
-    >>> round(z, 3), round(p, 4)
-    (2.482, 0.0131)
-    """
-    successes, rows, x = (np.asarray(a, np.float64) for a in (k, n, strengths))
-    total, hits = rows.sum(), successes.sum()
-    if total < 2:
-        return 0.0, 1.0
-    spread = float(rows @ x**2 - (rows @ x) ** 2 / total)
-    variance = spread * hits * (total - hits) / total / (total - 1)
-    return _normal(float(successes @ x - hits * (rows @ x) / total), variance)
-
-
 def paired_trend(
     outcomes: Bool[np.ndarray, "prompt strength"], strengths: Sequence[float]
 ) -> tuple[float, float]:
@@ -270,13 +244,10 @@ def paired_trend(
     centred = np.asarray(strengths, np.float64) - np.mean(strengths)
     hits = outcomes.sum(axis=1)
     spread = float((hits * (width - hits)).sum()) / (width * (width - 1))
-    return _normal(float((outcomes @ centred).sum()), spread * float(centred @ centred))
-
-
-def _normal(excess: float, variance: float) -> tuple[float, float]:
+    variance = spread * float(centred @ centred)
     if variance <= 1e-12:
         return 0.0, 1.0
-    z = excess / math.sqrt(variance)
+    z = float((outcomes @ centred).sum()) / math.sqrt(variance)
     return z, 2 * NormalDist().cdf(-abs(z))
 
 

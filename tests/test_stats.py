@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats as theirs
 from scipy.stats import binomtest
-from statsmodels.stats.contingency_tables import Table
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import confint_proportions_2indep
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 from jaxsteer.stats import (
-    cochran_armitage,
     envelope,
     holm,
     kappa,
@@ -31,21 +29,19 @@ from jaxsteer.stats import (
 
 
 @pytest.mark.parametrize("n", [1, 7, 40, 313])
-def test_wilson_equals_scipy(n):
+def test_wilson_equals_statsmodels(n):
     for k in range(n + 1):
-        found = binomtest(k, n).proportion_ci(0.95, method="wilson")
-        assert wilson(k, n) == pytest.approx((found.low, found.high), abs=1e-12)
+        expected = proportion_confint(k, n, method="wilson")
+        assert wilson(k, n) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 40, 1000])
+def test_wilson_of_none_or_all_ends_exactly_at_0_or_1(n):
+    assert wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1
 
 
 def test_wilson_of_nothing_knows_nothing():
     assert wilson(0, 0) == (0.0, 1.0)
-
-
-def test_mcnemar_equals_the_exact_binomial_test():
-    for b in range(12):
-        for c in range(12):
-            expected = binomtest(min(b, c), b + c, 0.5).pvalue if b + c else 1.0
-            assert mcnemar(b, c) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 9), (14, 3), (5, 5), (120, 80), (700, 620)])
@@ -53,9 +49,8 @@ def test_mcnemar_equals_statsmodels(b, c):
     assert mcnemar(b, c) == pytest.approx(their_mcnemar([[10, b], [c, 10]], exact=True).pvalue)
 
 
-def test_mcnemar_of_very_many_pairs_is_exact_enough_and_quick():
-    expected = binomtest(498_000, 1_000_000, 0.5).pvalue
-    assert mcnemar(502_000, 498_000) == pytest.approx(expected, rel=1e-6)
+def test_mcnemar_without_discordant_pairs_shows_nothing():
+    assert mcnemar(0, 0) == 1.0
 
 
 def test_holm_is_monotone_and_never_below_the_raw_value():
@@ -171,23 +166,6 @@ def test_envelope_p_is_that_of_scipys_permutation_convention(rng):
         everything = np.append(controls, treated)
         assert found.p_low == pytest.approx(theirs.percentileofscore(everything, treated) / 100)
         assert found.mean == pytest.approx(controls.mean())
-
-
-def test_cochran_armitage_equals_statsmodels(rng):
-    strengths = np.array([0.0, 0.5, 1.0, 3.0])
-    for _ in range(20):
-        n = rng.integers(5, 40, size=4)
-        k = rng.binomial(n, [0.2, 0.3, 0.5, 0.4])
-        expected = Table(np.array([k, n - k]), shift_zeros=False).test_ordinal_association(
-            row_scores=np.array([1, 0]), col_scores=strengths
-        )
-        z, p = cochran_armitage(k.tolist(), n.tolist(), strengths.tolist())
-        assert (z, p) == pytest.approx((expected.zscore, expected.pvalue))
-
-
-def test_cochran_armitage_sees_no_trend_where_there_is_none():
-    assert cochran_armitage([3], [9], [1.0]) == (0.0, 1.0)
-    assert cochran_armitage([0, 0], [9, 9], [1.0, 2.0]) == (0.0, 1.0)
 
 
 def test_paired_trend_has_the_moments_of_all_exchanges_within_prompts():
