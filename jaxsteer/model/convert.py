@@ -22,6 +22,7 @@ from jaxsteer.files import sha256_file, write_json
 from jaxsteer.model import checkpoint, config, weights
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.tokenizer import Tokenizer
+from jaxsteer.progress import Progress
 
 FLOATS: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -31,6 +32,8 @@ GGUF_TYPES = (
 ROPE_FACTORS = "rope_freqs.weight"
 # How text is cut before merging, by llama.cpp's name of it.
 GGUF_SPLITS = ("llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm", "gpt-2")
+# What is fetched from the hub, and looked at in a folder.
+SOURCE_FILES = ("*.json", "*.safetensors", "*.jinja")
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -39,26 +42,36 @@ TOKENIZER_FILES = (
 Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 
 
-def dtype_here() -> str:
-    """What suits the device that JAX runs on: bfloat16 on a GPU or TPU, float32 on a CPU.
+def resolve_dtype(dtype: str) -> str:
+    """The dtype to convert to: `auto` is bfloat16 on a GPU or TPU and float32 on a CPU.
 
-    A GPU and a TPU multiply bfloat16 many times faster than exact float32, and decoding is as fast
-    as weights are read. A CPU gains nothing from it here.
+    A GPU and a TPU multiply bfloat16 many times faster than exact float32, and decoding takes as
+    long as reading the weights. A CPU gains nothing from bfloat16.
+
+    Raises:
+      UserError: neither `auto` nor float32 nor bfloat16.
     """
     import jax
 
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(FLOATS)}")
+    return dtype
 
 
-def convert(source: str | Path, out: Path, dtype: str, revision: str | None = None) -> Path:
+def convert(
+    source: str | Path, out: Path, dtype: str, revision: str | None = None, *, quiet: bool = True
+) -> Path:
     """Convert `source` and write the checkpoint `out`.
 
     Args:
       source: a folder with config.json and safetensors (single or sharded), a .gguf file, or a
         hub id such as `org/name` (the only case that uses the network).
       out: the checkpoint folder to make.
-      dtype: of the converted parameters, float32 or bfloat16; `auto` is `dtype_here`.
+      dtype: of the converted parameters, float32 or bfloat16; see `resolve_dtype` for `auto`.
       revision: of a hub id: branch, tag or commit; None is the main branch.
+      quiet: show no progress.
 
     Returns:
       `out`.
@@ -67,10 +80,7 @@ def convert(source: str | Path, out: Path, dtype: str, revision: str | None = No
       UserError: an unsupported model or quantisation; a tokenizer that cannot be read or has no
         chat template; missing, truncated, misshapen or unread tensors, all listed at once.
     """
-    if dtype == "auto":
-        dtype = dtype_here()
-    if dtype not in FLOATS:
-        raise UserError(f"dtype {dtype!r} is not supported; supported: auto, {', '.join(FLOATS)}")
+    dtype = resolve_dtype(dtype)
     path = Path(source)
     local = path.suffix == ".gguf" or path.is_dir()
     if local and revision is not None:
@@ -78,17 +88,37 @@ def convert(source: str | Path, out: Path, dtype: str, revision: str | None = No
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"no file {path}; give the path of a .gguf file")
-        return _convert_gguf(path, out, dtype)
+        return _convert_gguf(path, out, dtype, quiet)
     if local:
-        return _convert_hf(path, out, dtype, {"kind": "folder", "name": path.resolve().name})
+        about = {"kind": "folder", "name": path.resolve().name}
+        return _convert_hf(path, out, dtype, about, quiet)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        folder = _download(str(source), revision)
+        folder = hub_folder(str(source), revision)
         about = {"kind": "hub", "name": str(source), "revision": folder.name}
-        return _convert_hf(folder, out, dtype, about)
+        return _convert_hf(folder, out, dtype, about, quiet)
     raise UserError(f"no model at {source}; give a folder, a .gguf file or a hub id (org/name)")
 
 
-def _download(name: str, revision: str | None) -> Path:
+def hub_commit(name: str) -> str | None:
+    """The commit of a hub model's main branch; None if the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().model_info(name, timeout=10).sha
+    except Exception:
+        # Its own, requests' and httpx's errors: no network, no such model, no access to it.
+        return None
+
+
+def hub_folder(name: str, revision: str | None) -> Path:
+    """Fetch a model's files from the hub, or take what its client has kept of them.
+
+    Returns:
+      Their folder, named after the commit.
+
+    Raises:
+      UserError: the model cannot be fetched.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -96,7 +126,7 @@ def _download(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+                allow_patterns=list(SOURCE_FILES),
                 # Subfolders and "consolidated" files hold the same weights in other forms.
                 ignore_patterns=["*/*", "consolidated*"],
             )
@@ -107,7 +137,8 @@ def _download(name: str, revision: str | None) -> Path:
             str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         )
         raise UserError(
-            f"cannot fetch {name} from the hub ({first}); give a local folder"
+            f"cannot fetch {name} from the hub ({first}); check the name and the network, or give "
+            "a local folder"
         ) from None
 
 
@@ -117,6 +148,8 @@ def fill(
     form: Literal["hf", "gguf"],
     dtype: str,
     where: str,
+    *,
+    quiet: bool = True,
 ) -> dict[str, np.ndarray]:
     """Read every tensor once into the parameter it belongs to.
 
@@ -126,6 +159,7 @@ def fill(
       form: naming scheme of the source.
       dtype: of the result.
       where: the source's name in errors.
+      quiet: show no progress.
 
     Raises:
       UserError: every unread source tensor, unfilled target and shape mismatch in one message.
@@ -136,7 +170,9 @@ def fill(
     kind = FLOATS[dtype]
     problems: list[str] = []
     heads: list[np.ndarray] = []
-    for name, _, read in tensors:
+    for name, _, read in _counted(
+        tensors, Progress(where, len(entries), unit="tensors", quiet=quiet)
+    ):
         # Rotary frequencies follow from the config, whose reader has looked at the latter.
         if name.endswith("rotary_emb.inv_freq") or name == ROPE_FACTORS:
             continue
@@ -170,6 +206,13 @@ def fill(
         more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise UserError(f"{where}: weights do not fit the config: {shown}{more}")
     return params
+
+
+def _counted(tensors: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
+    with progress:
+        for tensor in tensors:
+            yield tensor
+            progress.advance(1)
 
 
 # -- safetensors ---------------------------------------------------------------------------------
@@ -223,7 +266,7 @@ def _safetensors(files: list[Path]) -> Iterator[Tensor]:
             ) from None
 
 
-def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any]) -> Path:
+def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any], quiet: bool) -> Path:
     raw = _json(folder / "config.json")
     target = config.from_hf(raw, f"{folder.name}/config.json")
     files = _safetensors_files(folder)
@@ -244,7 +287,7 @@ def _convert_hf(folder: Path, out: Path, dtype: str, about: dict[str, Any]) -> P
         raise UserError(
             f"{folder}: eos_token_id {eos!r} is no token id or list of them; correct it"
         )
-    params = fill(target, _safetensors(files), "hf", dtype, folder.name)
+    params = fill(target, _safetensors(files), "hf", dtype, folder.name, quiet=quiet)
 
     def write_tokenizer(to: Path) -> None:
         for name in TOKENIZER_FILES:
@@ -294,7 +337,7 @@ def _dequantised(tensor: Any, shape: tuple[int, ...]) -> np.ndarray:
     return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
-def _convert_gguf(path: Path, out: Path, dtype: str) -> Path:
+def _convert_gguf(path: Path, out: Path, dtype: str, quiet: bool) -> Path:
     from gguf import GGUFReader
 
     try:
@@ -309,7 +352,7 @@ def _convert_gguf(path: Path, out: Path, dtype: str) -> Path:
     factors = next((np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS), None)
     target = config.from_gguf(fields, shapes, path.name, factors)
     tokenizer = _gguf_tokenizer(fields, path.name)
-    params = fill(target, _gguf_tensors(reader, path.name), "gguf", dtype, path.name)
+    params = fill(target, _gguf_tensors(reader, path.name), "gguf", dtype, path.name, quiet=quiet)
     checkpoint.save(
         out,
         target,

@@ -1,0 +1,196 @@
+"""Any model by name or path, as a `ChatModel`; what is not a checkpoint yet is converted once.
+
+A checkpoint is looked for under `checkpoints/NAME` of the current folder, where `make model` writes
+the shipped one. Other conversions are kept in the cache, each in a folder of its own:
+
+    $JAXSTEER_CACHE or ~/.cache/jaxsteer / checkpoints / NAME-DTYPE-KEY / NAME
+
+KEY is a hash of everything that the conversion depends on, so that a changed source, another dtype
+or another revision is converted again. Old conversions stay until they are deleted by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from jax.sharding import Mesh
+
+from jaxsteer.data.wheels import SMOLLM2, PinnedWheel, cache_dir, fetch
+from jaxsteer.errors import UserError
+from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.model import checkpoint
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import SOURCE_FILES, convert, hub_commit, hub_folder, resolve_dtype
+
+HERE = Path("checkpoints")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shipped:
+    """A model that needs no hub.
+
+    Attributes:
+      wheel: the pinned wheel that holds it as a GGUF, its only member.
+      dtype: of the conversion where none is asked for.
+    """
+
+    wheel: PinnedWheel
+    dtype: str
+
+
+SHIPPED = {"smollm2-135m": Shipped(wheel=SMOLLM2, dtype="float32")}
+
+
+def load(
+    source: str | Path, *, mesh: Mesh | None = None, dtype: str = "auto", verify: bool = True
+) -> ChatModel:
+    """Load a chat model, converting it first where that has not been done.
+
+    Args:
+      source: a checkpoint's folder; the name of a shipped model (`smollm2-135m`) or of a checkpoint
+        under `checkpoints`; a Hugging Face folder; a .gguf file; or a hub id such as `org/name`.
+      mesh: the devices to spread the parameters over; None for one device.
+      dtype: of the parameters, float32 or bfloat16. `auto` takes a checkpoint as it is, and
+        converts to bfloat16 on a GPU or TPU and to float32 on a CPU.
+      verify: recompute every hash of the checkpoint's manifest.
+
+    Raises:
+      UserError: nothing of that name, a checkpoint of another dtype, a damaged checkpoint, or a
+        source that cannot be converted (see `convert`).
+    """
+    return ChatModel.load(find(source, dtype), verify=verify, mesh=mesh)
+
+
+def find(source: str | Path, dtype: str = "auto") -> Path:
+    """The checkpoint's folder of a model, made where there is none; arguments as for `load`."""
+    name, path = str(source), Path(source)
+    if _is_checkpoint(path):
+        if dtype not in ("auto", _dtype(path)):
+            raise UserError(
+                f"{path} holds {_dtype(path)} parameters, not {dtype}; convert its source again "
+                f"with --dtype {dtype}"
+            )
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_files(path, [path], path.stem, dtype)
+    if (path / "config.json").is_file():
+        files = [file for pattern in SOURCE_FILES for file in path.glob(pattern)]
+        return _from_files(path, files, path.resolve().name, dtype)
+    if len(path.parts) == 1:
+        if _is_checkpoint(HERE / name) and dtype in ("auto", _dtype(HERE / name)):
+            return HERE / name
+        if name in SHIPPED:
+            return _from_wheel(name, dtype)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.parts[0] != HERE.name and not path.exists():
+        return _from_hub(name, dtype)
+    names = sorted({*SHIPPED, *(f.name for f in HERE.glob("*") if _is_checkpoint(f))})
+    raise UserError(
+        f"no model {name}; give a checkpoint folder, a name ({', '.join(names)}), a Hugging Face "
+        "folder, a .gguf file or a hub id (org/name)"
+    )
+
+
+def prepare(name: str) -> Path:
+    """Convert a shipped model into `checkpoints/NAME` of the current folder, if it is not there."""
+    if not _is_checkpoint(HERE / name):
+        _convert_shipped(name, HERE / name, SHIPPED[name].dtype)
+    return HERE / name
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def _dtype(folder: Path) -> str:
+    return str(_manifest(folder).get("dtype"))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it is; empty if it cannot be read, which `checkpoint.load` reports."""
+    try:
+        read = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _from_wheel(name: str, dtype: str) -> Path:
+    dtype = SHIPPED[name].dtype if dtype == "auto" else resolve_dtype(dtype)
+    sha256 = SHIPPED[name].wheel.sha256
+    return _kept(name, dtype, [sha256], lambda out: _convert_shipped(name, out, dtype))
+
+
+def _convert_shipped(name: str, out: Path, dtype: str) -> None:
+    wheel = SHIPPED[name].wheel
+    _convert(fetch(wheel) / wheel.members[0], out, dtype)
+
+
+def _from_files(source: Path, files: Sequence[Path], name: str, dtype: str) -> Path:
+    """A folder or file, known by its path and by name, size and time of change of its files."""
+    dtype = resolve_dtype(dtype)
+    stats = [(file.name, file.stat()) for file in sorted(files)]
+    key = [str(source.resolve()), *((file, s.st_size, s.st_mtime_ns) for file, s in stats)]
+    return _kept(name, dtype, key, lambda out: _convert(source, out, dtype))
+
+
+def _from_hub(source: str, dtype: str) -> Path:
+    """A hub id, known by its commit: the hub's own, or that of the newest conversion kept."""
+    dtype = resolve_dtype(dtype)
+    name = source.partition("/")[2]
+    commit = hub_commit(source)
+    if commit is None:
+        kept = [
+            folder
+            for folder in _cache().glob(f"{name}-{dtype}-*/{name}")
+            if _manifest(folder).get("source", {}).get("name") == source
+        ]
+        if kept:
+            newest = max(kept, key=lambda folder: folder.stat().st_mtime)
+            commit = _manifest(newest)["source"]["revision"]
+            _say(f"{source}: no answer from the hub; using the conversion of commit {commit}")
+            return newest
+        commit = hub_folder(source, None).name
+    return _kept(name, dtype, [source, commit], lambda out: _convert(source, out, dtype, commit))
+
+
+def _cache() -> Path:
+    return cache_dir() / "checkpoints"
+
+
+def _kept(name: str, dtype: str, key: list[Any], make: Callable[[Path], None]) -> Path:
+    """The cached conversion of that key; `make` writes it, once even if two processes ask."""
+    digest = sha256_bytes(canonical_json([checkpoint.FORMAT, *key]).encode())[:12]
+    out = _cache() / f"{name}-{dtype}-{digest}" / name
+    if _is_checkpoint(out):
+        return out
+    lock = FileLock(out.parent / "lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out}: {error.strerror}; free space or set JAXSTEER_CACHE"
+        ) from error
+    try:
+        if not _is_checkpoint(out):
+            make(out)
+    finally:
+        lock.release()
+    return out
+
+
+def _convert(source: str | Path, out: Path, dtype: str, revision: str | None = None) -> None:
+    called = source.name if isinstance(source, Path) else source
+    _say(f"converting {called} to {dtype}, once, into {out}")
+    convert(source, out, dtype, revision, quiet=False)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
