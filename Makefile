@@ -52,10 +52,16 @@ notebook-html: .venv/made-notebooks model ## export them to results/html; a brow
 		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it, nothing else does"; exit 2; }
 	@touch $@
 
-sweep-tpu: .venv/made ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [OUT=name] [MESH=..] [PLAN=1]
-	@$(BIN)/jaxsteer launch "$(STUDY)" --tpu "$(TPU)" --zone "$(ZONE)" $(if $(STORE),--store "$(STORE)") \
-		$(if $(SPOT),--spot) $(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)") \
-		$(if $(MESH),--mesh "$(MESH)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) $(if $(PLAN),--dry-run)
+# TPU=v5e-8 is tpu-v5litepod-8 for SkyPilot.
+SKY_LAUNCH = .venv-sky/bin/sky \
+	$(if $(SPOT),jobs launch --use-spot,launch --cluster jaxsteer-sweep --idle-minutes-to-autostop 10 --down) \
+	docs/sweep-tpu.yaml --infra "gcp/*/$(ZONE)" --gpus "tpu-$(TPU:v5e-%=v5litepod-%)" \
+	--env STORE="$(STORE)" --env STUDY="$(STUDY)" $(if $(MODEL),--env MODEL="$(MODEL)") \
+	$(if $(OUT),--env OUT="$(OUT)") $(if $(MESH),--env MESH="$(MESH)") $(if $(HF_TOKEN),--secret HF_TOKEN)
+
+sweep-tpu: $(if $(PLAN),,.venv-sky/made) ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [OUT=name] [MESH=..] [PLAN=1]
+	@$(foreach name,TPU ZONE STORE,$(if $($(name)),,$(error sweep-tpu needs $(name); see make help)))
+	@$(if $(PLAN),$(info $(SKY_LAUNCH)):,$(SKY_LAUNCH))
 
 # Apart, since it needs an older click and uvicorn than we do.
 .venv-sky/made:
@@ -66,8 +72,8 @@ sweep-tpu: .venv/made ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a ST
 
 sky: .venv-sky/made ## install SkyPilot, which sweep-tpu needs, into .venv-sky (600 MB)
 
-sky-check: .venv/made .venv-sky/made ## have SkyPilot's own parser read the tasks of sweep-tpu
-	@HOME=$$(mktemp -d) SKYPILOT_DISABLE_USAGE_COLLECTION=1 .venv-sky/bin/python tests/check_sky.py $(BIN)/jaxsteer
+sky-check: .venv-sky/made ## have SkyPilot's own parser read the commands of sweep-tpu
+	@HOME=$$(mktemp -d) SKYPILOT_DISABLE_USAGE_COLLECTION=1 .venv-sky/bin/python tests/check_sky.py
 
 tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not there [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
 	TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so $(BIN)/jaxsteer tpu-check $(CHECK)

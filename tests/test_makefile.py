@@ -1,25 +1,41 @@
-"""What the Makefile runs, as `make -n` prints it."""
+"""The commands of the Makefile, as `make -n` prints them."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
 
-import pytest
-
 from tests.conftest import ROOT
 
+NAMES = ("STUDY=my study.toml", "MODEL=my model", "OUT=a b")
 
-@pytest.mark.parametrize(
-    ("target", "start"),
-    [("sweep", ["sweep", "my study.toml"]), ("sweep-tpu", ["launch", "my study.toml"])],
-)
-def test_a_study_and_folders_may_have_spaces_in_their_names(target, start):
-    told = ["STUDY=my study.toml", "MODEL=my model", "OUT=a b", "STORE=c d", "TPU=v5e-8", "ZONE=z"]
+
+def words(target: str, *variables: str) -> list[str]:
     done = subprocess.run(
-        ["make", "-n", target, *told], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", target, *NAMES, *variables],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    words = shlex.split(done.stdout[done.stdout.index(f"jaxsteer {start[0]} ") :])
-    assert words[1:3] == start and words[words.index("--model") + 1] == "my model"
-    place = {"sweep": ("--out", "a b"), "sweep-tpu": ("--store", "c d")}[target]
-    assert words[words.index(place[0]) + 1] == place[1]
+    return shlex.split(done.stdout.splitlines()[-1])
+
+
+def test_a_swept_study_and_its_folders_may_have_spaces_in_their_names():
+    command = words("sweep")
+    start = command.index("sweep")
+    assert command[start + 1] == "my study.toml"
+    assert command[start + 2 : start + 6] == ["--model", "my model", "--out", "a b"]
+
+
+def test_what_is_swept_on_a_tpu_may_have_spaces_in_its_names():
+    command = words("sweep-tpu", "TPU=v5e-8", "ZONE=z", "STORE=gs://s", "MESH=data=2, model=4")
+    assert "tpu-v5litepod-8" in command
+    for given in (*NAMES, "STORE=gs://s", "MESH=data=2, model=4"):
+        assert given in command
+
+
+def test_a_tpu_sweep_without_a_store_is_refused():
+    asked = ["make", "-n", "sweep-tpu", "TPU=v5e-8", "ZONE=z"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "needs STORE" in done.stderr

@@ -11,7 +11,6 @@ import traceback
 from typing import NoReturn
 
 from jaxsteer.cli import (  # noqa: F401 (each registers itself)
-    cloud,
     judges,
     models,
     receipts,
@@ -24,7 +23,7 @@ from jaxsteer.generation.distributed import leave
 from jaxsteer.terminal import plain
 
 # Commands of which another run goes on where one was stopped.
-GO_ON = {"prepare", "sweep", "judge", "launch"}
+GO_ON = {"prepare", "sweep", "judge"}
 
 
 class Stopped(BaseException):
