@@ -61,8 +61,7 @@ def _():
 def _(results):
     try:
         opened, _error = open_results(ROOT / results.value), ""
-        n_layers = layer_windows.depth(opened.found)
-        names = layer_windows.steered(opened.found, n_layers)
+        names = layer_windows.steered(opened.found)
     except UserError as error:
         opened, _error = None, str(error)
     if not _error and not names:
@@ -75,7 +74,7 @@ def _(results):
     mo.stop(bool(_error), mo.callout(mo.plain_text(_error), kind="warn"))
     found = opened.found
     mo.vstack([mo.callout(mo.plain_text(note), kind="warn") for note in opened.banner])
-    return found, n_layers, names
+    return found, names
 
 
 @app.cell
@@ -88,8 +87,8 @@ def _(found, names):
 
 
 @app.cell
-def _(found, mode, n_layers, name):
-    maps = layer_windows.table(found, layer_windows.cells(found, name.value, n_layers, mode.value))
+def _(found, mode, name):
+    maps = layer_windows.table(found, layer_windows.cells(found, name.value, mode.value))
     _places = maps.filter(maps["column"] != layer_windows.NONE)
     _few = _places.group_by("map", "strength").len()["len"].max() or 0
     mo.stop(
@@ -256,7 +255,7 @@ def _(found):
 
 
 @app.cell
-def _(chosen, found, maps, n_layers, onto, phase):
+def _(chosen, found, maps, onto, phase):
     _none = (maps["column"] == layer_windows.NONE) & (maps["strength"] == 0)
     _baseline = maps.filter(_none & (maps["map"] == "knockout"))["condition"]
     mo.stop(
@@ -267,9 +266,7 @@ def _(chosen, found, maps, n_layers, onto, phase):
     _lines = [k for k in dict.fromkeys(_order) if k and k != _baseline[0]]
     _along = layer_windows.along_depth(found, _lines[:MOST], _baseline[0], onto.value, phase.value)
     # Below the first change only the replies' words differ.
-    _along = _along.filter(
-        _along["layer"] >= layer_windows.first_layer(found, _lines[:MOST], n_layers) - 2
-    )
+    _along = _along.filter(_along["layer"] >= layer_windows.first_layer(found, _lines[:MOST]) - 2)
     mo.vstack(
         [
             charts.depth_chart(_along, onto.value, phase.value),

@@ -8,10 +8,9 @@ repeats: every one must pass. docs/statistics.md has the rules and why they are 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 import polars as pl
 from msgspec import Meta
@@ -22,9 +21,11 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.judges.labels import BENIGN_FAMILIES, votes_table
 from jaxsteer.judges.verdicts import text_hashes
-from jaxsteer.study.conditions import repeat_name, resolve_layers
+from jaxsteer.study.conditions import Repeat, repeats
+from jaxsteer.study.layer_expr import resolve_layers
+from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import TestSpec
+from jaxsteer.study.spec import ConditionSpec, TestSpec
 from jaxsteer.words import p_equals, percent
 
 ALPHA = 0.05
@@ -121,7 +122,7 @@ def evaluate(found: Results) -> list[Claim]:
     """Judge every claim of a study on its rows.
 
     Raises:
-      UserError: run.json names no conditions, or the directions cannot be read.
+      UserError: the directions cannot be read.
     """
     book = _Book(found)
     drafts = [
@@ -201,10 +202,6 @@ class _Book:
 
     def __init__(self, found: Results) -> None:
         self.found = found
-        conditions = found.run.get("conditions")
-        if not isinstance(conditions, list) or not all(isinstance(c, dict) for c in conditions):
-            raise UserError(f"{found.folder}/run.json lists no conditions; run the study again")
-        self.conditions: list[dict[str, Any]] = conditions
         self.unjudged = unjudged(found)
         key = ("row_id", "condition", "family", "prompt_id", "label", "response")
         self.groups: dict[tuple[str, str], pl.DataFrame] = {
@@ -214,10 +211,10 @@ class _Book:
             )
         }
 
-    def repeats(self, base: str) -> list[dict[str, Any]]:
-        return [c for c in self.conditions if c.get("base") == base]
+    def repeats(self, base: str) -> list[Condition]:
+        return [c for c in self.found.run.conditions if c.base == base]
 
-    def planned(self, base: str) -> list[dict[str, Any]]:
+    def planned(self, base: str) -> Sequence[Condition | Repeat]:
         """The repeats that the spec asks for.
 
         Twins are made and not asked for: of them, those that were run, or one a mode when none was.
@@ -226,21 +223,11 @@ class _Book:
         item = next((item for item in spec.condition if item.name == base), None)
         if item is None and self.repeats(base):
             return self.repeats(base)
-        scales: list[float | None] = [*item.scales] if item and item.scales else [None]
-        seeds: list[int | None] = [*item.random_seeds] if item and item.random_seeds else [None]
-        return [
-            {
-                "name": repeat_name(base, mode=mode, scale=scale, seed=seed),
-                "mode": mode,
-                "scale": scale,
-                "seed": seed,
-            }
-            for mode, scale, seed in itertools.product(spec.modes or [""], scales, seeds)
-        ]
+        return repeats(item or ConditionSpec(name=base), spec.modes or [""])
 
     def expected(self, family: str) -> int:
-        prompts = self.found.run.get("prompts") or {}
-        return int((prompts.get(family) or {}).get("n", 0))
+        prompts = self.found.run.prompts
+        return prompts[family].n if family in prompts else 0
 
     def labels(self, condition: str, family: str) -> dict[str, str]:
         group = self.groups.get((condition, family))
@@ -261,9 +248,10 @@ class _Book:
         return 0 if group is None else sum(row in self.unjudged for row in group["row_id"])
 
 
-def paired_repeats(
-    treated: Sequence[Mapping[str, Any]], control: Sequence[Mapping[str, Any]]
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+R = TypeVar("R", bound=Condition | Repeat)
+
+
+def paired_repeats(treated: Sequence[R], control: Sequence[R]) -> list[tuple[R, R]]:
     """Which repeats are compared: within a mode, the same seed and the same strength.
 
     Where the two sides do not share their seeds (or strengths), each treated repeat is compared
@@ -271,10 +259,15 @@ def paired_repeats(
     """
 
     def shared(key: str) -> bool:
-        return {c.get(key) for c in treated} == {c.get(key) for c in control}
+        return {getattr(c, key) for c in treated} == {getattr(c, key) for c in control}
 
     keys = ["mode"] + [key for key in ("seed", "scale") if shared(key)]
-    return [(t, c) for t in treated for c in control if all(t.get(k) == c.get(k) for k in keys)]
+    return [
+        (t, c)
+        for t in treated
+        for c in control
+        if all(getattr(t, key) == getattr(c, key) for key in keys)
+    ]
 
 
 def _compare(test: TestSpec, book: _Book) -> list[Comparison]:
@@ -293,14 +286,16 @@ def _compare(test: TestSpec, book: _Book) -> list[Comparison]:
     return [_pair(test, book, t, c) for t, c in pairs]
 
 
-def _keys(repeats: Sequence[Mapping[str, Any]]) -> set[tuple[Any, Any, Any]]:
-    return {(c.get("mode"), c.get("scale"), c.get("seed")) for c in repeats}
+def _keys(
+    repeats: Sequence[Condition | Repeat],
+) -> set[tuple[str, float | None, int | None]]:
+    return {(c.mode, c.scale, c.seed) for c in repeats}
 
 
 def _none_tested(test: TestSpec, book: _Book, reason: str) -> list[Comparison]:
     # One for each pair that the study plans, so that Holm counts as many tests as were planned.
     pairs = paired_repeats(book.planned(test.treated), book.planned(test.control))
-    return [_untested(test, str(t["name"]), str(c["name"]), reason) for t, c in pairs]
+    return [_untested(test, t.name, c.name, reason) for t, c in pairs]
 
 
 def _untested(test: TestSpec, treated: str, control: str, reason: str) -> Comparison:
@@ -319,12 +314,10 @@ def _blank(test: TestSpec, treated: str, control: str) -> Comparison:
     )
 
 
-def _pair(
-    test: TestSpec, book: _Book, treated: Mapping[str, Any], control: Mapping[str, Any]
-) -> Comparison:
-    names = str(treated.get("name")), str(control.get("name"))
+def _pair(test: TestSpec, book: _Book, treated: Condition, control: Condition) -> Comparison:
+    names = treated.name, control.name
     for name, condition in zip(names, (treated, control), strict=True):
-        if condition.get("cancels_steering"):
+        if condition.cancels_steering:
             reason = (
                 f"{name} removes at its own layer the vector it adds, so it equals the projection "
                 "alone: true by algebra, no evidence"
@@ -422,7 +415,7 @@ def _cosine(test: TestSpec, book: _Book) -> Comparison:
     try:
         first, second = _directions(book.found.folder, run, (test.treated, test.control))
         values = geometry.cosines(first.vectors, second.vectors)
-        layers = resolve_layers(test.at, run.get("layers") or {}, len(values), "claim")
+        layers = resolve_layers(test.at, run.layers, len(values), "claim")
     except (UserError, ValueError) as error:
         return _untested(test, test.treated, test.control, str(error))
     # As many digits as a receipt keeps, so that its words follow from its figures.
@@ -430,12 +423,11 @@ def _cosine(test: TestSpec, book: _Book) -> Comparison:
     return dataclasses.replace(_blank(test, test.treated, test.control), cosines=cosines)
 
 
-def _directions(folder: Path, run: Mapping[str, Any], names: Sequence[str]) -> list[Direction]:
+def _directions(folder: Path, run: RunRecord, names: Sequence[str]) -> list[Direction]:
     found = direction.load(folder / "directions.safetensors")
-    hashes = run.get("directions") or {}
     for name in names:
         if name not in found:
             raise UserError(f"direction {name!r} is not in directions.safetensors")
-        if found[name].sha256 != hashes.get(name):
+        if found[name].sha256 != run.directions.get(name):
             raise UserError(f"direction {name!r} is not the one that was run")
     return [found[name] for name in names]

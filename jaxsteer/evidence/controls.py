@@ -8,8 +8,8 @@ Of several such conditions it is the one whose added vectors have the control's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -18,13 +18,10 @@ from msgspec import Meta
 from jaxsteer import stats
 from jaxsteer.evidence import claims
 from jaxsteer.evidence.claims import Count
-from jaxsteer.study.conditions import unsteered_sites
+from jaxsteer.study.conditions import unsteered_twin
+from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import ConditionSpec, OperationSpec, StudySpec
-
-if TYPE_CHECKING:
-    # At run time it would import this module again.
-    from jaxsteer.receipt.record import Run, RunCondition
 
 Outcome = Literal["refusal", "bypass", "degenerate"]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -188,7 +185,7 @@ def treated_of(spec: StudySpec, control: ConditionSpec, stand_in: str) -> Condit
     return next(iter([*alike, *found]), None)
 
 
-def random_controls(spec: StudySpec, run: Run, rows: Table) -> list[RandomControl]:
+def random_controls(spec: StudySpec, run: RunRecord, rows: Table) -> list[RandomControl]:
     """Each condition with random seeds as an envelope, against the condition it controls."""
     found = []
     for item in spec.condition:
@@ -211,22 +208,22 @@ def random_controls(spec: StudySpec, run: Run, rows: Table) -> list[RandomContro
 
 
 def _same_repeat(
-    run: Run, item: ConditionSpec | None, mode: str, scale: float | None
-) -> RunCondition | None:
+    run: RunRecord, item: ConditionSpec | None, mode: str, scale: float | None
+) -> Condition | None:
     if item is None:
         return None
     wanted = (item.name, mode, scale)
     return next((c for c in run.conditions if (c.base, c.mode, c.scale) == wanted), None)
 
 
-def _rate(rows: Table, condition: RunCondition, family: str, outcome: str) -> float | None:
+def _rate(rows: Table, condition: Condition, family: str, outcome: str) -> float | None:
     hits = rows.hits(condition.name, family, outcome)
     return None if hits is None else len(hits[1]) / len(hits[0])
 
 
 def _envelope(
     control: str,
-    target: RunCondition | None,
+    target: Condition | None,
     family: str,
     outcome: Outcome,
     values: list[float],
@@ -248,7 +245,7 @@ def _envelope(
     )
 
 
-def paired_controls(spec: StudySpec, run: Run, rows: Table) -> list[PairedControl]:
+def paired_controls(spec: StudySpec, run: RunRecord, rows: Table) -> list[PairedControl]:
     """Neutral directions, unsteered twins, and benign prompts against the untouched model."""
     made = (
         _paired(rows, kind, treated, control, family, outcome)
@@ -257,17 +254,9 @@ def paired_controls(spec: StudySpec, run: Run, rows: Table) -> list[PairedContro
     return [pair for pair in made if pair is not None]
 
 
-def unsteered_twin(
-    conditions: Sequence[RunCondition], condition: RunCondition
-) -> RunCondition | None:
-    """The knockout without steering, by what it does: knockouts of several strengths share one."""
-    sites = unsteered_sites(condition.sites)
-    wanted = (condition.mode, condition.scope, sites)
-    twins = (c for c in conditions if (c.mode, c.scope, tuple(c.sites)) == wanted)
-    return next(twins, None) if sites else None
-
-
-def _pairs(spec: StudySpec, run: Run, rows: Table) -> Iterator[tuple[str, str, str, str, Outcome]]:
+def _pairs(
+    spec: StudySpec, run: RunRecord, rows: Table
+) -> Iterator[tuple[str, str, str, str, Outcome]]:
     for item in spec.condition:
         treated = treated_of(spec, item, "neutral")
         for control in [c for c in run.conditions if c.base == item.name and treated]:
@@ -281,9 +270,9 @@ def _pairs(spec: StudySpec, run: Run, rows: Table) -> Iterator[tuple[str, str, s
             for outcome in OUTCOMES:
                 yield "unsteered", condition.name, twin.name if twin else "", family, outcome
     for mode in dict.fromkeys(c.mode for c in run.conditions):
-        plain = next((c for c in run.conditions if c.mode == mode and not c.sites), None)
+        plain = next((c for c in run.conditions if c.mode == mode and not c.operations), None)
         for condition in run.conditions if plain else ():
-            if plain and condition.mode == mode and condition.sites:
+            if plain and condition.mode == mode and condition.operations:
                 for outcome in OUTCOMES:
                     yield "benign", condition.name, plain.name, "benign", outcome
 
@@ -311,7 +300,7 @@ def _paired(
     )
 
 
-def dose_responses(run: Run, rows: Table) -> list[DoseResponse]:
+def dose_responses(run: RunRecord, rows: Table) -> list[DoseResponse]:
     """Each condition that is repeated over strengths, with a trend test within prompts."""
     found = []
     groups = dict.fromkeys((c.base, c.mode, c.seed) for c in run.conditions if c.scale is not None)

@@ -18,20 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jaxsteer import stats
-from jaxsteer.errors import UserError
 from jaxsteer.evidence import paired as flips
 from jaxsteer.evidence.claims import ALPHA, Claim
-from jaxsteer.evidence.controls import (
-    RandomControl,
-    Table,
-    random_controls,
-    treated_of,
-    unsteered_twin,
-)
-from jaxsteer.receipt import record
+from jaxsteer.evidence.controls import RandomControl, Table, random_controls, treated_of
+from jaxsteer.study.conditions import unsteered_twin
+from jaxsteer.study.record import Condition
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import ClaimSpec, ConditionSpec, OperationSpec, StudySpec, TestSpec
 from jaxsteer.words import p_equals, percent, points
@@ -123,20 +117,16 @@ def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
     Args:
       found: the results; conditions without rows yet are left out.
       margin: share of prompts up to which new cases are few.
-
-    Raises:
-      UserError: run.json is damaged.
     """
     made: list[Finding] = []
-    run = record.run(found)
+    run = found.run
     envelopes = random_controls(found.spec, run, Table(found))
     bases = {c.name: c.base for c in run.conditions}
-    conditions = _conditions(found)
     pairs = ((c, unsteered_twin(run.conditions, c)) for c in run.conditions)
     twins = {c.name: twin.name for c, twin in pairs if twin is not None}
     for claim in found.spec.claim:
         made += _random(claim, envelopes, bases)
-        for asked in dict.fromkeys(_asked(found.spec, conditions, claim, twins)):
+        for asked in dict.fromkeys(_asked(found.spec, run.conditions, claim, twins)):
             one = _measured(found, asked, margin)
             if one is not None:
                 made.append(one)
@@ -234,39 +224,22 @@ _SPEAKS_TO: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def _conditions(found: Results) -> list[dict[str, Any]]:
-    """The conditions of run.json, with the fields that a receipt can do without.
-
-    Raises:
-      UserError: one of them lacks such a field.
-    """
-    conditions: list[dict[str, Any]] = found.run["conditions"]
-    for c in conditions:
-        for field in ("seed", "scale", "benign"):
-            if field not in c:
-                raise UserError(
-                    f"{found.folder}/run.json: condition {c['name']!r} lacks {field!r}; run the "
-                    "study again"
-                )
-    return conditions
-
-
 def _asked(
     spec: StudySpec,
-    conditions: Sequence[dict[str, Any]],
+    conditions: Sequence[Condition],
     claim: ClaimSpec,
     twins: Mapping[str, str],
 ) -> Iterator[_Asked]:
-    plain = {c["mode"]: c for c in reversed(conditions) if not c["sites"]}
+    plain = {c.mode: c for c in reversed(conditions) if not c.operations}
     specs = {c.name: c for c in spec.condition}
     for test in claim.tests:
         item = specs.get(test.treated)
         if test.expect == "cosine-above" or test.family == "benign" or item is None:
             continue
         for c in conditions:
-            if c["base"] != item.name or c["seed"] is not None or c["mode"] not in plain:
+            if c.base != item.name or c.seed is not None or c.mode not in plain:
                 continue
-            untouched, twin = plain[c["mode"]]["name"], twins.get(c["name"], "")
+            untouched, twin = plain[c.mode].name, twins.get(c.name, "")
             contrasts = _contrasts(spec, conditions, c, item, untouched, twin)
             for kind, first, second, expects in contrasts:
                 if test.expect not in _SPEAKS_TO[kind]:
@@ -278,7 +251,7 @@ def _asked(
                     yield _Asked(
                         claim=claim.name,
                         kind=kind,
-                        treated=c["name"],
+                        treated=c.name,
                         first=first,
                         second=second,
                         family=family,
@@ -289,8 +262,8 @@ def _asked(
 
 def _contrasts(
     spec: StudySpec,
-    conditions: Sequence[dict[str, Any]],
-    c: dict[str, Any],
+    conditions: Sequence[Condition],
+    c: Condition,
     item: ConditionSpec,
     plain: str,
     twin: str,
@@ -299,8 +272,8 @@ def _contrasts(
 
     def same_repeat(base: str) -> Iterator[str]:
         for other in conditions:
-            if other["base"] == base and (other["mode"], other["scale"]) == (c["mode"], c["scale"]):
-                yield other["name"]
+            if other.base == base and (other.mode, other.scale) == (c.mode, c.scale):
+                yield other.name
 
     if twin:
         yield "unsteered", twin, plain, "no rise"
@@ -311,15 +284,15 @@ def _contrasts(
                 yield "neutral", name, plain, "lower"
         if _swaps(control, item):
             for name in same_repeat(control.name):
-                yield "swapped", name, c["name"], "higher"
+                yield "swapped", name, c.name, "higher"
         if _takes_as_much(control, item):
             added = [op for op in item.ops if op.add]
             steered = [k for k in spec.condition if k.ops == added]
             for name in same_repeat(control.name) if steered else ():
                 for base in same_repeat(steered[0].name):
                     yield "matched", name, base, "no rise"
-    if c["benign"] and c["name"] != plain:
-        yield "benign", c["name"], plain, "no rise"
+    if c.benign and c.name != plain:
+        yield "benign", c.name, plain, "no rise"
 
 
 def _swaps(control: ConditionSpec, item: ConditionSpec) -> bool:

@@ -21,9 +21,8 @@ from jaxsteer import stats
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence.paired import flips, pairs
-from jaxsteer.study.conditions import UNSTEERED, resolve_layers
+from jaxsteer.study.record import Add, Condition, Project
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import OperationSpec
 from jaxsteer.words import layer_list
 
 Map = Literal["knockout", "refusal"]
@@ -31,16 +30,6 @@ Phase = Literal["prompt", "response"]
 NONE = "none"
 FAMILY = "strongreject"
 REFUSAL = "refusal"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Applied:
-    """One operation of a condition, with its layers and strength as numbers."""
-
-    kind: Literal["add", "project"]
-    direction: str
-    layers: tuple[int, ...]
-    strength: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,103 +57,70 @@ class Cell:
     cancels: bool
 
 
-def depth(found: Results) -> int:
-    """Number of blocks, from the study's directions.
-
-    Raises:
-      UserError: the folder has none.
-    """
-    loaded = directions.load(found.folder / "directions.safetensors")
-    if not loaded:
-        raise UserError(f"{found.folder} holds no directions; run its `jaxsteer sweep` again")
-    return len(next(iter(loaded.values())).vectors)
-
-
-def applied(found: Results, condition: Mapping[str, Any], n_layers: int) -> list[Applied] | None:
-    """A condition's operations in numbers, or None when it touches every write of the model."""
-    twin = bool(condition.get("unsteered_twin_of"))
-    base = str(condition.get("base", ""))
-    items = {item.name: item for item in found.spec.condition}
-    item = items.get(base.removesuffix(UNSTEERED) if twin else base)
-    if item is None or any(op.everywhere for op in item.ops):
-        return None
-    return [
-        Applied(
-            kind="add" if op.add else "project",
-            direction=op.add or op.project,
-            layers=resolve_layers(op.at, found.run["layers"], n_layers, base),
-            strength=_strength(op, condition.get("scale"), float(found.run["dose"])),
-        )
-        for op in item.ops
-        if not (twin and op.add)
-    ]
-
-
-def _strength(op: OperationSpec, scale: float | None, dose: float) -> float:
-    if not isinstance(op.scale, str):
-        return float(op.scale)
-    value = {"dose": dose, "each": scale}.get(op.scale.removeprefix("-")) or 0.0
-    return -value if op.scale.startswith("-") else value
+def _everywhere(condition: Condition) -> bool:
+    """Whether a condition removes a direction from every write of the model."""
+    return any(isinstance(op, Project) and op.everywhere for op in condition.operations)
 
 
 def modes(found: Results) -> list[str]:
     """The persona modes that were run, in order; [""] without any."""
-    return list(dict.fromkeys(str(c.get("mode") or "") for c in found.run["conditions"]))
+    return list(dict.fromkeys(c.mode for c in found.run.conditions))
 
 
-def steered(found: Results, n_layers: int) -> list[str]:
+def steered(found: Results) -> list[str]:
     """Directions that are added alone, those that are also projected out again first."""
     added: dict[str, bool] = {}
-    for condition in found.run["conditions"]:
-        done = applied(found, condition, n_layers) or []
-        names = {op.direction for op in done if op.kind == "add"} - {"random"}
-        if len(done) == 1 and names:
-            added.setdefault(next(iter(names)), False)
-    for condition in found.run["conditions"]:
-        done = applied(found, condition, n_layers) or []
-        for name in {op.direction for op in done if op.kind == "add"} & set(added):
-            added[name] |= any(op.kind == "project" and op.direction == name for op in done)
+    for condition in found.run.conditions:
+        match condition.operations:
+            case (Add(direction=name),) if condition.seed is None:
+                added.setdefault(name, False)
+    for condition in found.run.conditions:
+        done = () if _everywhere(condition) else condition.operations
+        for name in {op.direction for op in done if isinstance(op, Add)} & set(added):
+            added[name] |= any(isinstance(op, Project) and op.direction == name for op in done)
     return sorted(added, key=lambda name: not added[name])
 
 
-def cells(found: Results, name: str, n_layers: int, mode: str = "") -> list[Cell]:
+def cells(found: Results, name: str, mode: str = "") -> list[Cell]:
     """All conditions that have a place on the maps of one steered direction.
 
     Args:
       found: the results.
       name: the steered direction.
-      n_layers: from `depth`.
       mode: only this persona mode's conditions.
     """
     known = [
-        (c, ops)
-        for c in found.run["conditions"]
-        if str(c.get("mode") or "") == mode
-        and (ops := applied(found, c, n_layers)) is not None
-        and all(op.direction in (name, REFUSAL) for op in ops)
+        c
+        for c in found.run.conditions
+        if c.mode == mode
+        and not _everywhere(c)
+        and all(op.direction in (name, REFUSAL) for op in c.operations)
     ]
-    everywhere = {
-        (ops[0].layers, ops[0].strength): str(c["name"])
-        for c, ops in known
-        if len(ops) == 1 and ops[0].kind == "add" and ops[0].direction == name
+    steers = {
+        (op.layers, op.scale): c.name
+        for c in known
+        for op in _added(c, name)
+        if len(c.operations) == 1
     }
-    baseline = next((str(c["name"]) for c, ops in known if not ops), "")
-    if not everywhere:
+    baseline = next((c.name for c in known if not c.operations), "")
+    if not steers:
         return []
     # The layer that most conditions steer at; another one would be another map.
-    at = Counter(
-        op.layers for _, ops in known for op in ops if op.kind == "add" and op.direction == name
-    ).most_common(1)[0][0]
-    alone = {strength: label for (layers, strength), label in everywhere.items() if layers == at}
+    at = Counter(op.layers for c in known for op in _added(c, name)).most_common(1)[0][0]
+    alone = {strength: label for (layers, strength), label in steers.items() if layers == at}
     made = [_cell("knockout", baseline, (), 0.0, "")] if baseline else []
     made += [_cell("knockout", label, (), s, baseline) for s, label in alone.items()]
-    made += [c for pair in known if (c := _knockout(*pair, name, at, alone, baseline))]
+    made += [cell for c in known if (cell := _knockout(c, name, at, alone, baseline))]
     made = _with_twins(made) + _refusals(known, name, at, alone)
     # Repeats that come to the same place and strength, such as seeds, would lie on each other.
     first: dict[tuple[str, str, float], Cell] = {}
     for cell in made:
         first.setdefault((cell.map, cell.column, cell.strength), cell)
     return list(first.values())
+
+
+def _added(condition: Condition, name: str) -> list[Add]:
+    return [op for op in condition.operations if isinstance(op, Add) and op.direction == name]
 
 
 def _cell(
@@ -191,23 +147,22 @@ def _cell(
 
 
 def _knockout(
-    condition: Mapping[str, Any],
-    ops: Sequence[Applied],
+    condition: Condition,
     name: str,
     at: tuple[int, ...],
     alone: Mapping[float, str],
     baseline: str,
 ) -> Cell | None:
-    out = [op for op in ops if op.kind == "project"]
-    added = [op for op in ops if op.kind == "add"]
+    out = [op for op in condition.operations if isinstance(op, Project)]
+    added = [op for op in condition.operations if isinstance(op, Add)]
     if len(out) != 1 or out[0].direction != name or len(added) > 1:
         return None
     if added and (added[0].direction != name or added[0].layers != at):
         return None
-    strength = added[0].strength if added else 0.0
+    strength = added[0].scale if added else 0.0
     control = alone.get(strength, "") if added else baseline
-    cancels = bool(condition.get("cancels_steering"))
-    return _cell("knockout", str(condition["name"]), out[0].layers, strength, control, cancels)
+    cancels = condition.cancels_steering
+    return _cell("knockout", condition.name, out[0].layers, strength, control, cancels)
 
 
 def _with_twins(made: Sequence[Cell]) -> list[Cell]:
@@ -224,17 +179,16 @@ def _with_twins(made: Sequence[Cell]) -> list[Cell]:
 
 
 def _refusals(
-    known: Sequence[tuple[Mapping[str, Any], Sequence[Applied]]],
+    known: Sequence[Condition],
     name: str,
     at: tuple[int, ...],
     alone: Mapping[float, str],
 ) -> list[Cell]:
     placed = []
-    for condition, ops in known:
-        first = [op for op in ops if op.kind == "add" and op.direction == name]
-        second = [op for op in ops if op.kind == "add" and op.direction == REFUSAL]
-        if len(ops) == 2 and len(first) == len(second) == 1 and first[0].layers == at:
-            placed.append((str(condition["name"]), first[0].strength, second[0]))
+    for c in known:
+        first, second = _added(c, name), _added(c, REFUSAL)
+        if len(c.operations) == 2 and len(first) == len(second) == 1 and first[0].layers == at:
+            placed.append((c.name, first[0].scale, second[0]))
     if not placed:
         return []
     # One strength of the steer a map: the one that most conditions have.
@@ -242,7 +196,7 @@ def _refusals(
     control = alone.get(dose, "")
     made = [_cell("refusal", control, (), 0.0, "")] if control else []
     return made + [
-        _cell("refusal", label, added.layers, added.strength, control)
+        _cell("refusal", label, added.layers, added.scale, control)
         for label, strength, added in placed
         if strength == dose
     ]
@@ -335,15 +289,10 @@ _FLIPS = {
 }  # fmt: skip
 
 
-def first_layer(found: Results, conditions: Sequence[str], n_layers: int) -> int:
+def first_layer(found: Results, conditions: Sequence[str]) -> int:
     """The lowest layer at which any of the conditions does something; 0 when none does."""
-    named = {str(c["name"]): c for c in found.run["conditions"]}
-    layers = [
-        layer
-        for name in conditions
-        for op in applied(found, named[name], n_layers) or []
-        for layer in op.layers
-    ]
+    wanted = [c for c in found.run.conditions if c.name in conditions and not _everywhere(c)]
+    layers = [layer for c in wanted for op in c.operations for layer in op.layers]
     return min(layers, default=0)
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import polars as pl
 
 from jaxsteer.errors import UserError
-from jaxsteer.study import prepare, results, store
+from jaxsteer.study import record, results, store
+from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import StudySpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,41 +51,32 @@ def open_results(folder: Path) -> Opened:
     return Opened(found=found, banner=tuple(_banner(found)))
 
 
-def expected(condition: dict[str, Any], run: dict[str, Any]) -> int:
-    """How many rows a condition of run.json asks for."""
-    prompts = run.get("prompts") or {}
+def expected(condition: Condition, run: RunRecord) -> int:
+    """How many rows a condition of a run asks for."""
     return sum(
-        int(known.get("n", 0))
-        for family, known in prompts.items()
-        if family != "benign" or condition.get("benign")
+        known.n for family, known in run.prompts.items() if family != "benign" or condition.benign
     )
 
 
 def _so_far(folder: Path) -> Results:
-    run = prepare.read_record(folder / "run.json") or {}
-    if run.get("format") != results.FORMAT:
-        raise UserError(f"{folder}/run.json has format {run.get('format')!r}; run the study again")
-    done = store.read(folder / "shards", str(run.get("key", "")))
-    try:
-        spec = msgspec.convert(run["study"], StudySpec)
-    except (msgspec.ValidationError, KeyError) as error:
-        raise UserError(f"{folder}/run.json: study: {error}; run the study again") from None
+    run = record.read(folder)
+    if run is None:
+        raise UserError(f"{folder} holds no run.json; run `jaxsteer sweep` first")
+    done = store.read(folder / "shards", run.key)
     rows = pl.concat(done) if done else pl.DataFrame(schema=dict.fromkeys(results.COLUMNS))
     # Shards lie in order of their hashes; the study's own order is that of its conditions.
-    order = {c["name"]: i for i, c in enumerate(run.get("conditions") or [])}
+    order = {c.name: i for i, c in enumerate(run.conditions)}
     rank = pl.Series([order.get(name, len(order)) for name in rows["condition"]], dtype=pl.Int64)
     return Results(
         folder=folder,
         run=run,
-        spec=spec,
         rows=rows.with_columns(rank.alias("_rank")).sort("_rank", "family").drop("_rank"),
         verdicts={},
     )
 
 
 def _banner(found: Results) -> list[str]:
-    conditions = found.run.get("conditions") or []
-    wanted = {c["name"]: expected(c, found.run) for c in conditions}
+    wanted = {c.name: expected(c, found.run) for c in found.run.conditions}
     there = dict(found.rows.group_by("condition").len().iter_rows())
     short = [name for name, n in wanted.items() if there.get(name, 0) < n]
     said = []

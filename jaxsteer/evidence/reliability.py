@@ -40,7 +40,7 @@ def measure(
     found = results.load(folder)
     if not found.spec.directions:
         raise UserError(f"{folder}: its study has no directions to measure")
-    if found.run["model"]["weights_sha256"] != model.weights_sha256:
+    if found.run.model.weights_sha256 != model.weights_sha256:
         raise UserError(f"{folder} was run on another model than {model.name}; give its --model")
     named = {
         name: direction
@@ -54,7 +54,7 @@ def measure(
             progress.advance(1)
     value = {
         "format": FORMAT,
-        "key": found.run.get("key"),
+        "key": found.run.key,
         "model": model.name,
         "weights_sha256": model.weights_sha256,
         "tap": "resid_post",

@@ -47,35 +47,32 @@ class Rules:
 
 def seeds(found: Results) -> list[int]:
     """Every random seed of the run, in order."""
-    conditions = found.run.get("conditions") or []
-    return sorted({c["seed"] for c in conditions if c.get("seed") is not None})
+    return sorted({c.seed for c in found.run.conditions if c.seed is not None})
 
 
 def kept(found: Results, rules: Rules) -> Results:
     """The results that the rules on seeds and prompts leave, with a spec that asks for no more."""
-    rows, run, spec = found.rows, dict(found.run), found.spec
+    rows, run = found.rows, found.run
     if rules.seeds is not None:
         chosen = rules.seeds
         rows = rows.filter(pl.col("seed").is_null() | pl.col("seed").is_in(list(chosen)))
-        run["conditions"] = [
-            c for c in run["conditions"] if c.get("seed") is None or c["seed"] in chosen
+        planned = [
+            msgspec.structs.replace(c, random_seeds=[s for s in c.random_seeds if s in chosen])
+            for c in run.study.condition
         ]
-        spec = msgspec.structs.replace(
-            spec,
-            condition=[
-                msgspec.structs.replace(c, random_seeds=[s for s in c.random_seeds if s in chosen])
-                for c in spec.condition
-            ],
+        run = msgspec.structs.replace(
+            run,
+            conditions=[c for c in run.conditions if c.seed is None or c.seed in chosen],
+            study=msgspec.structs.replace(run.study, condition=planned),
         )
     if rules.drop_never_refused:
         never = never_refused(rows)
         rows = rows.filter(~pl.col("prompt_id").is_in(never.implode()))
-        prompts = dict(run.get("prompts") or {})
-        if "strongreject" in prompts:
-            n = int(prompts["strongreject"].get("n", 0)) - len(never)
-            prompts["strongreject"] = {**prompts["strongreject"], "n": n}
-        run["prompts"] = prompts
-    return dataclasses.replace(found, rows=rows, run=run, spec=spec)
+        harmful = run.prompts.get("strongreject")
+        if harmful is not None:
+            left = msgspec.structs.replace(harmful, n=harmful.n - len(never))
+            run = msgspec.structs.replace(run, prompts={**run.prompts, "strongreject": left})
+    return dataclasses.replace(found, rows=rows, run=run)
 
 
 def never_refused(rows: pl.DataFrame) -> pl.Series:

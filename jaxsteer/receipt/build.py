@@ -25,9 +25,9 @@ from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
 from jaxsteer.receipt import canonical, excerpt, page, record, statement
-from jaxsteer.receipt.record import Run
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import results
+from jaxsteer.study.record import RunRecord
 from jaxsteer.study.results import LABELS, Results
 
 JSON, HTML = "receipt.json", "receipt.html"
@@ -68,8 +68,7 @@ def build(folder: Path, *, samples: int = 0, measured: bool = True) -> dict[str,
       UserError: no results, or damaged ones.
     """
     found = results.load(folder)
-    run = record.run(found)
-    record.check_rows(found, run)
+    run = found.run
     try:
         made = _statement(found, run, samples, measured)
         value = canonical.rounded(msgspec.to_builtins(made, str_keys=True))
@@ -80,7 +79,7 @@ def build(folder: Path, *, samples: int = 0, measured: bool = True) -> dict[str,
     return value
 
 
-def _statement(found: Results, run: Run, samples: int, measured: bool) -> Statement:
+def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> Statement:
     rows = controls.Table(found)
     table = results.table_sha256(found.rows)
     predicate = statement.Predicate(
@@ -91,7 +90,7 @@ def _statement(found: Results, run: Run, samples: int, measured: bool) -> Statem
             name=found.spec.name,
             about=found.spec.about,
             key=run.key,
-            spec_sha256=sha256_bytes(canonical_json(run.study).encode()),
+            spec_sha256=sha256_bytes(canonical_json(msgspec.to_builtins(run.study)).encode()),
         ),
         model=run.model,
         policy=run.policy,
@@ -121,7 +120,7 @@ def _statement(found: Results, run: Run, samples: int, measured: bool) -> Statem
     return Statement(
         type="https://in-toto.io/Statement/v1",
         subject=subjects(run.model),
-        predicateType="urn:jaxsteer:refusal-receipt:v1",
+        predicateType=statement.PREDICATE,
         predicate=predicate,
     )
 
@@ -152,11 +151,11 @@ def subjects(model: statement.Model) -> list[statement.Subject]:
     ]
 
 
-def _system_prompts(run: Run) -> list[statement.SystemPrompt]:
+def _system_prompts(run: RunRecord) -> list[statement.SystemPrompt]:
     # Conditions name a mode as the study does: by a shipped name, or by the path of a file.
     modes = {
         source: Mode(name=m.name, version=m.version, text=m.text)
-        for source, m in zip(run.study.get("modes", []), run.modes, strict=False)
+        for source, m in zip(run.study.modes, run.modes, strict=False)
     }
     used = dict.fromkeys((c.mode, c.system_sha256) for c in run.conditions)
     made = []
@@ -170,7 +169,7 @@ def _system_prompts(run: Run) -> list[statement.SystemPrompt]:
     return made
 
 
-def _steering(found: Results, run: Run) -> statement.Steering:
+def _steering(found: Results, run: RunRecord) -> statement.Steering:
     stored = directions.load(found.folder / "directions.safetensors") if run.directions else {}
     for name, sha256 in run.directions.items():
         if name not in stored or stored[name].sha256 != sha256:
@@ -207,7 +206,7 @@ def _direction(found: directions.Direction) -> statement.Direction:
     )
 
 
-def _conditions(found: Results, run: Run, table: controls.Table) -> list[statement.Condition]:
+def _conditions(found: Results, run: RunRecord, table: controls.Table) -> list[statement.Condition]:
     leaked = _leaked(found)
     changed = {
         str(row["condition"]): row
@@ -230,7 +229,7 @@ def _conditions(found: Results, run: Run, table: controls.Table) -> list[stateme
                 seed=condition.seed,
                 scale=condition.scale,
                 mode=condition.mode,
-                sites=condition.sites,
+                operations=condition.operations,
                 scope=condition.scope,
                 cancels_steering=condition.cancels_steering,
                 unsteered_twin_of=condition.unsteered_twin_of,
@@ -346,7 +345,7 @@ def _selection(found: Results) -> statement.Selection:
     )
 
 
-def _geometry(found: Results, run: Run) -> statement.Geometry | None:
+def _geometry(found: Results, run: RunRecord) -> statement.Geometry | None:
     known = record.read_geometry(found.folder)
     if known is None:
         return None

@@ -31,6 +31,7 @@ from jaxsteer.receipt.statement import (
     Rate,
     Statement,
 )
+from jaxsteer.study.record import describe
 from jaxsteer.terminal import plain
 from jaxsteer.words import p_value, percent, points, signed, span
 
@@ -183,7 +184,7 @@ def _bar(
         low=low,
         high=high,
         n=outcomes[0].n,
-        plain=not repeats[0][0].sites,
+        plain=not repeats[0][0].operations,
         scale=scale,
         cancels=repeats[0][0].cancels_steering,
     )
@@ -213,7 +214,7 @@ def _by_mode(every: Sequence[Bar]) -> list[tuple[str, list[float | None]]]:
 
 def _untouched(p: Predicate) -> Iterator[tuple[str, Rate]]:
     """(prompt family in words, refusal rate) of the first condition without operations."""
-    run = next((c.outcomes for c in p.conditions if not c.sites), {})
+    run = next((c.outcomes for c in p.conditions if not c.operations), {})
     for family in (HARMFUL, "benign"):
         outcomes = run.get(family)
         if outcomes is not None and outcomes.n:
@@ -289,13 +290,15 @@ def _applied(p: Predicate) -> list[tuple[str, str, float]]:
     for c in p.conditions:
         # An unsteered control has the operations of its knockout without the addition, and modes
         # differ in their texts alone.
-        if c.sites and c.mode == p.conditions[0].mode and not c.unsteered_twin_of:
+        if c.operations and c.mode == p.conditions[0].mode and not c.unsteered_twin_of:
             groups.setdefault((c.base, c.scale), []).append(c)
     lines = []
     for first, *others in groups.values():
         name = f"{first.base} (first seed)" if others else first.name
         scope = "" if first.scope == "all" else f" ({first.scope} tokens only)"
-        operations = "; ".join(first.sites).replace("resid_post.", "layer ") + scope
+        operations = (
+            "; ".join(map(describe, first.operations)).replace("resid_post.", "layer ") + scope
+        )
         lines.append((name, operations, first.change.mean))
     return lines
 

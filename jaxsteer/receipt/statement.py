@@ -9,12 +9,12 @@ Nowhere does a receipt hold a response; `samples`, when asked for, holds redacte
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from jaxsteer.evidence.claims import Claim, Count
+from jaxsteer.evidence.claims import Claim
 from jaxsteer.evidence.controls import (
     Difference,
     DoseResponse,
@@ -22,14 +22,10 @@ from jaxsteer.evidence.controls import (
     RandomControl,
     Share,
 )
+from jaxsteer.study.record import Count, Model, Operation, Part, Prompts, Sha256, Text
 
 STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE = "urn:jaxsteer:refusal-receipt:v1"
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
-
-
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every struct: an unknown key is an error."""
+PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v2"
 
 
 class Digest(Part, frozen=True):
@@ -56,36 +52,6 @@ class Subject(Part, frozen=True):
     name: str
     digest: Digest
     annotations: Annotations
-
-
-class Source(Part, frozen=True):
-    """Where the checkpoint was converted from, with the sha256 of each file."""
-
-    kind: str
-    name: str
-    files: dict[str, Sha256]
-    revision: str = ""
-
-
-class Model(Part, frozen=True):
-    """The model that was run; the hashes are those of its checkpoint's manifest."""
-
-    name: str
-    dtype: str
-    source: Source
-    weights_sha256: Sha256
-    tokenizer_sha256: Sha256
-    template_sha256: Sha256
-    config_sha256: Sha256
-
-
-class Text(Part, frozen=True):
-    """A policy or persona mode, whole: these texts are the study's own."""
-
-    name: str
-    version: str
-    sha256: Sha256
-    text: str
 
 
 class SystemPrompt(Part, frozen=True):
@@ -143,14 +109,6 @@ class Decoding(Part, frozen=True):
     temperature: float
     top_p: float
     seed: int
-
-
-class Prompts(Part, frozen=True):
-    """One prompt family: how many, their hash, where they come from."""
-
-    n: Count
-    sha256: Sha256
-    source: str
 
 
 class Rate(Part, frozen=True):
@@ -221,7 +179,7 @@ class Condition(Part, frozen=True):
       name: unique: `MODE: BASE xSCALE #SEED`.
       base: its name in the study's specification.
       seed, scale, mode: which repeat it is; null or "" where it is none.
-      sites: what is applied where.
+      operations: what is applied where; none is the untouched model.
       scope: tokens touched: all, prompt or response.
       cancels_steering: its projection undoes its own addition by algebra, so nothing can be
         concluded from it.
@@ -236,7 +194,7 @@ class Condition(Part, frozen=True):
     seed: int | None
     scale: float | None
     mode: str
-    sites: list[str]
+    operations: tuple[Operation, ...]
     scope: str
     cancels_steering: bool
     unsteered_twin_of: str
@@ -407,7 +365,7 @@ class Statement(Part, frozen=True):
 
     type: Literal["https://in-toto.io/Statement/v1"] = msgspec.field(name="_type")
     subject: Annotated[list[Subject], Meta(min_length=1)]
-    predicateType: Literal["urn:jaxsteer:refusal-receipt:v1"]
+    predicateType: Literal["urn:jaxsteer:refusal-receipt:v2"]
     predicate: Predicate
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxsteer.directions.direction import Direction
 from jaxsteer.generation import engine as rows
 from jaxsteer.generation.layer_sharing import STEP, entries_at_once, kinds
 from jaxsteer.generation.packing import Lanes
@@ -26,8 +27,8 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.weights import param_shapes
 from jaxsteer.study import planned, validate
+from jaxsteer.study.record import Add, Condition
 from jaxsteer.study.spec import StudySpec
-from jaxsteer.study.validate import stand_in_conditions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,14 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     """
     config = model.config
     asked = validate.study(spec, model, planned.prompts(spec, limit))
-    compiled = stand_in_conditions(spec, config)
+    compiled = validate.deepest(spec, config.n_layers)
+    stand_ins = _stand_ins(compiled, config)
     mesh = sharding.mesh_of(model.params)
     batch = rows.slots_for(spec.decoding.batch, len(asked), sharding.data_of(mesh))
     new = spec.decoding.max_new_tokens
     packed = rows.pack(asked, config.max_position - new)
     widths = sorted({len(lane) for lane in packed.tokens})
-    known = kinds(planned.stacked(compiled, config))
+    known = kinds(planned.stacked(compiled, stand_ins, config))
     begun = -(-max((request.shared for request in asked), default=0) // STEP) * STEP
     computed = _computed(config, known, asked, packed, begun, entries_at_once(mesh))
     longest = max((len(request.tokens) - request.shared for request in asked), default=0)
@@ -93,6 +95,26 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         seconds=computed / prefill_rate + -(-len(asked) // batch) * new / decode_rate,
         open_choices=validate.open_choices(spec),
     )
+
+
+def _stand_ins(compiled: Sequence[Condition], config: ModelConfig) -> dict[str, Direction]:
+    """Directions that only have the right shape."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    names = {op.direction for condition in compiled for op in condition.operations}
+    names |= {
+        op.norm_of
+        for condition in compiled
+        for op in condition.operations
+        if isinstance(op, Add) and op.norm_of
+    }
+    return {
+        name: Direction(
+            name=name,
+            vectors=generator.standard_normal((config.n_layers, config.d_model)).astype(np.float32),
+            provenance={},
+        )
+        for name in sorted(names)
+    }
 
 
 def memory(model: ChatModel, batch: int, slots: int) -> tuple[int, int]:

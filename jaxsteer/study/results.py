@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import polars as pl
 
 from jaxsteer import tables
@@ -25,10 +24,10 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, write_json
 from jaxsteer.judges.verdicts import read_all
 from jaxsteer.stats import wilson
-from jaxsteer.study import prepare
+from jaxsteer.study import record
+from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
 
-FORMAT = "jaxsteer-run-1"
 COLUMNS = (
     "row_id", "condition", "base", "seed", "scale", "mode", "prompt_id", "family", "category",
     "response", "n_tokens", "stopped", "label", "judge", "cancels_steering", "touched", "change",
@@ -42,17 +41,20 @@ class Results:
 
     Attributes:
       folder: where it is.
-      run: run.json.
-      spec: the study.
+      run: what was run.
       rows: responses.parquet with the labels that all verdicts so far give.
       verdicts: by judge, what it said of each row it has seen.
     """
 
     folder: Path
-    run: dict[str, Any]
-    spec: StudySpec
+    run: RunRecord
     rows: pl.DataFrame
     verdicts: Mapping[str, pl.DataFrame]
+
+    @property
+    def spec(self) -> StudySpec:
+        """The study."""
+        return self.run.study
 
 
 def load(folder: Path) -> Results:
@@ -61,21 +63,23 @@ def load(folder: Path) -> Results:
     Raises:
       UserError: not one, unfinished, or damaged.
     """
-    run = prepare.read_record(folder / "run.json")
-    if not run:
+    run = record.read(folder)
+    if run is None:
         raise UserError(f"{folder} holds no run.json; run `jaxsteer sweep` first")
-    if run.get("format") != FORMAT:
-        raise UserError(f"{folder}/run.json has format {run.get('format')!r}; run the study again")
     if not (folder / "responses.parquet").is_file():
         raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to go on")
-    try:
-        spec = msgspec.convert(run["study"], StudySpec)
-    except (msgspec.ValidationError, KeyError) as error:
-        raise UserError(f"{folder}/run.json: study: {error}; run the study again") from None
     rows, verdicts = _responses(folder / "responses.parquet"), read_all(folder)
-    return Results(
-        folder=folder, run=run, spec=spec, rows=relabelled(rows, verdicts), verdicts=verdicts
-    )
+    for column, there in (
+        ("condition", {condition.name for condition in run.conditions}),
+        ("family", set(run.prompts)),
+    ):
+        foreign = set(rows[column].unique()) - there
+        if foreign:
+            raise UserError(
+                f"{folder}/responses.parquet: {column} {sorted(foreign)[0]!r} is not in run.json; "
+                "run the study again"
+            )
+    return Results(folder=folder, run=run, rows=relabelled(rows, verdicts), verdicts=verdicts)
 
 
 _TEXTS = (

@@ -31,11 +31,11 @@ from jaxsteer.judges.labels import label
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Realised
 from jaxsteer.progress import Progress
-from jaxsteer.study import prepare, results, store, validate
-from jaxsteer.study import record as identity
-from jaxsteer.study.conditions import Condition, conditions
+from jaxsteer.study import prepare, record, results, store, validate
+from jaxsteer.study.conditions import conditions, mark_cancelling
 from jaxsteer.study.planned import Planned, cross, prompts, requests, row_name, stacked
 from jaxsteer.study.prepare import Setup
+from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.spec import StudySpec
 
 PROBES = ("persona", "refusal", "assistant-axis")
@@ -80,20 +80,20 @@ def run_study(
         validate.study(spec, model, families)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         if hosts.first:
-            identity.check_asked(out, spec, model, families)
+            _check_asked(out, spec, model, families)
             prepared = prepare.prepare(spec, model, out)
         else:
             hosts.meet("setup")
             prepared = _setup_of_first(spec, model, out, hosts)
-        compiled = conditions(spec, prepared.directions, prepared.layers, prepared.dose)
-        record = identity.run_record(spec, model, prepared, compiled, families)
+        made = _record(spec, model, prepared, families)
+        compiled = made.conditions
         if hosts.first:
-            identity.claim(out / "run.json", record)
+            store.claim(out, made)
             hosts.meet("setup")
         else:
-            identity.check_claim(out / "run.json", record, hosts)
+            store.check_same(out, made, hosts)
         planned = cross(compiled, families)
-        folder, key = out / "shards", record["key"]
+        folder, key = out / "shards", made.key
         _finish_rows(spec, model, folder, key, prepared, compiled, planned, hosts)
         if not hosts.first:
             return []
@@ -109,6 +109,38 @@ def run_study(
         if spec.modes and not (out / "modes.json").is_file():
             write_json(out / "modes.json", _mode_shifts(spec, model, prepared, families))
         return results.refresh_summary(out)
+
+
+def _check_asked(
+    out: Path, spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
+) -> None:
+    """Refuse another run's folder before the setup in it is touched."""
+    held = record.read(out)
+    if held is None:
+        return
+    parts = store.differing(held, record.asked(spec, model, families))
+    if parts:
+        store.refuse(out, parts, spec)
+    # Also made from what the study only names: the texts of traits and roles, and which prompts.
+    if prepare.read_record(out / "setup.json").get("key") not in (None, prepare.key(spec, model)):
+        store.refuse(out, ["directions"], spec)
+
+
+def _record(
+    spec: StudySpec,
+    model: ChatModel,
+    prepared: Setup,
+    families: Mapping[str, Sequence[Prompt]],
+) -> RunRecord:
+    found = conditions(spec, prepared.layers, prepared.dose, model.config.n_layers)
+    identity = {
+        **record.asked(spec, model, families),
+        "layers": prepared.layers,
+        "dose": prepared.dose,
+        "directions": prepared.record["directions"],
+        "conditions": mark_cancelling(found, prepared.directions),
+    }
+    return record.make(identity)
 
 
 @contextlib.contextmanager
@@ -157,7 +189,7 @@ def _finish_rows(
     """Run what no shard holds of this process's share, and wait for the others."""
     finished = {row_id for shard in store.read(folder, key) for row_id in shard["row_id"]}
     done = {i for i, row in enumerate(planned) if row_name(row[0].name, row[1].id) in finished}
-    asked = requests(model, compiled, planned)
+    asked = requests(spec, model, compiled, planned)
     # The rows of a lane stay together: they share work.
     limit = model.config.max_position - spec.decoding.max_new_tokens
     share = hosts.share([f"lane {lane}" for lane in engine.pack(asked, limit).lane])
@@ -205,7 +237,7 @@ def _finish_rows(
                 engine.run(
                     model,
                     asked,
-                    stacked(compiled, model.config),
+                    stacked(compiled, prepared.directions, model.config),
                     decoding,
                     probes=probes,
                     sampling=sampling,
@@ -297,7 +329,8 @@ def _check_changes(table: pl.DataFrame, compiled: Sequence[Condition]) -> None:
     changed = dict(table.group_by("condition").agg(pl.col("change").sum()).iter_rows())
     for condition in compiled:
         if condition.operations and not changed.get(condition.name, 0.0) > 0:
+            done = "; ".join(map(record.describe, condition.operations))
             raise UserError(
-                f"condition {condition.name!r} ({'; '.join(condition.sites)}) changed nothing in "
-                "the residual stream: its strength, direction or scope is empty"
+                f"condition {condition.name!r} ({done}) changed nothing in the "
+                "residual stream: its strength, direction or scope is empty"
             )

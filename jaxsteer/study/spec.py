@@ -16,10 +16,9 @@ from typing import Any, Literal
 import msgspec
 
 from jaxsteer.errors import UserError
+from jaxsteer.study.layer_expr import LAYER_NAME
 
 STUDIES = Path(__file__).parent.parent / "data" / "studies"
-# A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
-LAYER_NAME = r"[^\W\d][\w-]*?"
 Position = Literal["prompt_end", "response_start", "response_avg"]
 
 

@@ -14,14 +14,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
+import msgspec
 import polars as pl
 
 from jaxsteer import tables
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, sha256_bytes
+from jaxsteer.generation.distributed import Hosts
+from jaxsteer.study import record
+from jaxsteer.study.record import RunRecord
+from jaxsteer.study.spec import StudySpec, leaves
 
 
 @contextlib.contextmanager
@@ -99,3 +105,52 @@ def count(folder: Path, key: str, known: dict[str, int]) -> int:
             rows = pl.scan_parquet(io.BytesIO(path.read_bytes()))
             known[path.name] = rows.select(pl.len()).collect().item()
     return sum(known.values())
+
+
+def claim(folder: Path, made: RunRecord) -> None:
+    """Make the folder this run's, or refuse it as another's, saying what differs."""
+    held = record.read(folder)
+    if held is None:
+        record.write(folder, made)
+    elif held.key != made.key:
+        parts = ("study", "model", "policy", "modes", "directions", "layers", "dose", "prompts")
+        refuse(folder, differing(held, {part: getattr(made, part) for part in parts}), made.study)
+
+
+def check_same(folder: Path, made: RunRecord, hosts: Hosts) -> None:
+    """Refuse to help with another run than process 0's."""
+
+    def same() -> bool | None:
+        held = record.read(folder)
+        return (held is not None and held.key == made.key) or None
+
+    if not hosts.seen(same):
+        raise UserError(
+            f"process {hosts.process} was asked for another run than process 0 claims in "
+            f"{folder / record.FILE}; give all processes the same command"
+        )
+
+
+def differing(held: RunRecord, asked: Mapping[str, Any]) -> list[str]:
+    """Names of the record's fields that have another value than asked for."""
+    return [part for part, value in asked.items() if getattr(held, part) != value]
+
+
+def refuse(folder: Path, parts: Sequence[str], spec: StudySpec) -> NoReturn:
+    """Refuse a folder that holds another run, with the names of the study's keys that differ."""
+    held = record.read(folder)
+    keys = _differing_keys(held.study, spec) if held is not None and "study" in parts else []
+    raise UserError(
+        f"{folder} holds another run ({', '.join(parts) or 'conditions'} differ)"
+        + (f": {', '.join(keys[:3])}" if keys else "")
+        + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        + "; choose another --out, or give --fresh to replace it"
+    )
+
+
+def _differing_keys(held: StudySpec, asked: StudySpec) -> list[str]:
+    """Keys of the study that only one of two has, or whose values differ."""
+    one, two = (dict(leaves(msgspec.to_builtins(spec), "study")) for spec in (held, asked))
+    return [
+        key for key in {**one, **two} if not (key in one and key in two and one[key] == two[key])
+    ]

@@ -1,7 +1,7 @@
 """Whether a model can run a study to its end, asked before anything is run or replaced.
 
-Prompts are tokenised for real. Directions are stand-ins of the right shape, and a layer that is
-still to be chosen is each of its candidates in turn, so nothing is computed on the model.
+Prompts are tokenised for real. A layer that is still to be chosen is each of its candidates in
+turn, so nothing is computed on the model.
 """
 
 from __future__ import annotations
@@ -9,26 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
-from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import padding
 from jaxsteer.generation.engine import Request
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare
-from jaxsteer.study.conditions import (
-    Condition,
-    conditions,
-    depth,
-    read_layer,
-    resolve_layers,
-    windows,
-)
+from jaxsteer.study.conditions import conditions
+from jaxsteer.study.layer_expr import depth, read_layer, resolve_layers, windows
 from jaxsteer.study.planned import cross, requests
+from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import SelectionSpec, StudySpec
 
 
@@ -46,10 +37,10 @@ def study(
     still = open_choices(spec)
     if spec.selection is not None:
         _check_selection(spec, spec.selection, model, still)
-    choices = _compiled(spec, model.config)
+    choices = _compiled(spec, model.config.n_layers)
     compiled = next(choices)
     _check_claims(spec, itertools.chain([compiled], choices), model.config.n_layers)
-    asked = requests(model, compiled, cross(compiled, families))
+    asked = requests(spec, model, compiled, cross(compiled, families))
     tokens = [request.tokens for request in asked]
     _check_fit(spec, model, "decoding", spec.decoding.max_new_tokens, tokens)
     return asked
@@ -160,7 +151,6 @@ def _check_claims(spec: StudySpec, compiled: Iterable[Sequence[Condition]], n_la
     Which twins are made may depend on the layers that are chosen; none may be of none of them.
     """
     bases, twins = set[str](), dict[str, None]()
-    # One choice at a time: conditions hold a vector of every layer for each operation.
     for choice in compiled:
         bases |= {condition.base for condition in choice}
         twins |= dict.fromkeys(c.base for c in choice if c.unsteered_twin_of)
@@ -180,26 +170,16 @@ def _check_claims(spec: StudySpec, compiled: Iterable[Sequence[Condition]], n_la
                     )
 
 
-def stand_in_conditions(spec: StudySpec, config: ModelConfig) -> list[Condition]:
-    """The study's conditions over directions that only have the right shape."""
-    return next(_compiled(spec, config))
+def deepest(spec: StudySpec, n_layers: int) -> list[Condition]:
+    """The study's conditions at the deepest choice of layers."""
+    return next(_compiled(spec, n_layers))
 
 
-def _compiled(spec: StudySpec, config: ModelConfig) -> Iterator[list[Condition]]:
+def _compiled(spec: StudySpec, n_layers: int) -> Iterator[list[Condition]]:
     """The conditions at each choice of layers that the selection may make, the deepest first."""
-    generator = np.random.Generator(np.random.PCG64(0))
-    seeds = {f"random-{seed}" for item in spec.condition for seed in item.random_seeds}
-    stand_ins = {
-        name: Direction(
-            name=name,
-            vectors=generator.standard_normal((config.n_layers, config.d_model)).astype(np.float32),
-            provenance={},
-        )
-        for name in [*spec.directions, *sorted(seeds)]
-    }
     dose = 1.0 if spec.dose is None else spec.dose
-    for layers in _layers(spec, config.n_layers):
-        yield conditions(spec, stand_ins, layers, dose)
+    for layers in _layers(spec, n_layers):
+        yield conditions(spec, layers, dose, n_layers)
 
 
 def _layers(spec: StudySpec, n_layers: int) -> list[dict[str, int]]:

@@ -23,7 +23,7 @@ from jaxsteer.model.config import ModelConfig, to_hf
 from jaxsteer.model.decoder import graph
 from jaxsteer.model.interventions import Add, Interventions, Operation, Project
 from jaxsteer.study import planned, prepare, run, spec
-from jaxsteer.study.conditions import conditions
+from jaxsteer.study.conditions import conditions, operations
 from tests.bench.job import Job, Site
 
 
@@ -59,21 +59,23 @@ def demo(model: ChatModel, results: Path) -> Workload:
     """
     study = spec.load(spec.STUDIES / "smollm2-demo.toml")
     prepared = prepare.prepare(study, model, results)
-    compiled = conditions(study, prepared.directions, prepared.layers, prepared.dose)
-    requests = planned.requests(model, compiled, planned.cross(compiled, planned.prompts(study)))
+    compiled = conditions(study, prepared.layers, prepared.dose, model.config.n_layers)
+    requests = planned.requests(
+        study, model, compiled, planned.cross(compiled, planned.prompts(study))
+    )
     probed = [name for name in run.PROBES if name in prepared.directions]
     probes = np.stack([prepared.directions[name].unit() for name in probed], axis=1)
     return Workload(
         names=[condition.name for condition in compiled],
         requests=requests,
-        interventions=planned.stacked(compiled, model.config),
+        interventions=planned.stacked(compiled, prepared.directions, model.config),
         probes=probes.astype(np.float32),
         decoding=Decoding(max_new_tokens=study.decoding.max_new_tokens, eos=model.eos),
         batch=study.decoding.batch,
         job=Job(
             tokens=[list(request.tokens) for request in requests],
             condition=[request.condition for request in requests],
-            conditions=[sites(condition.operations) for condition in compiled],
+            conditions=[sites(operations(c, prepared.directions)) for c in compiled],
             max_new_tokens=study.decoding.max_new_tokens,
             eos=list(model.eos),
             batch=study.decoding.batch,

@@ -18,7 +18,7 @@ from jaxsteer.generation import distributed
 from jaxsteer.generation import engine as rows
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import cost, planned, spec
+from jaxsteer.study import planned, spec, validate
 from tests import tiny
 
 # Whole sweeps in several processes, some of them killed.
@@ -82,10 +82,10 @@ def shared(command, tmp_path_factory):
 def lanes(command):
     """The name of the lane of every row of the study, in the table's order."""
     study, model = spec.load(command[4]), ChatModel.load(Path(command[6]))
-    compiled = cost.stand_in_conditions(study, model.config)
+    compiled = validate.deepest(study, model.config.n_layers)
     crossed = planned.cross(compiled, planned.prompts(study))
     limit = model.config.max_position - study.decoding.max_new_tokens
-    packed = rows.pack(planned.requests(model, compiled, crossed), limit)
+    packed = rows.pack(planned.requests(study, model, compiled, crossed), limit)
     return [f"lane {lane}" for lane in packed.lane]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import polars as pl
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
@@ -11,7 +12,14 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from jaxsteer.evidence import claims
+from jaxsteer.study.conditions import Repeat
 from tests.receipt import made
+
+
+def without(found, *names):
+    """The results without some conditions in their record."""
+    kept = [c for c in found.run.conditions if c.name not in names]
+    return dataclasses.replace(found, run=msgspec.structs.replace(found.run, conditions=kept))
 
 
 def judged(tmp_path, *tests, label=made.usual, modes=(), **more):
@@ -204,8 +212,7 @@ def test_a_repeat_that_was_not_run_leaves_a_claim_untested(tmp_path):
         [made.claim("claim", made.test("random direction", "baseline", "few-raised"))]
     )
     found = made.loaded(tmp_path, study=study)
-    kept = [c for c in found.run["conditions"] if c["name"] != "random direction #2"]
-    [claim] = claims.evaluate(dataclasses.replace(found, run={**found.run, "conditions": kept}))
+    [claim] = claims.evaluate(without(found, "random direction #2"))
     assert claim.verdict == "not tested"
     assert "not those the study plans" in claim.reason
 
@@ -220,10 +227,7 @@ def test_repeats_that_were_not_run_count_in_holm_one_by_one(tmp_path, left):
     )
     found = made.loaded(tmp_path, study=study)
     gone = [f"random direction #{seed}" for seed in (1, 2, 3)][left:]
-    kept = [c for c in found.run["conditions"] if c["name"] not in gone]
-    seeds, other = claims.evaluate(
-        dataclasses.replace(found, run={**found.run, "conditions": kept})
-    )
+    seeds, other = claims.evaluate(without(found, *gone))
     assert [(c.treated, c.control, c.passed) for c in seeds.comparisons] == [
         ("persona", f"random direction #{seed}", None) for seed in (1, 2, 3)
     ]
@@ -252,10 +256,10 @@ def test_a_control_with_seeds_is_compared_seed_by_seed(tmp_path):
 
 def test_equal_seeds_on_both_sides_pair_up():
     def repeats(*seeds):
-        return [{"mode": "", "seed": seed, "scale": None} for seed in seeds]
+        return [Repeat(base="random", mode="", scale=None, seed=seed) for seed in seeds]
 
     pairs = claims.paired_repeats(repeats(1, 2), repeats(2, 1))
-    assert [(t["seed"], c["seed"]) for t, c in pairs] == [(1, 1), (2, 2)]
+    assert [(t.seed, c.seed) for t, c in pairs] == [(1, 1), (2, 2)]
     assert len(claims.paired_repeats(repeats(1, 2), repeats(3))) == 2
 
 
@@ -306,7 +310,8 @@ def test_a_cosine_claim_names_the_layer_that_fails(tmp_path):
 def test_a_direction_that_is_not_the_one_that_was_run_is_not_compared(tmp_path):
     study = made.study([made.claim("claim", made.test("persona", "refusal", "cosine-above"))])
     found = made.loaded(tmp_path, study=study)
-    run = {**found.run, "directions": {**found.run["directions"], "persona": made.sha("other")}}
+    others = {**found.run.directions, "persona": made.sha("other")}
+    run = msgspec.structs.replace(found.run, directions=others)
     [claim] = claims.evaluate(dataclasses.replace(found, run=run))
     assert claim.verdict == "not tested"
     assert "not the one that was run" in claim.reason

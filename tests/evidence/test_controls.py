@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import msgspec
-import numpy as np
 import pytest
 
-from jaxsteer.directions.direction import Direction
 from jaxsteer.evidence import controls
 from jaxsteer.receipt import build, canonical
-from jaxsteer.receipt.record import RunCondition
 from jaxsteer.study import conditions, spec
 from jaxsteer.study.spec import ConditionSpec, OperationSpec
 from tests.receipt import made
+from tests.study.stand_ins import compiled
 
 PAPER = ["llama3.1-8b-paper", "qwen2.5-7b-paper"]
 
@@ -61,43 +59,20 @@ def test_a_control_of_a_norm_that_no_condition_has_takes_the_first_of_its_shape(
     assert treated(study, "long", "random") == "persona"
 
 
-def compiled(study):
-    """A shipped study's conditions as a run would record them, on made directions."""
-    draw = np.random.default_rng(0)
-    seeds = {f"random-{seed}" for item in study.condition for seed in item.random_seeds}
-    vectors = {
-        name: Direction(
-            name=name, vectors=draw.standard_normal((32, 8)).astype(np.float32), provenance={}
-        )
-        for name in (*study.directions, *seeds)
-    }
-    named = {"steer": 17, "refusal": 14} | {
-        name: layer if isinstance(layer, int) else conditions.depth(layer, 32)
-        for name, layer in study.layers.items()
-    }
-    fields = RunCondition.__struct_fields__[:-1]
-    return [
-        RunCondition(
-            **{field: getattr(c, field) for field in fields}, system_sha256=made.sha(c.system)
-        )
-        for c in conditions.conditions(study, vectors, named, study.dose or 1.0)
-    ]
-
-
 def test_a_knockout_of_every_strength_has_its_unsteered_twin():
     run = compiled(spec.load("layer-window"))
     knockouts = [c for c in run if ", out" in c.base and not c.unsteered_twin_of]
     assert len(knockouts) == 27
     for knockout in knockouts:
-        twin = controls.unsteered_twin(run, knockout)
-        assert twin is not None and twin.sites == knockout.sites[1:]
+        twin = conditions.unsteered_twin(run, knockout)
+        assert twin is not None and twin.operations == knockout.operations[1:]
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_knockout_with_refusal_added_shares_the_twin_of_the_one_without(name):
     run = compiled(spec.load(name))
     [knockout] = [c for c in run if c.name == "persona, refusal added early, out at 22"]
-    twin = controls.unsteered_twin(run, knockout)
+    twin = conditions.unsteered_twin(run, knockout)
     assert twin is not None and twin.name == "persona, out at 22, unsteered"
 
 
@@ -105,7 +80,7 @@ def test_what_only_adds_or_only_projects_has_no_unsteered_twin():
     run = compiled(spec.load("smollm2-demo"))
     for name in ("baseline", "persona", "refusal out everywhere", "persona, refusal added late"):
         [condition] = [c for c in run if c.name == name]
-        assert controls.unsteered_twin(run, condition) is None
+        assert conditions.unsteered_twin(run, condition) is None
 
 
 def test_a_knockout_that_shares_its_twin_stands_beside_it_in_the_receipt(tmp_path):

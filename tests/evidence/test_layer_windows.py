@@ -19,9 +19,7 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maps(found):
-    return layer_windows.table(
-        found, layer_windows.cells(found, "persona", layer_windows.depth(found))
-    )
+    return layer_windows.table(found, layer_windows.cells(found, "persona"))
 
 
 def one(maps, column, norms, which="knockout"):
@@ -30,7 +28,7 @@ def one(maps, column, norms, which="knockout"):
 
 
 def test_the_persona_is_the_steered_direction(found):
-    assert layer_windows.steered(found, layer_windows.depth(found)) == ["persona"]
+    assert layer_windows.steered(found) == ["persona"]
 
 
 def test_columns_are_layers_by_depth_with_windows_last(maps):
@@ -65,10 +63,8 @@ def test_rates_have_the_wilson_interval_of_statsmodels(maps):
 def test_unlabelled_rows_count_nowhere(found):
     label = pl.when(pl.col("prompt_id") == found.rows["prompt_id"][0]).then(None)
     holed = found.rows.with_columns(label=label.otherwise(pl.col("label")))
-    lacking = results.Results(
-        folder=found.folder, run=found.run, spec=found.spec, rows=holed, verdicts={}
-    )
-    counted = layer_windows.table(lacking, layer_windows.cells(lacking, "persona", 6))
+    lacking = results.Results(folder=found.folder, run=found.run, rows=holed, verdicts={})
+    counted = layer_windows.table(lacking, layer_windows.cells(lacking, "persona"))
     assert set(counted["n"]) == {windows_made.N - 1}
 
 
@@ -127,14 +123,14 @@ def test_rows_without_projections_are_refused_in_one_line(tmp_path):
 
 
 def test_the_first_layer_is_where_something_is_done(found):
-    assert layer_windows.first_layer(found, ["persona x4", "persona, refusal at 1 x2"], 6) == 1
-    assert layer_windows.first_layer(found, ["baseline"], 6) == 0
+    assert layer_windows.first_layer(found, ["persona x4", "persona, refusal at 1 x2"]) == 1
+    assert layer_windows.first_layer(found, ["baseline"]) == 0
 
 
 def test_a_study_that_steers_with_nothing_has_no_window(tmp_path):
     frame = made.rows(windows_made.study()).filter(pl.col("condition") == "baseline")
     bare = results.load(windows_made.folder(tmp_path / "bare", frame=frame))
-    cells = layer_windows.cells(bare, "refusal", 6)
+    cells = layer_windows.cells(bare, "refusal")
     assert cells == []
     assert layer_windows.table(bare, cells).is_empty()
 
@@ -142,8 +138,6 @@ def test_a_study_that_steers_with_nothing_has_no_window(tmp_path):
 def test_a_million_rows_become_a_few_cells(found):
     times = 1_000_000 // found.rows.height + 1
     many = pl.concat([found.rows.select("condition", "family", "label", "prompt_id")] * times)
-    large = results.Results(
-        folder=found.folder, run=found.run, spec=found.spec, rows=many, verdicts={}
-    )
-    table = layer_windows.table(large, layer_windows.cells(large, "persona", 6))
+    large = results.Results(folder=found.folder, run=found.run, rows=many, verdicts={})
+    table = layer_windows.table(large, layer_windows.cells(large, "persona"))
     assert table["n"].sum() > 900_000 and table.height < 40

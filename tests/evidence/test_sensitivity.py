@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import polars as pl
 import pytest
 
@@ -72,7 +73,7 @@ def test_leaving_a_seed_out_leaves_its_comparisons_out(found: Results):
 
 
 def test_the_results_themselves_stay_as_they_are(found: Results):
-    height, run = found.rows.height, dict(found.run)
+    height, run = found.rows.height, found.run
     sensitivity.verdicts(found, Rules(drop_never_refused=True, seeds=frozenset({2})))
     assert found.rows.height == height and found.run == run
 
@@ -97,7 +98,8 @@ def test_a_large_study_is_judged_by_table_and_not_by_row(found: Results):
             for i in range(100)
         ]
     )
-    run = {**found.run, "prompts": {"strongreject": {"n": 40 * 100}}}
+    prompts = {"strongreject": msgspec.structs.replace(found.run.prompts["strongreject"], n=4000)}
+    run = msgspec.structs.replace(found.run, prompts=prompts)
     large = dataclasses.replace(found, rows=many, run=run)
     assert many.height > 50_000
     c = verdict(sensitivity.verdicts(large, Rules(drop_degenerate=True)), "suppression").comparisons

@@ -18,7 +18,8 @@ from jaxsteer.evidence import reliability
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.study import results
+from jaxsteer.study import record, results
+from jaxsteer.study.layer_expr import resolve_layers
 from jaxsteer.study.spec import (
     ClaimSpec,
     ConditionSpec,
@@ -34,7 +35,8 @@ LAYERS, WIDTH = 6, 16
 POLICY = "Be safe. Decline harmful requests."
 Label = Callable[[str, str, int], str]
 # Where the layers that conditions name lie.
-AT = {"steer": "3", "steer+1..last": "4..5"}
+NAMED = {"steer": 3, "refusal": 2, "early": 1}
+DOSE = 4.0
 ADD = OperationSpec(add="persona", at="steer", scale="dose")
 
 
@@ -132,6 +134,19 @@ def usual(condition: str, family: str, i: int) -> str:
     return "degenerate" if i >= 38 else "complied-unscored"
 
 
+def operation(op: OperationSpec, scale: float | None, seed: int | None) -> dict[str, Any]:
+    """An operation as the run record has it."""
+    name, layers = op.add or op.project, resolve_layers(op.at, NAMED, LAYERS, "made")
+    made: dict[str, Any] = {
+        "operation": "add" if op.add else "project",
+        "direction": f"random-{seed}" if name == "random" else name,
+        "layers": list(layers),
+    }
+    if op.add:
+        made["scale"] = {"dose": DOSE, "-dose": -DOSE, "each": scale}.get(op.scale, op.scale)
+    return made
+
+
 def conditions(study: StudySpec) -> list[dict[str, Any]]:
     made = []
     for mode in study.modes or [""]:
@@ -149,12 +164,7 @@ def conditions(study: StudySpec) -> list[dict[str, Any]]:
                             "seed": seed,
                             "scale": scale,
                             "mode": mode,
-                            "sites": [
-                                f"add {op.add} at resid_post.3 x4"
-                                if op.add
-                                else f"project {op.project} at resid_post.{AT.get(op.at, op.at)}"
-                                for op in item.ops
-                            ],
+                            "operations": [operation(op, scale, seed) for op in item.ops],
                             "scope": item.scope,
                             "benign": item.benign,
                             "cancels_steering": item.name == "persona, out at steer",
@@ -164,8 +174,8 @@ def conditions(study: StudySpec) -> list[dict[str, Any]]:
                     )
     for entry in [c for c in made if c["base"] == "persona, out late"]:
         twin = {"name": entry["name"] + ", unsteered", "base": entry["base"] + ", unsteered"}
-        sites = {"sites": entry["sites"][1:], "unsteered_twin_of": entry["name"]}
-        made.append({**entry, **twin, **sites})
+        kept = {"operations": entry["operations"][1:], "unsteered_twin_of": entry["name"]}
+        made.append({**entry, **twin, **kept})
     return made
 
 
@@ -208,8 +218,8 @@ def rows(
                         "label": given,
                         "judge": judge,
                         "cancels_steering": condition["cancels_steering"],
-                        "touched": 20 if condition["sites"] else 0,
-                        "change": 20.0 + i if condition["sites"] else 0.0,
+                        "touched": 20 if condition["operations"] else 0,
+                        "change": 20.0 + i if condition["operations"] else 0.0,
                         "persona_before_prompt": [0.1 * i] * LAYERS,
                     }
                 )
@@ -297,7 +307,7 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
             for mode in study.modes
         ],
         "layers": {"steer": 3, "refusal": 2},
-        "dose": 4.0,
+        "dose": DOSE,
         "directions": {d.name: d.sha256 for d in made},
         "conditions": conditions(study),
         "prompts": {
@@ -310,7 +320,7 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
         },
     }
     return {
-        "format": results.FORMAT,
+        "format": record.FORMAT,
         "key": sha256_bytes(canonical_json(identity).encode()),
         **identity,
         "environment": {

@@ -5,7 +5,8 @@ import pytest
 
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.study import conditions, spec
+from jaxsteer.files import sha256_bytes
+from jaxsteer.study import conditions, layer_expr, record, spec
 
 L, D = 10, 8
 NAMED = {"steer": 5, "early": 2, "refusal": 4, "late_refusal": 8}
@@ -21,7 +22,12 @@ def directions(seed=0):
 
 
 def by_name(study):
-    return {c.name: c for c in conditions.conditions(study, directions(), NAMED, 4.0)}
+    found = conditions.conditions(study, NAMED, 4.0, L)
+    return {c.name: c for c in conditions.mark_cancelling(found, directions())}
+
+
+def words(condition):
+    return [record.describe(operation) for operation in condition.operations]
 
 
 def test_the_demo_study_has_its_planned_conditions_and_every_knockout_its_twin():
@@ -33,7 +39,7 @@ def test_the_demo_study_has_its_planned_conditions_and_every_knockout_its_twin()
     for knockout in knockouts:
         twin = found[f"{knockout.name}, unsteered"]
         assert twin.unsteered_twin_of == knockout.name
-        assert twin.sites == knockout.sites[1:]
+        assert twin.operations == knockout.operations[1:]
 
 
 def test_only_the_knockout_at_the_steering_layer_cancels_steering():
@@ -45,9 +51,9 @@ def test_only_the_knockout_at_the_steering_layer_cancels_steering():
 
 def test_dose_and_offsets_are_resolved_into_readable_sites():
     found = by_name(spec.load("smollm2-demo"))
-    assert found["persona"].sites == ("add persona at resid_post.5 x4",)
+    assert words(found["persona"]) == ["add persona at resid_post.5 x4"]
     late = "project persona at resid_post.6..9 (measured at resid_post.5)"
-    assert late in found["persona, out over late window"].sites
+    assert late in words(found["persona, out over late window"])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,7 @@ def test_dose_and_offsets_are_resolved_into_readable_sites():
     ],
 )
 def test_layer_expressions(text, expected):
-    assert conditions.resolve_layers(text, NAMED, L, "test") == expected
+    assert layer_expr.resolve_layers(text, NAMED, L, "test") == expected
 
 
 @pytest.mark.parametrize("name", ["late2", "late-two", "late_2", "Late", "spät"])
@@ -75,7 +81,7 @@ def test_a_layer_may_have_any_name_that_a_study_may_give_it(tmp_path, name, offs
     )
     path.write_text(f'layers = {{ "{name}" = 6 }}\n' + HEAD + condition)
     layers = spec.load(path).layers
-    assert conditions.resolve_layers(name + offset, layers, L, "test")[0] == expected
+    assert layer_expr.resolve_layers(name + offset, layers, L, "test")[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -84,12 +90,12 @@ def test_a_layer_may_have_any_name_that_a_study_may_give_it(tmp_path, name, offs
 )
 def test_layers_that_are_not_there_are_refused(text):
     with pytest.raises(UserError, match="test"):
-        conditions.resolve_layers(text, NAMED, L, "test")
+        layer_expr.resolve_layers(text, NAMED, L, "test")
 
 
 def test_a_window_written_with_a_dash_is_told_how_to_write_it():
     with pytest.raises(UserError, match=r"write a window as 2\.\.4$"):
-        conditions.resolve_layers("2-4", NAMED, L, "test")
+        layer_expr.resolve_layers("2-4", NAMED, L, "test")
 
 
 def compiled(tmp_path, text):
@@ -129,8 +135,10 @@ ops = [{ add = "random", at = "steer", scale = "each" }]
     ]
     direct = found["direct: r x2 #1"]
     assert (direct.base, direct.seed, direct.scale, direct.mode) == ("r", 1, 2.0, "direct")
-    assert direct.system.startswith("You are direct.") and direct.system.endswith("help with that.")
-    assert found["none: r x2 #1"].system == direct.system.split("\n\n")[1]
+    systems = conditions.system_prompts(spec.load(path))
+    assert systems["direct"].startswith("You are direct.")
+    assert systems["none"] == systems["direct"].split("\n\n")[1]
+    assert direct.system_sha256 == sha256_bytes(systems["direct"].encode())
 
 
 def test_a_vector_can_take_anothers_norm(tmp_path):
@@ -139,7 +147,9 @@ def test_a_vector_can_take_anothers_norm(tmp_path):
 name = "matched"
 ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at = "steer" }]
 """
-    (added,) = compiled(tmp_path, text)["matched"].operations
+    matched = compiled(tmp_path, text)["matched"]
+    assert words(matched) == ["add refusal at resid_post.7 x-2 (norm of persona at resid_post.5)"]
+    (added,) = conditions.operations(matched, directions())
     norm = np.linalg.norm(directions()["persona"].vectors[5])
     np.testing.assert_allclose(np.linalg.norm(added.direction, axis=1), norm, rtol=1e-5)
     cosine = added.direction[7] @ directions()["refusal"].unit()[7] / norm
@@ -230,11 +240,7 @@ def test_every_mode_has_its_twin_even_when_two_have_the_same_text(tmp_path):
     path.write_text(modes + HEAD + f'[[condition]]\nname = "out"\nops = {ops}')
     twins = [c for c in by_name(spec.load(path)).values() if c.unsteered_twin_of]
     assert [twin.mode for twin in twins] == ["none", f"{tmp_path}/empty.toml"]
-    assert twins[0].system == twins[1].system
-
-
-def test_spans_are_readable():
-    assert conditions.spans((22, 24, 25, 26)) == "resid_post.22, resid_post.24..26"
+    assert twins[0].system_sha256 == twins[1].system_sha256
 
 
 def test_an_unknown_mode_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from jaxsteer.model.convert import convert
 from jaxsteer.study import cost, prepare, run, spec
 from jaxsteer.topology import MODELS
 from tests import tiny
+from tests.study import stand_ins
 
 LLAMA_8B = MODELS["llama-3.1-8b"]
 
@@ -72,7 +73,7 @@ def test_full_size_models_have_their_published_numbers_of_parameters():
 
 @pytest.mark.parametrize("name", ["llama3.1-8b-paper", "qwen2.5-7b-paper"])
 def test_the_paper_studies_compile_for_their_models_with_every_condition_of_the_protocol(name):
-    compiled = cost.stand_in_conditions(spec.load(name), LLAMA_8B)
+    compiled = stand_ins.compiled(spec.load(name), LLAMA_8B.n_layers)
     names = [condition.name for condition in compiled]
     # PROTOCOL 2.1 lists 63 conditions for Llama and 64 for Qwen, the baseline among them.
     blocks = {"persona, natural", "user persona, natural", "I-Thou, natural", "minus refusal"}

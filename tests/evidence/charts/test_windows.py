@@ -16,9 +16,7 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def maps(found):
-    return layer_windows.table(
-        found, layer_windows.cells(found, "persona", layer_windows.depth(found))
-    )
+    return layer_windows.table(found, layer_windows.cells(found, "persona"))
 
 
 def title(chart) -> str:

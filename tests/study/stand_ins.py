@@ -1,0 +1,35 @@
+"""Random directions for the conditions of a study, where only their shape matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsteer.directions.direction import Direction
+from jaxsteer.study import conditions, layer_expr
+from jaxsteer.study.record import Add, Condition
+from jaxsteer.study.spec import StudySpec
+
+
+def directions(found: Sequence[Condition], n_layers: int) -> dict[str, Direction]:
+    """A direction of width 8 for each name that the conditions use."""
+    draw = np.random.default_rng(0)
+    done = [op for condition in found for op in condition.operations]
+    names = {op.direction for op in done} | {op.norm_of for op in done if isinstance(op, Add)}
+    return {
+        name: Direction(
+            name=name, vectors=draw.standard_normal((n_layers, 8)).astype(np.float32), provenance={}
+        )
+        for name in sorted(names - {None})
+    }
+
+
+def compiled(study: StudySpec, n_layers: int = 32) -> list[Condition]:
+    """A study's conditions as a run records them, steered at block 17."""
+    named = {"steer": 17, "refusal": 14} | {
+        name: layer if isinstance(layer, int) else layer_expr.depth(layer, n_layers)
+        for name, layer in study.layers.items()
+    }
+    found = conditions.conditions(study, named, study.dose or 1.0, n_layers)
+    return conditions.mark_cancelling(found, directions(found, n_layers))
