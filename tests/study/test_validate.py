@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import gc
-import weakref
-
 import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import conditions, cost, run, selection, spec, validate
+from jaxsteer.study import cost, run, selection, spec, validate
 from tests import tiny
 
 DIRECTION = 'persona = { kind = "trait", trait = "compliant" }\n'
@@ -159,26 +156,3 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
     else:
         with pytest.raises(UserError, match="is no twin that is made"):
             validate.study(study, model, {})
-
-
-def test_the_conditions_of_one_choice_at_a_time_are_held(model, tmp_path, monkeypatch):
-    # A vector of every layer for each operation, times a hundred choices, would be gigabytes.
-    held, most = weakref.WeakSet(), []
-
-    def watched(*args):
-        made = conditions.conditions(*args)
-        held.update(made)
-        most.append(len(held) / len(made))
-        return made
-
-    monkeypatch.setattr(validate, "conditions", watched)
-    every = ("[0.5]", "[0.0, 0.5, 1.0]\nrefusal_layers = [0.0, 0.5, 1.0]")
-    study = spec.load(tiny.study_file(tmp_path, *chosen(*every), REFUSAL))
-    gc.disable()
-    try:
-        validate.study(study, model, {})
-    finally:
-        gc.enable()
-    # The deepest choice is what is run in the plan; beside it there is the one that was looked at,
-    # and the one that is being made.
-    assert len(most) == 9 and max(most) <= 3
