@@ -84,7 +84,7 @@ def _():
 def _(add_plane):
     _v = add_plane.value
     _h, _after = lesson.steer_2d(_v["h"], _v["d"], ["add"], strength=_v["strength"])
-    _before_u, _after_u = lesson.shadows(_v["d"], [_h, _after])
+    _before_u, _after_u = lesson.projections_2d(_v["d"], [_h, _after])
     _explained = mo.md(rf"""
     In numbers, computed by the library's own `interventions.apply`:
 
@@ -92,7 +92,7 @@ def _(add_plane):
     ({_v["d"][0]:.2f}, {_v["d"][1]:.2f}) = ({_after[0]:.2f}, {_after[1]:.2f})$
 
     The shadow goes from {_before_u:+.2f} to {_after_u:+.2f}, by {_after_u - _before_u:+.2f}; and
-    $\alpha \lVert d \rVert$ is {_v["strength"] * lesson.length(_v["d"]):+.2f}.
+    $\alpha \lVert d \rVert$ is {_v["strength"] * lesson.norm(_v["d"]):+.2f}.
     """)
     mo.hstack([add_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -128,10 +128,10 @@ def _():
 def _(project_plane):
     _v = project_plane.value
     _h, _after = lesson.steer_2d(_v["h"], _v["d"], ["project"])
-    _kept = lesson.length(_after) ** 2 / max(lesson.length(_h) ** 2, 1e-12)
+    _kept = lesson.norm(_after) ** 2 / max(lesson.norm(_h) ** 2, 1e-12)
     _explained = mo.md(rf"""
     $h' = ({_after[0]:.2f}, {_after[1]:.2f})$, and its shadow is
-    {lesson.shadows(_v["d"], [_after])[0]:+.2f}.
+    {lesson.projections_2d(_v["d"], [_after])[0]:+.2f}.
 
     By Pythagoras $\lVert h \rVert^2 = (u \cdot h)^2 + \lVert h' \rVert^2$: of this state's squared
     length {_kept:.0%} survives. In a plane one direction is half of all there is. In 576 dimensions
@@ -164,7 +164,7 @@ def _():
 def _(cap_plane):
     _v = cap_plane.value
     _states = lesson.steer_2d(_v["h"], _v["d"], ["cap"], high=_v["high"])
-    _before_u, _after_u = lesson.shadows(_v["d"], _states)
+    _before_u, _after_u = lesson.projections_2d(_v["d"], _states)
     _inside = abs(_before_u) <= _v["high"] + 1e-6
     _explained = mo.md(rf"""
     The shadow is {_before_u:.2f}, the bound {_v["high"]:.2f}:
@@ -222,7 +222,7 @@ def _(cancel_plane):
     | add {_v["strength"]:+.2f} $d$, then project out | ({_with[0]:.3f}, {_with[1]:.3f}) |
     | project out only | ({_without[0]:.3f}, {_without[1]:.3f}) |
 
-    The two differ by {lesson.length(_with - _without):.1g}: at most the rounding of 32-bit numbers.
+    The two differ by {lesson.norm(_with - _without):.1g}: at most the rounding of 32-bit numbers.
     """)
     mo.hstack([cancel_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -275,16 +275,16 @@ def _(model, results):
         with mo.status.spinner(
             "Looking for directions (extracting takes a minute)", remove_on_exit=True
         ):
-            bench = lesson.open_bench(
+            steerable = lesson.load(
                 model,
                 ROOT / results.value / "directions.safetensors",
                 ROOT / "results/lesson/directions.safetensors",
             )
         _error = None
     except UserError as error:
-        bench, _error = None, str(error)
-    mo.stop(bench is None, mo.callout(mo.plain_text(_error or ""), kind="danger"))
-    return (bench,)
+        steerable, _error = None, str(error)
+    mo.stop(steerable is None, mo.callout(mo.plain_text(_error or ""), kind="danger"))
+    return (steerable,)
 
 
 @app.cell(hide_code=True)
@@ -317,9 +317,9 @@ def _():
 
 
 @app.cell
-def _(bench):
-    _layers = bench.model.config.n_layers
-    _names = list(bench.directions)
+def _(steerable):
+    _layers = steerable.model.config.n_layers
+    _names = list(steerable.directions)
     direction = mo.ui.dropdown(_names, value=_names[0], label="direction")
     kind = mo.ui.radio(
         {"add": "add", "project out": "project", "cap": "cap"}, value="add", inline=True
@@ -340,11 +340,11 @@ def _(bench):
 
 
 @app.cell
-def _(bench, example, own, policy):
+def _(example, own, policy, steerable):
     try:
         _system = prompts.policy(policy.value).text if policy.value else None
-        prompt = bench.model.tokenizer.chat(own.value.strip() or example.value, _system)
-        baseline = bench.read(prompt, [])
+        prompt = steerable.model.tokenizer.chat(own.value.strip() or example.value, _system)
+        baseline = steerable.read(prompt, [])
         _error = ""
     except UserError as error:
         prompt = baseline = None
@@ -354,16 +354,16 @@ def _(bench, example, own, policy):
 
 
 @app.cell
-def _(bench, direction, kind, layer, prompt, strength):
-    operations = bench.operation(kind.value, direction.value, layer.value, strength.value)
+def _(direction, kind, layer, prompt, steerable, strength):
+    operations = steerable.operation(kind.value, direction.value, layer.value, strength.value)
     what = steering.describe(kind.value, direction.value, layer.value, strength.value)
-    steered = bench.read(prompt, operations)
+    steered = steerable.read(prompt, operations)
     return operations, steered, what
 
 
 @app.cell
-def _(baseline, bench, steered, what):
-    _tokens = lesson.next_tokens(bench.model, baseline, steered)
+def _(baseline, steerable, steered, what):
+    _tokens = lesson.next_tokens(steerable.model, baseline, steered)
     _moved = lesson.moved(baseline.logits, steered.logits)
     next_tokens = mo.vstack(
         [
@@ -386,19 +386,19 @@ def _():
 
 
 @app.cell
-def _(baseline, bench):
-    baseline_reply = list(bench.replies(baseline, []))[-1]
+def _(baseline, steerable):
+    baseline_reply = list(steerable.replies(baseline, []))[-1]
     return (baseline_reply,)
 
 
 @app.cell
-def _(baseline_reply, bench, depth, next_tokens, operations, own, reveal, steered, what):
+def _(baseline_reply, depth, next_tokens, operations, own, reveal, steerable, steered, what):
     # Naming the charts makes this cell wait for them: they are there sooner than a whole reply.
     assert next_tokens is not None and depth is not None
     _veiled = bool(own.value.strip()) and not reveal.value
     _note = "Replies to your own prompt are blurred until you ask for them." if _veiled else ""
     _before = text.card("baseline", baseline_reply, "baseline", veiled=_veiled)
-    for _reply in bench.replies(steered, operations):
+    for _reply in steerable.replies(steered, operations):
         _after = text.card(what, _reply, "persona", veiled=_veiled)
         replies = mo.Html(text.cards(_before, _after, note=_note))
         mo.output.replace(replies)
@@ -423,8 +423,8 @@ def _():
 
 
 @app.cell
-def _(baseline, bench, layer, prompt, steered, what):
-    table = lesson.projections(bench, prompt, baseline, steered)
+def _(baseline, layer, prompt, steerable, steered, what):
+    table = lesson.projections(steerable, prompt, baseline, steered)
     depth = steering.depth_chart(table, layer.value, what)
     depth  # noqa: B018
     return depth, table
@@ -461,8 +461,8 @@ def _():
 
 
 @app.cell
-def _(bench):
-    _layers = bench.model.config.n_layers
+def _(steerable):
+    _layers = steerable.model.config.n_layers
     added_at = mo.ui.slider(
         0, _layers - 1, value=_layers // 2, label="added at layer", show_value=True, debounce=True
     )
@@ -472,8 +472,8 @@ def _(bench):
 
 
 @app.cell
-def _(added, added_at, bench, direction, prompt):
-    _survived = lesson.survival(bench, prompt, direction.value, added_at.value, added.value)
+def _(added, added_at, direction, prompt, steerable):
+    _survived = lesson.survival(steerable, prompt, direction.value, added_at.value, added.value)
     _what = steering.describe("add", direction.value, added_at.value, added.value)
     steering.survival_chart(_survived, _what)
     return

@@ -32,9 +32,9 @@ def direction(model, name, seed):
 
 
 @pytest.fixture(scope="module")
-def bench(model):
+def steerable(model):
     made = {name: direction(model, name, seed) for seed, name in enumerate(("persona", "refusal"))}
-    return lesson.Bench(model=model, directions=made, watched=("persona", "refusal"))
+    return lesson.SteerableModel(model=model, directions=made, watched=("persona", "refusal"))
 
 
 def test_adding_in_the_plane_is_vector_addition():
@@ -48,7 +48,7 @@ def test_projecting_in_the_plane_leaves_the_perpendicular_part():
 
 
 @pytest.mark.parametrize(("h", "expected"), [((3, 1), 1.5), ((-3, 1), -1.5), ((0.5, 1), 0.5)])
-def test_capping_in_the_plane_bounds_the_shadow_on_both_sides(h, expected):
+def test_capping_in_the_plane_bounds_the_projection_on_both_sides(h, expected):
     _, after = lesson.steer_2d(h, (2, 0), ["cap"], high=1.5)
     np.testing.assert_allclose(after, [expected, 1], atol=1e-6)
 
@@ -66,9 +66,9 @@ def test_a_zero_direction_moves_nothing_in_the_plane():
     np.testing.assert_array_equal(states, [[1, 2]] * 4)
 
 
-def test_shadows_are_projections_onto_the_unit_vector():
-    assert lesson.shadows((0, 3), [np.array([5, 2]), np.array([1, -4])]) == [2, -4]
-    assert lesson.shadows((0, 0), [np.array([5, 2])]) == [0]
+def test_projections_in_the_plane_are_onto_the_unit_vector():
+    assert lesson.projections_2d((0, 3), [np.array([5, 2]), np.array([1, -4])]) == [2, -4]
+    assert lesson.projections_2d((0, 0), [np.array([5, 2])]) == [0]
 
 
 def test_moved_is_the_total_variation_distance():
@@ -78,48 +78,48 @@ def test_moved_is_the_total_variation_distance():
     assert lesson.moved(one, one + 7) == pytest.approx(0, abs=1e-6)
 
 
-def test_every_kind_layer_and_strength_runs_the_same_two_programs(bench):
+def test_every_kind_layer_and_strength_runs_the_same_two_programs(steerable):
     stepwise.read_prompt.clear_cache()
     stepwise.write.clear_cache()
     for kind, layer, strength in (("add", 0, 2.0), ("project", 1, 1.0), ("cap", 2, 0.5)):
-        operations = bench.operation(kind, "persona", layer, strength)
-        list(bench.replies(bench.read(PROMPT, operations), operations))
-    list(bench.replies(bench.read(PROMPT, []), []))
+        operations = steerable.operation(kind, "persona", layer, strength)
+        list(steerable.replies(steerable.read(PROMPT, operations), operations))
+    list(steerable.replies(steerable.read(PROMPT, []), []))
     assert (stepwise.read_prompt._cache_size(), stepwise.write._cache_size()) == (1, 1)
 
 
-def test_the_neighbour_that_fixes_the_shapes_changes_nothing(bench):
-    plain, none = bench.read(PROMPT, []), bench.operation("add", "persona", LAYER, 0.0)
-    np.testing.assert_array_equal(plain.logits, bench.read(PROMPT, none).logits)
+def test_the_neighbour_that_fixes_the_shapes_changes_nothing(steerable):
+    plain, none = steerable.read(PROMPT, []), steerable.operation("add", "persona", LAYER, 0.0)
+    np.testing.assert_array_equal(plain.logits, steerable.read(PROMPT, none).logits)
 
 
-def test_projections_are_in_natural_norms(bench):
-    plain = bench.read(PROMPT, [])
-    steered = bench.read(PROMPT, bench.operation("add", "persona", LAYER, 2.5))
-    table = lesson.projections(bench, PROMPT, plain, steered)
-    assert len(table) == bench.model.config.n_layers * len(PROMPT) * 2
+def test_projections_are_in_natural_norms(steerable):
+    plain = steerable.read(PROMPT, [])
+    steered = steerable.read(PROMPT, steerable.operation("add", "persona", LAYER, 2.5))
+    table = lesson.projections(steerable, PROMPT, plain, steered)
+    assert len(table) == steerable.model.config.n_layers * len(PROMPT) * 2
     own = table.filter(direction="persona", layer=LAYER)
     np.testing.assert_allclose(own["change"], 2.5, rtol=1e-4)
     np.testing.assert_allclose(table.filter(layer=0)["change"], 0, atol=1e-5)
     last = table.filter(direction="refusal", layer=2, position=len(PROMPT) - 1).row(0, named=True)
-    expected = steered.projections[2, -1, 1] / bench.norms[2, 1]
+    expected = steered.projections[2, -1, 1] / steerable.norms[2, 1]
     assert last["steered"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_cap_keeps_projections_within_its_bound(bench):
-    plain = bench.read(PROMPT, [])
-    capped = bench.read(PROMPT, bench.operation("cap", "persona", LAYER, 0.1))
-    table = lesson.projections(bench, PROMPT, plain, capped).filter(
+def test_a_cap_keeps_projections_within_its_bound(steerable):
+    plain = steerable.read(PROMPT, [])
+    capped = steerable.read(PROMPT, steerable.operation("cap", "persona", LAYER, 0.1))
+    table = lesson.projections(steerable, PROMPT, plain, capped).filter(
         direction="persona", layer=LAYER
     )
     assert table["baseline"].abs().max() > 0.11
     assert table["steered"].abs().max() <= 0.1 + 1e-5
 
 
-def test_the_likeliest_tokens_of_either_side_come_first(bench):
-    plain = bench.read(PROMPT, [])
-    steered = bench.read(PROMPT, bench.operation("add", "refusal", LAYER, 6.0))
-    table = lesson.next_tokens(bench.model, plain, steered, top=5)
+def test_the_likeliest_tokens_of_either_side_come_first(steerable):
+    plain = steerable.read(PROMPT, [])
+    steered = steerable.read(PROMPT, steerable.operation("add", "refusal", LAYER, 6.0))
+    table = lesson.next_tokens(steerable.model, plain, steered, top=5)
     best = np.maximum(table["baseline"], table["steered"])
     assert list(best) == sorted(best, reverse=True)
     assert {int(plain.logits.argmax()), int(steered.logits.argmax())} <= set(table["token"])
@@ -127,13 +127,13 @@ def test_the_likeliest_tokens_of_either_side_come_first(bench):
     np.testing.assert_allclose(table["baseline"], probability[table["token"]], rtol=1e-5)
 
 
-def test_an_addition_survives_a_later_projection_but_not_one_at_its_own_layer(bench):
-    table = lesson.survival(bench, PROMPT, "persona", 0, 6.0)
+def test_an_addition_survives_a_later_projection_but_not_one_at_its_own_layer(steerable):
+    table = lesson.survival(steerable, PROMPT, "persona", 0, 6.0)
     assert table["later"].to_list() == [0, 1, 2] and table["layer"].to_list() == [0, 1, 2]
     assert table["moved"][0] < 1e-5
     assert table["moved"][1:].min() > 1e-3
-    plain = bench.read(PROMPT, [])
-    steered = bench.read(PROMPT, bench.operation("add", "persona", 0, 6.0))
+    plain = steerable.read(PROMPT, [])
+    steered = steerable.read(PROMPT, steerable.operation("add", "persona", 0, 6.0))
     alone = lesson.moved(plain.logits, steered.logits)
     assert table["alone"][0] == pytest.approx(alone, abs=1e-5)
 
@@ -142,8 +142,8 @@ def test_directions_of_a_results_directory_are_taken_as_they_are(model, tmp_path
     path = tmp_path / "directions.safetensors"
     made = [direction(model, name, seed) for seed, name in enumerate(("other", "refusal"))]
     directions.save(path, made)
-    bench = lesson.open_bench(model, path, tmp_path / "kept")
-    assert set(bench.directions) == {"other", "refusal"} and bench.watched == ("refusal",)
+    steerable = lesson.load(model, path, tmp_path / "kept")
+    assert set(steerable.directions) == {"other", "refusal"} and steerable.watched == ("refusal",)
 
 
 def test_directions_of_another_model_are_refused(model, tmp_path):
@@ -154,7 +154,7 @@ def test_directions_of_another_model_are_refused(model, tmp_path):
         [Direction(name="persona", vectors=foreign.vectors, provenance={"weights_sha256": "x"})],
     )
     with pytest.raises(UserError, match="other weights"):
-        lesson.open_bench(model, path, tmp_path / "kept")
+        lesson.load(model, path, tmp_path / "kept")
 
 
 def test_without_directions_they_are_extracted_once_and_kept(model, tmp_path, monkeypatch):
@@ -165,10 +165,10 @@ def test_without_directions_they_are_extracted_once_and_kept(model, tmp_path, mo
         name="compliant", description="", positive=[words], negative=["w4 w5"], questions=["w6"]
     )
     monkeypatch.setattr(lesson.prompts, "trait", lambda name: small)
-    first = lesson.open_bench(model, tmp_path / "none", kept)
+    first = lesson.load(model, tmp_path / "none", kept)
     assert sorted(first.directions) == ["persona", "random-1"]
     written = kept.stat().st_mtime_ns
-    again = lesson.open_bench(model, tmp_path / "none", kept)
+    again = lesson.load(model, tmp_path / "none", kept)
     assert kept.stat().st_mtime_ns == written
     np.testing.assert_array_equal(
         first.directions["persona"].vectors, again.directions["persona"].vectors
