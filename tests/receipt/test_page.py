@@ -25,7 +25,8 @@ FIXED = {
     *("confirmed", "not confirmed", "not tested", "lower", "higher", "few-raised", "cosine-above"),
     *("refusal", "bypass", "degenerate", "harmful", "incoherent"),
     *("neutral", "unsteered", "random", "benign", "strongreject"),
-    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v1"),
+    *("add", "project", "cap", "resid_post"),
+    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v2"),
 }
 
 
