@@ -85,7 +85,7 @@ def save(
     config: ModelConfig,
     params: Mapping[str, np.ndarray],
     *,
-    write_tokenizer: Callable[[Path], None],
+    write_tokenizer: Callable[[Path], object],
     eos_token_ids: list[int],
     source: dict[str, Any],
 ) -> None:

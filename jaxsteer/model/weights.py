@@ -1,13 +1,13 @@
-"""The weight map as data: where each source tensor goes, and how it is turned on the way.
+"""The weight map as data: each parameter's dimensions, its source tensor, and how to transform it.
 
-Target paths are those of `model.Decoder`, written `layers/3/attn/q/kernel`. Kernels are stored
-input-major, so HF's [out, in] matrices are transposed.
+Parameter paths are those of `decoder.Decoder`, written `layers/3/attn/q/kernel`. Kernels are stored
+[in, out], so HF's [out, in] matrices are transposed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -32,91 +32,84 @@ class Entry:
     rule: Rule
 
 
-# (target below layers/N, HF name below model.layers.N, GGUF name below blk.N)
+# Parameter, its dimensions (letters as in `lengths`), and the tensor in HF safetensors and in a
+# GGUF, there with .weight or .bias at the end.
+_OUTER = (
+    ("embed/embedding", "VD", "model.embed_tokens", "token_embd"),
+    ("final_norm/scale", "D", "model.norm", "output_norm"),
+)
+_HEAD = (("head/kernel", "DV", "lm_head", "output"),)
+# The same below layers/N, model.layers.N and blk.N.
 _LAYER = (
-    ("attn_norm/scale", "input_layernorm.weight", "attn_norm.weight"),
-    ("attn/q/kernel", "self_attn.q_proj.weight", "attn_q.weight"),
-    ("attn/k/kernel", "self_attn.k_proj.weight", "attn_k.weight"),
-    ("attn/v/kernel", "self_attn.v_proj.weight", "attn_v.weight"),
-    ("attn/o/kernel", "self_attn.o_proj.weight", "attn_output.weight"),
-    ("mlp_norm/scale", "post_attention_layernorm.weight", "ffn_norm.weight"),
-    ("mlp/gate/kernel", "mlp.gate_proj.weight", "ffn_gate.weight"),
-    ("mlp/up/kernel", "mlp.up_proj.weight", "ffn_up.weight"),
-    ("mlp/down/kernel", "mlp.down_proj.weight", "ffn_down.weight"),
+    ("attn_norm/scale", "D", "input_layernorm", "attn_norm"),
+    ("attn/q/kernel", "DN", "self_attn.q_proj", "attn_q"),
+    ("attn/k/kernel", "DK", "self_attn.k_proj", "attn_k"),
+    ("attn/v/kernel", "DK", "self_attn.v_proj", "attn_v"),
+    ("attn/o/kernel", "ND", "self_attn.o_proj", "attn_output"),
+    ("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm"),
+    ("mlp/gate/kernel", "DF", "mlp.gate_proj", "ffn_gate"),
+    ("mlp/up/kernel", "DF", "mlp.up_proj", "ffn_up"),
+    ("mlp/down/kernel", "FD", "mlp.down_proj", "ffn_down"),
 )
 _BIASES = (
-    ("attn/q/bias", "self_attn.q_proj.bias", "attn_q.bias"),
-    ("attn/k/bias", "self_attn.k_proj.bias", "attn_k.bias"),
-    ("attn/v/bias", "self_attn.v_proj.bias", "attn_v.bias"),
+    ("attn/q/bias", "N", "self_attn.q_proj", "attn_q"),
+    ("attn/k/bias", "K", "self_attn.k_proj", "attn_k"),
+    ("attn/v/bias", "K", "self_attn.v_proj", "attn_v"),
 )
-_OUTER = (
-    ("embed/embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    ("final_norm/scale", "model.norm.weight", "output_norm.weight"),
-)
-_HEAD = (("head/kernel", "lm_head.weight", "output.weight"),)
+
+
+def _rows(config: ModelConfig) -> Iterator[tuple[str, str, str, str]]:
+    yield from _OUTER + (() if config.tied else _HEAD)
+    for n in range(config.n_layers):
+        for target, letters, hf, gguf in _LAYER + (_BIASES if config.qkv_bias else ()):
+            yield f"layers/{n}/{target}", letters, f"model.layers.{n}.{hf}", f"blk.{n}.{gguf}"
 
 
 def table(config: ModelConfig, form: Literal["hf", "gguf"]) -> list[Entry]:
     """Every parameter of the model with its source tensor, for HF safetensors or GGUF names."""
-    layer_rows = _LAYER + (_BIASES if config.qkv_bias else ())
-    prefix = "model.layers" if form == "hf" else "blk"
-    rows = [(t, hf, gguf) for t, hf, gguf in _OUTER + (() if config.tied else _HEAD)]
-    entries = [
-        Entry(source=hf if form == "hf" else gguf, target=target, rule=_rule(target))
-        for target, hf, gguf in rows
-    ]
-    for layer in range(config.n_layers):
-        for target, hf, gguf in layer_rows:
-            rule = _rule(target)
-            # llama.cpp stores Llama's q and k with the rotary pairs interleaved; Qwen2's not.
-            if form == "gguf" and config.architecture == "llama":
-                if target == "attn/q/kernel":
-                    rule = "unpermute_q"
-                elif target == "attn/k/kernel":
-                    rule = "unpermute_k"
-            entries.append(
-                Entry(
-                    source=f"{prefix}.{layer}.{hf if form == 'hf' else gguf}",
-                    target=f"layers/{layer}/{target}",
-                    rule=rule,
-                )
-            )
+    # llama.cpp stores Llama's q and k with the rotary pairs interleaved; Qwen2's not.
+    permuted = form == "gguf" and config.architecture == "llama"
+    entries = []
+    for target, _, hf, gguf in _rows(config):
+        kind = "bias" if target.endswith("bias") else "weight"
+        source = f"{hf if form == 'hf' else gguf}.{kind}"
+        entries.append(Entry(source=source, target=target, rule=_rule(target, permuted)))
     return entries
 
 
-def _rule(target: str) -> Rule:
+def _rule(target: str, permuted: bool) -> Rule:
+    if permuted and target.endswith("attn/q/kernel"):
+        return "unpermute_q"
+    if permuted and target.endswith("attn/k/kernel"):
+        return "unpermute_k"
     return "transpose" if target.endswith("kernel") else "copy"
 
 
-def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by path."""
+def lengths(config: ModelConfig) -> dict[str, int]:
+    """The length of each dimension of a parameter, by its letter.
+
+    D d_model, F d_ff, V vocabulary, N all query heads and K all key-value heads side by side.
+    """
     c = config
-    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm/scale": (c.d_model,),
-        "attn/q/kernel": (c.d_model, q),
-        "attn/k/kernel": (c.d_model, kv),
-        "attn/v/kernel": (c.d_model, kv),
-        "attn/o/kernel": (q, c.d_model),
-        "mlp_norm/scale": (c.d_model,),
-        "mlp/gate/kernel": (c.d_model, c.d_ff),
-        "mlp/up/kernel": (c.d_model, c.d_ff),
-        "mlp/down/kernel": (c.d_ff, c.d_model),
-    }
-    if c.qkv_bias:
-        layer |= {"attn/q/bias": (q,), "attn/k/bias": (kv,), "attn/v/bias": (kv,)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed/embedding": (c.vocab_size, c.d_model),
-        "final_norm/scale": (c.d_model,),
-    }
-    if not c.tied:
-        shapes["head/kernel"] = (c.d_model, c.vocab_size)
-    for index in range(c.n_layers):
-        shapes |= {f"layers/{index}/{name}": shape for name, shape in layer.items()}
-    return shapes
+    heads = {"N": c.n_heads * c.head_dim, "K": c.n_kv_heads * c.head_dim}
+    return {"D": c.d_model, "F": c.d_ff, "V": c.vocab_size, **heads}
 
 
-def turn(value: np.ndarray, rule: Rule, config: ModelConfig) -> np.ndarray:
+def dimensions(config: ModelConfig) -> dict[str, str]:
+    """Letters of the dimensions of every parameter, by path."""
+    return {target: letters for target, letters, _, _ in _rows(config)}
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by path."""
+    length = lengths(config)
+    return {
+        path: tuple(length[letter] for letter in letters)
+        for path, letters in dimensions(config).items()
+    }
+
+
+def transform(value: np.ndarray, rule: Rule, config: ModelConfig) -> np.ndarray:
     """Apply a rule to one source tensor."""
     if rule == "copy":
         return value
@@ -154,8 +147,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{path}/")
-        else:
-            flat[path] = value
+        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
     return flat

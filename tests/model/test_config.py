@@ -82,9 +82,10 @@ def test_llama3_scaling_is_read_in_both_spellings():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*unknown"),
         ({"num_key_value_heads": 5}, "divide"),
-        ({"hidden_size": "wide"}, "wrong type"),
-        ({"hidden_size": float("inf")}, "wrong type"),
-        ({"num_attention_heads": 0}, "wrong type: 0 where a size of at least 1"),
+        ({"hidden_size": "wide"}, "hidden_size='wide' is not supported; a number above 0 is"),
+        ({"hidden_size": float("inf")}, "hidden_size=inf is not supported"),
+        ({"hidden_size": 32.5}, "hidden_size=32.5 is not supported; a whole number is"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not supported"),
         ({"architectures": 5}, "architecture 5 is not supported"),
         ({"architectures": [[]]}, r"architecture \[\] is not supported"),
         ({"layer_types": 5}, "layer_types=5"),
@@ -93,6 +94,14 @@ def test_llama3_scaling_is_read_in_both_spellings():
 def test_what_would_change_the_computation_is_refused_by_name(change, message):
     with pytest.raises(UserError, match=message):
         from_hf(LLAMA | change, "test")
+
+
+def test_every_unknown_key_and_unsupported_value_is_named_at_once():
+    with pytest.raises(UserError) as caught:
+        from_hf(LLAMA | {"hidden_act": "gelu", "logit_scale": 2.0, "sinks": "x" * 500}, "test")
+    for part in ("hidden_act='gelu'", "logit_scale is unknown", "sinks is unknown", "hidden_size"):
+        assert part in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 # Another value of every key that is read, and what it is read from.
@@ -114,14 +123,14 @@ OTHER_VALUES = {
 }
 
 
-@pytest.mark.parametrize("key", sorted(config._READ))
+@pytest.mark.parametrize("key", sorted(config.READ))
 def test_every_key_that_is_read_changes_what_is_computed(key):
     assert from_hf(LLAMA | {key: OTHER_VALUES[key]}, "test") != from_hf(LLAMA, "test")
 
 
 def test_a_key_is_either_read_or_inert_or_has_one_value():
-    assert not config._READ & config._INERT
-    assert not (config._READ | config._INERT) & set(config._ONLY)
+    assert not config.READ & config.INERT
+    assert not (config.READ | config.INERT) & set(config.ONLY)
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])

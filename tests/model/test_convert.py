@@ -5,24 +5,19 @@ import shutil
 import subprocess
 import sys
 
-import gguf
 import huggingface_hub
 import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file
 from jaxsteer.model import checkpoint
-from jaxsteer.model.config import RopeConfig, from_hf
-from jaxsteer.model.convert import GGUF_TYPES, convert, fill
-from jaxsteer.model.layers import rope_frequencies
-from jaxsteer.model.tokenizer import Tokenizer
-from jaxsteer.model.weights import flatten, param_shapes, table, unpermute
+from jaxsteer.model.config import from_hf
+from jaxsteer.model.convert import convert
+from jaxsteer.model.weights import flatten, param_shapes, table
 from tests import tiny
 from tests.cli.command import jaxsteer
 
@@ -245,184 +240,6 @@ def test_conversion_needs_the_output_and_little_more(copy, tmp_path):
 def test_a_source_that_is_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="no model at"):
         convert(tmp_path / "nowhere", tmp_path / "out", "float32")
-
-
-def permute(value, heads):
-    """llama.cpp's own reordering of q and k on the way into a GGUF."""
-    rows, width = value.shape
-    return value.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-def test_unpermute_undoes_llama_cpps_order(rng):
-    value = rng.standard_normal((24, 5))
-    np.testing.assert_array_equal(unpermute(permute(value, 3), 3), value)
-
-
-def test_llama_ggufs_have_their_q_and_k_unpermuted_and_qwen2_ggufs_do_not(tmp_path, rng):
-    for build in (tiny.llama, tiny.qwen2):
-        hf = build()
-        folder = tiny.save(hf, tmp_path / hf.config.model_type)
-        config = from_hf(json.loads((folder / "config.json").read_text()), "test")
-        tensors = load_file(folder / "model.safetensors")
-        ours = {e.target: e.source for e in table(config, "hf")}
-
-        def read(entry, tensors=tensors, ours=ours, config=config):
-            value = tensors[ours[entry.target]]
-            heads = {"unpermute_q": config.n_heads, "unpermute_k": config.n_kv_heads}.get(
-                entry.rule
-            )
-            return permute(value, heads) if heads else value
-
-        triples = ((e.source, (), lambda e=e, read=read: read(e)) for e in table(config, "gguf"))
-        from_gguf = fill(config, triples, "gguf", "float32", "test")
-        out = checkpoint.load(convert(folder, tmp_path / f"{hf.config.model_type}-out", "float32"))
-        for path, value in flatten(out.params).items():
-            np.testing.assert_array_equal(from_gguf[path], np.asarray(value))
-
-
-def write_gguf(path, kind, width=256, pre="smollm", extra=lambda writer: None):
-    """A small Llama GGUF whose matrices are all of one quantised type; returns them in float32."""
-    writer = gguf.GGUFWriter(path, "llama")
-    extra(writer)
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(width)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    words = ["<unk>", "<s>", "</s>", *"abcd1234", "ab", "12", "123", "1234", "\u0120"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(words)
-    writer.add_token_types([3, 3, 3] + [1] * 13)
-    writer.add_token_merges(["a b", "1 2", "12 3", "123 4"])
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    generator = np.random.default_rng(0)
-    quant = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[quant]
-    expected = {}
-    shapes = {"token_embd": (16, width), "output_norm": (width,), "blk.0.attn_norm": (width,)}
-    shapes |= {
-        "blk.0.ffn_norm": (width,),
-        "blk.0.attn_q": (width, width),
-        "blk.0.attn_k": (width // 2, width),
-    }
-    shapes |= {
-        f"blk.0.{n}": (width, width) for n in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    }
-    shapes["blk.0.attn_v"] = (width // 2, width)
-    for name, shape in shapes.items():
-        value = generator.standard_normal(shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(f"{name}.weight", value)
-            expected[f"{name}.weight"] = value
-            continue
-        try:
-            raw = gguf.quants.quantize(value, quant)
-        except NotImplementedError:
-            # K-quants have no numpy encoder: blocks of small random bytes are valid input too.
-            raw = generator.integers(0, 40, (shape[0], shape[1] // block * size), dtype=np.uint8)
-        writer.add_tensor(f"{name}.weight", raw, raw_dtype=quant)
-        expected[f"{name}.weight"] = gguf.quants.dequantize(raw, quant).reshape(shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return expected
-
-
-@pytest.mark.parametrize("kind", GGUF_TYPES)
-def test_each_gguf_type_is_dequantised(kind, tmp_path):
-    expected = write_gguf(tmp_path / "m.gguf", kind)
-    loaded = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "out", "float32"))
-    params = flatten(loaded.params)
-    assert set(params) == set(param_shapes(loaded.config))
-    np.testing.assert_array_equal(
-        params["layers/0/mlp/up/kernel"].T, expected["blk.0.ffn_up.weight"]
-    )
-    np.testing.assert_array_equal(params["embed/embedding"], expected["token_embd.weight"])
-
-
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [("llama-bpe", ["123", "4"]), ("qwen2", ["1", "2", "3", "4"]), ("smollm", ["1234"])],
-)
-def test_a_gguf_tokenizer_splits_text_as_its_vocabulary_was_learned(pre, pieces, tmp_path):
-    from transformers import AutoTokenizer
-
-    write_gguf(tmp_path / "m.gguf", "F32", pre=pre)
-    out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
-    ours = Tokenizer.load(out / "tokenizer").hf
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path), gguf_file="m.gguf")
-    assert ours.tokenize("1234") == pieces
-    for text in ("1234", "ab 1234 cd", "a  12</s>d"):
-        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (lambda w: w.add_float32("llama.logit_scale", 2.0), r"llama\.logit_scale is unknown"),
-        (lambda w: w.add_array("llama.attention.key_length", [64, 32]), "key_length"),
-        (lambda w: w.add_uint32("llama.attention.value_length", 32), "value_length"),
-        (lambda w: w.add_uint32("llama.attention.key_length", 0), "key_length=0 is not supported"),
-        (lambda w: w.add_tensor("rope_freqs.weight", np.full(32, 3, np.float32)), "rope_freqs"),
-        (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "yarn"),
-        (lambda w: w.add_uint32("llama.expert_count", 8), "expert_count"),
-    ],
-)
-def test_gguf_metadata_that_would_change_the_computation_is_refused(extra, message, tmp_path):
-    write_gguf(tmp_path / "m.gguf", "F32", extra=extra)
-    with pytest.raises(UserError, match=message):
-        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
-
-
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_rope_is_recognised_in_a_gguf_by_its_factors(factor, tmp_path):
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    theirs = LlamaRotaryEmbedding(
-        LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
-    )
-    plain = 500000.0 ** (-np.arange(0, 64, 2) / 64)
-
-    def extra(writer):
-        writer.add_rope_freq_base(500000.0)
-        factors = (plain / theirs.inv_freq.numpy()).astype(np.float32)
-        writer.add_tensor("rope_freqs.weight", factors)
-
-    write_gguf(tmp_path / "m.gguf", "F32", extra=extra)
-    found = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "out", "float32")).config
-    assert found.rope == RopeConfig(theta=500000.0, kind="llama3", factor=factor)
-    np.testing.assert_allclose(rope_frequencies(found.rope, 64), theirs.inv_freq, rtol=1e-6)
-
-
-def test_a_gguf_tokenizer_that_splits_text_in_an_unknown_way_is_refused(tmp_path):
-    write_gguf(tmp_path / "m.gguf", "F32", pre="tekken-9")
-    with pytest.raises(UserError, match=r"tekken-9.*llama-bpe"):
-        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
-
-
-def test_an_unsupported_gguf_type_is_refused_by_name(tmp_path):
-    write_gguf(tmp_path / "m.gguf", "Q2_K")
-    with pytest.raises(UserError, match="Q2_K"):
-        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
-
-
-def test_a_truncated_gguf_is_named(tmp_path):
-    write_gguf(tmp_path / "m.gguf", "F16")
-    data = (tmp_path / "m.gguf").read_bytes()
-    (tmp_path / "m.gguf").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"m\.gguf is damaged"):
-        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
 
 
 def test_other_types_than_these_are_refused_and_listed(tmp_path):

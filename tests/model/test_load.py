@@ -14,7 +14,7 @@ from jaxsteer.files import sha256_file
 from jaxsteer.model import load
 from jaxsteer.model.convert import convert
 from tests import tiny
-from tests.model.test_convert import write_gguf
+from tests.tiny_gguf import write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_every_tensor_of_the_hf_model_has_its_place_and_shape(hf):
     assert sorted(entry.source for entry in table) == sorted(theirs)
     shapes = weights.param_shapes(config)
     for entry in table:
-        value = weights.turn(theirs[entry.source].detach().numpy(), entry.rule, config)
+        value = weights.transform(theirs[entry.source].detach().numpy(), entry.rule, config)
         assert value.shape == shapes[entry.target]
 
 

@@ -1,0 +1,241 @@
+"""A GGUF file as a source: its metadata in the form of an HF config, its tensors as floats.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads it,
+which takes seconds for a large vocabulary; so the architecture is read first, here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxsteer.errors import UserError
+from jaxsteer.model.config import (
+    ARCHITECTURES,
+    ModelConfig,
+    RopeConfig,
+    from_hf,
+    llama3_frequencies,
+)
+from jaxsteer.model.sources import Source, Tensor
+
+if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
+
+TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+ROPE_FACTORS = "rope_freqs.weight"
+# How text is split before merging, by llama.cpp's name of it.
+SPLITS = ("llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm", "gpt-2")
+
+# Metadata below the architecture's name, and the config keys that mean the same.
+CONFIG_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+# Metadata that must equal the width of a head.
+HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
+# Metadata that follows from the tensors.
+IMPLIED = ("vocab_size", "tensor_data_layout")
+# Values that mean the same as no value.
+DEFAULTS = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+}
+# Bytes of the scalar value types 0 to 12; 8 is text, 9 an array.
+_SIZES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)
+
+
+def read(path: Path) -> Source:
+    """Read a GGUF file's metadata and find its tensors.
+
+    Raises:
+      UserError: a damaged file; an unsupported architecture, metadata or tensor type; a tokenizer
+        that cannot be built, or no chat template.
+    """
+    _check_architecture(architecture(path), path.name)
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(str(path))
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except Exception as error:
+        # The reader raises whatever numpy does on short data.
+        raise UserError(
+            f"{path} is damaged, truncated or no GGUF ({error}); get it again"
+        ) from None
+    config = configuration(fields, reader.tensors, path.name)
+    tokenizer = _tokenizer(fields, path.name)
+    for tensor in reader.tensors:
+        if tensor.tensor_type.name not in TYPES:
+            raise UserError(
+                f"{path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is "
+                f"not supported; supported: {', '.join(TYPES)}"
+            )
+    return Source(
+        name=path.name,
+        config=config,
+        form="gguf",
+        tensors=_tensors(reader.tensors),
+        eos_token_ids=[int(fields["tokenizer.ggml.eos_token_id"])],
+        write_tokenizer=lambda folder: tokenizer.save_pretrained(str(folder)),
+        files=[path],
+    )
+
+
+def architecture(path: Path) -> str | None:
+    """The metadata `general.architecture`, read from the file's first bytes.
+
+    None if an array comes before it, or if the bytes are not those of a GGUF.
+    """
+    with path.open("rb") as file:
+
+        def unpack(form: str) -> Any:
+            return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+        def text() -> str:
+            return file.read(min(unpack("<Q"), 1 << 16)).decode()
+
+        try:
+            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+            for _ in range(count if (magic, version) in ((b"GGUF", 2), (b"GGUF", 3)) else 0):
+                key, kind = text(), unpack("<I")
+                if key == "general.architecture":
+                    return text()
+                if kind == 8:
+                    text()
+                elif kind < len(_SIZES) and _SIZES[kind]:
+                    file.read(_SIZES[kind])
+                else:
+                    return None
+        except (struct.error, UnicodeDecodeError):
+            pass
+    return None
+
+
+def _check_architecture(named: str | None, where: str) -> None:
+    if named is not None and named not in ARCHITECTURES.values():
+        raise UserError(
+            f"{where}: architecture {named!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES.values())}"
+        )
+
+
+def configuration(
+    fields: Mapping[str, Any], tensors: list[ReaderTensor], where: str
+) -> ModelConfig:
+    """The configuration that a GGUF's metadata and the names and shapes of its tensors describe.
+
+    Raises:
+      UserError: as `config.from_hf`, or rotary factors that are not those of a known model.
+    """
+    named = fields.get("general.architecture")
+    _check_architecture(str(named), where)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    if "token_embd.weight" not in by_name:
+        raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")
+    values: dict[str, Any] = {
+        "architectures": [hf for hf, short in ARCHITECTURES.items() if short == named],
+        "vocab_size": int(by_name["token_embd.weight"].shape[-1]),
+        "tie_word_embeddings": "output.weight" not in by_name,
+    }
+    for key, value in fields.items():
+        head, _, name = key.partition(".")
+        if name in CONFIG_KEYS and head == named:
+            values[CONFIG_KEYS[name]] = value
+        elif head == named and name not in (*HEAD_WIDTHS, *IMPLIED) and DEFAULTS.get(name) != value:
+            values[key] = value  # `from_hf` refuses it by this name
+    names = {hf: f"{named}.{name}" for name, hf in CONFIG_KEYS.items()}
+    config = from_hf(values, where, names)
+    for name in HEAD_WIDTHS:
+        width = fields.get(f"{named}.{name}", config.head_dim)
+        if width != config.head_dim:
+            raise UserError(
+                f"{where}: {named}.{name}={width!r} is not supported, only the width of a head, "
+                f"{config.head_dim}"
+            )
+    if ROPE_FACTORS not in by_name:
+        return config
+    factors = np.array(by_name[ROPE_FACTORS].data)
+    return dataclasses.replace(config, rope=_llama3_rope(config, factors, where))
+
+
+def _llama3_rope(config: ModelConfig, factors: np.ndarray, where: str) -> RopeConfig:
+    """Llama 3.1 to 3.3: a GGUF stores only what each rotary frequency is divided by."""
+    theta, width = config.rope.theta, config.head_dim
+    rope = RopeConfig(theta=theta, kind="llama3", factor=round(float(factors.max()), 4))
+    frequency = theta ** (-np.arange(0, width, 2) / width)
+    expected = frequency / llama3_frequencies(rope, frequency)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise UserError(
+            f"{where}: its {ROPE_FACTORS} is not Llama 3's scaling of the published models; "
+            "convert the Hugging Face weights instead"
+        )
+    return rope
+
+
+def _tensors(tensors: list[ReaderTensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        if tensor.name != ROPE_FACTORS:
+            yield tensor.name, functools.partial(_dequantised, tensor)
+
+
+def _dequantised(tensor: ReaderTensor) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    # GGUF lists the innermost axis first.
+    shape = tuple(int(length) for length in reversed(tensor.shape))
+    return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+
+
+def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_TOKENIZER_MAPPING,
+        convert_gguf_tokenizer,
+    )
+
+    for name in ("tokens", "model", "eos_token_id"):
+        if f"tokenizer.ggml.{name}" not in fields:
+            raise UserError(f"{where}: metadata tokenizer.ggml.{name} is missing")
+    if "tokenizer.chat_template" not in fields:
+        raise UserError(f"{where}: it carries no chat template; convert a chat model")
+    split = fields.get("tokenizer.ggml.pre")
+    if fields["tokenizer.ggml.model"] == "gpt2" and split not in SPLITS:
+        raise UserError(
+            f"{where}: its tokenizer splits text by {split!r}, which is not supported; supported: "
+            f"{', '.join(SPLITS)}; convert the Hugging Face weights instead"
+        )
+    named = GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+    ggml = {
+        theirs: fields[f"tokenizer.{key}"] for key, theirs in named if f"tokenizer.{key}" in fields
+    }
+    try:
+        backend, _ = convert_gguf_tokenizer(fields["general.architecture"], ggml)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where}: its tokenizer cannot be built ({error})") from None
+    special = {
+        f"{name}_token": ggml["tokens"][int(ggml[f"{name}_token_id"])]
+        for name in ("bos", "eos", "unk", "pad")
+        if f"{name}_token_id" in ggml
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **special
+    )
