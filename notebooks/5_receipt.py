@@ -116,7 +116,7 @@ def _(folder, receipt, rows):
     try:
         _checks = verify.verify(folder / "receipt.json", folder=folder if _whole else None)
         _said, _kind = (
-            charts.checks_said(_checks),
+            verify.verdict(_checks),
             "success" if verify.passed(_checks) else "danger",
         )
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,22 +69,33 @@ def verify(
     model: Annotated[Path | None, typer.Option(help="Converted checkpoint to hash.")] = None,
     mesh: MeshOption = None,
 ) -> None:
-    """Recompute all that can be; exit 1 when something does not match.
+    """Check a receipt, its page, results and model; exit 1 when something does not match.
 
     Example: jaxsteer receipt verify results/smollm2-demo/receipt.json
     --results results/smollm2-demo
     """
     from jaxsteer.receipt import verify as verifying
-    from jaxsteer.receipt.text import checks_table, verdict
+    from jaxsteer.receipt.text import checks_table, verdict_line
 
     if model is not None:
         check_device()
     checks = verifying.verify(receipt, folder=results, model=model, mesh=mesh)
     console = _console()
     console.print(checks_table(checks))
-    console.print(verdict(checks))
+    console.print(verdict_line(checks))
     if not verifying.passed(checks):
         raise typer.Exit(1)
+
+
+@receipts.command()
+def schema() -> None:
+    """Print the JSON Schema (2020-12) of receipt.json.
+
+    Example: jaxsteer receipt schema > receipt.schema.json
+    """
+    from jaxsteer.receipt.statement import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 @receipts.command()

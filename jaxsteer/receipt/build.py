@@ -240,7 +240,7 @@ def _conditions(found: Results, run: RunRecord, table: controls.Table) -> list[s
                     rows_unchanged=change["unchanged"],
                 ),
                 outcomes={
-                    family: _outcomes(
+                    family: outcomes(
                         *table.counts(condition.name, family),
                         leaked.get((condition.name, family)),
                     )
@@ -251,23 +251,23 @@ def _conditions(found: Results, run: RunRecord, table: controls.Table) -> list[s
     return made
 
 
-def rate(k: int, n: int) -> statement.Rate:
-    """k of n with its Wilson interval."""
+def _rate(k: int, n: int) -> statement.Rate:
     low, high = stats.wilson(k, n)
     return statement.Rate(k=k, n=n, rate=k / n if n else 0.0, low=low, high=high)
 
 
-def _outcomes(
+def outcomes(
     counted: Counter[str], unjudged: int, leakage: statement.Leakage | None
 ) -> statement.Outcomes:
+    """What follows from the number of rows by label, with Wilson intervals."""
     n = counted.total()
     return statement.Outcomes(
         n=n,
         counts={label: counted[label] for label in LABELS},
         unjudged=unjudged,
-        refusal=rate(counted["refusal"], n),
-        degenerate=rate(counted["degenerate"], n),
-        bypass=None if unjudged else rate(counted["bypass"], n),
+        refusal=_rate(counted["refusal"], n),
+        degenerate=_rate(counted["degenerate"], n),
+        bypass=None if unjudged else _rate(counted["bypass"], n),
         leakage=leakage,
     )
 

@@ -1,10 +1,10 @@
 """A receipt's bytes: one canonical text per value, so that any changed byte shows.
 
-The file must equal the canonical text of the value it holds. A changed byte therefore either
-breaks the JSON, or leaves the value alone and breaks this equality, or changes the value and with
-it the digest, which is taken over the canonical text without the digest. The digest shows damage
-and careless edits; it is no signature, since whoever edits can recompute it. To sign, put the
-file, which is an in-toto Statement, into a DSSE envelope with the tool of your choice.
+The file must equal the canonical text of its value. A changed byte therefore either breaks the
+JSON, or keeps the value and breaks this equality, or changes the value and with it the digest,
+which is taken over the canonical text without the digest. The digest shows damage and careless
+edits. It is no signature: it can be computed again after an edit. To sign a receipt, put the file,
+which is an in-toto Statement, into a DSSE envelope.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST = 64 * 2**20
 def text(value: Any) -> str:
     """The canonical text: indented, keys sorted, ASCII only, one newline at the end.
 
-    ASCII only, so that no name in it can turn a terminal's colours or direction when printed.
+    ASCII only, so that no name in it can change a terminal's colours or text direction.
 
     Raises:
       ValueError: a number that is not finite.
@@ -58,21 +58,27 @@ def rounded(value: Any) -> Any:
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON value of a receipt file; whether it is a sound receipt is not asked here.
+    """The JSON value of a receipt file; its shape and digest are not checked here.
 
     Raises:
-      UserError: no JSON, or JSON of something else.
+      UserError: not JSON, or JSON of something else.
     """
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where} is not JSON ({first}); it is damaged or no receipt") from None
+        raise UserError(f"{where} is not JSON ({first}); give an undamaged receipt.json") from None
     if not isinstance(value, dict) or value.get("_type") != STATEMENT:
         raise UserError(f"{where} is no in-toto Statement v1; give a receipt.json")
     if value.get("predicateType") != PREDICATE or not isinstance(value.get("predicate"), dict):
         raise UserError(f"{where} is a statement of another kind; give a receipt.json")
     return value
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"the number {number[:20]} is not finite")
+    return float(number)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -91,16 +97,13 @@ def read_bytes(path: Path) -> bytes:
 
 def problems(raw: bytes, value: dict[str, Any]) -> list[str]:
     """What is wrong with a receipt's own bytes; nothing for a file as it was written."""
-    found = []
     try:
-        if text(value).encode() != raw:
-            found.append("the file is not the canonical text of its content")
-        stated = value["predicate"].get("digest")
-        actual = {"sha256": digest(value)}
-        if stated != actual:
-            found.append("the content does not match its digest")
-    except (ValueError, RecursionError):
-        found.append("the content holds a number no receipt can hold")
+        same, actual = text(value).encode() == raw, {"sha256": digest(value)}
+    except RecursionError:
+        return ["the content is nested too deeply for a receipt"]
+    found = [] if same else ["the file is not the canonical text of its content"]
+    if value["predicate"].get("digest") != actual:
+        found.append("the content does not match its digest")
     return found
 
 

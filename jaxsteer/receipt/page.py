@@ -280,7 +280,7 @@ def _trends(p: Predicate) -> Iterator[tuple[DoseResponse, list[str]]]:
         c.name: c.outcomes[HARMFUL].refusal.rate for c in p.conditions if HARMFUL in c.outcomes
     }
     for dose in filter(_about_refusal, p.dose_responses):
-        steps = zip(dose.strengths, dose.conditions, strict=True)
+        steps = zip(dose.strengths, dose.conditions, strict=False)
         yield dose, [f"x{s:g}: {percent(rates[name])}" for s, name in steps if name in rates]
 
 

@@ -1,9 +1,9 @@
 """What a receipt says: the structs behind receipt.json, an in-toto Statement v1.
 
 The statement's subjects are the model's files, by digest; its predicate is the study, its rates,
-controls and claims. The published JSON Schema (`schema.json`) is generated from these structs by
-`json_schema`, and a test compares them. Every measured number is rounded to six significant digits.
-Nowhere does a receipt hold a response; `samples`, when asked for, holds redacted openings.
+controls and claims. `json_schema` makes the JSON Schema from these structs. Every measured number
+is rounded to six significant digits. A receipt holds no response; `samples`, when asked for, holds
+redacted openings.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ class Statement(Part, frozen=True):
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of receipt.json; schema.json beside this module holds its text."""
+    """The JSON Schema (2020-12) of receipt.json, as `jaxsteer receipt schema` prints it."""
     schema = msgspec.json.schema(Statement)
     for definition in schema["$defs"].values():
         definition["description"] = inspect.cleandoc(definition["description"])

@@ -12,7 +12,7 @@ from rich.text import Text
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.gates import Gate
 from jaxsteer.receipt.statement import Statement
-from jaxsteer.receipt.verify import Check, warnings
+from jaxsteer.receipt.verify import Check, passed, verdict
 from jaxsteer.terminal import plain
 from jaxsteer.words import percent, points
 
@@ -63,13 +63,9 @@ def checks_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def verdict(checks: Sequence[Check]) -> Text:
+def verdict_line(checks: Sequence[Check]) -> Text:
     """One sentence over all checks."""
-    counted = {status: sum(c.status == status for c in checks) for status in STYLES}
-    if counted["mismatch"]:
-        return safe(f"does not match: {counted['mismatch']} checks failed", STYLES["mismatch"])
-    unmade = f"{counted['unchecked']} could not be made{warnings(checks)}"
-    return safe(f"{counted['ok']} checks passed, {unmade}")
+    return safe(verdict(checks), "" if passed(checks) else STYLES["mismatch"])
 
 
 def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:

@@ -1,21 +1,28 @@
-"""A receipt checked: against itself, its page, its results folder and its model.
+"""Check a receipt against itself, its page, its results folder and its model.
 
-Each check ends in `ok`, `mismatch` or `unchecked`. What no check can know is said too: whether the
-replies were really the model's, and who wrote the file.
+Each check ends in `ok`, `mismatch` or `unchecked`. What no check can tell is listed as unchecked:
+who wrote the file. Whether the replies came from the model, only another run of the study can show.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+import polars as pl
+
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, sha256_file
-from jaxsteer.receipt import build, canonical, page, recount, relabel
-from jaxsteer.receipt.statement import Statement
+from jaxsteer.judges import degenerate, keyword
+from jaxsteer.judges.labels import label
+from jaxsteer.judges.verdicts import text_hashes
+from jaxsteer.receipt import build, canonical, page
+from jaxsteer.receipt.statement import Predicate, Statement
 from jaxsteer.study import results
 from jaxsteer.study.results import Results
 
@@ -30,192 +37,185 @@ class Check:
       status: ok, mismatch, or unchecked.
       what: what was checked.
       detail: what differs, or why it could not be checked.
-      warning: what the verdict must say of an unchecked one: the receipt, or the results, brought
-        it about themselves by naming another version.
     """
 
     status: Status
     what: str
     detail: str = ""
-    warning: str = ""
 
 
 def verify(
     path: Path, *, folder: Path | None = None, model: Path | None = None, mesh: str | None = None
 ) -> list[Check]:
-    """Check a receipt against all that is at hand.
+    """Check a receipt against everything that is given.
 
     Args:
       path: receipt.json.
       folder: its results folder, to rebuild it from.
       model: its converted checkpoint, to hash.
-      mesh: as `parallel.parse` reads it, the devices to read a checkpoint onto that none holds
-        alone; None for one device.
+      mesh: as `sharding.mesh` reads it, the devices to load a checkpoint onto that is too large
+        for one; None for one device.
 
     Raises:
       UserError: the file is no receipt, or what it is checked against cannot be read.
     """
     raw = canonical.read_bytes(path)
     value = canonical.parse(raw, str(path))
-    found = canonical.problems(raw, value)
-    checks = [_check("the file is as it was written", found)]
+    checks = [_check("the file is as it was written", canonical.problems(raw, value))]
     try:
         receipt = canonical.convert(value)
     except UserError as error:
-        return [*checks, Check(status="mismatch", what="the file's shape", detail=str(error))]
-    checks.append(Check(status="ok", what="the file's shape"))
-    for what, problems in recount.checks().items():
-        checks.append(_check(what, list(problems(receipt))))
-    if receipt.predicate.tool != build.tool():
-        detail = f"it says {receipt.predicate.tool}, this is {build.tool()}; words are not compared"
-        warning = "words of claims not checked"
-        checks.append(_unchecked("which version wrote the receipt", detail, warning))
-    checks.append(_page(path, raw, receipt))
-    checks += _results(value, receipt, folder, damaged=bool(found))
-    checks += _model(receipt, model, mesh)
-    checks.append(
-        Check(
-            status="unchecked",
-            what="who wrote the receipt",
-            detail="it carries no signature; sign it as an in-toto statement if that matters",
-        )
-    )
+        return [*checks, _check("the file has the shape of a receipt", [str(error)])]
+    p = receipt.predicate
+    checks += [
+        _check("the file has the shape of a receipt", []),
+        _check("rates and intervals follow from the counts", list(_rates(p))),
+        _check("the counts add up", list(_totals(p))),
+    ]
+    if p.tool != build.tool():
+        detail = f"{p.tool} wrote it and this is {build.tool()}, which may word claims differently"
+        checks.append(_unchecked("the version that wrote the receipt", detail))
+    checks += [
+        _page(path, raw, receipt),
+        *_results(value, receipt, folder),
+        *_model(p, model, mesh),
+        _unchecked("who wrote the receipt", "it has no signature; sign it as an in-toto Statement"),
+    ]
     return checks
 
 
-def passed(checks: list[Check]) -> bool:
+def passed(checks: Sequence[Check]) -> bool:
     """Whether nothing mismatched."""
     return all(check.status != "mismatch" for check in checks)
 
 
-def warnings(checks: Sequence[Check]) -> str:
-    """What the verdict over all checks has to add, for what another version was said to have done.
+def verdict(checks: Sequence[Check]) -> str:
+    """All checks in a sentence or two.
 
-    >>> warnings([Check(status="unchecked", what="a", warning="page not checked")])
-    '; page not checked'
+    >>> verdict([Check(status="ok", what="a"), Check(status="unchecked", what="b")])
+    'The receipt holds: 1 of 2 checks passed. Not checked: b.'
     """
-    return "".join(f"; {check.warning}" for check in checks if check.warning)
+    count = Counter(check.status for check in checks)
+    if count["mismatch"]:
+        return f"The receipt does not hold: {count['mismatch']} of {len(checks)} checks failed."
+    unchecked = "; ".join(check.what for check in checks if check.status == "unchecked")
+    return (
+        f"The receipt holds: {count['ok']} of {len(checks)} checks passed. "
+        f"Not checked: {unchecked or 'nothing'}."
+    )
 
 
-def _check(what: str, problems: list[str]) -> Check:
+def _check(what: str, problems: Sequence[str]) -> Check:
     if not problems:
         return Check(status="ok", what=what)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return Check(status="mismatch", what=what, detail=problems[0] + more)
 
 
-def _unchecked(what: str, detail: str, warning: str = "") -> Check:
-    return Check(status="unchecked", what=what, detail=detail, warning=warning)
+def _unchecked(what: str, detail: str) -> Check:
+    return Check(status="unchecked", what=what, detail=detail)
+
+
+def _rates(p: Predicate) -> Iterator[str]:
+    for condition in p.conditions:
+        for family, shown in condition.outcomes.items():
+            made = build.outcomes(Counter(shown.counts), shown.unjudged, shown.leakage)
+            again = canonical.rounded(msgspec.to_builtins(made))
+            for where in _differences(msgspec.to_builtins(shown), again):
+                yield f"{condition.name}, {family}: {where} does not follow"
+
+
+def _totals(p: Predicate) -> Iterator[str]:
+    outcomes = [(family, o) for c in p.conditions for family, o in c.outcomes.items()]
+    if any(family not in p.prompts or o.n > p.prompts[family].n for family, o in outcomes):
+        yield "a condition has more rows than prompts"
+    if sum(o.n for _, o in outcomes) != p.rows.n:
+        yield "the rows of the conditions do not add up to those of the table"
+    if sum(p.judges.decided.values()) != p.rows.n:
+        yield "the rows of the judges do not add up to those of the table"
+    if len({c.name for c in p.conditions}) != len(p.conditions):
+        yield "two conditions have the same name"
 
 
 def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
-    what = f"{build.HTML} shows this receipt"
-    beside = path.parent / build.HTML
+    what, beside = f"{build.HTML} shows this receipt", path.parent / build.HTML
     if not beside.is_file():
         return _unchecked(what, f"no {build.HTML} beside it")
-    shown = canonical.read_bytes(beside)
-    digest = sha256_bytes(raw)
+    shown, digest = canonical.read_bytes(beside), sha256_bytes(raw)
     if digest.encode() not in shown:
         return _check(what, ["it was made from another receipt.json"])
     if page.html(receipt, digest).encode() == shown:
         return _check(what, [])
     if receipt.predicate.tool != build.tool():
-        detail = f"it names this file, but {receipt.predicate.tool} drew it"
-        return _unchecked(what, detail, "page not checked")
-    return _check(what, ["it was changed since it was drawn"])
+        return _unchecked(what, f"it names this file, but {receipt.predicate.tool} made the page")
+    return _check(what, ["it was changed after it was made"])
 
 
-def _results(
-    value: dict[str, Any], receipt: Statement, folder: Path | None, *, damaged: bool
-) -> Iterator[Check]:
+def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> Iterator[Check]:
     if folder is None:
         yield _unchecked("the rows behind the counts", "give --results to rebuild the receipt")
         return
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no results (run.json); give the folder of the run")
     p = receipt.predicate
-    changed = []
-    for name, sha256 in p.files.items():
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
-            changed.append(f"{name} is missing")
-        elif sha256_file(file) != sha256:
-            changed.append(f"{name} differs")
-    yield _check("the results' files", changed)
+    yield _check("the results' files", list(_changed(p.files, folder)))
+    rebuilt = "the receipt rebuilt from the results"
     samples = len(p.samples.rows) if p.samples else 0
     try:
         again = build.build(folder, samples=samples, measured=p.geometry is not None)
     except UserError as error:
-        yield Check(
-            status="mismatch", what="the receipt rebuilt from the results", detail=str(error)
-        )
+        yield _check(rebuilt, [str(error)])
         return
-    # What is damaged may hold a number that has no digest; it is compared as it stands.
-    if p.tool != build.tool() and not damaged:
-        value = _in_our_words(value, again)
-    differ = list(_differences(value, again))
-    yield _check("the receipt rebuilt from the results", differ)
+    # The digest was compared above, and another version is listed as unchecked.
+    again["predicate"] |= {key: value["predicate"].get(key) for key in ("digest", "tool")}
+    yield _check(rebuilt, list(_differences(value, again)))
     found = results.load(folder)
-    yield _check("labels that need no model follow from the replies", list(relabel.unearned(found)))
-    others = relabel.other_versions(found)
+    yield _check("labels that need no model follow from the replies", list(unearned(found)))
+    others = other_versions(found)
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
-        warning = "labels by other versions not checked"
-        yield _unchecked("labels by other versions of the rules", detail, warning)
+        yield _unchecked("labels by other versions of the rules", detail)
     yield _summary(found)
+
+
+def _changed(files: dict[str, str], folder: Path) -> Iterator[str]:
+    for name, sha256 in files.items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
+            yield f"{name} is missing"
+        elif sha256_file(file) != sha256:
+            yield f"{name} differs"
 
 
 def _summary(found: Results) -> Check:
     what, path = "summary.json follows from the rows", found.folder / "summary.json"
     if not path.is_file():
-        return _unchecked(what, "there is none")
+        return _unchecked(what, "there is no summary.json")
     try:
-        shown = json.loads(canonical.read_bytes(path))
-    except (ValueError, RecursionError):
-        return _check(what, ["it is no JSON"])
-    differ = [where or "all of it" for where in _differences(shown, results.summarise(found.rows))]
-    return _check(what, differ)
-
-
-def _in_our_words(value: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
-    """Another version's receipt as this one would have written it, with the digest it then has.
-
-    Another version may give the same reasons in other words; everything else has to be the same.
-    """
-    claims = _reasons(value["predicate"]["claims"], again["predicate"]["claims"])
-    predicate = {**value["predicate"], "tool": build.tool(), "claims": claims}
-    made = {**value, "predicate": predicate}
-    return {**made, "predicate": {**predicate, "digest": {"sha256": canonical.digest(made)}}}
-
-
-def _reasons(shown: Any, again: Any) -> Any:
-    if isinstance(shown, dict) and isinstance(again, dict):
-        return {
-            key: again.get(key, item) if key == "reason" else _reasons(item, again.get(key))
-            for key, item in shown.items()
-        }
-    if isinstance(shown, list) and isinstance(again, list) and len(shown) == len(again):
-        return list(map(_reasons, shown, again))
-    return shown
+        shown = canonical.rounded(json.loads(canonical.read_bytes(path)))
+    except (ValueError, RecursionError, UserError):
+        return _check(what, ["it cannot be read as JSON"])
+    again = canonical.rounded(results.summarise(found.rows))
+    return _check(what, [where or "all of it" for where in _differences(shown, again)])
 
 
 def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:
-    """Paths at which two receipts differ by more than the last digit kept."""
+    """Paths at which two JSON values differ."""
     if isinstance(shown, dict) and isinstance(again, dict):
         for key in sorted({*shown, *again}):
             path = f"{where}.{key}" if where else str(key)
-            if key not in shown or key not in again:
-                yield path
-            else:
+            if key in shown and key in again:
                 yield from _differences(shown[key], again[key], path)
+            else:
+                yield path
     elif isinstance(shown, list) and isinstance(again, list) and len(shown) == len(again):
         for i, (a, b) in enumerate(zip(shown, again, strict=True)):
             yield from _differences(a, b, f"{where}[{i}]")
-    elif not recount.close(shown, again):
+    elif type(shown) is not type(again) or shown != again:
         yield where
 
 
-def _model(receipt: Statement, folder: Path | None, mesh: str | None) -> Iterator[Check]:
+def _model(p: Predicate, folder: Path | None, mesh: str | None) -> Iterator[Check]:
     if folder is None:
         yield _unchecked("the model's files", "give --model to hash them")
         return
@@ -225,15 +225,66 @@ def _model(receipt: Statement, folder: Path | None, mesh: str | None) -> Iterato
     # Loading hashes every parameter, the config and the tokenizer against the manifest.
     spread = None if mesh is None else sharding.mesh(mesh)
     identity = ChatModel.load(folder, mesh=spread).identity()
-    p = receipt.predicate.model
     differ = [
         f"{name} differs"
         for name in ("weights_sha256", "tokenizer_sha256", "template_sha256", "config_sha256")
-        if identity[name] != getattr(p, name)
+        if identity[name] != getattr(p.model, name)
     ]
     yield _check("the model's weights, tokenizer, chat template and config", differ)
     known = identity["source"].get("files", {})
-    other = [
-        f"{name} differs" for name, sha256 in p.source.files.items() if known.get(name) != sha256
-    ]
+    files = p.model.source.files.items()
+    other = [f"{name} differs" for name, sha256 in files if known.get(name) != sha256]
     yield _check("the manifest's record of the files it was converted from", other)
+
+
+# Judges that need no model, by name: version, the verdict that they look for, and the rule.
+RULES = {
+    keyword.NAME: (keyword.JUDGE, "refusal", keyword.is_refusal),
+    degenerate.NAME: (degenerate.JUDGE, "degenerate", degenerate.is_degenerate),
+}
+
+
+def unearned(found: Results) -> Iterator[str]:
+    """Rows whose label or verdict by a rule is not what the rule says of the reply.
+
+    Every count of a receipt comes from labels, and a consistent receipt can be built on edited
+    ones. The rules are part of this package, so their labels are computed again. Labels by other
+    versions of a rule are left out; a row that no judge decided names no version, so such rows are
+    left out too once another version decided some row.
+    """
+    given, by = _run_columns(found.rows)
+    others = set(_others(found.rows[by]))
+    skipped = {*others, ""} if others else others
+    columns = found.rows.select("row_id", "family", "response", given, by)
+    for row, family, response, said, judge in columns.iter_rows():
+        if judge not in skipped and (said, judge) != label(response, family):
+            yield f"{row} was labelled {said} by {judge or 'no judge'}; its reply says otherwise"
+    hashes = pl.Series("response_sha256", text_hashes(found.rows["response"]), pl.String)
+    replies = found.rows.select("row_id", "response", hashes)
+    for name, (version, word, holds) in RULES.items():
+        if name not in found.verdicts:
+            continue
+        table = found.verdicts[name].filter(pl.col("judge") == version)
+        # A verdict on another text decides nothing, so it is not checked.
+        table = table.join(replies, on=["row_id", "response_sha256"], maintain_order="left")
+        for row, verdict, response in table.select("row_id", "verdict", "response").iter_rows():
+            if verdict is not None and (verdict == word) != holds(response):
+                yield f"{row} is {verdict} in judges/{name}.parquet; its reply says otherwise"
+
+
+def other_versions(found: Results) -> list[str]:
+    """Other versions of the rules that labelled rows, during the run or later."""
+    others = set(_others(found.rows[_run_columns(found.rows)[1]]))
+    for name in RULES.keys() & found.verdicts.keys():
+        others |= {str(by) for by in found.verdicts[name]["judge"]} - {RULES[name][0]}
+    return sorted(others)
+
+
+def _others(judges: pl.Series) -> list[str]:
+    here = {version for version, _, _ in RULES.values()}
+    return [by for by in judges.unique() if by.rpartition("-")[0] in RULES and by not in here]
+
+
+def _run_columns(rows: pl.DataFrame) -> tuple[str, str]:
+    # Rows that were labelled again keep the labels of the run in columns of their own.
+    return ("run_label", "run_judge") if "run_label" in rows.columns else ("label", "judge")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,13 @@ def test_receipt_of_a_folder_builds_verifies_and_shows_its_claims(folder):
     assert (folder / build.HTML).is_file()
     code, out, _ = run("receipt", "verify", folder / build.JSON, "--results", folder)
     assert code == 0
-    assert "could not be made" in out
+    assert "The receipt holds" in out
+
+
+def test_the_schema_is_printed_as_json():
+    code, out, _ = run("receipt", "schema")
+    assert code == 0
+    assert json.loads(out)["title"] == "jaxsteer refusal receipt"
 
 
 def test_options_may_come_before_the_folder_and_build_may_be_named(folder, tmp_path):

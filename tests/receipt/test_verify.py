@@ -6,17 +6,14 @@ import json
 import random
 import shutil
 
-import msgspec
 import polars as pl
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.charts.outcomes import checks_said
 from jaxsteer.files import sha256_bytes
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, canonical, page, recount, verify
-from jaxsteer.receipt import text as terminal
+from jaxsteer.receipt import build, canonical, page, verify
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -211,91 +208,86 @@ def claims_of(value):
     return {claim["name"]: claim for claim in value["predicate"]["claims"]}
 
 
-FORGERIES = {
+ALONE = {
     "a rate": lambda v: conditions(v)[0]["outcomes"]["strongreject"]["refusal"].update(rate=0.9),
     "an interval": lambda v: conditions(v)[0]["outcomes"]["benign"]["refusal"].update(high=0.1),
     "a count": lambda v: conditions(v)[1]["outcomes"]["strongreject"]["counts"].update(refusal=9),
     "rows left out": lambda v: conditions(v).pop(),
+    "judged bypass": lambda v: conditions(v)[0]["outcomes"]["strongreject"].update(unjudged=0),
+    "the rows": lambda v: v["predicate"]["rows"].update(n=7),
+    "who judged": lambda v: v["predicate"]["judges"]["decided"].update({"keyword-1": 1}),
+    "a condition twice": lambda v: conditions(v)[1].update(name=conditions(v)[0]["name"]),
+}
+BESIDE_THE_RESULTS = {
+    "a date": lambda v: v["predicate"].update(date="2030-01-01T00:00:00+00:00"),
     "a verdict": lambda v: claims_of(v)["more bypass"].update(verdict="confirmed"),
+    "the words of a claim": lambda v: claims_of(v)["suppression"].update(reason="clear as day"),
     "a p-value": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(p=0.2),
-    "an adjusted p": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(p_holm=1e-9),
-    "flips": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(lowered=19),
-    "a claim's counts": lambda v: claims_of(v)["restoration"]["comparisons"][0].update(
-        treated_k=20
-    ),
     "a failed comparison left out": lambda v: claims_of(v)["none by random"].update(comparisons=[]),
     "algebra as evidence": lambda v: next(
         c for c in conditions(v) if c["name"] == "persona, out late"
     ).update(cancels_steering=True),
-    "judged bypass": lambda v: conditions(v)[0]["outcomes"]["strongreject"].update(unjudged=0),
     "a policy": lambda v: v["predicate"]["policy"].update(text="Anything goes."),
     "a system prompt": lambda v: conditions(v)[0].update(system_sha256="0" * 64),
     "the model": lambda v: v["predicate"]["model"].update(weights_sha256="0" * 64),
     "a subject": lambda v: v["subject"].pop(),
-    "a random seed": lambda v: v["predicate"]["random_controls"][0].update(n=20),
     "an envelope": lambda v: v["predicate"]["random_controls"][0].update(low=0.1),
     "a twin": lambda v: v["predicate"]["paired_controls"][0].update(difference=0.5),
-    "the rows": lambda v: v["predicate"]["rows"].update(n=7),
-    "who judged": lambda v: v["predicate"]["judges"]["decided"].update({"keyword-1": 1}),
+    "the last digit of a dose": lambda v: v["predicate"]["steering"].update(dose=4.00001),
+    "a float as a whole number": lambda v: v["predicate"]["steering"].update(dose=4),
 }
 
 
-@pytest.mark.parametrize("what", FORGERIES)
-def test_a_forged_figure_with_a_new_digest_does_not_follow_from_the_rest(copied, what):
-    path = forge(copied, FORGERIES[what])
+@pytest.mark.parametrize("what", ALONE)
+def test_a_forged_figure_with_a_new_digest_does_not_follow_from_the_counts(copied, what):
+    path = forge(copied, ALONE[what])
     assert "the file is as it was written" not in failed(path)
     assert failed(path)
 
 
-def test_a_consistent_forgery_passes_alone_but_not_with_the_results(copied):
-    # No receipt can know its own rows: another date is consistent with everything else in it.
-    path = forge(copied, lambda v: v["predicate"].update(date="2030-01-01T00:00:00+00:00"))
-    assert outcome(path) == "ok"
+@pytest.mark.parametrize("what", BESIDE_THE_RESULTS)
+def test_a_consistent_forgery_is_found_beside_the_results(copied, what):
+    path = forge(copied, BESIDE_THE_RESULTS[what])
     assert failed(path, folder=copied) == {"the receipt rebuilt from the results"}
 
 
-def test_another_versions_words_pass_and_another_versions_figures_do_not(copied):
-    def reworded(value):
-        value["predicate"]["tool"] = "jaxsteer 0.0.9"
-        for claim in claims_of(value).values():
-            claim["reason"] = "because"
-
-    path = forge(copied, reworded)
-    checks = verify.verify(path, folder=copied)
-    assert verify.passed(checks)
-    assert ("which version wrote the receipt", "unchecked") in [(c.what, c.status) for c in checks]
-    forge_again = json.loads(path.read_text())
-    FORGERIES["a p-value"](forge_again)
-    forge_again["predicate"]["digest"]["sha256"] = canonical.digest(forge_again)
-    path.write_text(canonical.text(forge_again))
-    assert failed(path) == {"claims follow from their counts"}
-
-
-def as_another_version(folder, change):
-    """A receipt that is said to be another version's, with a page changed and bound to it."""
-    drawn = (folder / build.HTML).read_text()
-    digest = sha256_bytes((folder / build.JSON).read_bytes())
+def as_another_version(folder, change=lambda predicate: None):
+    """A receipt that another version seems to have written."""
 
     def renamed(value):
         value["predicate"]["tool"] = "jaxsteer 0.0.9"
-        change(value)
+        change(value["predicate"])
 
-    path = forge(folder, renamed)
-    bound = drawn.replace(digest, sha256_bytes(path.read_bytes()))
-    (folder / build.HTML).write_text(bound.replace("not confirmed", "confirmed"))
-    return path
+    return forge(folder, renamed)
 
 
-def test_a_page_that_another_version_is_said_to_have_drawn_is_warned_of(copied):
-    checks = verify.verify(as_another_version(copied, lambda value: None))
+def test_a_receipt_of_another_version_says_so_and_is_compared_all_the_same(copied):
+    checks = verify.verify(as_another_version(copied), folder=copied)
     assert verify.passed(checks)
-    assert verify.warnings(checks) == "; words of claims not checked; page not checked"
-    assert terminal.verdict(checks).plain.endswith("; page not checked")
-    assert checks_said(checks).endswith("; page not checked.")
+    [check] = [c for c in checks if c.what == "the version that wrote the receipt"]
+    assert check.status == "unchecked"
+    assert check.detail.startswith("jaxsteer 0.0.9 wrote it")
+    assert check.what in verify.verdict(checks)
 
 
-def test_a_page_that_another_version_drew_the_same_way_is_checked(copied):
-    path = forge(copied, lambda value: value["predicate"].update(tool="jaxsteer 0.0.9"))
+def test_figures_of_another_versions_receipt_are_compared_to_the_last_digit(copied):
+    path = as_another_version(copied, lambda p: p["steering"].update(dose=4.00001))
+    assert failed(path, folder=copied) == {"the receipt rebuilt from the results"}
+
+
+def test_a_page_that_another_version_made_is_said_to_be_unchecked(copied):
+    drawn = (copied / build.HTML).read_text()
+    digest = sha256_bytes((copied / build.JSON).read_bytes())
+    path = as_another_version(copied)
+    bound = drawn.replace(digest, sha256_bytes(path.read_bytes()))
+    (copied / build.HTML).write_text(bound.replace("not confirmed", "confirmed"))
+    checks = verify.verify(path)
+    assert verify.passed(checks)
+    assert "receipt.html shows this receipt" in verify.verdict(checks).partition("Not checked")[2]
+
+
+def test_a_page_that_another_version_made_the_same_way_is_checked(copied):
+    path = as_another_version(copied)
     drawn = page.html(canonical.load(path), sha256_bytes(path.read_bytes()))
     (copied / build.HTML).write_text(drawn)
     [check] = [c for c in verify.verify(path) if "receipt.html" in c.what]
@@ -303,61 +295,18 @@ def test_a_page_that_another_version_drew_the_same_way_is_checked(copied):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda predicate: predicate["decoding"].update(seed=20260102),
-        lambda predicate: predicate["steering"].update(dose=4.00001),
-    ],
-)
-def test_another_versions_receipt_is_compared_to_the_last_digit(tmp_path, change):
-    study = made.study()
-    decoding = msgspec.structs.replace(study.decoding, seed=20260101)
-    folder = made.folder(tmp_path / "made", study=msgspec.structs.replace(study, decoding=decoding))
-    build.write(folder)
-    path = as_another_version(folder, lambda value: change(value["predicate"]))
-    assert failed(path, folder=folder) == {"the receipt rebuilt from the results"}
-
-
-def test_a_number_that_no_receipt_holds_is_a_mismatch_in_another_versions_receipt(copied):
-    value = json.loads((copied / build.JSON).read_text())
-    value["predicate"]["tool"] = "jaxsteer 0.0.9"
-    value["predicate"]["steering"]["dose"] = float("nan")
-    (copied / build.JSON).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    assert "the receipt rebuilt from the results" in failed(copied / build.JSON, folder=copied)
-
-
-def test_whole_numbers_that_differ_by_one_are_not_close():
-    assert not recount.close(20260101, 20260102)
-    assert recount.close(0.333333, 1 / 3)
-
-
-def test_this_versions_words_must_follow_from_its_figures(copied):
-    path = forge(copied, lambda v: claims_of(v)["suppression"].update(reason="clear as day"))
-    assert failed(path) == {"claims follow from their counts"}
-
-
-def test_the_recount_finds_nothing_in_a_receipt_as_written(finished):
-    receipt = canonical.load(finished / build.JSON)
-    assert [p for check in recount.checks().values() for p in check(receipt)] == []
-
-
-def test_a_seed_that_ties_at_7_of_48_is_still_a_tie_when_recounted(tmp_path):
-    def seven_refused(condition, family, i):
-        seven = condition == "persona" or condition.startswith("random direction")
-        return ("refusal" if i < 7 else "degenerate") if seven else made.usual(condition, family, i)
-
-    study = made.study()
-    study = msgspec.structs.replace(study, data=msgspec.structs.replace(study.data, harmful=48))
-    path, _ = build.write(made.folder(tmp_path / "made", study=study, label=seven_refused))
-    found = canonical.load(path).predicate.random_controls
-    [control] = [c for c in found if (c.treated, c.outcome) == ("persona", "refusal")]
-    assert (control.value, control.p_low, control.p_high) == (0.145833, 1.0, 1.0)
-    assert failed(path) == set()
-
-
-@pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 200_000, b'{"_type": 1e999}', b"1" * 5000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"_type": 1e999}',
+        b'{"a": NaN}',
+        b"1" * 5000,
+    ],
 )
 def test_what_is_no_receipt_is_refused_in_one_line(tmp_path, raw):
     (tmp_path / "receipt.json").write_bytes(raw)

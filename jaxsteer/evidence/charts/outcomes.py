@@ -16,7 +16,7 @@ from jaxsteer.evidence.outcomes import WORDS, whiskers
 from jaxsteer.judges.labelling import Entry
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.statement import Predicate
-from jaxsteer.receipt.verify import Check, warnings
+from jaxsteer.receipt.verify import Check
 from jaxsteer.words import percent, points
 
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
@@ -87,20 +87,6 @@ def checks_table(checks: Sequence[Check]) -> str:
     """Checks of a receipt, in Markdown."""
     lines = [(f"{SIGNS[c.status]} {c.status}", c.what, c.detail) for c in checks]
     return markdown_table(["", "what was checked", "detail"], lines)
-
-
-def checks_said(checks: Sequence[Check]) -> str:
-    """One sentence over all checks.
-
-    >>> checks_said([Check(status="ok", what="a"), Check(status="unchecked", what="b")])
-    'The receipt holds: 1 check passed, 1 could not be made.'
-    """
-    n = {status: sum(c.status == status for c in checks) for status in SIGNS}
-    if n["mismatch"]:
-        return f"The receipt does not hold: {n['mismatch']} of {len(checks)} checks failed."
-    passed = f"{n['ok']} check{'s' if n['ok'] != 1 else ''} passed"
-    unmade = f"{n['unchecked']} could not be made{warnings(checks)}"
-    return f"The receipt holds: {passed}, {unmade}."
 
 
 def moved_first(lines: Sequence[Line]) -> list[Line]:
