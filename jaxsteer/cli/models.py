@@ -87,9 +87,8 @@ def extract(
     Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
     from jaxsteer.data import prompts
-    from jaxsteer.directions import activations
+    from jaxsteer.directions import activations, extraction
     from jaxsteer.directions import direction as directions
-    from jaxsteer.directions.kinds import check, named
     from jaxsteer.files import check_writable
 
     if position not in activations.POSITIONS:
@@ -98,15 +97,16 @@ def extract(
         )
     asked = cast(activations.Position, position)
     prompts.policy(policy)
-    check(what)
+    named = [extraction.read_name(text, asked) for text in what]
     check_writable(out)
     found = directions.load(out) if out.is_file() else {}
     use_compile_cache()
     loaded = open_model(model, mesh)
     for direction in found.values():
         directions.check_model(direction, loaded, str(out))
-    for name in what:
-        made = named(loaded, name, found, position=asked, policy=policy, seed=seed)
+    settings = extraction.Settings(policy=policy, seed=seed)
+    for name, kind in named:
+        made = extraction.extract(loaded, name, kind, found=found, settings=settings)
         instead = _replacing(found.get(made.name), made)
         found[made.name] = made
         directions.save(out, list(found.values()))

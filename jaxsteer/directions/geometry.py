@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer.directions.samples import Samples, contrast
+from jaxsteer.directions.samples import Samples, difference_weights
 from jaxsteer.errors import UserError
 from jaxsteer.model.interventions import Layers
 
@@ -55,7 +55,9 @@ def split_half(
     for repeat in range(halves):
         chosen = [generator.permutation(side)[: len(side) // 2] for side in sides]
         first[repeat] = np.isin(ids, np.concatenate(chosen))
-    one, two = (contrast(np.broadcast_to(samples.positive, h.shape), h) for h in (first, ~first))
+    one, two = (
+        difference_weights(np.broadcast_to(samples.positive, h.shape), h) for h in (first, ~first)
+    )
     found = np.zeros((halves, samples.values.shape[1]))
     for layer, gram in enumerate(_grams(samples)):
         dots, norms = _dots(one, gram, two), _dots(one, gram, one) * _dots(two, gram, two)
@@ -77,7 +79,7 @@ def permutation_null(
     label[index] = samples.positive
     generator = np.random.Generator(np.random.PCG64(seed))
     shuffled = np.stack([generator.permutation(label)[index] for _ in range(draws)])
-    weights = contrast(shuffled)
+    weights = difference_weights(shuffled)
     wide = other.astype(np.float64)
     found = np.zeros((draws, samples.values.shape[1]))
     for layer, gram in enumerate(_grams(samples)):

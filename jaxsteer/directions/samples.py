@@ -1,34 +1,84 @@
-"""The samples behind a direction: which states were averaged on which side, and what they share.
+"""The samples behind a direction: one state of the residual stream for each chat of a contrast.
 
-`directions` streams means and forgets the samples; this gathers the same states, with the same
-seeds, one by one, for `geometry` to halve and relabel.
+A direction is mean(positive) - mean(negative) of these samples. `stream` gives them one by one, so
+a mean needs the memory of one; `gather` holds them all, for `geometry` to halve and relabel.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxsteer.data.prompts import Trait
 from jaxsteer.directions import activations
 from jaxsteer.directions.activations import Position
-from jaxsteer.directions.means import sample_replies
+from jaxsteer.errors import UserError
+from jaxsteer.files import stable_id
+from jaxsteer.generation import engine
+from jaxsteer.generation.generate import Decoding, Sampling
+from jaxsteer.generation.prefix import shared_lengths
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Layers
+from jaxsteer.model.interventions import Layers, compile_conditions
+
+# How replies are sampled, as in persona vectors (Chen et al. 2025).
+SAMPLED = {"temperature": 1.0, "top_p": 0.95}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat:
+    """One chat, which gives one sample.
+
+    Attributes:
+      system: the system prompt; None for none.
+      user: the user's message.
+      group: the group of samples that it is averaged in; 0 is the positive one.
+      units: the number of its unit of each sort that the contrast names.
+    """
+
+    system: str | None
+    user: str
+    group: int
+    units: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """The chats behind a direction: mean of group 0 minus the mean of the other groups' means.
+
+    Attributes:
+      kind: which kind of direction it makes (see `extraction`).
+      source_sha256: hash of the texts the chats are made of.
+      chats: the chats, group by group.
+      units: sorts of units. Samples of one unit share a text, so they are not independent. Each
+        unit of the first sort is on one side only.
+      position: the token whose state is the sample.
+      seed: of sampled replies; a response position needs one for each chat.
+      max_new_tokens: length of sampled replies.
+      replayed_under: a system prompt under which the model's reply to each chat becomes the user's
+        message of the chat that is read instead; "" reads the chats themselves.
+    """
+
+    kind: str
+    source_sha256: str
+    chats: Sequence[Chat]
+    units: tuple[str, ...]
+    position: Position
+    seed: int = 0
+    max_new_tokens: int = 64
+    replayed_under: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Samples:
-    """The states whose two means make a direction.
+    """All samples of a contrast.
 
     Attributes:
-      values: `resid_post` at the direction's position.
-      positive: which side a sample is on.
-      units: by name, the number of the unit each sample belongs to.
-      labelled: the unit that carries the label, which a null may shuffle.
+      values: `resid_post` at the contrast's position.
+      positive: which samples are on the positive side.
+      units: by sort, the number of the unit each sample belongs to.
+      labelled: the sort whose units are on one side only, which a null may shuffle.
     """
 
     values: Float[np.ndarray, "sample layer d_model"]
@@ -38,11 +88,30 @@ class Samples:
 
     def direction(self) -> Layers:
         """mean(positive) - mean(negative), float32, one vector per layer."""
-        weights = contrast(self.positive[None])[0]
+        weights = difference_weights(self.positive[None])[0]
         return np.einsum("s,sld->ld", weights, self.values.astype(np.float64)).astype(np.float32)
 
 
-def contrast(
+class Mean:
+    """A streamed mean in float64: add samples in any order, with the memory of one."""
+
+    def __init__(self) -> None:
+        self.total: np.ndarray | None = None
+        self.count = 0
+
+    def add(self, value: np.ndarray) -> None:
+        """Add one sample."""
+        wide = np.asarray(value, np.float64)
+        self.total = wide.copy() if self.total is None else self.total + wide
+        self.count += 1
+
+    def value(self) -> np.ndarray:
+        """The mean of the added samples, of which there is at least one."""
+        assert self.total is not None
+        return self.total / self.count
+
+
+def difference_weights(
     positive: Bool[np.ndarray, "repeat sample"],
     kept: Bool[np.ndarray, "repeat sample"] | None = None,
 ) -> Float[np.ndarray, "repeat sample"]:
@@ -52,111 +121,108 @@ def contrast(
     return up / up.sum(axis=1, keepdims=True) - down / down.sum(axis=1, keepdims=True)
 
 
-def trait_samples(
-    model: ChatModel,
-    trait: Trait,
-    position: Position = "prompt_end",
-    *,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-) -> Samples:
-    """The states behind `directions.extract_trait`, sample by sample, with the same seed."""
-    n = len(trait.positive)
-    return _gather(
-        model,
-        [
-            _Side(list(trait.positive), 0),
-            _Side(list(trait.negative), n),
-        ],
-        trait.questions,
-        position,
-        seed,
-        max_new_tokens,
-    )
-
-
-def axis_samples(
-    model: ChatModel,
-    default: Sequence[str],
-    roles: Sequence[str],
-    questions: Sequence[str],
-    position: Position = "response_avg",
-    *,
-    seed: int = 0,
-    max_new_tokens: int = 48,
-) -> Samples:
-    """The states behind `directions.extract_assistant_axis`: default prompts against roles."""
-    parts = [_Side(list(default), 0)]
-    parts += [_Side([role], len(default) + i) for i, role in enumerate(roles)]
-    return _gather(model, parts, questions, position, seed, max_new_tokens)
-
-
-def contrast_samples(
-    model: ChatModel,
-    positive: Sequence[str],
-    negative: Sequence[str],
-    system: str | None,
-) -> Samples:
-    """The states behind `directions.extract_contrast`: one sample per prompt."""
-    prompts = [model.tokenizer.chat(text, system) for text in (*positive, *negative)]
-    values = _states(model, prompts, [[] for _ in prompts], "prompt_end")
-    return Samples(
-        values=values,
-        positive=np.arange(len(prompts)) < len(positive),
-        units={"prompt": np.arange(len(prompts))},
-        labelled="prompt",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """Instructions that count as one: their texts and first unit number."""
-
-    instructions: list[str]
-    first: int
-
-
-def _gather(
-    model: ChatModel,
-    sides: Sequence[_Side],
-    questions: Sequence[str],
-    position: Position,
-    seed: int,
-    max_new_tokens: int,
-) -> Samples:
-    """Samples of instruction x question, the first side positive and all others negative."""
-    chats = [(i, q) for side in sides for i in side.instructions for q in questions]
-    prompts = [model.tokenizer.chat(question, instruction) for instruction, question in chats]
-    responses: list[list[int]] = [[] for _ in prompts]
-    if position != "prompt_end":
-        responses = sample_replies(model, prompts, seed=seed, max_new_tokens=max_new_tokens)
-    labels = [
-        (number == 0, side.first + unit, question)
-        for number, side in enumerate(sides)
-        for unit in range(len(side.instructions))
-        for question in range(len(questions))
-    ]
-    # An empty reply has no response positions; extraction leaves it out too.
-    kept = [i for i, reply in enumerate(responses) if reply or position == "prompt_end"]
-    prompts, responses = [prompts[i] for i in kept], [responses[i] for i in kept]
-    labels = [labels[i] for i in kept]
-    positive, instruction, question_of = (np.array(column) for column in zip(*labels, strict=True))
-    return Samples(
-        values=_states(model, prompts, responses, position),
-        positive=positive,
-        units={"instruction": instruction, "question": question_of},
-        labelled="instruction",
-    )
-
-
-def _states(
+def sample_replies(
     model: ChatModel,
     prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    position: Position,
-) -> Float[np.ndarray, "sample layer d_model"]:
-    shape = (len(prompts), model.config.n_layers, model.config.d_model)
-    values = np.zeros(shape, np.float32)
-    for i, captured in activations.capture(model, prompts, responses, [position]):
-        values[i] = captured[:, 0]
-    return values
+    *,
+    seed: int,
+    max_new_tokens: int,
+    shared: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Unsteered replies, sampled by `SAMPLED`; each depends on its prompt and the seed only.
+
+    `shared` is the number of leading tokens of each prompt that are run once (see `prefix`).
+    """
+    plain = compile_conditions(
+        [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model
+    )
+    shared = [0] * len(prompts) if shared is None else shared
+    requests = [
+        engine.Request(tokens=p, row_id=stable_id(*map(str, p)), shared=n)
+        for p, n in zip(prompts, shared, strict=True)
+    ]
+    decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos, sample=True)
+    replies: list[list[int]] = [[] for _ in prompts]
+    sampling = Sampling(seed=seed, **SAMPLED)
+    for batch in engine.run(model, requests, plain, decoding, sampling=sampling):
+        for reply in batch:
+            replies[reply.index] = [int(t) for t in reply.tokens]
+    return replies
+
+
+def stream(
+    model: ChatModel, contrast: Contrast
+) -> Iterator[tuple[Chat, Float[np.ndarray, "layer d_model"]]]:
+    """Every chat of a contrast with its state at `resid_post`, float32, in no set order.
+
+    Chats that need a sampled reply and get an empty one are left out.
+
+    Raises:
+      UserError: every reply of a group is empty, or a chat is longer than the model's context.
+    """
+    chats = list(contrast.chats)
+    if contrast.replayed_under:
+        replies = _replies(model, contrast, _tokens(model, chats))
+        spoken = [
+            dataclasses.replace(chat, system=contrast.replayed_under, user=text)
+            for chat, text in zip(chats, map(model.tokenizer.decode, replies), strict=True)
+            if text.strip()
+        ]
+        _check_groups(chats, spoken)
+        chats = spoken
+    prompts = _tokens(model, chats)
+    shared = shared_lengths(prompts, [chat.system for chat in chats])
+    replies = [[] for _ in chats]
+    if contrast.position != "prompt_end":
+        replies = _replies(model, contrast, prompts, shared)
+        kept = [i for i, reply in enumerate(replies) if reply]
+        _check_groups(chats, [chats[i] for i in kept])
+        chats, prompts = [chats[i] for i in kept], [prompts[i] for i in kept]
+        replies, shared = [replies[i] for i in kept], [shared[i] for i in kept]
+    position = [contrast.position]
+    for i, state in activations.capture(model, prompts, replies, position, shared=shared):
+        yield chats[i], state[:, 0]
+
+
+def _tokens(model: ChatModel, chats: Sequence[Chat]) -> list[list[int]]:
+    return [model.tokenizer.chat(chat.user, chat.system) for chat in chats]
+
+
+def _replies(
+    model: ChatModel,
+    contrast: Contrast,
+    prompts: Sequence[Sequence[int]],
+    shared: Sequence[int] | None = None,
+) -> list[list[int]]:
+    seed, length = contrast.seed, contrast.max_new_tokens
+    return sample_replies(model, prompts, seed=seed, max_new_tokens=length, shared=shared)
+
+
+def _check_groups(asked: Sequence[Chat], answered: Sequence[Chat]) -> None:
+    """Refuse a group that no chat is left of."""
+    groups = {chat.group for chat in answered}
+    for chat in asked:
+        if chat.group not in groups:
+            raise UserError(
+                f"every sampled reply under {str(chat.system)[:60]!r} was empty, so there is "
+                "nothing to average; take another seed, or the position prompt_end"
+            )
+
+
+def gather(model: ChatModel, contrast: Contrast) -> Samples:
+    """All samples of a contrast, in the order of its chats.
+
+    Raises:
+      UserError: as `stream`.
+    """
+    found = sorted(stream(model, contrast), key=lambda sample: sample[0].units)
+    chats = [chat for chat, _ in found]
+    return Samples(
+        values=np.stack([state for _, state in found]),
+        positive=np.array([chat.group == 0 for chat in chats]),
+        units={
+            sort: np.array([chat.units[u] for chat in chats])
+            for u, sort in enumerate(contrast.units)
+        },
+        labelled=contrast.units[0],
+    )

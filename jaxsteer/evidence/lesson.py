@@ -21,9 +21,9 @@ import polars as pl
 from jaxtyping import Float
 from scipy.special import softmax
 
-from jaxsteer.data import prompts
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
+from jaxsteer.directions.extraction import Trait, extract
 from jaxsteer.errors import UserError
 from jaxsteer.generation import stepwise
 from jaxsteer.generation.stepwise import Reading
@@ -194,8 +194,7 @@ def load(model: ChatModel, path: Path, extracted: Path) -> SteerableModel:
       UserError: directions of another model.
     """
     if not path.is_file() and not extracted.is_file():
-        trait = directions.extract_trait(model, prompts.trait("compliant"))["prompt_end"]
-        persona = dataclasses.replace(trait, name="persona")
+        persona = extract(model, "persona", Trait(trait="compliant"))
         directions.save(extracted, [persona, directions.random_like(persona, 1)])
     source = path if path.is_file() else extracted
     found = directions.load(source)

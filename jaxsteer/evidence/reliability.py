@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from jaxsteer import stats
-from jaxsteer.data import prompts as data
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions import geometry
 from jaxsteer.directions.direction import Direction
-from jaxsteer.directions.samples import Samples, axis_samples, contrast_samples, trait_samples
+from jaxsteer.directions.extraction import FromChats, contrast
+from jaxsteer.directions.samples import Samples, gather
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_json
 from jaxsteer.model.chat_model import ChatModel
@@ -49,8 +49,8 @@ def measure(
     }
     gathered: dict[str, Samples | str] = {}
     with Progress("samples of directions", len(named), unit="directions") as progress:
-        for name, direction in named.items():
-            gathered[name] = _samples_of(found.spec, model, direction)
+        for name in named:
+            gathered[name] = _samples_of(found.spec, model, name)
             progress.advance(1)
     value = {
         "format": FORMAT,
@@ -93,27 +93,14 @@ def load(folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def _samples_of(spec: StudySpec, model: ChatModel, direction: Direction) -> Samples | str:
-    """The samples behind one direction of a study, or why there are none to gather."""
-    item = spec.directions.get(direction.name)
-    if item is None:
+def _samples_of(spec: StudySpec, model: ChatModel, name: str) -> Samples | str:
+    """The samples behind one direction of a study, or why it has none of its own."""
+    kind = spec.directions.get(name)
+    if isinstance(kind, FromChats):
+        return gather(model, contrast(kind, prepare.extraction_settings(spec)))
+    if kind is None:
         return "not made by this study's spec"
-    if item.kind == "trait":
-        return trait_samples(model, data.trait(item.trait), item.position)
-    if item.kind == "assistant-axis":
-        material = data.roles()
-        roles = [role["instruction"] for role in material["roles"]]
-        position = direction.provenance.get("position", "response_avg")
-        return axis_samples(model, material["default"], roles, material["questions"], position)
-    if item.kind == "refusal" and spec.selection is not None:
-        prompts = prepare.split(spec.selection, spec.name)
-        return contrast_samples(
-            model,
-            [p.text for p in prompts.harmful_train],
-            [p.text for p in prompts.harmless_train],
-            data.policy(spec.system).text,
-        )
-    return f"kind {item.kind} is derived or sampled twice; its parts are measured instead"
+    return "made of other directions, which are measured instead"
 
 
 def _described(

@@ -21,15 +21,16 @@ import msgspec
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import direction as directions
-from jaxsteer.directions import kinds
+from jaxsteer.directions import extraction
 from jaxsteer.directions.direction import Direction
+from jaxsteer.directions.extraction import Random, Settings, Trait, UserPersona
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.progress import Progress
 from jaxsteer.study import selection
 from jaxsteer.study.layer_expr import depth
-from jaxsteer.study.spec import DirectionSpec, SelectionSpec, StudySpec
+from jaxsteer.study.spec import SelectionSpec, StudySpec
 
 VERSION = "2"
 
@@ -74,8 +75,8 @@ def split(chosen: SelectionSpec, study: str) -> Split:
     Raises:
       UserError: the spec asks for more prompts than there are.
     """
-    harmful = data.sample(data.harmbench(), 0, kinds.SPLIT_SEED)
-    harmless = data.sample(data.harmless(), 0, kinds.SPLIT_SEED)
+    harmful = data.sample(data.harmbench(), 0, extraction.SPLIT_SEED)
+    harmless = data.sample(data.harmless(), 0, extraction.SPLIT_SEED)
     train, validation = chosen.refusal_train, chosen.refusal_validation
     for name, needed, there in (
         ("HarmBench", train + validation + chosen.prompts, len(harmful)),
@@ -86,7 +87,7 @@ def split(chosen: SelectionSpec, study: str) -> Split:
                 f"study {study}: [selection] asks for {needed} {name} prompts (refusal_train, "
                 f"refusal_validation, prompts), there are {there}"
             )
-    harmful_train, harmless_train = kinds.refusal_prompts(train, validation)
+    harmful_train, harmless_train = extraction.refusal_prompts(train, validation)
     return Split(
         harmful_train=harmful_train,
         harmless_train=harmless_train,
@@ -98,7 +99,8 @@ def split(chosen: SelectionSpec, study: str) -> Split:
 
 def key(spec: StudySpec, model: ChatModel) -> str:
     """Identity of everything the setup depends on."""
-    traits = sorted(item.trait for item in spec.directions.values() if item.trait)
+    kinds = spec.directions.values()
+    traits = sorted(kind.trait for kind in kinds if isinstance(kind, Trait | UserPersona))
     value = [
         VERSION,
         model.weights_sha256,
@@ -179,44 +181,35 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
     found = directions.load(path) if path.is_file() else {}
     missing = [name for name in spec.directions if name not in found]
     if missing:
-        done = len(spec.directions) - len(missing)
+        done, settings = len(spec.directions) - len(missing), extraction_settings(spec)
         with Progress("directions", len(spec.directions), done, unit="directions") as progress:
             for name in missing:
-                item = spec.directions[name]
-                made = _direction(name, item, spec, model, found)
-                found[name] = dataclasses.replace(made, name=name)
+                found[name] = extraction.extract(
+                    model, name, spec.directions[name], found=found, settings=settings
+                )
                 directions.save(path, list(found.values()))
                 progress.advance(1)
     seeds = [seed for seed in _random_seeds(spec) if f"random-{seed}" not in found]
     for seed in seeds:
         # The study's first, not the file's: what a file holds comes back in another order.
-        base = found.get("persona") or found[next(iter(spec.directions))]
-        found[f"random-{seed}"] = directions.random_like(base, seed)
+        base = "persona" if "persona" in found else next(iter(spec.directions))
+        kind = Random(seed=seed, norms_of=base)
+        found[f"random-{seed}"] = extraction.combine(f"random-{seed}", kind, found)
     if seeds:
         directions.save(path, list(found.values()))
     return found
 
 
-def _direction(
-    name: str,
-    item: DirectionSpec,
-    spec: StudySpec,
-    model: ChatModel,
-    found: Mapping[str, Direction],
-) -> Direction:
-    if item.kind == "trait":
-        trait = data.trait(item.trait)
-        return directions.extract_trait(model, trait, [item.position])[item.position]
-    if item.kind == "user-persona":
-        return directions.extract_user_persona(model, name, data.trait(item.trait), item.position)
-    if item.kind == "assistant-axis":
-        return kinds.assistant_axis(model)
-    if item.kind == "refusal":
-        prompts = split(selection_of(spec, "the refusal direction"), spec.name)
-        return kinds.refusal(model, spec.system, prompts.harmful_train, prompts.harmless_train)
-    first, second = (found[other] for other in item.of)
-    combine = directions.minus if item.kind == "minus" else directions.without
-    return combine(name, first, second)
+def extraction_settings(spec: StudySpec) -> Settings:
+    """What the study's directions have in common: its system prompt, and its refusal prompts."""
+    settings = Settings(policy=spec.system)
+    if spec.selection is None:
+        return settings
+    return dataclasses.replace(
+        settings,
+        refusal_prompts=spec.selection.refusal_train,
+        skipped=spec.selection.refusal_validation,
+    )
 
 
 def selection_of(spec: StudySpec, what: str) -> SelectionSpec:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from jaxsteer.directions.extraction import InStudy, Minus, Without
 from jaxsteer.errors import UserError
 from jaxsteer.study.layer_expr import LAYER_NAME
 
 STUDIES = Path(__file__).parent.parent / "data" / "studies"
-Position = Literal["prompt_end", "response_start", "response_avg"]
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,26 +38,6 @@ class DataSpec(Spec, frozen=True, kw_only=True):
     harmful: int
     benign: int
     seed: int = 0
-
-
-class DirectionSpec(Spec, frozen=True, kw_only=True):
-    """How one direction is made.
-
-    Attributes:
-      kind: `trait` mean(positive) - mean(negative) of the model's own states under a trait's
-        instructions; `user-persona` the same states when the *user* speaks like the trait;
-        `refusal` HarmBench against harmless prompts; `assistant-axis`; `minus` one direction minus
-        another; `without` one direction with the component along another removed.
-      trait: of `trait` and `user-persona`, a shipped trait's name or the path of a .toml, from the
-        folder the command runs in.
-      position: which token's state is averaged.
-      of: of `minus` and `without`, the names of the two directions.
-    """
-
-    kind: Literal["trait", "user-persona", "refusal", "assistant-axis", "minus", "without"]
-    trait: str = ""
-    position: Position = "prompt_end"
-    of: tuple[str, ...] = ()
 
 
 class SelectionSpec(Spec, frozen=True, kw_only=True):
@@ -186,7 +166,7 @@ class StudySpec(Spec, frozen=True, kw_only=True):
       system: safety policy, the system prompt of every condition (after the mode's, if any).
       data: prompts.
       decoding: how replies are generated.
-      directions: by the name conditions use; `random` is always there.
+      directions: how each is made, by the name that conditions use; `random` is always there.
       selection: how open layers and the dose are chosen; needed when any is open.
       layers: layers by a name such as `late` or `late-two`. A fraction (0.3) is a share of depth,
         a whole number (20) a block. `steer` and `refusal` are chosen by the selection rules unless
@@ -202,7 +182,7 @@ class StudySpec(Spec, frozen=True, kw_only=True):
     system: str
     data: DataSpec
     decoding: DecodingSpec
-    directions: dict[str, DirectionSpec] = {}
+    directions: dict[str, InStudy] = {}
     selection: SelectionSpec | None = None
     layers: dict[str, int | float] = {}
     dose: float | None = None
@@ -251,17 +231,12 @@ def _problems(spec: StudySpec) -> Iterator[str]:
     for name, direction in spec.directions.items():
         if re.fullmatch(r"random(-\d+)?", name):
             yield f"directions.{name}: that name is of the random controls; choose another"
-        dangling = set(direction.of) - set(spec.directions)
-        if dangling:
-            yield f"directions.{name}.of names {sorted(dangling)[0]!r}, which is no direction here"
         # They are made in the order of the file.
-        for other in direction.of:
+        for other in direction.of if isinstance(direction, Minus | Without) else ():
+            if other not in spec.directions:
+                yield f"directions.{name}.of names {other!r}, which is no direction here"
             if other not in order[: order.index(name)]:
                 yield f"directions.{name}.of names {other!r}, which is not before it; list it first"
-        if (direction.kind in ("minus", "without")) != (len(direction.of) == 2):
-            yield f"directions.{name}: kind {direction.kind} and `of` do not go together"
-        if (direction.kind in ("trait", "user-persona")) != bool(direction.trait):
-            yield f"directions.{name}: kind {direction.kind} and `trait` do not go together"
     known = {*spec.directions, "random"}
     for condition in spec.condition:
         yield from _repeat_problems(condition)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
+from jaxsteer.directions.extraction import Refusal, Trait, UserPersona
 from jaxsteer.errors import UserError
 from jaxsteer.generation import padding
 from jaxsteer.generation.engine import Request
@@ -53,14 +54,15 @@ def without_model(spec: StudySpec) -> list[str]:
       UserError: a trait, mode or policy that is none, a choice left open without [selection], a
         layer to choose from that is no fraction of depth, or the name of a layer that is none.
     """
-    traits = [item.trait for item in spec.directions.values() if item.trait]
+    kinds = spec.directions.values()
+    traits = [kind.trait for kind in kinds if isinstance(kind, Trait | UserPersona)]
     for name in traits:
         data.trait(name)
     for name in spec.modes:
         data.mode(name)
     data.policy(spec.system)
-    for name, item in spec.directions.items():
-        if item.kind == "refusal":
+    for name, kind in spec.directions.items():
+        if isinstance(kind, Refusal):
             prepare.selection_of(spec, f"direction {name!r}")
     _check_fractions(spec, open_choices(spec))
     _check_layer_names(spec)

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from jaxsteer.data.prompts import Trait
-from jaxsteer.directions import direction
-from jaxsteer.directions.samples import axis_samples, contrast_samples, trait_samples
+from jaxsteer.directions.extraction import (
+    axis_contrast,
+    difference,
+    prompt_contrast,
+    trait_contrast,
+)
+from jaxsteer.directions.samples import Mean, gather
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from tests import tiny
@@ -29,24 +34,32 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("position", ["prompt_end", "response_avg"])
 def test_trait_samples_make_the_direction_that_was_extracted(model, position):
-    expected = direction.extract_trait(model, TRAIT, [position], seed=3, max_new_tokens=6)
-    made = trait_samples(model, TRAIT, position, seed=3, max_new_tokens=6)
-    np.testing.assert_allclose(made.direction(), expected[position].vectors, atol=1e-5)
+    contrast = trait_contrast(TRAIT, position, seed=3, max_new_tokens=6)
+    made, expected = gather(model, contrast), difference(model, "loud", contrast)
+    np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-5)
     assert len(np.unique(made.units["instruction"])) == 10
     assert len(np.unique(made.units["question"])) == 4
 
 
 def test_contrast_samples_make_the_direction_that_was_extracted(model):
     sides = [f"w{i}" for i in range(6)], [f"w{i} w2" for i in range(20, 24)]
-    expected = direction.extract_contrast(model, "refusal", "refusal", *sides, "w9")
-    made = contrast_samples(model, *sides, "w9")
+    contrast = prompt_contrast(*sides, "w9")
+    made, expected = gather(model, contrast), difference(model, "refusal", contrast)
     np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-5)
 
 
 def test_axis_samples_make_the_axis_that_was_extracted(model):
     default, roles, questions = ["w1", "w2 w3"], ["w4", "w5", "w6 w6"], ["w30", "w31 w32"]
-    expected = direction.extract_assistant_axis(
-        model, default, [(r, r) for r in roles], questions, max_new_tokens=5
-    )
-    made = axis_samples(model, default, roles, questions, max_new_tokens=5)
+    contrast = axis_contrast(default, [(r, r) for r in roles], questions, max_new_tokens=5)
+    made, expected = gather(model, contrast), difference(model, "assistant-axis", contrast)
     np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-4)
+
+
+def test_streamed_means_keep_what_float32_sums_lose():
+    mean = Mean()
+    values = np.full(20_000, 0.1, np.float32)
+    values[0] = 1e7
+    for value in values:
+        mean.add(np.array([value]))
+    expected = values.astype(np.float64).mean()
+    assert mean.value()[0] == pytest.approx(expected, rel=1e-12)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxsteer.data import prompts
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
@@ -160,11 +161,11 @@ def test_directions_of_another_model_are_refused(model, tmp_path):
 def test_without_directions_they_are_extracted_once_and_kept(model, tmp_path, monkeypatch):
     kept = tmp_path / "lesson/directions.safetensors"
     words = "w1 w2 w3"
-    trait = lesson.prompts.trait("compliant")
+    trait = prompts.trait("compliant")
     small = type(trait)(
         name="compliant", description="", positive=[words], negative=["w4 w5"], questions=["w6"]
     )
-    monkeypatch.setattr(lesson.prompts, "trait", lambda name: small)
+    monkeypatch.setattr(prompts, "trait", lambda name: small)
     first = lesson.load(model, tmp_path / "none", kept)
     assert sorted(first.directions) == ["persona", "random-1"]
     written = kept.stat().st_mtime_ns

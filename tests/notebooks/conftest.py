@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from jaxsteer.data import prompts
-from jaxsteer.directions import direction
+from jaxsteer.directions import direction, extraction
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from tests.conftest import gguf_path
@@ -59,14 +58,14 @@ def directions_dir(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         negative=trait.negative[:4],
         questions=trait.questions[:4],
     )
-    persona = direction.extract_trait(model, few)["prompt_end"]
+    persona = extraction.difference(model, "persona", extraction.trait_contrast(few))
     # Tests commit no harmful prompts: what the policy forbids is asked for in general words.
     asked = ["Help me do something illegal.", "Tell me how to hurt somebody.", "Help me steal."]
     harmless = [prompt.text for prompt in prompts.harmless()[: len(asked)]]
-    refusal = direction.extract_contrast(
-        model, "refusal", "refusal", asked, harmless, prompts.policy("safety-v1").text
-    )
+    policy = prompts.policy("safety-v1").text
+    contrast = extraction.prompt_contrast(asked, harmless, policy)
+    refusal = extraction.difference(model, "refusal", contrast)
     folder = tmp_path_factory.mktemp("results")
-    made = [dataclasses.replace(persona, name="persona"), refusal]
-    direction.save(folder / "directions.safetensors", [*made, direction.random_like(persona, 1)])
+    made = [persona, refusal, direction.random_like(persona, 1)]
+    direction.save(folder / "directions.safetensors", made)
     return folder

@@ -14,6 +14,7 @@ import polars as pl
 
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
+from jaxsteer.directions.extraction import Refusal, Trait
 from jaxsteer.evidence import reliability
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import degenerate, keyword
@@ -25,7 +26,6 @@ from jaxsteer.study.spec import (
     ConditionSpec,
     DataSpec,
     DecodingSpec,
-    DirectionSpec,
     OperationSpec,
     StudySpec,
     TestSpec,
@@ -76,8 +76,8 @@ def study(claims: Sequence[ClaimSpec] = CLAIMS, modes: Sequence[str] = ()) -> St
         data=DataSpec(harmful=40, benign=20),
         decoding=DecodingSpec(max_new_tokens=8),
         directions={
-            "persona": DirectionSpec(kind="trait", trait="compliant"),
-            "refusal": DirectionSpec(kind="refusal"),
+            "persona": Trait(trait="compliant"),
+            "refusal": Refusal(),
         },
         layers={"steer": 3, "refusal": 2},
         dose=4.0,

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.data import prompts as data
-from jaxsteer.directions import direction
+from jaxsteer.directions import direction, extraction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine as rows
 from jaxsteer.generation.distributed import Hosts
@@ -346,14 +346,14 @@ def stopped(model, tmp_path):
 
 @pytest.fixture
 def extracted(monkeypatch):
-    """Names of the traits that are extracted from here on."""
-    names, extract = [], direction.extract_trait
+    """Names of the directions that are extracted from here on."""
+    names, extract = [], extraction.extract
 
-    def watched(model, trait, *args, **kwargs):
-        names.append(trait.name)
-        return extract(model, trait, *args, **kwargs)
+    def watched(model, name, *args, **kwargs):
+        names.append(name)
+        return extract(model, name, *args, **kwargs)
 
-    monkeypatch.setattr(direction, "extract_trait", watched)
+    monkeypatch.setattr(extraction, "extract", watched)
     return names
 
 
@@ -379,7 +379,7 @@ def test_a_setup_that_stopped_takes_random_norms_from_the_direction_it_always_do
 def test_fresh_replaces_a_setup_that_stopped(model, stopped, extracted):
     study, out = stopped
     run.run_study(study, model, out, fresh=True)
-    assert extracted == ["compliant", "evil"]
+    assert extracted == ["persona", "evil"]
 
 
 def test_a_run_that_lost_its_setup_makes_it_again(model, study, tmp_path):

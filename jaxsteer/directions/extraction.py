@@ -1,0 +1,380 @@
+"""The kinds of direction, and how each is made: from chats, or from other directions.
+
+    kind            positive samples            negative samples            token
+    trait           showing instructions        opposite instructions       as asked
+    user-persona    users who show the trait    users who show its opposite as asked
+    refusal         harmful prompts             harmless prompts            prompt_end
+    assistant-axis  default system prompts      roles, each counted equally response_avg
+
+    minus           one direction minus another
+    without         one direction without its component along another
+    random          an isotropic vector with the norms of another direction
+
+`contrast` lists the chats of the first four and `combine` makes the others. To add a kind, add a
+struct and a case here: studies, the command line and `evidence.reliability` read this table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from jaxsteer.data import prompts
+from jaxsteer.data.prompts import Prompt
+from jaxsteer.directions import direction, samples
+from jaxsteer.directions.activations import Position
+from jaxsteer.directions.direction import Direction
+from jaxsteer.directions.samples import Chat, Contrast, Mean
+from jaxsteer.errors import UserError
+from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.model.chat_model import ChatModel
+
+# HarmBench and our harmless prompts are ranked by this seed and taken from the front.
+SPLIT_SEED = 11
+
+
+class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """How one direction is made: an entry of a study's `[directions]`."""
+
+
+class Trait(Kind, frozen=True, kw_only=True, tag="trait"):
+    """The model's own persona: a trait's instructions against their opposites.
+
+    Persona vectors, Chen et al. 2025, section 2.2.
+
+    Attributes:
+      trait: a shipped trait's name, or the path of a .toml from the current folder.
+      position: the token whose state is averaged.
+    """
+
+    trait: str
+    position: Position = "prompt_end"
+
+
+class UserPersona(Kind, frozen=True, kw_only=True, tag="user-persona"):
+    """How the model reads a *user* who shows a trait; fields as in `Trait`."""
+
+    trait: str
+    position: Position = "prompt_end"
+
+
+class Refusal(Kind, frozen=True, kw_only=True, tag="refusal"):
+    """HarmBench against our harmless prompts (Arditi et al. 2024, section 2.3)."""
+
+
+class AssistantAxis(Kind, frozen=True, kw_only=True, tag="assistant-axis"):
+    """Toward the default assistant, away from our sixteen roles (Lu et al. 2026)."""
+
+
+class Minus(Kind, frozen=True, kw_only=True, tag="minus"):
+    """One direction minus another, layer by layer; `of` names the two."""
+
+    of: tuple[str, str]
+
+
+class Without(Kind, frozen=True, kw_only=True, tag="without"):
+    """One direction with its component along another removed at each layer; `of` names the two."""
+
+    of: tuple[str, str]
+
+
+class Random(Kind, frozen=True, kw_only=True, tag="random"):
+    """An isotropic random direction.
+
+    Attributes:
+      seed: of the vectors.
+      norms_of: the direction whose norms it has; "" is the first that is not random itself.
+    """
+
+    seed: int
+    norms_of: str = ""
+
+
+FromChats = Trait | UserPersona | Refusal | AssistantAxis
+# Random is missing: a study's random directions follow from the seeds of its conditions.
+InStudy = FromChats | Minus | Without
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all directions of a study or command have in common.
+
+    Attributes:
+      policy: name of the system prompt under which refusal is extracted.
+      seed: of sampled replies.
+      refusal_prompts: number of harmful prompts of the refusal direction, and of harmless ones.
+      skipped: harmless prompts that are left out, because the layer of refusal is selected on them.
+    """
+
+    policy: str = "safety-v2"
+    seed: int = 0
+    refusal_prompts: int = 128
+    skipped: int = 16
+
+
+DEFAULT = Settings()
+
+
+def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
+    """The chats whose states make a direction of that kind.
+
+    Raises:
+      UserError: no such trait or policy.
+    """
+    match kind:
+        case Trait():
+            return trait_contrast(prompts.trait(kind.trait), kind.position, seed=settings.seed)
+        case UserPersona():
+            return user_contrast(prompts.trait(kind.trait), kind.position, seed=settings.seed)
+        case Refusal():
+            harmful, harmless = refusal_prompts(settings.refusal_prompts, settings.skipped)
+            return prompt_contrast(
+                [prompt.text for prompt in harmful],
+                [prompt.text for prompt in harmless],
+                prompts.policy(settings.policy).text,
+            )
+        case AssistantAxis():
+            texts = prompts.roles()
+            roles = [(role["name"], role["instruction"]) for role in texts["roles"]]
+            return axis_contrast(texts["default"], roles, texts["questions"], seed=settings.seed)
+
+
+def combine(name: str, kind: Minus | Without | Random, found: Mapping[str, Direction]) -> Direction:
+    """A direction made of others.
+
+    Raises:
+      UserError: there is no direction to take norms from.
+    """
+    match kind:
+        case Minus(of=(first, second)):
+            return direction.minus(name, found[first], found[second])
+        case Without(of=(first, second)):
+            return direction.without(name, found[first], found[second])
+        case Random(seed=seed, norms_of=other):
+            real = [n for n, d in found.items() if d.provenance.get("kind") != "random"]
+            if not (other or real):
+                raise UserError(
+                    f"{name} takes the norms of another direction and there is none; name one "
+                    "before it, such as compliant"
+                )
+            return direction.random_like(found[other or real[0]], seed)
+
+
+def extract(
+    model: ChatModel,
+    name: str,
+    kind: Kind,
+    *,
+    found: Mapping[str, Direction] | None = None,
+    settings: Settings = DEFAULT,
+) -> Direction:
+    """Make one direction.
+
+    Args:
+      model: the model to extract on.
+      name: what the direction is called.
+      kind: how it is made.
+      found: the directions that exist already.
+      settings: what directions have in common.
+
+    Raises:
+      UserError: as `contrast`, `combine` and `samples.stream`.
+    """
+    if isinstance(kind, Minus | Without | Random):
+        return combine(name, kind, found or {})
+    assert isinstance(kind, FromChats)
+    return difference(model, name, contrast(kind, settings))
+
+
+def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
+    """The difference of a contrast's means, summed in float64 with the memory of one sample.
+
+    Raises:
+      UserError: as `samples.stream`.
+    """
+    means: dict[int, Mean] = defaultdict(Mean)
+    norm = Mean()
+    for chat, state in samples.stream(model, made_of):
+        means[chat.group].add(state)
+        if chat.group == 0:
+            norm.add(np.linalg.norm(state.astype(np.float64), axis=-1))
+    positive, *negative = (means[group] for group in sorted(means))
+    vectors = positive.value() - np.mean([mean.value() for mean in negative], axis=0)
+    provenance: dict[str, Any] = {
+        "tap": "resid_post",
+        "kind": made_of.kind,
+        "position": made_of.position,
+        "n_positive": positive.count,
+        "n_negative": sum(mean.count for mean in negative),
+        "source_sha256": made_of.source_sha256,
+        "residual_norm": [round(float(value), 4) for value in norm.value()],
+        "model": model.name,
+        "weights_sha256": model.weights_sha256,
+        "tokenizer_sha256": model.tokenizer_sha256,
+    }
+    if made_of.replayed_under or made_of.position != "prompt_end":
+        sampled = {**samples.SAMPLED, "max_new_tokens": made_of.max_new_tokens}
+        provenance |= {"seed": made_of.seed, "sampled": sampled}
+    return Direction(name=name, vectors=vectors.astype(np.float32), provenance=provenance)
+
+
+def read_name(text: str, position: Position = "prompt_end") -> tuple[str, Kind]:
+    """A direction's name and kind from a trait, its .toml, refusal, assistant-axis or random-SEED.
+
+    Raises:
+      UserError: no such trait, or one whose name `--steer` cannot read.
+    """
+    if text == "refusal":
+        return text, Refusal()
+    if text == "assistant-axis":
+        return text, AssistantAxis()
+    if match := re.fullmatch("random-([0-9]{1,18})", text):
+        return text, Random(seed=int(match[1]))
+    name = prompts.trait(text).name
+    if not re.fullmatch(direction.NAME, name):
+        raise UserError(
+            f"{text}: the trait's name {name!r} would be its direction's; give it letters, digits "
+            "and . _ - only"
+        )
+    return name, Trait(trait=text, position=position)
+
+
+def find_or_extract(
+    model: ChatModel,
+    names: Sequence[str],
+    path: Path,
+    *,
+    settings: Settings = DEFAULT,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Direction]:
+    """The directions of a file, with the missing ones extracted and saved in it.
+
+    Args:
+      model: the model they belong to.
+      names: what is needed: names in the file, or what `read_name` reads.
+      path: the directions file, which need not exist.
+      settings: of the directions that are extracted.
+      say: called with one line before each extraction.
+
+    Raises:
+      UserError: a file of another model, or as `read_name` and `extract`.
+    """
+    found = direction.load(path) if path.is_file() else {}
+    for known in found.values():
+        direction.check_model(known, model, str(path))
+    for text in names:
+        if text in found:
+            continue
+        name, kind = read_name(text)
+        if name not in found:
+            say(f"extracting {name}; it is kept in {path}")
+            found[name] = extract(model, name, kind, found=found, settings=settings)
+            direction.save(path, list(found.values()))
+    return found
+
+
+def trait_contrast(
+    trait: prompts.Trait,
+    position: Position = "prompt_end",
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+) -> Contrast:
+    """A trait's positive instructions against its negative ones, with the same questions."""
+    return Contrast(
+        kind="trait",
+        source_sha256=trait.sha256,
+        chats=_crossed([trait.positive, trait.negative], trait.questions),
+        units=("instruction", "question"),
+        position=position,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def user_contrast(
+    trait: prompts.Trait,
+    position: Position = "prompt_end",
+    *,
+    system: str = "You are a helpful assistant.",
+    seed: int = 0,
+    max_new_tokens: int = 64,
+) -> Contrast:
+    """The model's replies in `trait_contrast`, replayed as a user's messages under `system`."""
+    replies = trait_contrast(trait, position, seed=seed, max_new_tokens=max_new_tokens)
+    return dataclasses.replace(
+        replies,
+        kind="user-persona",
+        source_sha256=_sha256([trait.sha256, system]),
+        replayed_under=system,
+    )
+
+
+def prompt_contrast(
+    positive: Sequence[str], negative: Sequence[str], system: str | None
+) -> Contrast:
+    """Prompts against other prompts under one system prompt, at the last prompt token."""
+    return Contrast(
+        kind="refusal",
+        source_sha256=_sha256([list(positive), list(negative), system]),
+        chats=[
+            Chat(system=system, user=text, group=int(i >= len(positive)), units=(i,))
+            for i, text in enumerate([*positive, *negative])
+        ],
+        units=("prompt",),
+        position="prompt_end",
+    )
+
+
+def axis_contrast(
+    default: Sequence[str],
+    roles: Sequence[tuple[str, str]],
+    questions: Sequence[str],
+    position: Position = "response_avg",
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 48,
+) -> Contrast:
+    """Default system prompts against roles (name, instruction), with the same questions.
+
+    Each role is a group, so that roles count equally however many of their replies are empty.
+    """
+    return Contrast(
+        kind="assistant-axis",
+        source_sha256=_sha256([list(default), [list(r) for r in roles], list(questions)]),
+        chats=_crossed([default, *([instruction] for _, instruction in roles)], questions),
+        units=("instruction", "question"),
+        position=position,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def refusal_prompts(count: int, skip: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The harmful and harmless prompts of the refusal direction: `count` of each.
+
+    The first `skip` harmless ones are left out: the layer of refusal is selected on them.
+    """
+    harmful = prompts.sample(prompts.harmbench(), count, SPLIT_SEED)
+    return harmful, prompts.sample(prompts.harmless(), 0, SPLIT_SEED)[skip : skip + count]
+
+
+def _crossed(groups: Sequence[Sequence[str]], questions: Sequence[str]) -> list[Chat]:
+    """Every instruction of every group with every question."""
+    instructions = [(group, text) for group, texts in enumerate(groups) for text in texts]
+    return [
+        Chat(system=text, user=question, group=group, units=(i, j))
+        for i, (group, text) in enumerate(instructions)
+        for j, question in enumerate(questions)
+    ]
+
+
+def _sha256(value: Any) -> str:
+    return sha256_bytes(canonical_json(value).encode())

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from jaxsteer.data import prompts as data
+from jaxsteer.directions import direction, extraction, samples
+from jaxsteer.directions.extraction import (
+    axis_contrast,
+    difference,
+    prompt_contrast,
+    trait_contrast,
+    user_contrast,
+)
+from jaxsteer.errors import UserError
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return tiny.qwen2()
+
+
+@pytest.fixture(scope="module")
+def model(hf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("directions")
+    return ChatModel.load(convert(tiny.save(hf, folder / "hf"), folder / "out", "float32"))
+
+
+TRAIT = data.Trait(
+    name="loud",
+    description="",
+    positive=[f"w{i} w1" for i in range(5)],
+    negative=[f"w{i} w2 w3" for i in range(5)],
+    questions=[f"w{i} w{i + 1}" for i in range(15)],
+)
+
+
+def last_states(hf, rows):
+    """`resid_post` of all but the last layer at the last token, float64 [row, layer, width]."""
+    states = []
+    for row in rows:
+        hidden = hf(torch.tensor([row]), output_hidden_states=True).hidden_states
+        states.append([h[0, -1].double().numpy() for h in hidden[1:-1]])
+    return np.array(states)
+
+
+def test_a_trait_is_the_difference_of_means_of_hf_states_at_the_last_prompt_token(hf, model):
+    made = difference(model, "loud", trait_contrast(TRAIT))
+
+    def mean(side):
+        rows = [model.tokenizer.chat(q, system) for system in side for q in TRAIT.questions]
+        return last_states(hf, rows).mean(axis=0)
+
+    expected = mean(TRAIT.positive) - mean(TRAIT.negative)
+    np.testing.assert_allclose(made.vectors[:-1], expected, atol=2e-5)
+    assert made.provenance["n_positive"] == made.provenance["n_negative"] == 75
+    assert made.provenance["weights_sha256"] == model.weights_sha256
+
+
+def test_a_contrast_is_the_difference_of_means_under_its_system_prompt(hf, model):
+    one, two = ["w4", "w5 w6"], ["w7 w8 w9", "w10"]
+    made = difference(model, "refusal", prompt_contrast(one, two, "w20"))
+    means = [
+        last_states(hf, [model.tokenizer.chat(text, "w20") for text in side]).mean(axis=0)
+        for side in (one, two)
+    ]
+    np.testing.assert_allclose(made.vectors[:-1], means[0] - means[1], atol=2e-5)
+
+
+def test_sampled_positions_depend_on_the_seed_and_on_nothing_else(model):
+    for position in ("response_start", "response_avg"):
+        one, same, other = (
+            difference(
+                model, "loud", trait_contrast(TRAIT, position, seed=seed, max_new_tokens=4)
+            ).sha256
+            for seed in (3, 3, 4)
+        )
+        assert one == same != other
+
+
+def test_a_reply_depends_on_its_prompt_and_the_seed_whatever_runs_beside_it(model):
+    prompts = [[3, 9, 8], [4, 20], [5, 7, 30, 31]]
+
+    def replies(some, seed=1):
+        return samples.sample_replies(model, some, seed=seed, max_new_tokens=6)
+
+    together = replies(prompts)
+    assert replies(prompts[::-1]) == together[::-1]
+    assert replies(prompts[1:2]) == together[1:2]
+    assert replies(prompts, 2) != together
+
+
+def test_provenance_says_how_replies_were_sampled_if_any_were(model):
+    made = {
+        position: difference(
+            model, "loud", trait_contrast(TRAIT, position, seed=3, max_new_tokens=4)
+        )
+        for position in ("prompt_end", "response_avg")
+    }
+    assert "seed" not in made["prompt_end"].provenance
+    assert made["response_avg"].provenance["seed"] == 3
+    sampled = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 4}
+    assert made["response_avg"].provenance["sampled"] == sampled
+
+
+def test_the_assistant_axis_gives_each_role_the_same_weight(hf, model):
+    default, roles, questions = ["w20", "w21 w22"], [("a", "w3"), ("b", "w4 w5")], ["w6", "w7 w8"]
+    contrast = axis_contrast(default, roles, questions, "prompt_end")
+    made = difference(model, "assistant-axis", contrast)
+
+    def mean(*systems):
+        rows = [model.tokenizer.chat(q, system) for system in systems for q in questions]
+        return last_states(hf, rows).mean(axis=0)
+
+    expected = mean(*default) - (mean("w3") + mean("w4 w5")) / 2
+    np.testing.assert_allclose(made.vectors[:-1], expected, atol=2e-5)
+    assert (made.provenance["n_positive"], made.provenance["n_negative"]) == (4, 4)
+
+
+def test_a_side_that_never_says_anything_is_named(model):
+    silent = dataclasses.replace(model, eos=tuple(range(model.config.vocab_size)))
+    with pytest.raises(UserError, match="reply under 'w0 w1' was empty"):
+        difference(silent, "loud", trait_contrast(TRAIT, "response_avg", max_new_tokens=2))
+
+
+def test_a_users_persona_is_read_in_the_models_replies_as_a_users_messages(hf, model):
+    contrast = user_contrast(TRAIT, system="w9", seed=3, max_new_tokens=4)
+    made = difference(model, "user", contrast)
+
+    def mean(side):
+        asked = [model.tokenizer.chat(q, i) for i in side for q in TRAIT.questions]
+        replies = samples.sample_replies(model, asked, seed=3, max_new_tokens=4)
+        texts = [text for text in map(model.tokenizer.decode, replies) if text.strip()]
+        return last_states(hf, [model.tokenizer.chat(text, "w9") for text in texts]).mean(axis=0)
+
+    expected = mean(TRAIT.positive) - mean(TRAIT.negative)
+    np.testing.assert_allclose(made.vectors[:-1], expected, atol=2e-5)
+    assert made.provenance["kind"] == "user-persona" and made.provenance["seed"] == 3
+
+
+def test_directions_that_a_file_lacks_are_extracted_once_and_kept_in_it(model, tmp_path):
+    path, said = tmp_path / "d.safetensors", []
+    first = extraction.find_or_extract(model, ["compliant", "random-3"], path, say=said.append)
+    assert [line.split(";")[0] for line in said] == ["extracting compliant", "extracting random-3"]
+    again = extraction.find_or_extract(model, ["random-3", "compliant"], path, say=said.append)
+    assert len(said) == 2
+    for name in ("compliant", "random-3"):
+        assert again[name].sha256 == first[name].sha256 == direction.load(path)[name].sha256
+
+
+def test_a_file_of_another_model_is_not_added_to(model, tmp_path):
+    path = tmp_path / "d.safetensors"
+    extraction.find_or_extract(model, ["compliant"], path)
+    other = dataclasses.replace(model, weights_sha256="0" * 64)
+    with pytest.raises(UserError, match="other weights"):
+        extraction.find_or_extract(other, ["evil"], path)
+
+
+def test_what_is_no_direction_and_no_trait_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match=r"no trait w; give a .toml file or one of"):
+        extraction.find_or_extract(model, ["w"], tmp_path / "d.safetensors")
