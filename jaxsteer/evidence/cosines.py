@@ -22,6 +22,7 @@ from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability as measuring
+from jaxsteer.evidence.reliability import Measured, Measurements
 
 CORE = ("persona", "refusal", "axis")
 # cos(persona, refusal) at "layer 20" in arXiv 2606.26161: model, number of blocks, value.
@@ -44,7 +45,7 @@ class Geometry:
 
     named: Mapping[str, Direction]
     random: Mapping[str, Direction]
-    measured: Mapping[str, Any] | None
+    measured: Measurements | None
     n_layers: int
     notes: tuple[str, ...]
 
@@ -75,7 +76,7 @@ def load(folder: Path) -> Geometry:
     if measured is None:
         notes.append(f"No geometry.json: the null bands and reliabilities are missing; {again}.")
     else:
-        hashes = {k: entry.get("sha256") for k, entry in measured["directions"].items()}
+        hashes = {k: entry.sha256 for k, entry in measured.directions.items()}
         stale = [k for k, d in named.items() if hashes.get(k, d.sha256) != d.sha256]
         absent = [k for k in named if k not in hashes]
         if stale:
@@ -128,15 +129,14 @@ def pairs(found: Geometry) -> pl.DataFrame:
     """
     names = list(found.named)
     units = {k: _unit(d) for k, d in found.named.items()}
-    nulls: dict[frozenset[str], Mapping[str, Any]] = {
-        frozenset((pair["first"], pair["second"])): pair["null"]
-        for pair in (found.measured or {}).get("pairs", [])
-        if pair.get("null")
+    nulls = {
+        frozenset((pair.first, pair.second)): pair.null
+        for pair in (found.measured.pairs if found.measured else [])
     }
     layers = np.arange(found.n_layers)
-    frames = []
+    frames: list[dict[str, Sequence[object]]] = []
     for one, other in itertools.combinations(names, 2):
-        null = nulls.get(frozenset((one, other)), {})
+        null = nulls.get(frozenset((one, other)))
         nothing = [None] * found.n_layers
         cosine = np.einsum("ld,ld->l", units[one], units[other])
         frames.append(
@@ -146,10 +146,10 @@ def pairs(found: Geometry) -> pl.DataFrame:
                 "pair": [f"{one} · {other}"] * found.n_layers,
                 "layer": layers.tolist(),
                 "cosine": [None if np.isnan(c) else float(c) for c in cosine],
-                "low": null.get("low", nothing),
-                "high": null.get("high", nothing),
-                "p": null.get("p", nothing),
-                "relabellings": [null.get("relabellings")] * found.n_layers,
+                "low": null.low if null else nothing,
+                "high": null.high if null else nothing,
+                "p": null.p if null else nothing,
+                "relabellings": [null.relabellings if null else None] * found.n_layers,
             }
         )
     columns = {k: [v for frame in frames for v in frame[k]] for k in _PAIRS}
@@ -355,14 +355,14 @@ def reliability(found: Geometry, window: Window) -> pl.DataFrame:
         {
             "direction": name,
             "unit": unit,
-            "units": int(entry["units"]),
+            "units": halves.units,
             "layer": layer,
-            "mean": entry["mean"][layer],
-            "low": entry["low"][layer],
-            "high": entry["high"][layer],
+            "mean": halves.mean[layer],
+            "low": halves.low[layer],
+            "high": halves.high[layer],
         }
-        for name, described in (found.measured or {}).get("directions", {}).items()
-        for unit, entry in (described.get("reliability") or {}).items()
+        for name, measured in _measured(found).items()
+        for unit, halves in measured.reliability.items()
         for layer in range(window[0], window[1] + 1)
     ]
     schema = {"direction": pl.String, "unit": pl.String, "units": pl.Int64, "layer": pl.Int64}
@@ -374,8 +374,11 @@ _ENDS = ("mean", "low", "high")
 
 def unreliable(found: Geometry) -> dict[str, str]:
     """Directions whose reliability was not measured, and why."""
-    described = (found.measured or {}).get("directions", {})
-    return {k: str(v["not_measured"]) for k, v in described.items() if "not_measured" in v}
+    return {k: m.not_measured for k, m in _measured(found).items() if m.not_measured}
+
+
+def _measured(found: Geometry) -> dict[str, Measured]:
+    return found.measured.directions if found.measured else {}
 
 
 def norms(found: Geometry, window: Window) -> pl.DataFrame:

@@ -6,10 +6,10 @@ Every direction is made again sample by sample, for `directions.geometry` to hal
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
+import msgspec
 import numpy as np
 
 from jaxsteer import stats
@@ -23,15 +23,108 @@ from jaxsteer.files import write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.progress import Progress
 from jaxsteer.study import prepare, results
+from jaxsteer.study.record import Count, Sha256
 from jaxsteer.study.spec import StudySpec
 
-FORMAT = "jaxsteer-geometry-1"
+FORMAT: Final = "jaxsteer-geometry-1"
 FILE = "geometry.json"
+
+
+class Halves(msgspec.Struct, frozen=True, kw_only=True):
+    """Agreement of random halves of one kind of unit, by layer.
+
+    Attributes:
+      units: how many there are to halve.
+      mean, low, high: of the cosine of two halves, with its 95 % range.
+      spearman_brown: the mean, stepped up to the full number of units.
+    """
+
+    units: Count
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    spearman_brown: list[float]
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One direction.
+
+    Attributes:
+      sha256: of its vectors.
+      kind: trait, refusal and so on.
+      norm: by layer.
+      n_positive, n_negative: samples a side.
+      recomputed_cosine: of the samples' difference of means with the direction, smallest over
+        layers; below 1 the samples are not those of the direction.
+      reliability: by unit.
+      not_measured: why there are no samples, or "".
+    """
+
+    sha256: Sha256
+    kind: str
+    norm: list[float]
+    n_positive: Count = 0
+    n_negative: Count = 0
+    recomputed_cosine: float | None = None
+    reliability: dict[str, Halves] = {}
+    not_measured: str = ""
+
+
+class Null(msgspec.Struct, frozen=True, kw_only=True):
+    """The cosine of a pair under shuffled labels, by layer.
+
+    Attributes:
+      shuffled: directions whose labels were shuffled, each by itself.
+      relabellings: how many different shuffles there are.
+      low, high: 95 % range; of two ranges the widest.
+      p: two-sided; of two the larger.
+    """
+
+    shuffled: list[str]
+    relabellings: float
+    low: list[float]
+    high: list[float]
+    p: list[float]
+
+
+class Pair(msgspec.Struct, frozen=True, kw_only=True):
+    """Two directions, their cosine by layer, and its null where one of them has samples."""
+
+    first: str
+    second: str
+    cosine: list[float]
+    null: Null | None
+
+
+class Measurements(msgspec.Struct, frozen=True, kw_only=True):
+    """geometry.json.
+
+    Attributes:
+      format: of this file.
+      key: of the run whose directions were measured.
+      model, weights_sha256: the model that made the samples.
+      tap: where in the residual stream.
+      halves, draws, seed: how many halvings and shuffles, and the seed of both.
+      isotropic_sd: standard deviation of the cosine of two random directions of this width.
+      directions, pairs: what was measured.
+    """
+
+    format: Literal["jaxsteer-geometry-1"]
+    key: Sha256
+    model: str
+    weights_sha256: Sha256
+    tap: str
+    halves: Count
+    draws: Count
+    seed: int
+    isotropic_sd: float
+    directions: dict[str, Measured]
+    pairs: list[Pair]
 
 
 def measure(
     folder: Path, model: ChatModel, *, halves: int = 100, draws: int = 1000, seed: int = 0
-) -> dict[str, Any]:
+) -> Measurements:
     """Measure every direction of a results folder; writes and returns its geometry.json.
 
     Raises:
@@ -52,45 +145,42 @@ def measure(
         for name in named:
             gathered[name] = _samples_of(found.spec, model, name)
             progress.advance(1)
-    value = {
-        "format": FORMAT,
-        "key": found.run.key,
-        "model": model.name,
-        "weights_sha256": model.weights_sha256,
-        "tap": "resid_post",
-        "halves": halves,
-        "draws": draws,
-        "seed": seed,
-        "isotropic_sd": model.config.d_model**-0.5,
-        "directions": {
+    made = Measurements(
+        format=FORMAT,
+        key=found.run.key,
+        model=model.name,
+        weights_sha256=model.weights_sha256,
+        tap="resid_post",
+        halves=halves,
+        draws=draws,
+        seed=seed,
+        isotropic_sd=model.config.d_model**-0.5,
+        directions={
             name: _described(direction, gathered[name], halves, seed)
             for name, direction in named.items()
         },
-        "pairs": [
+        pairs=[
             _pair(named[a], named[b], gathered[a], gathered[b], draws, seed)
             for a, b in itertools.combinations(named, 2)
         ],
-    }
-    write_json(folder / FILE, value)
-    return value
+    )
+    write_json(folder / FILE, msgspec.to_builtins(made))
+    return made
 
 
-def load(folder: Path) -> dict[str, Any] | None:
+def load(folder: Path) -> Measurements | None:
     """geometry.json of a results folder, or None when it was not measured.
 
     Raises:
       UserError: unreadable, or of another format.
     """
     path = folder / FILE
-    if not path.is_file():
-        return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run `jaxsteer geometry` again") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UserError(f"{path} is not {FORMAT}; run `jaxsteer geometry` again")
-    return value
+        return msgspec.json.decode(path.read_bytes(), type=Measurements)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; run `jaxsteer geometry` again") from None
 
 
 def _samples_of(spec: StudySpec, model: ChatModel, name: str) -> Samples | str:
@@ -103,22 +193,16 @@ def _samples_of(spec: StudySpec, model: ChatModel, name: str) -> Samples | str:
     return "made of other directions, which are measured instead"
 
 
-def _described(
-    direction: Direction, samples: Samples | str, halves: int, seed: int
-) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "sha256": direction.sha256,
-        "kind": direction.provenance.get("kind"),
-        "norm": _rounded(np.linalg.norm(direction.vectors.astype(np.float64), axis=1)),
-    }
+def _described(direction: Direction, samples: Samples | str, halves: int, seed: int) -> Measured:
+    entry = Measured(
+        sha256=direction.sha256,
+        kind=str(direction.provenance.get("kind")),
+        norm=_rounded(np.linalg.norm(direction.vectors.astype(np.float64), axis=1)),
+    )
     if isinstance(samples, str):
-        return entry | {"not_measured": samples}
-    entry["n_positive"] = int(samples.positive.sum())
-    entry["n_negative"] = int((~samples.positive).sum())
-    # That these samples make this direction: below 1 something differs from the extraction.
+        return msgspec.structs.replace(entry, not_measured=samples)
     alike = geometry.cosines(samples.direction(), direction.vectors)
     nonzero = np.linalg.norm(direction.vectors, axis=1) > 0
-    entry["recomputed_cosine"] = round(float(alike[nonzero].min(initial=1.0)), 6)
     reliability = {}
     for unit in samples.units:
         try:
@@ -127,14 +211,20 @@ def _described(
             continue
         mean = split.mean(axis=0)
         low, high = np.quantile(split, [0.025, 0.975], axis=0)
-        reliability[unit] = {
-            "units": len(np.unique(samples.units[unit])),
-            "mean": _rounded(mean),
-            "low": _rounded(low),
-            "high": _rounded(high),
-            "spearman_brown": _rounded([stats.spearman_brown(float(r)) for r in mean]),
-        }
-    return entry | {"reliability": reliability}
+        reliability[unit] = Halves(
+            units=len(np.unique(samples.units[unit])),
+            mean=_rounded(mean),
+            low=_rounded(low),
+            high=_rounded(high),
+            spearman_brown=_rounded([stats.spearman_brown(float(r)) for r in mean]),
+        )
+    return msgspec.structs.replace(
+        entry,
+        n_positive=int(samples.positive.sum()),
+        n_negative=int((~samples.positive).sum()),
+        recomputed_cosine=round(float(alike[nonzero].min(initial=1.0)), 6),
+        reliability=reliability,
+    )
 
 
 def _pair(
@@ -144,13 +234,8 @@ def _pair(
     second_samples: Samples | str,
     draws: int,
     seed: int,
-) -> dict[str, Any]:
+) -> Pair:
     observed = geometry.cosines(first.vectors, second.vectors)
-    entry: dict[str, Any] = {
-        "first": first.name,
-        "second": second.name,
-        "cosine": _rounded(observed),
-    }
     nulls = [
         (
             name,
@@ -163,21 +248,19 @@ def _pair(
         )
         if isinstance(samples, Samples)
     ]
-    if not nulls:
-        return entry | {"null": None}
-    # The alignment must survive shuffling either direction's labels: widest range, larger p.
-    bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for _, _, null in nulls])
-    return entry | {
-        "null": {
-            "shuffled": [name for name, _, _ in nulls],
-            "relabellings": min(count for _, count, _ in nulls),
-            "low": _rounded(bounds[:, 0].min(axis=0)),
-            "high": _rounded(bounds[:, 1].max(axis=0)),
-            "p": _rounded(
-                np.max([geometry.two_sided_p(observed, null) for _, _, null in nulls], axis=0)
-            ),
-        }
-    }
+    null = None
+    if nulls:
+        # The alignment must survive shuffling either direction's labels: widest range, larger p.
+        bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for _, _, null in nulls])
+        p = np.max([geometry.two_sided_p(observed, null) for _, _, null in nulls], axis=0)
+        null = Null(
+            shuffled=[name for name, _, _ in nulls],
+            relabellings=min(count for _, count, _ in nulls),
+            low=_rounded(bounds[:, 0].min(axis=0)),
+            high=_rounded(bounds[:, 1].max(axis=0)),
+            p=_rounded(p),
+        )
+    return Pair(first=first.name, second=second.name, cosine=_rounded(observed), null=null)
 
 
 def _rounded(values: Any) -> list[float]:

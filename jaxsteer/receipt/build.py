@@ -24,9 +24,9 @@ from jaxsteer.evidence import claims, controls, reliability
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
-from jaxsteer.receipt import canonical, excerpt, page, record, statement
+from jaxsteer.receipt import canonical, excerpt, page, statement
 from jaxsteer.receipt.statement import Statement
-from jaxsteer.study import results
+from jaxsteer.study import prepare, results
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.results import LABELS, Results
 
@@ -336,17 +336,20 @@ def _judges(found: Results) -> statement.Judges:
 
 
 def _selection(found: Results) -> statement.Selection:
-    known = record.read_setup(found.folder)
+    path = found.folder / "setup.json"
+    known = prepare.read_record(path)
+    if not known:
+        raise UserError(f"{path} is missing; run the study again")
     return statement.Selection(
-        sha256=sha256_file(found.folder / "setup.json"),
-        dose_candidates=known.dose_candidates,
-        refusal_candidates=known.refusal_candidates,
-        refusal_near_miss=known.refusal_near_miss,
+        sha256=sha256_file(path),
+        dose_candidates=known.get("dose_candidates", []),
+        refusal_candidates=known.get("refusal_candidates", []),
+        refusal_near_miss=known.get("refusal_near_miss", []),
     )
 
 
 def _geometry(found: Results, run: RunRecord) -> statement.Geometry | None:
-    known = record.read_geometry(found.folder)
+    known = reliability.load(found.folder)
     if known is None:
         return None
     path = found.folder / reliability.FILE

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.gates import Gate
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.receipt.verify import Check, passed, verdict
 from jaxsteer.terminal import plain
-from jaxsteer.words import percent, points
+from jaxsteer.words import percent, points, signed
 
 STYLES = {
     "confirmed": "green",
@@ -115,15 +115,13 @@ def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
         )
 
 
-def geometry_table(found: dict[str, Any]) -> Table:
+def geometry_table(found: Measurements) -> Table:
     """Reliability of each direction: the range over layers of the mean agreement of halves."""
     table = _table("agreement of random halves", "direction", "halves by", "#units", "#over layers")
-    for name, entry in found["directions"].items():
-        for unit, halves in entry.get("reliability", {}).items():
-            low, high = min(halves["mean"]), max(halves["mean"])
-            table.add_row(
-                safe(name), safe(unit), str(halves["units"]), f"{low:+.2f} to {high:+.2f}"
-            )
-        if "not_measured" in entry:
-            table.add_row(safe(name), safe(entry["not_measured"]), "", "")
+    for name, measured in found.directions.items():
+        for unit, halves in measured.reliability.items():
+            span = f"{signed(min(halves.mean))} to {signed(max(halves.mean))}"
+            table.add_row(safe(name), safe(unit), str(halves.units), span)
+        if measured.not_measured:
+            table.add_row(safe(name), safe(measured.not_measured), "", "")
     return table

@@ -67,12 +67,15 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
         split = {u: geometry.split_half(found, u, halves=20) for u in found.units}
         described[name] = {
             "sha256": named[name].sha256,
+            "kind": "trait",
+            "norm": np.linalg.norm(named[name].vectors, axis=1).tolist(),
             "reliability": {
                 unit: {
                     "units": len(np.unique(found.units[unit])),
                     "mean": half.mean(axis=0).tolist(),
                     "low": half.min(axis=0).tolist(),
                     "high": half.max(axis=0).tolist(),
+                    "spearman_brown": half.mean(axis=0).tolist(),
                 }
                 for unit, half in split.items()
             },
@@ -81,8 +84,22 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
     for one, other in itertools.combinations(sorted(made), 2):
         null = geometry.permutation_null(made[one], named[other].vectors, draws=100)
         low, high = np.quantile(null, [0.025, 0.975], axis=0)
-        p = geometry.two_sided_p(geometry.cosines(named[one].vectors, named[other].vectors), null)
+        cosine = geometry.cosines(named[one].vectors, named[other].vectors)
+        p = geometry.two_sided_p(cosine, null)
         ends = {"low": low.tolist(), "high": high.tolist(), "p": p.tolist()}
         shuffled = {"shuffled": [one], "relabellings": geometry.relabellings(made[one])}
-        pairs.append({"first": one, "second": other, "null": {**shuffled, **ends}})
-    return {"format": reliability.FORMAT, "directions": described, "pairs": pairs}
+        pair = {"first": one, "second": other, "cosine": cosine.tolist()}
+        pairs.append({**pair, "null": {**shuffled, **ends}})
+    return {
+        "format": reliability.FORMAT,
+        "key": "0" * 64,
+        "model": "made",
+        "weights_sha256": "0" * 64,
+        "tap": "resid_post",
+        "halves": 20,
+        "draws": 100,
+        "seed": 0,
+        "isotropic_sd": WIDTH**-0.5,
+        "directions": described,
+        "pairs": pairs,
+    }

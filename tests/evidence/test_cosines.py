@@ -45,10 +45,10 @@ def test_cosines_agree_with_scipy_at_every_layer(found):
 def test_a_pair_finds_its_null_whichever_way_round_it_was_measured(found):
     table = cosines.pairs(found)
     assert table["low"].null_count() == 0
-    measured = {frozenset((p["first"], p["second"])): p for p in found.measured["pairs"]}
+    measured = {frozenset((p.first, p.second)): p for p in found.measured.pairs}
     for row in table.iter_rows(named=True):
-        null = measured[frozenset((row["first"], row["second"]))]["null"]
-        assert row["high"] == null["high"][row["layer"]]
+        null = measured[frozenset((row["first"], row["second"]))].null
+        assert row["high"] == null.high[row["layer"]]
 
 
 def test_a_zero_vector_has_no_cosine_and_does_not_count_in_the_mean(found):

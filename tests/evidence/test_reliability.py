@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import json
-
 import msgspec
 import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability
+from tests.evidence import directions_made
 from tests.receipt import made as receipts
 
 
@@ -29,7 +28,6 @@ def test_a_damaged_geometry_file_is_refused_in_one_line(tmp_path, text):
 
 
 def test_what_was_measured_reads_back(tmp_path):
-    (tmp_path / reliability.FILE).write_text(
-        json.dumps({"format": reliability.FORMAT, "pairs": []})
-    )
-    assert reliability.load(tmp_path) == {"format": reliability.FORMAT, "pairs": []}
+    found = reliability.load(directions_made.folder(tmp_path))
+    assert found.directions["persona"].reliability["instruction"].units == 20
+    assert found.pairs[0].null.shuffled == [found.pairs[0].first]

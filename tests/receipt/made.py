@@ -266,9 +266,21 @@ def measure(folder: Path) -> dict[str, Any]:
     persona = made_directions()[0]
     written = {
         "format": reliability.FORMAT,
+        "key": sha("run"),
+        "model": "made-model",
+        "weights_sha256": sha("weights"),
+        "tap": "resid_post",
+        "halves": 10,
+        "draws": 50,
+        "seed": 0,
         "isotropic_sd": 0.25,
         "directions": {
-            "persona": {"sha256": persona.sha256, "reliability": {"instruction": halves}}
+            "persona": {
+                "sha256": persona.sha256,
+                "kind": "trait",
+                "norm": curve,
+                "reliability": {"instruction": halves},
+            }
         },
         "pairs": [{"first": "persona", "second": "refusal", "cosine": curve, "null": null}],
     }
