@@ -24,6 +24,7 @@ with app.setup:
     from jaxsteer.evidence.opening import open_results
     from jaxsteer.judges import human, labelling
     from jaxsteer.receipt import canonical, compare, verify
+    from jaxsteer.receipt import charts as receipts
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +93,7 @@ def _(folder, results):
     if not _path.is_file():
         _problem = f"There is no receipt yet: run `jaxsteer receipt {results.value}`."
     mo.stop(receipt is None, mo.callout(mo.md(text.escaped(_problem)), kind="warn"))
-    mo.md(f"{charts.facts_table(receipt)}\n\n{tables.claims_table(receipt.claims)}")
+    mo.md(f"{receipts.facts_table(receipt)}\n\n{tables.claims_table(receipt.claims)}")
     return (receipt,)
 
 
@@ -122,7 +123,7 @@ def _(folder, receipt, rows):
     except UserError as error:
         _checks, _said, _kind = [], str(error), "danger"
     _callout = mo.callout(mo.md(text.escaped(_said)), kind=_kind)
-    mo.vstack([_callout, mo.md(charts.checks_table(_checks))])
+    mo.vstack([_callout, mo.md(receipts.checks_table(_checks))])
     return
 
 
@@ -150,7 +151,7 @@ def _(folder, receipt, second):
     except UserError as error:
         _problem = str(error)
     mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
-    mo.vstack([mo.as_html(charts.diff_chart(compared)), mo.md(charts.changed_table(compared))])
+    mo.vstack([mo.as_html(receipts.diff_chart(compared)), mo.md(receipts.changed_table(compared))])
     return
 
 

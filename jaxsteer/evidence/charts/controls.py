@@ -1,4 +1,4 @@
-"""Charts of the fourth notebook; their numbers come from `jaxsteer.analysis`."""
+"""Charts of the fourth notebook; their numbers come from `evidence.findings`."""
 
 from __future__ import annotations
 

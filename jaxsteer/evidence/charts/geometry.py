@@ -1,4 +1,4 @@
-"""Charts of the geometry notebook; their tables come from `jaxsteer.analysis.cosines`."""
+"""Charts of the geometry notebook; their tables come from `evidence.cosines`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,12 @@ import polars as pl
 from jaxsteer.evidence.charts import theme
 from jaxsteer.evidence.charts.marks import labelled, titled
 from jaxsteer.evidence.cosines import Components, Window
-from jaxsteer.words import percent
+from jaxsteer.words import percent, signed
 
 LAYER = "layer (resid_post)"
 COSINE = "cosine"
 BAND = theme.PALETTE["baseline"]
 SIGNED = alt.Axis(format="+.1f", tickCount=5)
-
-
-def minus(text: str) -> str:
-    """Numbers with a real minus sign.
-
-    >>> minus("-0.18 to +0.20")
-    '−0.18 to +0.20'
-    """
-    return text.replace("-0", "−0").replace("-1", "−1")
 
 
 def span(window: Window) -> str:
@@ -61,12 +52,12 @@ def pair_finding(table: pl.DataFrame) -> str:
     if not there.height:
         return f"{table['pair'][0]}: no layer has a cosine"
     values = there["cosine"].to_list()
-    words = f"{table['pair'][0]}: cosine {min(values):+.2f} to {max(values):+.2f}"
+    words = f"{table['pair'][0]}: cosine {signed(min(values))} to {signed(max(values))}"
     null = there.drop_nulls("low")
     if not null.height:
-        return minus(words) + "; chance was not measured"
+        return f"{words}; chance was not measured"
     beyond = null.filter(~pl.col("cosine").is_between("low", "high")).height
-    return minus(words) + f", beyond chance at {beyond} of {null.height} layers"
+    return f"{words}, beyond chance at {beyond} of {null.height} layers"
 
 
 def pair_chart(
@@ -234,11 +225,11 @@ def matrix_chart(
     most = cells.sort(pl.col("cosine").abs(), descending=True, nulls_last=True).row(0, named=True)
     finding = (
         f"{span(window).capitalize()}: the strongest of {cells.height // 2} mean cosines is "
-        f"{most['row']} · {most['column']}, {most['cosine']:+.2f}"
+        f"{most['row']} · {most['column']}, {signed(most['cosine'])}"
     )
     counted = f"{len(order)} of {total}" if total and total > len(order) else f"all {len(order)}"
     detail = f"{counted} directions; dashed ring: within the mean 95 % null range of the pair"
-    return titled(chart, minus(finding), detail)
+    return titled(chart, finding, detail)
 
 
 def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.LayerChart:
@@ -282,10 +273,10 @@ def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.Layer
     chart = alt.LayerChart(layer=layers).properties(width=430, height=24 * shown.height)
     first = shown.row(0, named=True)
     most = "Most opposed" if first["cosine"] < 0 else "No pair is opposed; the least aligned is"
-    finding = f"{most} {first['pair']}, mean cosine {first['cosine']:+.2f} over {span(window)}"
+    finding = f"{most} {first['pair']}, mean cosine {signed(first['cosine'])} over {span(window)}"
     counted = f"{shown.height} of {total} pairs" if shown.height < total else f"all {total} pairs"
     detail = f"{counted}; line: smallest to largest over the layers; grey: mean 95 % null range"
-    return titled(chart, minus(finding), detail)
+    return titled(chart, finding, detail)
 
 
 def components_chart(found: Components, window: Window) -> alt.LayerChart:
@@ -338,11 +329,11 @@ def reliability_chart(table: pl.DataFrame, window: Window) -> alt.ConcatChart:
     least = worst.row(0, named=True)
     finding = (
         f"Least reliable over {span(window)}: {least['direction']} halved by {least['unit']}, "
-        f"mean cosine {least['mean']:+.2f}"
+        f"mean cosine {signed(least['mean'])}"
     )
     detail = "cosine of the directions of two random halves; band: 95 % of the halvings"
     chart = alt.ConcatChart(concat=panels, columns=3, spacing=18)
-    return titled(chart, minus(finding), detail, wrap=92)
+    return titled(chart, finding, detail, wrap=92)
 
 
 def _reliability_panel(

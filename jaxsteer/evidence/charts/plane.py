@@ -1,7 +1,7 @@
 """A plane with two vectors to drag: the state h, the direction d, and what steering makes of h.
 
 The picture is drawn in the browser (plane.js), so it moves with the pointer and still works in an
-exported page without a kernel. The tips come back to Python as traits; `jaxsteer.lesson.steer_2d`
+exported page without a kernel. The tips come back to Python as traits; `evidence.lesson.steer_2d`
 computes the same step with the library's own `interventions.apply`, and a browser test compares
 the two. Tips move by mouse, by touch, and by the arrow keys.
 """

@@ -1,4 +1,4 @@
-"""Charts of the first notebook; their tables come from `jaxsteer.lesson`."""
+"""Charts of the first notebook; their tables come from `evidence.lesson`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import polars as pl
 from jaxsteer.evidence.charts import theme
 from jaxsteer.evidence.charts.marks import labelled, titled, token_text
 from jaxsteer.evidence.lesson import Step
-from jaxsteer.words import percent
+from jaxsteer.words import percent, signed
 
 SIDES = ["baseline", "steered"]
 SIDE_COLOURS = alt.Scale(domain=SIDES, range=[theme.PALETTE["baseline"], theme.PALETTE["persona"]])
@@ -21,7 +21,8 @@ def describe(kind: Step, name: str, layer: int, strength: float) -> str:
     """An operation in words: `+4 × persona at resid_post.21`."""
     at = f"at resid_post.{layer}"
     if kind == "add":
-        return f"{strength:+g} × {name} {at}".replace("-", "−", 1)
+        # The sign is of the number: a hyphen in the name stays one.
+        return f"{strength:+g}".replace("-", "−") + f" × {name} {at}"
     if kind == "project":
         return f"{name} projected out {at}"
     return f"{name} capped to ±{abs(strength):g} norms {at}"
@@ -95,8 +96,8 @@ def depth_chart(table: pl.DataFrame, layer: int, what: str) -> alt.HConcatChart:
         for i, name in enumerate(names)
     ]
     end = last.filter(pl.col("layer") == pl.col("layer").max())
-    changes = [f"{row['direction']} {row['change']:+.2f}" for row in end.iter_rows(named=True)]
-    finding = f"At the last layer the steer has moved {' and '.join(changes)}".replace("-", "−")
+    changes = [f"{row['direction']} {signed(row['change'])}" for row in end.iter_rows(named=True)]
+    finding = f"At the last layer the steer has moved {' and '.join(changes)}"
     detail = f"{what}; last prompt token, n = 1 prompt; the first layers may leave the frame"
     return titled(alt.HConcatChart(hconcat=panels, spacing=34), finding, detail, wrap=96)
 
@@ -177,9 +178,9 @@ def token_map(
     most = last_layer.sort(pl.col(value).abs(), descending=True).row(0, named=True)
     kind = "change" if value == "change" else "projection"
     finding = (
-        f"The last layer's largest {kind} is {most['direction']} {most[value]:+.2f}, "
+        f"The last layer's largest {kind} is {most['direction']} {signed(most[value])}, "
         f"on “{token_text(most['text'])}”"
-    ).replace("-", "−")
+    )
     if value == "change" and not shown["change"].abs().max():
         finding = "Nothing is changed at any layer or token"
     part = f"{count - first} of {count} prompt tokens"

@@ -62,11 +62,6 @@ def colours(names: list[str], **options: Any) -> alt.Scale:
     return alt.Scale(domain=names, range=[colour(name) for name in names], **options)
 
 
-def sequential(role: Role = "persona") -> list[str]:
-    """Range of a scale from nothing to much: from the page showing through to the full colour."""
-    return [PALETTE[role] + "0d", PALETTE[role]]
-
-
 def diverging() -> list[str]:
     """Range for domain [-m, 0, m]: blue, the page itself, orange. Zero is empty, light or dark."""
     # A transparent middle must keep its end's hue, or the blend passes through grey.

@@ -1,4 +1,4 @@
-"""Charts of the layer-window notebook; their tables come from `jaxsteer.analysis.windows`."""
+"""Charts of the layer-window notebook; their tables come from `evidence.layer_windows`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import polars as pl
 from jaxsteer.evidence.charts import theme
 from jaxsteer.evidence.charts.marks import titled
 from jaxsteer.evidence.layer_windows import NONE, Map
-from jaxsteer.words import p_equals, percent, span
+from jaxsteer.words import p_equals, percent, signed, span
 
 WIDE, HIGH = 66, 46
 BROKEN = 0.1  # cells with more degenerate replies are marked
@@ -261,9 +261,9 @@ def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
     chart = alt.LayerChart(layer=[zero, band, line]).properties(width=640, height=280)
     most = table.sort(pl.col("mean").abs(), descending=True).row(0, named=True)
     finding = (
-        f"{most['condition']} moves the projection on {name} furthest: {most['mean']:+.2f} natural "
-        f"norms at layer {most['layer']}"
-    ).replace(": -", ": −")
+        f"{most['condition']} moves the projection on {name} furthest: {signed(most['mean'])} "
+        f"natural norms at layer {most['layer']}"
+    )
     tokens = "prompt tokens" if phase == "prompt" else "reply tokens"
     detail = f"mean over {tokens}, {counted(table)} prompts, paired; band: mean ± 1.96 s.e."
     return titled(chart, finding, detail, wrap=86)

@@ -4,7 +4,6 @@ import polars as pl
 
 from jaxsteer.evidence import outcomes
 from jaxsteer.evidence.charts import outcomes as charts
-from jaxsteer.receipt import build, canonical, compare
 from tests.receipt import made
 
 
@@ -14,21 +13,6 @@ def test_the_title_names_the_extremes():
     words = " ".join(drawn.to_dict()["title"]["text"])
     assert "highest under persona, out late, unsteered (48 %)" in words
     assert "lowest under persona (2 %)" in words
-
-
-def test_moved_figures_stand_first_in_a_comparison(tmp_path):
-    def label(condition: str, family: str, i: int) -> str:
-        return made.usual("baseline" if condition == "persona" else condition, family, i)
-
-    receipts = [
-        canonical.load(build.write(made.folder(tmp_path / name, **more))[0])
-        for name, more in (("one", {}), ("two", {"label": label}))
-    ]
-    found = compare.compare(*receipts)
-    first = charts.moved_first(found.lines)[0]
-    assert (first.condition, first.metric, first.moved) == ("persona", "refusal", True)
-    words = " ".join(charts.diff_chart(found).to_dict()["title"]["text"])
-    assert "most refusal under persona (+42 points)" in words
 
 
 def test_replies_are_escaped_and_veiled_where_they_may_harm():

@@ -52,6 +52,13 @@ def test_operations_are_named_with_tap_and_unit(kind, strength, words):
     assert steering.describe(kind, "persona", 21, strength) == words
 
 
+def test_a_minus_sign_is_of_a_number_and_a_hyphen_in_a_name_stays():
+    named = spread(-1.5).with_columns(direction=pl.lit("assistant-axis"))
+    chart = steering.depth_chart(named, 5, steering.describe("add", "assistant-axis", 5, -2.0))
+    assert "assistant-axis −1.50" in title(chart)
+    assert "−2 × assistant-axis" in " ".join(chart.to_dict()["title"]["subtitle"])
+
+
 def test_a_changed_first_token_is_the_finding():
     assert "moves from “␣I” (60 %) to “Sure” (50 %)" in title(
         steering.next_token_chart(TOKENS, "x")
