@@ -132,7 +132,7 @@ def generate(
         list[str] | None, typer.Option(help="NAME@LAYERxSCALE or NAME@LAYERxSHAREr.")
     ] = None,
     project: Annotated[
-        list[str] | None, typer.Option(help="NAME@LAYER or NAME@FIRST-LAST.")
+        list[str] | None, typer.Option(help="NAME@LAYER or NAME@FIRST..LAST.")
     ] = None,
     directions_file: Annotated[
         Path, typer.Option("--directions", help="Where the named directions are.")
@@ -143,7 +143,7 @@ def generate(
 ) -> None:
     """Print the baseline reply and the steered one side by side.
 
-    Example: jaxsteer generate "Who are you?" --steer compliant@21x4 --project compliant@22-29
+    Example: jaxsteer generate "Who are you?" --steer compliant@21x4 --project compliant@22..29
     """
     from rich.table import Table
     from rich.text import Text

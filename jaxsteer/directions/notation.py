@@ -1,7 +1,8 @@
-"""The command line's way to write an intervention: `compliant@21x4`, `compliant@22-29`.
+"""How layers and interventions are written: `21`, `22..29`, `compliant@21x4`, `compliant@22..29`.
 
-`NAME@LAYERS` with layers `21` or `22-29`; a strength is `x4` (multiples of the direction's natural
-norm) or `x0.2r` (share of the mean residual norm at that layer, from the direction's provenance).
+On the command line an intervention is `NAME@LAYERS`. A strength is `x4` (multiples of the
+direction's natural norm) or `x0.2r` (share of the mean residual norm at that layer, from the
+direction's provenance).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from jaxsteer.directions.direction import NAME, Direction
 from jaxsteer.errors import UserError
 from jaxsteer.model.interventions import Add, Operation, Project
 
-# Of few digits: a window is written out before the model that must have its layers is there.
-LAYERS = r"([0-9]{1,4})(?:-([0-9]{1,4}))?"
+# Few digits, because windows are written out before any model says how many layers it has.
+LAYERS = r"[0-9]{1,4}(?:(?:\.\.|-)[0-9]{1,4})?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,42 @@ class Asked:
     relative: bool = False
 
 
+def ends(window: str) -> tuple[str, str]:
+    """First and last layer of a window, as they are written; a single layer is both.
+
+    >>> ends("22..29"), ends("steer+1")
+    (('22', '29'), ('steer+1', 'steer+1'))
+    """
+    first, dots, last = window.partition("..")
+    return first, last if dots else first
+
+
+def spelling(text: str) -> str:
+    """The end of a message about layers: how to spell a window that is written with a hyphen.
+
+    >>> spelling("22-29")
+    '; write a window as 22..29'
+    """
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
+    return f"; write a window as {match[1]}..{match[2]}" if match else ""
+
+
+def layers(at: int | str) -> tuple[int, ...]:
+    """The 0-based layers of `21`, or of the window `22..29` with both ends.
+
+    Raises:
+      UserError: another text, or a window that ends before it starts.
+    """
+    text = str(at)
+    if not re.fullmatch(LAYERS, text) or "-" in text:
+        mend = spelling(text) or "; write one layer as 21, a window as 22..29"
+        raise UserError(f"cannot read layers {text!r}{mend}")
+    first, last = map(int, ends(text))
+    if last < first:
+        raise UserError(f"layers {text} end before they start; swap them")
+    return tuple(range(first, last + 1))
+
+
 def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
     """Parse both options.
 
@@ -45,34 +82,25 @@ def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
     """
     asked = []
     for text in steer:
-        match = re.fullmatch(rf"({NAME})@{LAYERS}x(-?[0-9]{{1,9}}(?:\.[0-9]+)?)(r?)", text)
+        match = re.fullmatch(rf"({NAME})@({LAYERS})x(-?[0-9]{{1,9}}(?:\.[0-9]+)?)(r?)", text)
         if not match:
             raise UserError(
                 f"cannot read --steer {text!r}; write NAME@LAYERxSCALE, e.g. compliant@21x4"
             )
-        name, first, last, scale, unit = match.groups()
-        asked.append(
-            Asked(name=name, layers=_layers(first, last), scale=float(scale), relative=unit == "r")
-        )
+        name, at, scale, unit = match.groups()
+        asked.append(Asked(name=name, layers=layers(at), scale=float(scale), relative=unit == "r"))
     for text in project:
-        match = re.fullmatch(rf"({NAME})@{LAYERS}", text)
+        match = re.fullmatch(rf"({NAME})@({LAYERS})", text)
         if not match:
             raise UserError(
-                f"cannot read --project {text!r}; write NAME@LAYERS, e.g. compliant@22-29"
+                f"cannot read --project {text!r}; write NAME@LAYERS, e.g. compliant@22..29"
             )
-        asked.append(Asked(name=match[1], layers=_layers(match[2], match[3])))
+        asked.append(Asked(name=match[1], layers=layers(match[2])))
     return asked
 
 
-def _layers(first: str, last: str | None) -> tuple[int, ...]:
-    start, stop = int(first), int(last or first)
-    if stop < start:
-        raise UserError(f"layers {first}-{last} end before they start; swap them")
-    return tuple(range(start, stop + 1))
-
-
 def operations(asked: Sequence[Asked], found: Mapping[str, Direction]) -> list[Operation]:
-    """The operations asked for, with directions looked up by name.
+    """The asked operations, with directions looked up by name.
 
     Raises:
       UserError: an unknown direction, or a relative strength without recorded residual norms.

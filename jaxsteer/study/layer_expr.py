@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+from jaxsteer.directions.notation import ends, spelling
 from jaxsteer.errors import UserError
 
 # A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
@@ -22,8 +23,7 @@ def windows(at: str) -> list[tuple[str, str]]:
     >>> windows("21, steer+1..last")
     [('21', '21'), ('steer+1', 'last')]
     """
-    parts = [piece.partition("..") for piece in at.replace(" ", "").split(",")]
-    return [(first, last if dots else first) for first, dots, last in parts]
+    return [ends(part) for part in at.replace(" ", "").split(",")]
 
 
 def read_layer(text: str, names: Collection[str], where: str) -> tuple[str, int]:
@@ -62,11 +62,9 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
         layer = {**named, "last": n_layers - 1}.get(base)
         layer = (int(base) if layer is None else layer) + offset
         if not 0 <= layer < n_layers:
-            window = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
-            hint = f"; write a window as {window[1]}..{window[2]}" if window else ""
             raise UserError(
                 f"{where}: unknown layer resid_post.{layer} (from {text!r}); this model has "
-                f"resid_post.0 to resid_post.{n_layers - 1}{hint}"
+                f"resid_post.0 to resid_post.{n_layers - 1}{spelling(text)}"
             )
         return layer
 

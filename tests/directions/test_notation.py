@@ -15,7 +15,7 @@ def direction(**provenance):
 
 def test_strengths_and_windows_are_read():
     steer, share, negative, removed = notation.parse(
-        ["v@21x4", "v@3-5x0.2r", "v@0x-1.5"], ["v@22-29"]
+        ["v@21x4", "v@3..5x0.2r", "v@0x-1.5"], ["v@22..29"]
     )
     assert (steer.layers, steer.scale, steer.relative) == ((21,), 4.0, False)
     assert (share.layers, share.scale, share.relative) == ((3, 4, 5), 0.2, True)
@@ -32,7 +32,7 @@ def test_strengths_and_windows_are_read():
         "v@21x",
         "v@21x4q",
         "@21x4",
-        "v@5-3x1",
+        "v@5..3x1",
         f"v@{'9' * 5000}x1",
         f"v@2x{'9' * 400}",
     ],
@@ -42,7 +42,7 @@ def test_other_steering_texts_are_refused_with_the_form(text):
         notation.parse([text], [])
 
 
-@pytest.mark.parametrize("text", ["v", "v@", "v@2x4", "v@9-2", f"v@1-{'9' * 30}"])
+@pytest.mark.parametrize("text", ["v", "v@", "v@2x4", "v@9..2", f"v@1..{'9' * 30}"])
 def test_other_projection_texts_are_refused_with_the_form(text):
     with pytest.raises(UserError, match=r"NAME@LAYERS|swap"):
         notation.parse([], [text])
@@ -63,5 +63,18 @@ def test_a_share_without_recorded_norms_and_an_unknown_direction_are_refused():
 
 
 def test_a_projection_covers_its_window_in_one_operation():
-    (removed,) = notation.operations(notation.parse([], ["v@22-24"]), {"v": direction()})
+    (removed,) = notation.operations(notation.parse([], ["v@22..24"]), {"v": direction()})
     assert isinstance(removed, Project) and removed.layers == (22, 23, 24)
+
+
+@pytest.mark.parametrize("options", [(["v@22-29x1"], []), ([], ["v@22-29"])])
+def test_a_window_with_a_hyphen_is_refused_with_its_spelling(options):
+    with pytest.raises(UserError, match=r"22-29.*write a window as 22\.\.29"):
+        notation.parse(*options)
+
+
+def test_layers_are_read_from_a_number_or_a_window():
+    assert notation.layers(20) == notation.layers("20") == (20,)
+    assert notation.layers("21..23") == (21, 22, 23)
+    with pytest.raises(UserError, match=r"cannot read layers 'last'; write one layer as 21"):
+        notation.layers("last")
