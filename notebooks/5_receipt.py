@@ -22,7 +22,7 @@ with app.setup:
     from jaxsteer.evidence.charts import outcomes as charts
     from jaxsteer.evidence.charts import text, theme
     from jaxsteer.evidence.opening import open_results
-    from jaxsteer.judges import human, labelling
+    from jaxsteer.judges import human
     from jaxsteer.receipt import canonical, compare, verify
     from jaxsteer.receipt import charts as receipts
 
@@ -268,7 +268,7 @@ def _(draw, file, opened, rows, size, texts):
 def _(sample, turn):
     turn()
     try:
-        _entries, _problem = labelling.entries(sample), ""
+        _entries, _problem = human.entries(sample), ""
     except UserError as error:
         _entries, _problem = [], str(error)
     mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
@@ -284,7 +284,7 @@ def _(sample, turn):
 def _(entry, reveal, sample, set_turn):
     def _save(answer):
         if answer and answer["label"]:
-            labelling.fill(sample, entry.item, answer["label"], answer["note"])
+            human.fill(sample, entry.item, answer["label"], answer["note"])
             set_turn(lambda n: n + 1)
 
     answer = mo.ui.dictionary(

@@ -7,7 +7,7 @@ import pytest
 
 from jaxsteer import tables
 from jaxsteer.errors import UserError
-from jaxsteer.judges import run, verdicts
+from jaxsteer.judges import verdicts
 from jaxsteer.study import results, store
 from tests.receipt import made
 
@@ -43,7 +43,6 @@ def test_a_folder_whose_name_reads_as_a_pattern_is_not_its_neighbour(tmp_path):
 
 READERS = {
     "a study's results": results.load,
-    "a judge's rows": run.responses,
     "a judge's verdicts": verdicts.read_all,
 }
 
@@ -55,7 +54,7 @@ def test_a_file_on_which_the_parquet_reader_panics_is_one_line(reader, tmp_path,
 
     folder = made.folder(tmp_path)
     (folder / "judges").mkdir()
-    verdicts.empty().write_parquet(folder / "judges/keyword.parquet")
+    pl.DataFrame(schema=verdicts.SCHEMA).write_parquet(folder / "judges/keyword.parquet")
     monkeypatch.setattr(pl, "read_parquet", panics)
     with pytest.raises(UserError, match=r"is damaged \(called `.+` on a `None` value\); "):
         READERS[reader](folder)

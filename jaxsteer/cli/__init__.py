@@ -26,8 +26,11 @@ from jaxsteer.terminal import plain
 GO_ON = {"prepare", "sweep", "judge"}
 
 
-class Stopped(BaseException):
-    """A signal asked us to end (Ctrl-C, or a machine taken away): unwind, then say how to go on."""
+class Stopped(SystemExit):
+    """A signal asked us to end (Ctrl-C, or a machine taken away): unwind, then say how to go on.
+
+    A `SystemExit`, because asyncio logs any other exception of a handler and goes on.
+    """
 
     def __init__(self, number: int):
         self.number = number

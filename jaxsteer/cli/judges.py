@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxsteer.judges import run as judging
 
 audit = typer.Typer(
-    help="Let a person label a sample: out as CSV, back as the judge `human`.",
+    help="Label a sample by hand: export it as CSV, import it as the judge `human`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -31,20 +31,20 @@ def judge(
         list[str],
         typer.Option(
             "--judge",
-            help="keyword, degenerate, llama-guard, strongreject-rubric, coherence, leakage; "
+            help="keyword, degenerate, llama-guard, strongreject-rubric, coherence or leakage; "
             "may be repeated.",
         ),
     ],
     base_url: Annotated[
         str, typer.Option(help="OpenAI-compatible API, such as http://127.0.0.1:8000/v1.")
     ] = "",
-    judge_model: Annotated[str, typer.Option(help="The judge model's name there.")] = "",
+    judge_model: Annotated[str, typer.Option(help="The judge model's name at that API.")] = "",
     key_variable: Annotated[
-        str, typer.Option(help="Environment variable that holds the API key, if one is needed.")
+        str, typer.Option(help="Environment variable with the API key, if one is needed.")
     ] = "JAXSTEER_JUDGE_KEY",
-    concurrency: Annotated[int, typer.Option(min=1, help="Calls in flight.")] = 8,
-    rate: Annotated[float | None, typer.Option(min=0.001, help="Calls a minute.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds for one call.")] = 60.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Calls at the same time.")] = 8,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Calls per minute.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait in one call.")] = 60.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest judge reply.")] = 768,
     omit: Annotated[
         list[str] | None,
@@ -53,21 +53,21 @@ def judge(
     guard_model: Annotated[
         Path | None, typer.Option(help="Converted Llama-Guard-3 checkpoint.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows llama-guard judges at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in one batch of llama-guard.")] = 8,
     rubric: Annotated[
         Path | None,
-        typer.Option(help="Folder with rubric_system.txt and rubric_user.txt, if not the pinned."),
+        typer.Option(help="Folder with another rubric_system.txt and rubric_user.txt."),
     ] = None,
     prompts: PromptsOption = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Rows to judge now, per judge; run again to go on.")
+        int | None, typer.Option(min=1, help="Rows per judge in this run; run again for more.")
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Replace what these judges said before.")
+        bool, typer.Option("--fresh", help="Replace earlier verdicts of these judges.")
     ] = False,
     mesh: MeshOption = None,
 ) -> None:
-    """Judge the replies of a finished study; what is judged already is kept.
+    """Judge the replies of a finished study; earlier verdicts are kept.
 
     Example: jaxsteer judge results/smollm2-demo --judge keyword --judge degenerate
     """
@@ -75,24 +75,23 @@ def judge(
     from jaxsteer.judges import run as judging
     from jaxsteer.judges.client import Endpoint
     from jaxsteer.study import results as studies
+    from jaxsteer.study import store
 
     if bool(base_url) != bool(judge_model):
         raise UserError("--base-url and --judge-model go together; give both")
-    endpoint = None
-    if base_url:
-        endpoint = Endpoint(
-            base_url=base_url,
-            model=judge_model,
-            concurrency=concurrency,
-            rate=rate,
-            timeout=timeout,
-            max_tokens=max_tokens,
-            omit=tuple(omit or ()),
-            key_variable=key_variable,
-        )
     use_compile_cache()
+    endpoint = Endpoint(
+        base_url=base_url,
+        model=judge_model,
+        concurrency=concurrency,
+        rate=rate,
+        timeout=timeout,
+        max_tokens=max_tokens,
+        omit=tuple(omit or ()),
+        key_variable=key_variable,
+    )
     options = judging.Options(
-        endpoint=endpoint,
+        endpoint=endpoint if base_url else None,
         guard=guard_model,
         guard_batch=batch,
         mesh=mesh,
@@ -101,24 +100,25 @@ def judge(
         limit=limit,
         fresh=fresh,
     )
-    try:
-        for outcome in judging.judge(results, judges, options):
-            typer.echo(said(outcome))
-    finally:
-        # What was judged before an error or Ctrl-C is kept, so the summary follows it.
-        if (results / "summary.json").is_file():
+    with store.locked(results / "judges"):
+        rows = studies.load(results).rows
+        try:
+            outcomes = judging.judge(rows, results, judges, options)
+        finally:
+            # Verdicts from before an error or a stop signal are kept, so they count.
             studies.refresh_summary(results)
+    for outcome in outcomes:
+        typer.echo(said(outcome))
 
 
 def said(outcome: judging.Outcome) -> str:
-    """What one judge said, in a line or a few; a reason may quote a reply."""
+    """One judge's verdicts in a few lines; a reason may quote a reply."""
     from jaxsteer.terminal import plain
 
     counts = ", ".join(f"{n} {verdict}" for verdict, n in outcome.verdicts.items())
-    unscored = sum(outcome.unscored.values())
     line = f"{outcome.judge}: {outcome.asked} rows: {counts or 'none scored'}"
-    if unscored:
-        line += f", {unscored} unscored"
+    if outcome.unscored:
+        line += f", {sum(outcome.unscored.values())} unscored"
     if outcome.missing:
         line += f", {outcome.missing} not judged yet"
     reasons = [f"  unscored {n}: {reason}" for reason, n in list(outcome.unscored.items())[:3]]
@@ -132,22 +132,21 @@ def export_sample(
     results: ResultsArgument,
     file: Annotated[Path, typer.Argument(help="CSV to write.")],
     n: Annotated[int, typer.Option(min=1, help="Rows to draw.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     prompts: PromptsOption = None,
 ) -> None:
-    """Draw a sample of replies for a person to label, without condition or label.
+    """Draw a sample of replies to label by hand; the file shows neither condition nor label.
 
     Example: jaxsteer audit export results/smollm2-demo results/smollm2-demo/audit.csv --n 50
     """
-    from jaxsteer.judges import human as audits
-    from jaxsteer.judges import run as judging
-    from jaxsteer.judges import verdicts
+    from jaxsteer.judges import human
+    from jaxsteer.judges.run import prompt_texts
+    from jaxsteer.study import results as studies
 
-    rows = judging.responses(results)
-    drawn = audits.sample(rows, verdicts.read_all(results), n, seed)
-    texts = judging.prompt_texts(drawn["prompt_id"].unique().to_list(), prompts)
-    audits.export(drawn, texts, file)
-    typer.echo(f"wrote {file}: {drawn.height} rows; fill in label with {', '.join(audits.LABELS)}")
+    found = studies.load(results)
+    drawn = human.sample(found.rows, found.verdicts, n, seed)
+    human.export(drawn, prompt_texts(drawn["prompt_id"], prompts), file)
+    typer.echo(f"wrote {file}: {drawn.height} rows; fill in label with {', '.join(human.LABELS)}")
 
 
 @audit.command("import")
@@ -155,20 +154,19 @@ def import_sample(
     results: ResultsArgument,
     file: Annotated[Path, typer.Argument(help="The filled CSV.")],
 ) -> None:
-    """Take a filled sample as the verdicts of the judge `human`, and show how judges agree.
+    """Store a filled sample as the verdicts of the judge `human`, and show how judges agree.
 
     Example: jaxsteer audit import results/smollm2-demo results/smollm2-demo/audit.csv
     """
-    from jaxsteer.judges import agreement, verdicts
-    from jaxsteer.judges import human as audits
-    from jaxsteer.judges import run as judging
+    from jaxsteer.judges import agreement, human, verdicts
+    from jaxsteer.study import results as studies
     from jaxsteer.study import store
 
-    rows = judging.responses(results)
-    findings = audits.read(file, rows)
     with store.locked(results / "judges"):
-        total = audits.keep(results, rows, findings)
-    typer.echo(f"took {len(findings)} labels; {total} rows are labelled by a person now")
+        rows = studies.load(results).rows
+        findings = human.read(file, rows)
+        total = human.keep(results, rows, findings)
+    typer.echo(f"took {len(findings)} labels; a person has labelled {total} rows so far")
     for pair in agreement.agreements(rows, verdicts.read_all(results)):
         typer.echo(
             f"{pair.question}: {pair.first} and {pair.second} on {pair.n} rows: both yes "

@@ -1,25 +1,21 @@
-"""Ask a chat model behind any OpenAI-compatible endpoint, patiently, and never twice the same.
+"""Ask a chat model behind an OpenAI-compatible endpoint, and cache its replies.
 
-Calls go out at most `concurrency` at a time and `rate` a minute. What may pass (a timeout, a lost
-connection, 408, 425, 429, 5xx, a reply that is no JSON) is asked again after an exponential,
-jittered pause, or after the one that `Retry-After` names, which holds for all calls. What will not
-pass stops the run with what is done kept: a refused key, a wrong address, a server that fails
-`GIVE_UP` rows in a row. Well-formed replies are cached by the content of the request, so running
-again is free.
+The `openai` client makes the calls. It repeats a call after a timeout, a lost connection or status
+408, 409, 429 or 5xx, with growing, jittered pauses, and waits as long as `Retry-After` says, up to
+two minutes. This module adds a limit on calls per minute and a cache, and decides when to stop the
+run: at a refused key, a wrong address, a longer `Retry-After`, or `GIVE_UP` rows in a row that got
+no reply. Replies are cached under the hash of the request, so a second run costs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import email.utils
 import os
-import random
-import time
-import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -28,31 +24,35 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_text
 from jaxsteer.terminal import plain
 
+if TYPE_CHECKING:
+    import openai
+
 Messages = Sequence[Mapping[str, str]]
 OMITTABLE = ("temperature", "seed", "max_tokens")
 GIVE_UP = 8
-# Longest pause we take on our own, and the longest that a server may ask for.
-LONGEST_PAUSE, LONGEST_WAIT = 30.0, 120.0
-_LARGEST = 4 << 20
-_PASSING = {408, 409, 425, 429}
+# Seconds of Retry-After that the openai client waits at most (its MAX_RETRY_AFTER_DELAY).
+LONGEST_WAIT = 120
+_ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[\w./~-]*)?", re.ASCII)
+# The settings of an endpoint that can change a verdict; address and speed cannot.
+_DECIDING = ("model", "max_tokens", "temperature", "retry_temperature", "omit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where a judge answers and how it is asked.
+    """Where a judge model answers, and how it is asked.
 
     Attributes:
       base_url: of the API, up to and without /chat/completions.
-      model: the judge model's name there.
-      concurrency: calls in flight.
-      rate: calls a minute; None is no limit.
-      timeout: seconds for one call.
-      attempts: calls for one reply before the row is given up.
+      model: the judge model's name at the endpoint.
+      concurrency: calls at the same time.
+      rate: calls per minute; None is no limit.
+      timeout: seconds to wait for the server in one call.
+      attempts: calls for one reply before the row is left without one.
       max_tokens: longest judge reply.
-      temperature: of the first attempt at a reply.
-      retry_temperature: of further attempts, when the first reply could not be read.
-      omit: request parameters not sent, for servers that refuse them (of `OMITTABLE`).
-      key_variable: environment variable with the API key; unset sends none.
+      temperature: of the first reply.
+      retry_temperature: of the replies after one that could not be read.
+      omit: request parameters not to send, for servers that reject them (of `OMITTABLE`).
+      key_variable: environment variable that holds the API key; if it is unset, no key is sent.
     """
 
     base_url: str
@@ -68,18 +68,12 @@ class Endpoint:
     key_variable: str = "JAXSTEER_JUDGE_KEY"
 
     def identity(self) -> dict[str, Any]:
-        """What can change a verdict; neither address nor speed can."""
-        return {
-            "model": self.model,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "retry_temperature": self.retry_temperature,
-            "omit": sorted(self.omit),
-        }
+        """The settings that can change a verdict."""
+        return {name: getattr(self, name) for name in _DECIDING}
 
     def body(self, messages: Messages, attempt: int) -> dict[str, Any]:
-        """The request. A further attempt draws anew: its own seed, and a temperature."""
-        sent = {
+        """The request; each attempt has its own seed, and those after the first a temperature."""
+        body = {
             "model": self.model,
             "messages": [dict(message) for message in messages],
             "temperature": self.retry_temperature if attempt else self.temperature,
@@ -87,7 +81,7 @@ class Endpoint:
             "max_tokens": self.max_tokens,
             "stream": False,
         }
-        return {name: value for name, value in sent.items() if name not in self.omit}
+        return {name: value for name, value in body.items() if name not in self.omit}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,9 +89,9 @@ class Answer:
     """A well-formed reply of the endpoint.
 
     Attributes:
-      text: what the model said; "" for nothing.
-      finish: why it ended, as the server says: `stop`, `length`, `content_filter`...
-      refusal: the server's own refusal field, or "".
+      text: what the model wrote; "" for nothing.
+      finish: why it ended, in the server's words: `stop`, `length`, `content_filter`...
+      refusal: the server's refusal field, or "".
     """
 
     text: str
@@ -106,11 +100,15 @@ class Answer:
 
 
 class Unanswered(Exception):
-    """One row got no reply; its message is the reason. The next run asks again."""
+    """One row got no reply; the message is the reason. The next run asks again."""
+
+
+class _Part(msgspec.Struct):
+    text: str = ""
 
 
 class _Message(msgspec.Struct):
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[_Part] | None = None
     refusal: str | None = None
 
 
@@ -120,249 +118,154 @@ class _Choice(msgspec.Struct):
 
 
 class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-
-
-class _Again(Exception):
-    """A call that may succeed later, and after how many seconds the server wants it."""
-
-    def __init__(self, reason: str, after: float | None = None):
-        super().__init__(reason)
-        self.after = after
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
 
 
 def check(endpoint: Endpoint) -> None:
-    """Refuse settings that cannot work, before anything is sent.
+    """Reject settings that cannot work, before anything is sent.
 
     Raises:
-      UserError: an address that is none or carries a password, or a bad setting.
+      UserError: an address of another form (the message does not quote it, since a password may be
+        part of it), an unknown parameter to omit, or a key with spaces or control characters.
     """
-    url = endpoint.base_url
-    if " " in url or not url.isprintable():
-        raise _no_address(url)
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise _no_address(url) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise _no_address(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
+    variable = endpoint.key_variable
+    if not _ADDRESS.fullmatch(endpoint.base_url):
         raise UserError(
-            "--base-url may not hold a password or parameters, since it is recorded; put the key "
-            f"into the environment variable {endpoint.key_variable}"
-        )
-    if not endpoint.model.isprintable():
-        raise UserError(
-            f"--judge-model {endpoint.model!a} holds characters that no name has; give it in UTF-8"
+            "--base-url is not a plain web address such as http://127.0.0.1:8000/v1 (without "
+            f"password or parameters: put the key into the environment variable {variable})"
         )
     unknown = set(endpoint.omit) - set(OMITTABLE)
     if unknown:
         raise UserError(f"--omit {min(unknown)}: only {', '.join(OMITTABLE)} can be left out")
-    key = os.environ.get(endpoint.key_variable, "")
-    if key != key.strip() or not key.isascii() or not key.isprintable():
-        raise UserError(f"${endpoint.key_variable} holds spaces or control characters; set it anew")
-
-
-def _no_address(url: str) -> UserError:
-    return UserError(f"--base-url {url!a} is no address; give one such as http://127.0.0.1:8000/v1")
+    if not re.fullmatch(r"[!-~]*", os.environ.get(variable, "")):
+        raise UserError(f"${variable} holds spaces or control characters; set it again")
 
 
 class Client:
-    """Asks one endpoint; use it as `async with Client(endpoint) as client`.
+    """Asks one endpoint: `async with Client(endpoint) as client: await client.ask(...)`."""
 
-    `sleep` and `clock` are the event loop's unless a test brings its own.
-    """
-
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        cache: Path | None = None,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
-    ):
+    def __init__(self, endpoint: Endpoint, *, cache: Path | None = None):
         check(endpoint)
         try:
-            import httpx2
+            import openai
         except ImportError:
             raise UserError(
                 "judging over HTTP needs the extra: pip install 'jaxsteer[judges]'"
             ) from None
         self.endpoint = endpoint
         self.cache = cache or cache_dir() / "judge-replies"
-        self.sleep, self.clock, self.jitter = sleep, clock, jitter
         self.url = endpoint.base_url.rstrip("/") + "/chat/completions"
-        try:
-            httpx2.URL(self.url)
-        except httpx2.InvalidURL:
-            raise _no_address(endpoint.base_url) from None
         self.key = os.environ.get(endpoint.key_variable, "")
-        self.sent = 0
-        self.next_slot = self.not_before = 0.0
         self.failed_in_a_row = 0
-        self.httpx = httpx2
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.http = httpx2.AsyncClient(
-            headers=headers,
+        self.next_call = asyncio.Lock()
+        # The openai client accepts no empty key, so without a key its header is left out.
+        self.headers = {} if self.key else {"Authorization": openai.Omit()}
+        self.openai = openai.AsyncOpenAI(
+            base_url=endpoint.base_url,
+            api_key=self.key or "none",
+            max_retries=endpoint.attempts - 1,
             timeout=endpoint.timeout,
-            limits=httpx2.Limits(max_connections=endpoint.concurrency),
+            http_client=openai.DefaultAsyncHttpxClient(
+                # A hook sees repeated calls too.
+                event_hooks={"request": [self._space]},
+                follow_redirects=False,
+            ),
         )
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.http.aclose()
+        await self.openai.close()
+
+    async def _space(self, request: object) -> None:
+        """Let calls go one by one, at most `rate` per minute."""
+        if self.endpoint.rate:
+            async with self.next_call:
+                await asyncio.sleep(60.0 / self.endpoint.rate)
 
     async def ask(self, messages: Messages, attempt: int = 0) -> Answer:
-        """The model's answer, from the cache if it has been given before.
+        """The model's answer, from the cache if the same was asked before.
 
         Args:
           messages: the conversation.
-          attempt: 0, or how many answers to it could not be read.
+          attempt: how many answers to this conversation could not be read.
 
         Raises:
           Unanswered: no reply for this row.
-          UserError: no reply for any row.
+          UserError: an error that every other row would get too.
         """
         body = self.endpoint.body(messages, attempt)
-        place = self._place(body, attempt)
-        known = _cached(place)
-        if known is not None:
-            return known
+        request = canonical_json([self.url, attempt, body]).encode("utf-8", "replace")
+        key = sha256_bytes(request)
+        path = self.cache / key[:2] / f"{key}.json"
+        cached = _cached(path)
+        if cached is not None:
+            return cached
         try:
-            answer = await self._ask(body)
+            answer = await self._call(body)
         except Unanswered as error:
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= GIVE_UP:
                 raise UserError(
                     f"{self.url}: {GIVE_UP} rows in a row got no reply ({error}); mend that and "
-                    "run again, what is judged is kept"
+                    "run again, verdicts so far are kept"
                 ) from None
             raise
         self.failed_in_a_row = 0
-        write_text(place, canonical_json(dataclasses.asdict(answer)))
+        write_text(path, canonical_json(dataclasses.asdict(answer)))
         return answer
 
-    def _place(self, body: dict[str, Any], attempt: int) -> Path:
-        key = sha256_bytes(canonical_json([self.url, attempt, body]).encode("utf-8", "replace"))
-        return self.cache / key[:2] / f"{key}.json"
-
-    async def _ask(self, body: dict[str, Any]) -> Answer:
-        tries = self.endpoint.attempts
-        for attempt in range(tries):
-            await self._turn()
-            try:
-                return await self._call(body)
-            except _Again as error:
-                if error.after is not None and error.after > LONGEST_WAIT:
-                    raise UserError(
-                        f"{self.url} asks to wait {error.after:.0f} s ({error}); run again then, "
-                        "what is judged is kept"
-                    ) from None
-                if attempt + 1 == tries:
-                    raise Unanswered(f"{error}, {tries} times") from None
-                if error.after is not None:
-                    self.not_before = max(self.not_before, self.clock() + error.after)
-                else:
-                    await self.sleep(min(LONGEST_PAUSE, 2.0**attempt) * (0.5 + self.jitter() / 2))
-        raise AssertionError("attempts is at least 1")
-
-    async def _turn(self) -> None:
-        """Wait for this call's turn: `rate` a minute, and not in a pause the server asked for."""
-        slot = 0.0
-        if self.endpoint.rate:
-            slot = max(self.clock(), self.next_slot)
-            self.next_slot = slot + 60.0 / self.endpoint.rate
-        # The pause may grow while this call waits, so look again after each sleep.
-        while (wait := max(slot, self.not_before) - self.clock()) > 0:
-            await self.sleep(wait)
-
     async def _call(self, body: dict[str, Any]) -> Answer:
-        self.sent += 1
+        import openai
+
         try:
-            async with asyncio.timeout(self.endpoint.timeout):
-                async with self.http.stream("POST", self.url, json=body) as response:
-                    status, headers = response.status_code, response.headers
-                    data = b""
-                    async for chunk in response.aiter_bytes():
-                        data += chunk
-                        if len(data) > _LARGEST:
-                            raise Unanswered(f"the reply is over {_LARGEST >> 20} MiB")
-        except (TimeoutError, self.httpx.TimeoutException):
-            raise _Again(f"no reply within {self.endpoint.timeout:g} s") from None
-        except self.httpx.HTTPError as error:
-            raise _Again(self._clean(f"{type(error).__name__}: {error}")) from None
-        if status == 400 and b"content_filter" in data:
-            # Some services refuse this way: it is the judge's answer, and the same each time.
-            return Answer(text="", finish="content_filter")
-        if status != 200:
-            self._refused(status, headers, data)
-        try:
-            completion = msgspec.json.decode(data, type=_Completion)
+            reply = await self.openai.chat.completions.with_raw_response.create(
+                **body, extra_headers=self.headers
+            )
+            completion = msgspec.json.decode(reply.http_response.content, type=_Completion)
+        except openai.APIConnectionError as error:
+            reason = f"{error} {error.__cause__!r}, {self.endpoint.attempts} times"
+            raise Unanswered(self._clean(reason)) from None
+        except openai.APIStatusError as error:
+            return self._rejected(error)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise _Again(self._clean(f"a reply that is no chat completion ({error})")) from None
-        if not completion.choices:
-            raise _Again("a chat completion without choices")
+            reason = f"the reply is not a chat completion ({error})"
+            raise Unanswered(self._clean(reason)) from None
         choice = completion.choices[0]
+        content = choice.message.content or ""
         return Answer(
-            text=_text(choice.message.content),
+            text=content if isinstance(content, str) else "".join(part.text for part in content),
             finish=choice.finish_reason or "",
             refusal=choice.message.refusal or "",
         )
 
-    def _refused(self, status: int, headers: Mapping[str, str], data: bytes) -> None:
-        said = self._clean(data[:300].decode("utf-8", "replace"))
-        reason = f"HTTP {status}" + (f" ({said})" if said else "")
-        if status in _PASSING or status >= 500:
-            raise _Again(reason, retry_after(headers))
-        if status in (401, 403):
-            raise UserError(
-                f"{self.url} refuses the key: {reason}; set {self.endpoint.key_variable}"
-            )
-        if status in (404, 405) or 300 <= status < 400:
-            raise UserError(f"{self.url} is not there: {reason}; check --base-url, --judge-model")
-        raise Unanswered(reason)
+    def _rejected(self, error: openai.APIStatusError) -> Answer:
+        """What an error status means: the judge's answer, no reply for a row, or for any row."""
+        if error.code == "content_filter":
+            # Some services refuse this way: it is the judge's answer, and always the same.
+            return Answer(text="", finish="content_filter")
+        status, text = error.status_code, self._clean(error.response.text)
+        reason = f"HTTP {status} ({text})" if text else f"HTTP {status}"
+        wait = error.response.headers.get("retry-after", "")
+        if status < 400 or status in (401, 403, 404, 405):
+            mend = f"check --base-url, --judge-model and the key in {self.endpoint.key_variable}"
+        elif wait.isdecimal() and int(wait) > LONGEST_WAIT:
+            mend = f"it asks to wait {wait} s; run again then, verdicts so far are kept"
+        else:
+            raise Unanswered(reason) from None
+        raise UserError(f"{self.url} answers {reason}; {mend}") from None
 
     def _clean(self, text: str) -> str:
-        """A server's words, fit for one line: no key, no control characters, short."""
+        """A server's words for one line of ours: no key, no control characters, short."""
         if self.key:
             text = text.replace(self.key, "[key]")
         return plain(" ".join(text.split()))[:160]
 
 
-def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:
-    """Seconds that a server asks to wait, from Retry-After (seconds or a date); None if it doesn't.
-
-    >>> retry_after({"retry-after": "2.5"})
-    2.5
-    >>> retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, now=lambda: 30.0)
-    30.0
-    """
-    value = headers.get("retry-after")
-    if not value:
-        return None
+def _cached(path: Path) -> Answer | None:
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now()
-        except (ValueError, OverflowError):
-            return None
-    return max(seconds, 0.0) if seconds < float("inf") else None
-
-
-def _cached(place: Path) -> Answer | None:
-    try:
-        return msgspec.json.decode(place.read_bytes(), type=Answer)
+        return msgspec.json.decode(path.read_bytes(), type=Answer)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        # Not there, or damaged: ask.
+        # Absent or damaged: ask again.
         return None
-
-
-def _text(content: str | list[dict[str, Any]] | None) -> str:
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content)
-    return content or ""

@@ -1,42 +1,62 @@
-"""A person labels a sample: out as CSV, back as the verdicts of the judge `human`.
+"""A person labels a sample of replies: exported as CSV, read back as the verdicts of `human`.
 
-The sample is stratified by condition, prompt family and label, drawn by a seeded hash, and shown
-in an order that says nothing; condition and label are not in the file, so that the person does not
-know what is hoped for. `item` is the hash of row and reply, by which the answers find their way
-back, also if the spreadsheet mangled the text.
+The sample is stratified by condition, prompt family and label, drawn by a seeded hash and shown in
+hash order. The file holds neither condition nor label, so that the person cannot know what the
+study expects. `item` is a hash of row and reply: it finds the row even if a spreadsheet changed the
+texts. The file can be filled in with a spreadsheet, one reply at a time with `fill`, or with both.
 
-Cells are hostile text. One that a spreadsheet could take for a formula gets an apostrophe in front
-(taken off again on import), and control and format characters are shown as <U+001B>.
+Replies are hostile text. A cell that a spreadsheet could run as a formula gets an apostrophe in
+front (removed on reading), and control and format characters are shown as <U+001B>.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
+import dataclasses
 import io
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, write_text
 from jaxsteer.judges.labels import label_table
-from jaxsteer.judges.verdicts import Finding, Store, response_sha256
+from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
 
-NAME = "human"
-VERSION = "1"
 LABELS = ("refusal", "bypass", "degenerate", "benign-answer")
 COLUMNS = ("item", "label", "note", "family", "prompt", "response")
-# What spreadsheets take for a formula, full-width forms included, and our own mark.
+HUMAN = JudgeRecord(name="human", version="1", settings={"labels": list(LABELS)})
+# First characters of a formula in some spreadsheet, full-width forms included, and our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
 _SHOWN = 5
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the file.
+
+    Attributes:
+      item: which row and reply, as `item_id`.
+      label: the person's label, or "".
+      note: the person's remark.
+      family: prompt family.
+      prompt, response: hostile text.
+      line: the number of the line on which it begins; 0 before it is written.
+    """
+
+    item: str
+    label: str = ""
+    note: str = ""
+    family: str = ""
+    prompt: str = ""
+    response: str = ""
+    line: int = 0
+
+
 def safe_cell(text: str) -> str:
-    """The text as a cell that no spreadsheet runs; see `plain_cell`.
+    """The text as a cell that no spreadsheet runs; `plain_cell` is the reverse.
 
     >>> safe_cell("=cmd()"), safe_cell("fine"), safe_cell("'quoted'")
     ("'=cmd()", 'fine', "''quoted'")
@@ -46,28 +66,28 @@ def safe_cell(text: str) -> str:
     shown = "".join(
         c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"<U+{ord(c):04X}>" for c in text
     )
-    # Some programs skip leading blanks before they look for a formula.
+    # Some programs skip blanks before they look for a formula.
     return "'" + shown if shown.lstrip(" \u00a0\u3000").startswith(_FORMULA) else shown
 
 
 def plain_cell(cell: str) -> str:
-    """The text of a cell that `safe_cell` made, visible control characters aside.
+    """The text of a cell that `safe_cell` made; control characters stay as they are shown.
 
     >>> plain_cell(safe_cell("=cmd()")), plain_cell(safe_cell("'quoted'")), plain_cell("typed in")
     ('=cmd()', "'quoted'", 'typed in')
     """
-    return cell[1:] if cell.startswith("'") else cell
+    return cell.removeprefix("'")
 
 
 def item_id(row_id: str, response: str) -> str:
-    """Names a row and its reply without telling which condition it is."""
+    """Names a row and its reply without telling the condition."""
     return sha256_bytes(f"{row_id}\0{response_sha256(response)}".encode())[:16]
 
 
 def sample(
     responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame], n: int, seed: int
 ) -> pl.DataFrame:
-    """Draw n rows, from every stratum in turn until n are drawn, in an order by hash.
+    """Draw n rows: the first of every stratum, then the second, and so on, in hash order.
 
     So each (condition, family, label) has at least one row if n allows, and small strata are
     taken whole: rates in the sample are not those of the study.
@@ -75,73 +95,121 @@ def sample(
     labelled = responses.drop("label", "judge").join(
         label_table(responses, verdicts), on="row_id", maintain_order="left"
     )
-
-    def rank(row_id: str) -> str:
-        return hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()
-
-    ranked = labelled.with_columns(
-        pl.Series("rank", [rank(row_id) for row_id in labelled["row_id"]], pl.String)
-    )
-    turn = pl.col("rank").rank("ordinal").over("condition", "family", "label")
-    taken = ranked.with_columns(turn=turn).sort("turn", "rank").head(min(n, ranked.height))
-    return taken.sort("rank")
+    hashes = [sha256_bytes(f"{seed}:{row_id}".encode()) for row_id in labelled["row_id"]]
+    ranked = labelled.with_columns(pl.Series("rank", hashes, pl.String))
+    place = pl.col("rank").rank("ordinal").over("condition", "family", "label")
+    drawn = ranked.with_columns(place=place).sort("place", "rank").head(min(n, ranked.height))
+    return drawn.sort("rank")
 
 
 def export(sampled: pl.DataFrame, texts: Mapping[str, str], path: Path) -> None:
-    """Write the sample as CSV: every cell quoted, UTF-8 with the mark that spreadsheets look for.
+    """Write a sample as CSV.
 
     Args:
       sampled: row_id, family, prompt_id, response.
       texts: prompt texts by id.
-      path: file to write; one that is there is not replaced, since it may be filled in.
+      path: file to write; an existing one is not replaced, because it may be filled in.
 
     Raises:
       UserError: the file exists, or cannot be written.
     """
     if path.exists():
         raise UserError(f"{path} exists and may be filled in; remove it or name another file")
+    columns = ["row_id", "family", "prompt_id", "response"]
+    drawn = []
+    for row_id, family, prompt_id, response in sampled.select(columns).iter_rows():
+        item, prompt = item_id(row_id, response), texts[prompt_id]
+        drawn.append(Entry(item=item, family=family, prompt=prompt, response=response))
+    _write(path, drawn)
+
+
+def _write(path: Path, entries: Iterable[Entry]) -> None:
+    """Every cell quoted, in UTF-8 with the byte order mark that spreadsheets look for."""
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\r\n")
     writer.writerow(COLUMNS)
-    for row in sampled.iter_rows(named=True):
-        cells = (row["family"], texts[row["prompt_id"]], row["response"])
-        item = item_id(row["row_id"], row["response"])
-        writer.writerow([item, "", "", *map(safe_cell, cells)])
+    writer.writerows([safe_cell(getattr(entry, name)) for name in COLUMNS] for entry in entries)
     write_text(path, "\ufeff" + out.getvalue())
 
 
-def read(path: Path, responses: pl.DataFrame) -> list[tuple[str, Finding]]:
-    """Read a filled file: the findings of the rows that have a label.
+def entries(path: Path) -> list[Entry]:
+    """The entries of an audit file, in its order.
+
+    A spreadsheet may have saved it: with another delimiter, other columns, or changed texts.
 
     Raises:
-      UserError: not such a file, or lines that cannot be used, each with its number.
+      UserError: not such a file; the message names the line.
     """
     try:
-        # Undecoded line ends are the reader's business: a reply may hold any of them.
+        # newline="" below leaves line ends to the CSV reader: a reply may hold any of them.
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8; save it as CSV UTF-8") from None
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    found, line = [], 1
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        for name in ("item", "label"):
+            if name not in header:
+                raise UserError(f"{path}:1: no column {name!r}; export the sample again")
+        line = reader.line_num + 1
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                if len(cells) != len(header):
+                    raise csv.Error(f"{len(cells)} cells, expected {len(header)}")
+                texts = dict(zip(header, map(plain_cell, cells), strict=True))
+                known = {name: texts[name] for name in COLUMNS if name in texts}
+                found.append(Entry(**known, line=line))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}:{line}: {error}; export the sample again") from None
+    return found
+
+
+def fill(path: Path, item: str, label: str, note: str = "") -> int:
+    """Write one label into the file, atomically; returns how many entries have a label.
+
+    Raises:
+      UserError: an unknown label or item, or a file that cannot be read or written.
+    """
+    if label not in LABELS:
+        raise UserError(f"label {label[:20]!r} is none of {', '.join(LABELS)}")
+    before = entries(path)
+    if item not in [entry.item for entry in before]:
+        raise UserError(f"{path} has no item {item[:20]!r}; export the sample again")
+    after = [
+        dataclasses.replace(entry, label=label, note=note) if entry.item == item else entry
+        for entry in before
+    ]
+    _write(path, after)
+    return sum(bool(entry.label.strip()) for entry in after)
+
+
+def read(path: Path, responses: pl.DataFrame) -> Findings:
+    """Read a filled file: the findings on the rows that have a label.
+
+    Raises:
+      UserError: not such a file, or entries that cannot be used, each with its line.
+    """
     rows = {item_id(r, t): r for r, t in responses.select("row_id", "response").iter_rows()}
     findings: dict[str, Finding] = {}
     problems: list[str] = []
     seen: dict[str, int] = {}
     known = ", ".join(LABELS)
-    try:
-        for line, entry in _entries(text, path):
-            item, given = entry["item"].strip(), entry["label"].strip().lower()
-            if item not in rows:
-                problems.append(f"{path}:{line}: item {item[:20]!r} is in no row of these results")
-            elif item in seen:
-                problems.append(f"{path}:{line}: item {item} is on line {seen[item]} too")
-            elif given and given not in LABELS:
-                problems.append(f"{path}:{line}: label {given[:20]!r} is none of {known}")
-            elif given:
-                findings[rows[item]] = Finding(verdict=given, reason=entry.get("note", ""))
-            seen.setdefault(item, line)
-    except csv.Error as error:
-        problems.append(str(error))
+    for entry in entries(path):
+        where, item, label = f"{path}:{entry.line}", entry.item.strip(), entry.label.strip().lower()
+        if item not in rows:
+            problems.append(f"{where}: item {item[:20]!r} is in no row of these results")
+        elif item in seen:
+            problems.append(f"{where}: item {item} is on line {seen[item]} too")
+        elif label and label not in LABELS:
+            problems.append(f"{where}: label {label[:20]!r} is none of {known}")
+        elif label:
+            findings[rows[item]] = Finding(verdict=label, reason=entry.note)
+        seen.setdefault(item, entry.line)
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise UserError("; ".join(problems[:_SHOWN]) + more + "; nothing was imported")
@@ -150,45 +218,12 @@ def read(path: Path, responses: pl.DataFrame) -> list[tuple[str, Finding]]:
     return list(findings.items())
 
 
-def _entries(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The records of a file by column, each with the number of the line on which it begins."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
-    line = 1
-    try:
-        header = [cell.strip() for cell in next(reader, [])]
-        missing = [name for name in COLUMNS[:2] if name not in header]
-        if missing:
-            raise UserError(f"{path}:1: no column {missing[0]!r}; export the sample again")
-        while True:
-            line = reader.line_num + 1
-            cells = next(reader, None)
-            if cells is None:
-                return
-            if len(cells) != len(header) and any(cells):
-                raise csv.Error(f"{len(cells)} cells, expected {len(header)}")
-            if any(cell.strip() for cell in cells):
-                yield line, dict(zip(header, map(plain_cell, cells), strict=True))
-    except csv.Error as error:
-        raise csv.Error(f"{path}:{line}: {error}") from None
-
-
-def keep(results: Path, responses: pl.DataFrame, findings: list[tuple[str, Finding]]) -> int:
+def keep(results: Path, responses: pl.DataFrame, findings: Findings) -> int:
     """Store a person's labels; a row labelled before takes the new one. Returns how many there are.
 
     Raises:
       UserError: damaged labels in the folder.
     """
-    with Store(results, NAME, VERSION, _identity(), responses) as store:
+    with Store(results, HUMAN, responses) as store:
         store.add(findings)
-        store.write()
-        return store.table.height
-
-
-def _identity() -> dict[str, Any]:
-    return {"labels": list(LABELS)}
-
-
-def _delimiter(text: str) -> str:
-    """A comma, or what a spreadsheet of another country wrote into the header instead."""
-    header = text.split("\n", 1)[0]
-    return max(",;\t", key=header.count)
+    return store.table.height

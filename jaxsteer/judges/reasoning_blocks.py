@@ -1,13 +1,12 @@
-"""Text that a reasoning model thinks aloud, told apart from what it says.
+"""The thinking of a reasoning model, separated from its answer.
 
 The rule, the same for every judge:
-  1. If gpt-oss' `<|channel|>final<|message|>` occurs, everything up to its last occurrence goes.
-  2. Each closed block `<think>...</think>` goes (also thinking, thought, reasoning; any case).
-  3. A closing tag with no opening one ends a block that the chat template opened: everything up
-     to the last such tag goes.
-  4. An opening tag that nothing closes was cut by the token limit. Of a judge's reply the rest
-     goes, since it has not answered; of a reply that is judged nothing goes, since there is
-     nothing else to judge.
+  1. If `<|channel|>final<|message|>` (gpt-oss) occurs, remove everything up to the last one.
+  2. Remove each closed block `<think>...</think>` (also thinking, thought, reasoning; any case).
+  3. A closing tag without an opening one ends a block that the chat template opened: remove
+     everything up to the last such tag.
+  4. An opening tag without a closing one was cut by the token limit. Remove the rest of a judge's
+     reply, because it holds no answer; keep a reply that is judged, because it holds nothing else.
 """
 
 from __future__ import annotations

@@ -239,8 +239,8 @@ def _model(p: Predicate, folder: Path | None, mesh: str | None) -> Iterator[Chec
 
 # Judges that need no model, by name: version, the verdict that they look for, and the rule.
 RULES = {
-    keyword.NAME: (keyword.JUDGE, "refusal", keyword.is_refusal),
-    degenerate.NAME: (degenerate.JUDGE, "degenerate", degenerate.is_degenerate),
+    keyword.RECORD.name: (keyword.JUDGE, "refusal", keyword.is_refusal),
+    degenerate.RECORD.name: (degenerate.JUDGE, "degenerate", degenerate.is_degenerate),
 }
 
 

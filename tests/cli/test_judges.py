@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import msgspec
 import polars as pl
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,8 +29,10 @@ from jaxsteer.errors import UserError
 from jaxsteer.judges import verdicts
 from jaxsteer.model.convert import convert
 from jaxsteer.study import results as studies
+from jaxsteer.study import store
+from jaxsteer.study.spec import ConditionSpec
 from tests.judges import made, tiny_guard
-from tests.judges.scripted import GRADES, says, serve
+from tests.judges.scripted import GRADES, Scripted, says, serve
 from tests.receipt import made as study_made
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,9 +48,24 @@ def cache(tmp_path, monkeypatch):
     (tmp_path / "cache" / real.name).symlink_to(real)
 
 
+def folder(path: Path, **sizes: int) -> Path:
+    """A whole results folder, with the replies of the judges' tests."""
+    frame = made.rows(made.results(path, **sizes))
+    of_a_run = {"mode": "", "cancels_steering": False, "touched": 0, "change": 0.0}
+    frame = frame.with_columns(
+        pl.lit(value).alias(name) for name, value in of_a_run.items()
+    ).with_columns(base="condition", seed=pl.lit(None, pl.Int64), scale=pl.lit(None, pl.Float64))
+    conditions = [
+        ConditionSpec(name=name, benign=True)
+        for name in frame["condition"].unique(maintain_order=True)
+    ]
+    study = msgspec.structs.replace(study_made.study(claims=[]), condition=conditions)
+    return study_made.folder(path, study, frame=frame)
+
+
 @pytest.fixture
 def results(tmp_path):
-    return made.results(tmp_path / "results")
+    return folder(tmp_path / "results")
 
 
 def run(*arguments: object) -> str:
@@ -56,15 +76,15 @@ def run(*arguments: object) -> str:
 
 
 def test_several_judges_run_in_one_command_and_each_says_what_it_found(results):
-    with serve(lambda body, n: says(GRADES + "\ncoherence: 90")) as server:
+    with serve(lambda body, n: says(GRADES + '\n{"coherence": 90}')) as server:
         said = run(
             *("judge", results, "--judge", "keyword", "--judge", "strongreject-rubric"),
             *("--judge", "coherence", "--judge", "degenerate"),
             *("--base-url", server.base_url, "--judge-model", "judge-9b"),
         )
     assert "keyword-2: 12 rows: 10 other, 2 refusal" in said
-    assert "strongreject-rubric-1: 8 rows: 8 harmful" in said
-    assert "coherence-1: 12 rows: 12 coherent" in said
+    assert "strongreject-rubric-2: 8 rows: 8 harmful" in said
+    assert "coherence-2: 12 rows: 12 coherent" in said
     assert set(verdicts.read_all(results)) == {
         "keyword",
         "degenerate",
@@ -100,8 +120,8 @@ def test_the_summary_follows_the_first_judge_when_the_second_fails(tmp_path):
     pl.read_parquet(path).with_columns(replied).write_parquet(path)
     assert refused(folder)["baseline"] == 0.45
     with pytest.raises(UserError, match="is in no known set"):
-        run(*("judge", folder, "--judge", "keyword", "--judge", "llama-guard"),
-            *("--guard-model", tmp_path))  # fmt: skip
+        run(*("judge", folder, "--judge", "keyword", "--judge", "coherence"),
+            *("--base-url", "http://127.0.0.1:9/v1", "--judge-model", "m"))  # fmt: skip
     rows = studies.load(folder).rows.filter(condition="baseline", family="strongreject")
     assert refused(folder)["baseline"] == (rows["label"] == "refusal").mean() == 0.0
 
@@ -147,11 +167,16 @@ def test_a_person_labels_a_sample_and_sees_how_judges_agree(results, tmp_path):
         writer.writeheader()
         writer.writerows(lines)
     said = run("audit", "import", results, file)
-    assert "took 12 labels; 12 rows are labelled by a person now" in said
+    assert "took 12 labels; a person has labelled 12 rows so far" in said
     assert (
         "refusal: keyword and human on 12 rows: both yes 2, only keyword 0, only human 0, "
         "both no 10, kappa 1.00"
     ) in said
+
+
+def test_a_second_process_on_the_folder_is_refused(results):
+    with store.locked(results / "judges"), pytest.raises(UserError, match="in use by another"):
+        run("judge", results, "--judge", "keyword")
 
 
 def test_every_example_writes_harmful_text_where_git_does_not_look(tmp_path):
@@ -165,6 +190,91 @@ def test_every_example_writes_harmful_text_where_git_does_not_look(tmp_path):
     for file in [*files, "audit.csv", "my-audit-2.csv"]:
         assert subprocess.run(["git", "check-ignore", "-q", file], cwd=tmp_path).returncode == 0
     assert all(file.startswith("results/") for file in files)
+
+
+# -- Stopped and killed ---------------------------------------------------------------------------
+
+
+class Halting:
+    """Answers the first `allowed` requests and holds the others until told, or for good."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.allowed, self.seen = 0, 0
+
+    def __call__(self, body, n):
+        with self.changed:
+            self.seen += 1
+            mine = self.seen
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: mine <= self.allowed, timeout=60)
+        return says(GRADES)
+
+    def wait_until_seen(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.seen >= count, timeout=120)
+
+    def allow(self, count: int) -> None:
+        with self.changed:
+            self.allowed = count
+            self.changed.notify_all()
+
+
+def strongreject(results: Path, server: Scripted) -> list[str]:
+    """Arguments of a command that asks for the rubric, three calls at a time."""
+    asked = ["judge", str(results), "--judge", "strongreject-rubric", "--concurrency", "3"]
+    return [*asked, "--base-url", server.base_url, "--judge-model", "judge-9b"]
+
+
+def judge_process(results: Path, server: Scripted) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jaxsteer.cli", *strongreject(results, server)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_at_most_the_calls_in_flight(tmp_path):
+    whole = folder(tmp_path / "whole", conditions=4, prompts=6)
+    with serve(says(GRADES)) as server:
+        run(*strongreject(whole, server))
+    expected = verdicts.read_all(whole)["strongreject-rubric"]
+
+    results = folder(tmp_path / "killed", conditions=4, prompts=6)
+    # The replies to the same requests are in the cache now.
+    shutil.rmtree(tmp_path / "cache/judge-replies")
+    halting = Halting()
+    answered = 0
+    with serve(halting) as server:
+        for more in (2, 7):
+            answered += more
+            halting.allow(halting.seen + more)
+            started = halting.seen
+            process = judge_process(results, server)
+            # Three are in flight when the ones before them have been kept.
+            halting.wait_until_seen(started + more + 3)
+            process.kill()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
+        halting.allow(10**6)
+        run(*strongreject(results, server))
+        asked = len(server.requests)
+    assert verdicts.read_all(results)["strongreject-rubric"].equals(expected)
+    # Twenty-four rows, and the three in flight at each of the two kills once more.
+    assert asked == 24 + 2 * 3
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
+    results = folder(tmp_path / "r", conditions=2, prompts=6)
+    halting = Halting()
+    with serve(halting) as server:
+        halting.allow(5)
+        process = judge_process(results, server)
+        halting.wait_until_seen(5 + 3)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        halting.allow(10**6)
+    assert process.returncode == 130
+    assert "stopped; what is finished is kept" in said and "Traceback" not in said
+    assert verdicts.read_all(results)["strongreject-rubric"].height == 5
 
 
 # -- The real SmolLM2 behind `transformers serve` --------------------------------------------------
@@ -213,6 +323,7 @@ def healthy(port: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_real_smollm2_judges_over_http_and_what_it_cannot_say_is_unscored(
     results, smollm2_hf, tmp_path
 ):
@@ -222,7 +333,7 @@ def test_the_real_smollm2_judges_over_http_and_what_it_cannot_say_is_unscored(
         asked += ("--max-tokens", 6, "--concurrency", 1)
         rubric = run("judge", results, "--judge", "strongreject-rubric", *asked, "--limit", 1)
         grades = run("judge", results, "--judge", "coherence", *asked, "--limit", 2)
-        other = made.results(tmp_path / "other")
+        other = folder(tmp_path / "other")
         wrong = run(
             *("judge", other, "--judge", "coherence", "--base-url", url),
             *("--judge-model", "a-model-it-does-not-serve", "--limit", 1),
@@ -231,7 +342,7 @@ def test_the_real_smollm2_judges_over_http_and_what_it_cannot_say_is_unscored(
     # Six tokens are too few for the rubric's form, three times over.
     assert "none scored, 1 unscored, 7 not judged yet" in rubric
     assert "cut at the token limit" in rubric
-    assert "coherence-1: 12 rows" in grades and "10 not judged yet" in grades
+    assert "coherence-2: 12 rows" in grades and "10 not judged yet" in grades
     assert log.read_text().count('POST /v1/chat/completions HTTP/1.1" 200 OK') >= 3 + 2
     for judge, count in (("strongreject-rubric", 1), ("coherence", 2)):
         table = verdicts.read_all(results)[judge]

@@ -48,3 +48,8 @@ def results(folder: Path, conditions: int = 2, prompts: int = 4, benign: int = 2
     folder.mkdir(parents=True, exist_ok=True)
     pl.DataFrame(lines).write_parquet(folder / "responses.parquet")
     return folder
+
+
+def rows(folder: Path) -> pl.DataFrame:
+    """The rows of such a folder."""
+    return pl.read_parquet(folder / "responses.parquet")

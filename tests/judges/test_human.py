@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import unicodedata
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -43,9 +44,9 @@ def folder(tmp_path):
 @pytest.fixture
 def exported(folder, tmp_path):
     def export(n: int = 20, seed: int = 0, name: str = "audit.csv"):
-        rows = run.responses(folder)
+        rows = made.rows(folder)
         drawn = human.sample(rows, {}, n, seed)
-        texts = run.prompt_texts(drawn["prompt_id"].unique().to_list())
+        texts = run.prompt_texts(drawn["prompt_id"])
         human.export(drawn, texts, tmp_path / name)
         return tmp_path / name
 
@@ -101,14 +102,14 @@ def test_the_file_tells_neither_condition_nor_label(exported):
 def test_hostile_replies_are_inert_in_the_file(exported, folder):
     lines = read_csv(exported(n=10**30))
     replies = {line["response"] for line in lines}
-    assert len(lines) == run.responses(folder).height
+    assert len(lines) == made.rows(folder).height
     assert "'=cmd|' /C calc'!A0" in replies
     assert "'@SUM(1+1)*cmd" in replies
     assert "<U+001B>[31mred<U+001B>[0m and <U+202E>backwards" in replies
 
 
 def test_the_draw_depends_on_the_seed_only_and_covers_every_stratum(folder):
-    rows = run.responses(folder)
+    rows = made.rows(folder)
     drawn = human.sample(rows, {}, 30, 1)
     assert drawn.equals(human.sample(rows.sample(fraction=1, shuffle=True, seed=3), {}, 30, 1))
     assert not drawn.equals(human.sample(rows, {}, 30, 2))
@@ -119,7 +120,7 @@ def test_the_draw_depends_on_the_seed_only_and_covers_every_stratum(folder):
 
 
 def test_a_small_draw_is_part_of_a_larger_one(folder):
-    rows = run.responses(folder)
+    rows = made.rows(folder)
     small = set(human.sample(rows, {}, 5, 0)["row_id"])
     assert small <= set(human.sample(rows, {}, 25, 0)["row_id"])
 
@@ -134,7 +135,7 @@ def test_an_existing_file_is_not_overwritten(exported):
 def test_a_filled_file_becomes_the_verdicts_of_a_person(exported, folder, options):
     path = exported()
     fill(path, lambda i, line: ["", *LABELS][i % 5].upper(), **options)
-    rows = run.responses(folder)
+    rows = made.rows(folder)
     findings = human.read(path, rows)
     assert len(findings) == 16
     assert human.keep(folder, rows, findings) == 16
@@ -153,11 +154,11 @@ def test_a_filled_file_becomes_the_verdicts_of_a_person(exported, folder, option
 def test_text_mangled_by_a_spreadsheet_does_not_matter(exported, folder):
     path = exported()
     fill(path, lambda i, line: line.update(response="###", prompt="") or "bypass")
-    assert len(human.read(path, run.responses(folder))) == 20
+    assert len(human.read(path, made.rows(folder))) == 20
 
 
 def test_a_second_file_adds_to_the_first_and_replaces_what_it_names(exported, folder):
-    rows = run.responses(folder)
+    rows = made.rows(folder)
     first, second = exported(n=10, name="a.csv"), exported(n=15, name="b.csv")
     fill(first, lambda i, line: "bypass")
     fill(second, lambda i, line: "refusal" if i % 2 else "")
@@ -184,7 +185,7 @@ def test_every_unusable_line_is_named_by_its_number(exported, folder):
     numbers = [text[: text.index(f'"{line["item"]}"', i * 20)].count("\n") + 1
                for i, line in enumerate(lines[:3])]  # fmt: skip
     with pytest.raises(UserError) as caught:
-        human.read(path, run.responses(folder))
+        human.read(path, made.rows(folder))
     said = str(caught.value)
     assert f"audit.csv:{numbers[1]}: label 'refuzal' is none of refusal, bypass" in said
     assert f"audit.csv:{numbers[2]}: item '0000' is in no row" in said
@@ -207,12 +208,69 @@ def test_a_file_that_is_none_is_one_clear_error(folder, tmp_path, data, message)
     path = tmp_path / "f.csv"
     path.write_bytes(data)
     with pytest.raises(UserError, match=message):
-        human.read(path, run.responses(folder))
+        human.read(path, made.rows(folder))
 
 
 def test_a_reply_that_changed_since_is_no_longer_its_item(exported, folder):
     path = exported(n=4)
     fill(path, lambda i, line: "bypass")
-    rows = run.responses(folder).with_columns(response=pl.col("response") + "!")
+    rows = made.rows(folder).with_columns(response=pl.col("response") + "!")
     with pytest.raises(UserError, match="in no row of these results"):
         human.read(path, rows)
+
+
+# -- One reply at a time ---------------------------------------------------------------------------
+
+ROWS = pl.DataFrame(
+    {
+        "row_id": ["baseline/bn-1", "baseline/sr-2"],
+        "condition": ["baseline"] * 2,
+        "family": ["benign", "strongreject"],
+        "prompt_id": ["bn-1", "sr-2"],
+        "response": ["=cmd()", 'a "quoted"\nreply, with a comma'],
+        "label": ["benign-answer", "refusal"],
+        "judge": ["", "keyword-1"],
+    }
+)
+
+
+@pytest.fixture
+def filed(tmp_path: Path) -> Path:
+    human.export(ROWS, {"bn-1": "Hello?", "sr-2": "-x"}, tmp_path / "audit.csv")
+    return tmp_path / "audit.csv"
+
+
+def test_an_exported_sample_is_read_as_it_was(filed: Path):
+    first, second = human.entries(filed)
+    assert (first.family, first.prompt, first.response) == ("benign", "Hello?", "=cmd()")
+    assert (second.prompt, second.response) == ("-x", ROWS["response"][1])
+    assert (first.label, first.note) == ("", "")
+
+
+def test_an_answer_goes_into_its_line_alone_and_audit_reads_it(filed: Path):
+    first, second = human.entries(filed)
+    assert human.fill(filed, second.item, "refusal", '=HYPERLINK("x")') == 1
+    assert human.entries(filed)[0] == first
+    ((row, finding),) = human.read(filed, ROWS)
+    assert (row, finding.verdict, finding.reason) == ("baseline/sr-2", "refusal", '=HYPERLINK("x")')
+    # A spreadsheet sees a text and no formula.
+    assert "\"'=HYPERLINK" in filed.read_text(encoding="utf-8-sig")
+
+
+def test_a_later_answer_replaces_the_earlier_one(filed: Path):
+    item = human.entries(filed)[0].item
+    human.fill(filed, item, "refusal", "first")
+    assert human.fill(filed, item, "bypass") == 1
+    assert (human.entries(filed)[0].label, human.entries(filed)[0].note) == ("bypass", "")
+
+
+@pytest.mark.parametrize(
+    ("item", "label", "words"), [("", "nonsense", "is none of"), ("0" * 16, "refusal", "no item")]
+)
+def test_an_answer_that_means_nothing_changes_nothing(
+    filed: Path, item: str, label: str, words: str
+):
+    before = filed.read_bytes()
+    with pytest.raises(UserError, match=words):
+        human.fill(filed, item or human.entries(filed)[0].item, label)
+    assert filed.read_bytes() == before

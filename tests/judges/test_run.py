@@ -1,11 +1,5 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
-
 import polars as pl
 import pytest
 
@@ -38,15 +32,19 @@ def options(server, **changes) -> Options:
     return Options(endpoint=Endpoint(base_url=server.base_url, model="judge-9b"), **changes)
 
 
+def judge(results, names, given) -> list[run.Outcome]:
+    return run.judge(made.rows(results), results, names, given)
+
+
 def table(results, judge) -> pl.DataFrame:
     return verdicts.read_all(results)[judge]
 
 
 def test_the_rule_judges_see_every_row(results):
-    first, second = run.judge(results, ["degenerate", "keyword"], Options())
+    first, second = judge(results, ["degenerate", "keyword"], Options())
     assert (first.judge, second.judge) == ("keyword-2", "degenerate-2")
     assert first.asked == second.asked == 12 and first.missing == second.missing == 0
-    rows = run.responses(results)
+    rows = made.rows(results)
     said = table(results, "keyword").join(rows, on="row_id")
     for row in said.iter_rows(named=True):
         assert (row["verdict"] == "refusal") == keyword.is_refusal(row["response"])
@@ -54,25 +52,25 @@ def test_the_rule_judges_see_every_row(results):
 
 def test_the_rubric_sees_forbidden_prompts_only(results):
     with serve(says(GRADES)) as server:
-        (outcome,) = run.judge(results, ["strongreject-rubric"], options(server))
+        (outcome,) = judge(results, ["strongreject-rubric"], options(server))
     assert outcome.asked == 8 and outcome.verdicts == {"harmful": 8}
-    rows = run.responses(results)
+    rows = made.rows(results)
     seen = table(results, "strongreject-rubric").join(rows, on="row_id")
     assert seen["family"].unique().to_list() == ["strongreject"]
     assert seen["score"].unique().to_list() == [0.875]
 
 
 def test_a_limit_takes_the_first_rows_of_the_table(results):
-    run.judge(results, ["keyword"], Options(limit=3))
-    first = run.responses(results)["row_id"][:3]
+    judge(results, ["keyword"], Options(limit=3))
+    first = made.rows(results)["row_id"][:3]
     assert set(table(results, "keyword")["row_id"]) == set(first)
 
 
 def test_each_request_holds_its_own_prompt_and_reply(results):
-    with serve(says("coherence: 80")) as server:
-        run.judge(results, ["coherence"], options(server))
-    rows = run.responses(results)
-    texts = run.prompt_texts(rows["prompt_id"].to_list())
+    with serve(says('{"coherence": 80}')) as server:
+        judge(results, ["coherence"], options(server))
+    rows = made.rows(results)
+    texts = run.prompt_texts(rows["prompt_id"])
     asked = [request["messages"][-1]["content"] for request in server.requests]
     for row in rows.iter_rows(named=True):
         holding = [a for a in asked if row["response"] in a and texts[row["prompt_id"]] in a]
@@ -80,9 +78,9 @@ def test_each_request_holds_its_own_prompt_and_reply(results):
 
 
 def test_leakage_is_asked_of_refused_and_degenerate_replies_to_forbidden_prompts(results):
-    with serve(says("operational: none")) as server:
-        (outcome,) = run.judge(results, ["leakage"], options(server))
-    rows = run.responses(results)
+    with serve(says('{"operational": []}')) as server:
+        (outcome,) = judge(results, ["leakage"], options(server))
+    rows = made.rows(results)
     judged = rows.filter(pl.col("row_id").is_in(table(results, "leakage")["row_id"].implode()))
     expected = rows.filter(
         (pl.col("family") == "strongreject") & pl.col("label").is_in(["refusal", "degenerate"])
@@ -92,12 +90,12 @@ def test_leakage_is_asked_of_refused_and_degenerate_replies_to_forbidden_prompts
 
 def test_leakage_waits_for_what_the_other_judges_say(results):
     def script(body, n):
-        asks_for_grade = "coherence:" in body["messages"][-1]["content"]
-        return says("coherence: 3" if asks_for_grade else "operational: 1")
+        asks_for_grade = "Grade its coherence" in body["messages"][-1]["content"]
+        return says('{"coherence": 3}' if asks_for_grade else '{"operational": [1]}')
 
     with serve(script) as server:
-        _, leakage = run.judge(results, ["leakage", "coherence"], options(server))
-    assert leakage.judge == "leakage-1"
+        _, leakage = judge(results, ["leakage", "coherence"], options(server))
+    assert leakage.judge == "leakage-2"
     assert leakage.asked == 8
 
 
@@ -106,11 +104,11 @@ def test_a_second_run_sends_no_request_even_for_rows_that_stayed_unscored(result
         return says(GRADES) if "lentils" in body["messages"][-1]["content"] else says("Hmm.")
 
     with serve(script) as server:
-        (first,) = run.judge(results, ["strongreject-rubric"], options(server))
+        (first,) = judge(results, ["strongreject-rubric"], options(server))
         sent = len(server.requests)
-        (second,) = run.judge(results, ["strongreject-rubric"], options(server))
+        (second,) = judge(results, ["strongreject-rubric"], options(server))
         assert len(server.requests) == sent
-        (third,) = run.judge(results, ["strongreject-rubric"], options(server, fresh=True))
+        (third,) = judge(results, ["strongreject-rubric"], options(server, fresh=True))
         assert len(server.requests) == sent
     assert first == second == third
     assert sum(first.unscored.values()) == 8 - first.verdicts["harmful"] > 0
@@ -121,7 +119,7 @@ def test_an_unreadable_reply_is_drawn_anew_and_then_read(results):
         return says(GRADES) if body["seed"] == 2 else says("I think it is bad.")
 
     with serve(script) as server:
-        (outcome,) = run.judge(results, ["strongreject-rubric"], options(server))
+        (outcome,) = judge(results, ["strongreject-rubric"], options(server))
     assert outcome.verdicts == {"harmful": 8} and not outcome.unscored
     assert len(server.requests) == 8 * 3
 
@@ -141,7 +139,7 @@ def test_an_unreadable_reply_is_drawn_anew_and_then_read(results):
 )
 def test_a_row_without_a_reading_is_unscored_with_the_reason(results, reply, reason):
     with serve(reply) as server:
-        (outcome,) = run.judge(results, ["strongreject-rubric"], options(server, limit=3))
+        (outcome,) = judge(results, ["strongreject-rubric"], options(server, limit=3))
     assert outcome.verdicts == {} and outcome.missing == 5
     assert list(outcome.unscored) == [next(iter(outcome.unscored))]
     assert next(iter(outcome.unscored)).startswith(reason)
@@ -151,16 +149,16 @@ def test_a_row_without_a_reading_is_unscored_with_the_reason(results, reply, rea
 
 def test_a_row_that_got_no_reply_is_asked_again_by_the_next_run(results):
     with serve(Reply(400, data=b"too long")) as server:
-        run.judge(results, ["strongreject-rubric"], options(server, limit=2))
+        judge(results, ["strongreject-rubric"], options(server, limit=2))
     with serve(says(GRADES)) as server:
-        (outcome,) = run.judge(results, ["strongreject-rubric"], options(server))
+        (outcome,) = judge(results, ["strongreject-rubric"], options(server))
     assert outcome.verdicts == {"harmful": 8} and not outcome.unscored
 
 
 def test_a_limit_goes_on_where_it_stopped(results):
     with serve(says(GRADES)) as server:
         counts = [
-            run.judge(results, ["strongreject-rubric"], options(server, limit=3))[0].missing
+            judge(results, ["strongreject-rubric"], options(server, limit=3))[0].missing
             for _ in range(4)
         ]
         assert counts == [5, 2, 0, 0]
@@ -169,16 +167,16 @@ def test_a_limit_goes_on_where_it_stopped(results):
 
 def test_another_judge_model_is_refused_and_the_old_verdicts_stay(results):
     with serve(says(GRADES)) as server:
-        run.judge(results, ["strongreject-rubric"], options(server))
+        judge(results, ["strongreject-rubric"], options(server))
         other = Options(endpoint=Endpoint(base_url=server.base_url, model="judge-70b"))
         with pytest.raises(UserError, match="model was judge-9b, is judge-70b"):
-            run.judge(results, ["strongreject-rubric"], other)
+            judge(results, ["strongreject-rubric"], other)
     assert table(results, "strongreject-rubric").height == 8
 
 
 def test_the_verdict_file_says_what_the_judge_was(results):
     with serve(says(GRADES)) as server:
-        run.judge(results, ["strongreject-rubric"], options(server))
+        judge(results, ["strongreject-rubric"], options(server))
     known = verdicts.provenance(results / "judges/strongreject-rubric.parquet")
     assert known["model"] == "judge-9b" and len(known["prompts_sha256"]) == 64
     assert known["notes"] == {"base_url": server.base_url}
@@ -194,13 +192,8 @@ def test_the_verdict_file_says_what_the_judge_was(results):
 )
 def test_a_judge_that_cannot_run_is_refused_before_any_runs(results, names, given, message):
     with pytest.raises(UserError, match=message):
-        run.judge(results, ["keyword", *names], given)
+        judge(results, ["keyword", *names], given)
     assert not (results / "judges/keyword.parquet").exists()
-
-
-def test_a_folder_without_results_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match=r"no responses\.parquet"):
-        run.judge(tmp_path, ["keyword"], Options())
 
 
 def test_a_prompt_of_no_known_set_is_named(tmp_path):
@@ -209,7 +202,7 @@ def test_a_prompt_of_no_known_set_is_named(tmp_path):
     table = table.with_columns(prompt_id=pl.lit("sr-unknown"))
     table.write_parquet(results / "responses.parquet")
     with serve(says(GRADES)) as server, pytest.raises(UserError, match="prompt sr-unknown"):
-        run.judge(results, ["strongreject-rubric"], options(server))
+        judge(results, ["strongreject-rubric"], options(server))
 
 
 def test_prompts_of_the_users_own_come_from_a_csv(tmp_path):
@@ -220,92 +213,5 @@ def test_prompts_of_the_users_own_come_from_a_csv(tmp_path):
     table = pl.read_parquet(results / "responses.parquet").head(1)
     table.with_columns(prompt_id=pl.lit(prompt.id)).write_parquet(results / "responses.parquet")
     with serve(says(GRADES)) as server:
-        run.judge(results, ["strongreject-rubric"], options(server, prompts=csv))
+        judge(results, ["strongreject-rubric"], options(server, prompts=csv))
     assert prompt.text in server.requests[0]["messages"][-1]["content"]
-
-
-def test_a_second_process_on_the_folder_is_refused(results):
-    from jaxsteer.study import store
-
-    with store.locked(results / "judges"), pytest.raises(UserError, match="in use by another"):
-        run.judge(results, ["keyword"], Options())
-
-
-class Halting:
-    """Answers the first `allowed` requests and holds the others until told, or for good."""
-
-    def __init__(self):
-        self.changed = threading.Condition()
-        self.allowed, self.seen = 0, 0
-
-    def __call__(self, body, n):
-        with self.changed:
-            self.seen += 1
-            mine = self.seen
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: mine <= self.allowed, timeout=60)
-        return says(GRADES)
-
-    def wait_until_seen(self, count: int) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.seen >= count, timeout=120)
-
-    def allow(self, count: int) -> None:
-        with self.changed:
-            self.allowed = count
-            self.changed.notify_all()
-
-
-def judge_process(results, server) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jaxsteer.cli", "judge", str(results)]
-    command += ["--judge", "strongreject-rubric", "--base-url", server.base_url]
-    command += ["--judge-model", "judge-9b", "--concurrency", "3"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-
-
-def test_a_killed_run_loses_at_most_the_calls_in_flight(tmp_path):
-    whole = made.results(tmp_path / "whole", conditions=4, prompts=6)
-    with serve(says(GRADES)) as server:
-        run.judge(whole, ["strongreject-rubric"], options(server))
-    expected = table(whole, "strongreject-rubric")
-
-    results = made.results(tmp_path / "killed", conditions=4, prompts=6)
-    # Another model name would be another judge, so the cache is emptied instead.
-    os.environ["JAXSTEER_CACHE"] = str(tmp_path / "second")
-    (tmp_path / "second").mkdir()
-    for part in (tmp_path / "cache").glob("superred*"):
-        (tmp_path / "second" / part.name).symlink_to(part.resolve())
-    halting = Halting()
-    answered = 0
-    with serve(halting) as server:
-        for more in (2, 7):
-            answered += more
-            halting.allow(halting.seen + more)
-            started = halting.seen
-            process = judge_process(results, server)
-            # Three are in flight when the ones before them have been kept.
-            halting.wait_until_seen(started + more + 3)
-            process.kill()
-            process.communicate()
-            assert process.returncode == -signal.SIGKILL
-        halting.allow(10**6)
-        run.judge(results, ["strongreject-rubric"], options(server))
-        asked = len(server.requests)
-    assert table(results, "strongreject-rubric").equals(expected)
-    # Twenty-four rows, and the three in flight at each of the two kills once more.
-    assert asked == 24 + 2 * 3
-
-
-def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
-    results = made.results(tmp_path / "r", conditions=2, prompts=6)
-    halting = Halting()
-    with serve(halting) as server:
-        halting.allow(5)
-        process = judge_process(results, server)
-        halting.wait_until_seen(5 + 3)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-        halting.allow(10**6)
-    assert process.returncode == 130
-    assert "stopped; what is finished is kept" in said and "Traceback" not in said
-    assert table(results, "strongreject-rubric").height == 5

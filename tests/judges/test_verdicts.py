@@ -5,14 +5,15 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.judges import verdicts
-from jaxsteer.judges.verdicts import Finding, Store
+from jaxsteer.judges.verdicts import Finding, JudgeRecord, Store
 
 ROWS = pl.DataFrame({"row_id": ["a", "b", "c"], "response": ["one", "two", "three"]})
 YES = Finding(score=1.0, verdict="yes", reason="so")
 
 
 def store(folder, rows=ROWS, identity=None, **options) -> Store:
-    return Store(folder, "judge", "1", identity or {"model": "m"}, rows, **options)
+    record = JudgeRecord(name="judge", version="1", settings=identity or {"model": "m"})
+    return Store(folder, record, rows, **options)
 
 
 def test_verdicts_come_back_with_everything_that_names_them(tmp_path):
@@ -21,7 +22,7 @@ def test_verdicts_come_back_with_everything_that_names_them(tmp_path):
     table = verdicts.read_all(tmp_path)["judge"]
     assert table.schema == pl.Schema(verdicts.SCHEMA)
     assert table["judge"].to_list() == ["judge-1"] * 2
-    assert table["judge_sha256"].unique().to_list() == [made.sha256]
+    assert table["judge_sha256"].unique().to_list() == [made.judge.sha256]
     assert table["response_sha256"][0] == verdicts.response_sha256("one")
     assert table.row(1, named=True)["verdict"] is None
     known = verdicts.provenance(tmp_path / "judges/judge.parquet")
@@ -72,7 +73,9 @@ def test_fresh_replaces_another_judges_verdicts(tmp_path):
 
 
 def test_what_was_added_is_on_disk_after_an_exception(tmp_path):
-    clock = iter(range(1000)).__next__  # every write takes a second, so later ones wait
+    clock = iter(
+        range(1000)
+    ).__next__  # the second comes a second later, too soon to be written at once
     with pytest.raises(KeyboardInterrupt), store(tmp_path, clock=clock) as made:
         made.add([("a", YES)])
         made.add([("b", YES)])
@@ -101,10 +104,10 @@ def test_a_file_with_other_columns_or_repeated_rows_is_refused(tmp_path):
     path = tmp_path / "judges/judge.parquet"
     table = pl.read_parquet(path)
     pl.concat([table, table]).write_parquet(path)
-    with pytest.raises(UserError, match="two verdicts on one row"):
+    with pytest.raises(UserError, match="two on one row"):
         verdicts.read(path)
     table.with_columns(row_id=pl.lit(None, pl.String)).write_parquet(path)
-    with pytest.raises(UserError, match="a verdict on no row"):
+    with pytest.raises(UserError, match="a verdict without a row"):
         verdicts.read(path)
     table.drop("score").write_parquet(path)
     with pytest.raises(UserError, match="no column score"):

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.data import prompts
-from jaxsteer.judges import labelling
+from jaxsteer.judges import human
 from jaxsteer.receipt import build
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 from tests.receipt import made
@@ -127,7 +127,7 @@ def test_labels_go_into_the_audit_file_without_a_formula(reader: Reader, folder)
     with reader.runs():
         reader.page.get_by_role("button", name="save and next").click()
     reader.page.get_by_text("1 of 50 replies have a label").wait_for()
-    first, *others = labelling.entries(folder / "audit.csv")
+    first, *others = human.entries(folder / "audit.csv")
     assert (first.label, first.note) == ("degenerate", "=1+1")
     assert not any(entry.label for entry in others)
     assert '"\'=1+1"' in (folder / "audit.csv").read_text(encoding="utf-8-sig")

@@ -13,7 +13,7 @@ from jaxsteer.evidence.charts.controls import LABELS
 from jaxsteer.evidence.charts.marks import titled
 from jaxsteer.evidence.charts.text import card, cards
 from jaxsteer.evidence.outcomes import WORDS, whiskers
-from jaxsteer.judges.labelling import Entry
+from jaxsteer.judges.human import Entry
 from jaxsteer.words import percent
 
 
