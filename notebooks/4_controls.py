@@ -10,12 +10,13 @@ __generated_with = "0.25.2"
 app = marimo.App(width="medium", app_title="4. Controls")
 
 with app.setup:
+    import dataclasses
     from pathlib import Path
 
     import marimo as mo
 
     from jaxsteer.errors import UserError
-    from jaxsteer.evidence import findings, paired, sensitivity
+    from jaxsteer.evidence import claims, findings, paired, sensitivity
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import text, theme
     from jaxsteer.evidence.opening import open_results
@@ -86,7 +87,7 @@ def _():
 @app.cell
 def _(found):
     try:
-        planned, _problem = sensitivity.verdicts(found), ""
+        planned, _problem = claims.evaluate(found), ""
     except UserError as error:
         planned, _problem = None, str(error)
     mo.stop(planned is None, mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
@@ -193,7 +194,7 @@ def _(found, made, planned):
 @app.cell
 def _(found, pair):
     _treated, _control, _family, _outcome = pair.value
-    _paired = paired.pairs(found.rows, _treated, _control, _family)
+    _paired = paired.Labels(found.rows, found.verdicts).pair(_treated, _control, _family)
     mo.stop(_paired.is_empty(), mo.callout(mo.md("They share no prompt yet."), kind="warn"))
     _counted = paired.flips(_paired, _outcome)
     mo.vstack(
@@ -264,13 +265,12 @@ def _(degenerate, found, never, seeds):
 
 
 @app.cell
-def _(alpha, counts, margin, own_margin, planned, rules):
-    _rules = sensitivity.stricter(
-        rules, alpha=alpha.value, margin=None if own_margin.value else margin.value
-    )
-    yours = sensitivity.judged(counts, _rules)
+def _(alpha, counts, found, margin, own_margin, planned, rules):
+    _margin = None if own_margin.value else margin.value
+    _rules = dataclasses.replace(rules, alpha=alpha.value, margin=_margin)
+    yours = sensitivity.judged(found, counts, _rules)
     _kind = "warn" if sensitivity.changed(planned, yours) else "neutral"
-    _said = mo.callout(mo.md(text.escaped(sensitivity.said(planned, yours, _rules))), kind=_kind)
+    _said = mo.callout(mo.md(text.escaped(sensitivity.summary(planned, yours, _rules))), kind=_kind)
     mo.vstack([_said, mo.md(charts.verdicts_table(planned, yours))])
     return
 

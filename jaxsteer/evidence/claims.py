@@ -1,107 +1,143 @@
 """Planned comparisons against the rows: each claim confirmed, not confirmed, or not tested.
 
-What is compared, and what would confirm it, stands in the study's spec before the run. Rows pair
+What is compared, and what would confirm it, is fixed in the study's spec before the run. Rows pair
 by prompt within a mode. A condition that is repeated over seeds or strengths stands for all its
 repeats: every one must pass. docs/statistics.md has the rules and why they are conservative.
+
+`count` makes a draft for each comparison; `judge` draws the conclusions from all drafts together,
+because Holm's correction runs over the whole study.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal, TypeVar
 
+import msgspec
 import polars as pl
-from msgspec import Meta
 
 from jaxsteer import stats
 from jaxsteer.directions import direction, geometry
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.judges.labels import BENIGN_FAMILIES, votes_table
+from jaxsteer.evidence import paired
+from jaxsteer.evidence.paired import Flips, Labels
+from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.study.conditions import Repeat, repeats
 from jaxsteer.study.layer_expr import resolve_layers
-from jaxsteer.study.record import Condition, RunRecord
+from jaxsteer.study.record import Condition, Count, Part
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import ConditionSpec, TestSpec
+from jaxsteer.study.spec import ClaimSpec, ConditionSpec, TestSpec
 from jaxsteer.words import p_equals, percent
 
 ALPHA = 0.05
-# No study has more rows; a file that says so is damaged, and counting to it would take forever.
-Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Verdict = Literal["confirmed", "not confirmed", "not tested"]
 Expect = Literal["lower", "higher", "few-raised", "cosine-above"]
-OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One treated repeat against one control repeat: what was counted, and what follows from it.
+class Counted(Part, frozen=True, tag_field="test"):
+    """Two conditions compared on the same prompts: the counts, and whether the test passed.
 
     Attributes:
-      treated, control: condition names, or direction names of a cosine.
-      expect: as in the spec's test.
-      family, outcome: prompts compared on, and the label counted; "" for a cosine.
-      margin: of `few-raised` and `cosine-above`, the margin asked for.
-      n: pairs; 0 when it was not tested.
+      treated, control: condition names.
+      family, outcome: prompts compared on, and the label counted.
+      n: pairs.
       treated_k, control_k: rows with the outcome.
       raised, lowered: prompts with the outcome under the treated condition alone, and under the
         control alone.
-      cosines: of `cosine-above`, by layer.
       treated_interval, control_interval: Wilson 95 % intervals of the two rates.
       difference: treated rate minus control rate.
       difference_interval: paired bootstrap 95 % interval.
-      p: exact McNemar p of `lower` and `higher`.
+      passed: whether the test passed.
+      reason: why it failed; "" when it passed.
+    """
+
+    treated: str
+    control: str
+    family: str
+    outcome: str
+    n: Count
+    treated_k: Count
+    control_k: Count
+    raised: Count
+    lowered: Count
+    treated_interval: tuple[float, float]
+    control_interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    passed: bool
+    reason: str
+
+
+class Different(Counted, frozen=True, tag="different"):
+    """The paired rates differ as expected.
+
+    Attributes:
+      expect: what the treated rate should be.
+      p: exact McNemar p.
       p_holm: p after Holm over every p-value test the study plans.
-      bound: of `few-raised`, the upper Wilson bound of raised / n.
-      passed: whether it held, or None when it was not tested.
-      reason: why it failed or was not tested; "" when it passed.
+    """
+
+    expect: Literal["lower", "higher"]
+    p: float
+    p_holm: float
+
+
+class FewRaised(Counted, frozen=True, tag="few-raised"):
+    """At most a small share of prompts has the outcome under the treated condition alone.
+
+    Attributes:
+      margin: the share allowed.
+      bound: upper Wilson bound of raised / n.
+    """
+
+    margin: float
+    bound: float
+
+
+class CosineAbove(Part, frozen=True, tag_field="test", tag="cosine-above"):
+    """The cosine of two directions is above a margin at every layer named.
+
+    Attributes:
+      treated, control: direction names.
+      margin: the margin.
+      cosines: by layer.
+      passed, reason: as in `Counted`.
+    """
+
+    treated: str
+    control: str
+    margin: float
+    cosines: dict[int, float]
+    passed: bool
+    reason: str
+
+
+class NotTested(Part, frozen=True, tag_field="test", tag="not-tested"):
+    """A planned comparison without a result.
+
+    Attributes:
+      treated, control: names of conditions, or of directions.
+      expect: as in the spec's test.
+      family, outcome: prompts and label that it counts; "" for a cosine.
+      reason: why there is no result.
     """
 
     treated: str
     control: str
     expect: Expect
-    family: str = ""
-    outcome: str = ""
-    margin: float | None = None
-    n: Count = 0
-    treated_k: Count = 0
-    control_k: Count = 0
-    raised: Count = 0
-    lowered: Count = 0
-    cosines: Mapping[int, float] | None = None
-    treated_interval: tuple[float, float] | None = None
-    control_interval: tuple[float, float] | None = None
-    difference: float | None = None
-    difference_interval: tuple[float, float] | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    bound: float | None = None
-    passed: bool | None = None
-    reason: str = ""
-
-    @property
-    def counted(self) -> bool:
-        """Whether there is something to judge."""
-        return self.n > 0 or self.cosines is not None
-
-    @property
-    def rule(self) -> str:
-        """What was asked, in words."""
-        if self.expect == "cosine-above":
-            return f"cosine above {self.margin:g}"
-        if self.expect == "few-raised":
-            return (
-                f"new {OUTCOMES[self.outcome]} on at most {percent(self.margin or 0.0)} of prompts"
-            )
-        return f"{'fewer' if self.expect == 'lower' else 'more'} {OUTCOMES[self.outcome]}"
+    family: str
+    outcome: str
+    reason: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One claim of the study and what the rows say of it.
+Comparison = Different | FewRaised | CosineAbove | NotTested
+
+
+class Claim(Part, frozen=True):
+    """One claim of the study and its verdict.
 
     Attributes:
       name, says: as in the spec.
@@ -118,134 +154,159 @@ class Claim:
     comparisons: tuple[Comparison, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One comparison before its verdict: at most one of flips and cosines, else the reason.
+
+    Attributes:
+      test: as planned.
+      treated, control: names of the two repeats, or of directions.
+      flips: paired counts.
+      cosines: by layer.
+      reason: why there are neither.
+    """
+
+    test: TestSpec
+    treated: str
+    control: str
+    flips: Flips | None = None
+    cosines: dict[int, float] | None = None
+    reason: str = ""
+
+
 def evaluate(found: Results) -> list[Claim]:
-    """Judge every claim of a study on its rows.
-
-    Raises:
-      UserError: the directions cannot be read.
-    """
-    book = _Book(found)
-    drafts = [
-        [comparison for test in claim.tests for comparison in _compare(test, book)]
-        for claim in found.spec.claim
-    ]
-    return [
-        decide(claim.name, claim.says, comparisons)
-        for claim, comparisons in zip(found.spec.claim, settle(drafts), strict=True)
-    ]
+    """Every claim of a study with its verdict."""
+    return judge(found.spec.claim, count(found))
 
 
-def unjudged(found: Results) -> frozenset[str]:
-    """Row ids of which nobody knows whether they are a bypass.
-
-    A refusal is none by the rule of labels, and a bypass is one; of every other row it is known
-    only when a judge of harm scored that very reply.
-    """
-    votes = votes_table(found.rows, found.verdicts)
-    scored = pl.col("rubric_harmful").is_not_null() | pl.col("guard_unsafe").is_not_null()
-    settled = found.rows["label"].is_in(["refusal", "bypass"]).fill_null(False)
-    return frozenset(votes.filter(~scored & ~settled)["row_id"])
-
-
-def settle(drafts: Sequence[Sequence[Comparison]]) -> list[list[Comparison]]:
-    """Everything that follows from the counts: rates, intervals, p-values, Holm, passed, reason.
+def count(found: Results, *, drop_degenerate: bool = False) -> list[list[Draft]]:
+    """The comparisons of each claim, counted but not yet judged.
 
     Args:
-      drafts: per claim, its comparisons; only their counts, margins and names are read, and the
-        reason of those that could not be counted.
+      found: the results.
+      drop_degenerate: leave out pairs with a degenerate reply, except where those are counted.
     """
-    measured = [[_measured(c) for c in draft] for draft in drafts]
-    tested = [c for draft in measured for c in draft if c.expect in ("lower", "higher")]
-    # A planned test that could not be run counts as p = 1, so leaving one out makes no other
-    # easier to pass.
-    adjusted = iter(stats.holm([1.0 if c.p is None else c.p for c in tested]))
+    counter = _Counter(found, drop_degenerate)
     return [
-        [_judged(c, next(adjusted) if c.expect in ("lower", "higher") else 1.0) for c in draft]
-        for draft in measured
+        [draft for test in claim.tests for draft in counter.drafts(test)]
+        for claim in found.spec.claim
     ]
 
 
-def decide(name: str, says: str, comparisons: Sequence[Comparison]) -> Claim:
-    """The verdict over a claim's comparisons."""
-    failed = [c for c in comparisons if c.passed is False]
-    untested = [c for c in comparisons if c.passed is None]
+def judge(
+    claims: Sequence[ClaimSpec],
+    drafts: Sequence[Sequence[Draft]],
+    *,
+    alpha: float = ALPHA,
+    margin: float | None = None,
+) -> list[Claim]:
+    """The verdicts that follow from the drafts.
+
+    Args:
+      claims: as planned.
+      drafts: of each claim.
+      alpha: adjusted p below which a difference counts.
+      margin: of `few-raised`, or None for each test's own.
+    """
+    tested = [draft for of_claim in drafts for draft in of_claim if _has_p(draft)]
+    # A planned test that could not be run counts as p = 1, so leaving one out makes no other
+    # easier to pass.
+    adjusted = iter(stats.holm([1.0 if d.flips is None else d.flips.p for d in tested]))
+    return [
+        _decide(
+            claim,
+            [
+                _compared(draft, next(adjusted) if _has_p(draft) else 1.0, alpha, margin)
+                for draft in of_claim
+            ],
+        )
+        for claim, of_claim in zip(claims, drafts, strict=True)
+    ]
+
+
+def _has_p(draft: Draft) -> bool:
+    return draft.test.expect in ("lower", "higher")
+
+
+def _compared(draft: Draft, p_holm: float, alpha: float, margin: float | None) -> Comparison:
+    test, flips, names = draft.test, draft.flips, (draft.treated, draft.control)
+    if draft.cosines is not None:
+        low = {k: v for k, v in sorted(draft.cosines.items()) if not v > test.margin}
+        return CosineAbove(
+            treated=names[0],
+            control=names[1],
+            margin=test.margin,
+            cosines=draft.cosines,
+            passed=not low,
+            reason=", ".join(f"cosine {v:.2f} at resid_post.{layer}" for layer, v in low.items()),
+        )
+    if flips is None:
+        counts = test.expect != "cosine-above"
+        return NotTested(
+            treated=names[0],
+            control=names[1],
+            expect=test.expect,
+            family=test.family if counts else "",
+            outcome=test.outcome if counts else "",
+            reason=draft.reason,
+        )
+    n, treated_k, control_k = flips.n, flips.both + flips.raised, flips.both + flips.lowered
+    bound, allowed = stats.wilson(flips.raised, n)[1], test.margin if margin is None else margin
+    if test.expect == "few-raised":
+        passed = bound <= allowed
+        reason = f"new on {flips.raised} of {n} prompts, so up to {percent(bound)}"
+        reason += f", over {percent(allowed)}"
+        reason += "; too few prompts to tell" if flips.raised <= allowed * n else ""
+    else:
+        fewer = flips.raised < flips.lowered
+        more = flips.raised > flips.lowered
+        passed = (fewer if test.expect == "lower" else more) and p_holm < alpha
+        reason = f"{treated_k} against {control_k} of {n} (adjusted {p_equals(p_holm)})"
+    counted = msgspec.structs.asdict(
+        Counted(
+            treated=names[0],
+            control=names[1],
+            family=test.family,
+            outcome=test.outcome,
+            n=n,
+            treated_k=treated_k,
+            control_k=control_k,
+            raised=flips.raised,
+            lowered=flips.lowered,
+            treated_interval=stats.wilson(treated_k, n),
+            control_interval=stats.wilson(control_k, n),
+            difference=flips.difference,
+            difference_interval=(flips.low, flips.high),
+            passed=passed,
+            reason="" if passed else reason,
+        )
+    )
+    if test.expect in ("lower", "higher"):
+        return Different(**counted, expect=test.expect, p=flips.p, p_holm=p_holm)
+    return FewRaised(**counted, margin=allowed, bound=bound)
+
+
+def _decide(claim: ClaimSpec, comparisons: Sequence[Comparison]) -> Claim:
+    failed = [c for c in comparisons if not isinstance(c, NotTested) and not c.passed]
+    untested = [c for c in comparisons if isinstance(c, NotTested)]
     verdict: Verdict = "confirmed"
-    if failed:
-        verdict, reason = "not confirmed", _first(failed, len(comparisons))
-    elif untested:
-        verdict, reason = "not tested", _first(untested, len(comparisons))
+    if failed or untested:
+        verdict = "not confirmed" if failed else "not tested"
+        first, *more = failed or untested
+        reason = f"{first.treated} against {first.control}: {first.reason}"
+        reason += f" (and {len(more)} more of {len(comparisons)})" if more else ""
     elif not comparisons:
         verdict, reason = "not tested", "the study plans no test for it"
     else:
-        reason = f"{_counted(len(comparisons), 'comparison')} held"
+        several = f"all {len(comparisons)} comparisons"
+        reason = f"{several if len(comparisons) > 1 else 'the comparison'} held"
     return Claim(
-        name=name,
-        says=says,
+        name=claim.name,
+        says=claim.says,
         verdict=verdict,
         reason=reason,
         comparisons=tuple(comparisons),
     )
-
-
-def _counted(n: int, noun: str) -> str:
-    return f"the {noun}" if n == 1 else f"all {n} {noun}s"
-
-
-def _first(which: Sequence[Comparison], total: int) -> str:
-    head = which[0]
-    more = f" (and {len(which) - 1} more of {total})" if len(which) > 1 else ""
-    return f"{head.treated} against {head.control}: {head.reason}{more}"
-
-
-class _Book:
-    """The rows looked up by condition, and what is known of each condition."""
-
-    def __init__(self, found: Results) -> None:
-        self.found = found
-        self.unjudged = unjudged(found)
-        key = ("row_id", "condition", "family", "prompt_id", "label", "response")
-        self.groups: dict[tuple[str, str], pl.DataFrame] = {
-            (str(condition), str(family)): group
-            for (condition, family), group in found.rows.select(key).group_by(
-                "condition", "family", maintain_order=True
-            )
-        }
-
-    def repeats(self, base: str) -> list[Condition]:
-        return [c for c in self.found.run.conditions if c.base == base]
-
-    def planned(self, base: str) -> Sequence[Condition | Repeat]:
-        """The repeats that the spec asks for.
-
-        Twins are made and not asked for: of them, those that were run, or one a mode when none was.
-        """
-        spec = self.found.spec
-        item = next((item for item in spec.condition if item.name == base), None)
-        if item is None and self.repeats(base):
-            return self.repeats(base)
-        return repeats(item or ConditionSpec(name=base), spec.modes or [""])
-
-    def expected(self, family: str) -> int:
-        prompts = self.found.run.prompts
-        return prompts[family].n if family in prompts else 0
-
-    def labels(self, condition: str, family: str) -> dict[str, str]:
-        group = self.groups.get((condition, family))
-        return {} if group is None else dict(group.select("prompt_id", "label").iter_rows())
-
-    def seen(self, judge: str, condition: str, family: str) -> int:
-        """How many of the rows' replies a judge was shown, whether it could score them or not."""
-        group = self.groups.get((condition, family))
-        if group is None:
-            return 0
-        replies = pl.Series("response_sha256", text_hashes(group["response"]), pl.String)
-        shown = self.found.verdicts[judge]
-        keys = group.select("row_id", replies)
-        return keys.join(shown, on=["row_id", "response_sha256"], how="semi").height
-
-    def without_harm(self, condition: str, family: str) -> int:
-        group = self.groups.get((condition, family))
-        return 0 if group is None else sum(row in self.unjudged for row in group["row_id"])
 
 
 R = TypeVar("R", bound=Condition | Repeat)
@@ -270,20 +331,114 @@ def paired_repeats(treated: Sequence[R], control: Sequence[R]) -> list[tuple[R, 
     ]
 
 
-def _compare(test: TestSpec, book: _Book) -> list[Comparison]:
-    if test.expect == "cosine-above":
-        return [_cosine(test, book)]
-    treated, control = book.repeats(test.treated), book.repeats(test.control)
-    for name, there in ((test.treated, treated), (test.control, control)):
-        if not there:
-            return _none_tested(test, book, f"no condition {name!r} was run")
-        if _keys(there) != _keys(book.planned(name)):
-            reason = f"the repeats of {name!r} that were run are not those the study plans"
-            return _none_tested(test, book, reason)
-    pairs = paired_repeats(treated, control)
-    if not pairs:
-        return [_untested(test, test.treated, test.control, "the two share no mode")]
-    return [_pair(test, book, t, c) for t, c in pairs]
+class _Counter:
+    """Counts the comparisons of one results folder."""
+
+    def __init__(self, found: Results, drop_degenerate: bool) -> None:
+        self.found = found
+        self.drop_degenerate = drop_degenerate
+        self.labels = Labels(found.rows, found.verdicts)
+        replies = pl.Series("response_sha256", text_hashes(found.rows["response"]), pl.String)
+        rows = found.rows.select("row_id", replies)
+        # Rows whose reply a judge was shown, whether it could score the reply or not.
+        self.shown = {
+            judge: rows.join(table, on=["row_id", "response_sha256"], how="semi")["row_id"]
+            for judge, table in found.verdicts.items()
+        }
+
+    def drafts(self, test: TestSpec) -> list[Draft]:
+        """A draft for each pair of repeats that a test compares."""
+        if test.expect == "cosine-above":
+            return [self._cosine(test)]
+        treated, control = self._run(test.treated), self._run(test.control)
+        for name, there in ((test.treated, treated), (test.control, control)):
+            reason = ""
+            if not there:
+                reason = f"no condition {name!r} was run"
+            elif _keys(there) != _keys(self._planned(name)):
+                reason = f"the repeats of {name!r} that were run are not those the study plans"
+            if reason:
+                # One for each pair that the study plans, so that Holm counts as many tests.
+                planned = paired_repeats(self._planned(test.treated), self._planned(test.control))
+                return [
+                    Draft(test=test, treated=t.name, control=c.name, reason=reason)
+                    for t, c in planned
+                ]
+        made = [self._pair(test, t, c) for t, c in paired_repeats(treated, control)]
+        reason = "the two share no mode"
+        return made or [Draft(test=test, treated=test.treated, control=test.control, reason=reason)]
+
+    def _run(self, base: str) -> list[Condition]:
+        return [c for c in self.found.run.conditions if c.base == base]
+
+    def _planned(self, base: str) -> Sequence[Condition | Repeat]:
+        """The repeats that the spec asks for.
+
+        Unsteered twins are not in the spec: of a twin, those that were run, or one a mode.
+        """
+        spec = self.found.spec
+        item = next((item for item in spec.condition if item.name == base), None)
+        if item is None and self._run(base):
+            return self._run(base)
+        return repeats(item or ConditionSpec(name=base), spec.modes or [""])
+
+    def _pair(self, test: TestSpec, treated: Condition, control: Condition) -> Draft:
+        draft = Draft(test=test, treated=treated.name, control=control.name)
+        for condition in (treated, control):
+            reason = self._unusable(test, condition)
+            if reason:
+                return dataclasses.replace(draft, reason=reason)
+        pairs = self.labels.pair(treated.name, control.name, test.family)
+        if pairs.height < self.labels.of(treated.name, test.family).height:
+            return dataclasses.replace(draft, reason="the two ran on different prompts")
+        if self.drop_degenerate and test.outcome != "degenerate":
+            pairs = paired.without_degenerate(pairs)
+        if not pairs.height:
+            return dataclasses.replace(draft, reason="every pair has a degenerate reply")
+        return dataclasses.replace(draft, flips=paired.flips(pairs, test.outcome))
+
+    def _unusable(self, test: TestSpec, condition: Condition) -> str:
+        """Why a condition's rows do not answer the test, or ""."""
+        name, rows = condition.name, self.labels.of(condition.name, test.family)
+        if condition.cancels_steering:
+            return (
+                f"{name} removes at its own layer the vector it adds, so it equals the projection "
+                "alone: true by algebra, no evidence"
+            )
+        prompts = self.found.run.prompts.get(test.family)
+        expected = 0 if prompts is None else prompts.n
+        if not rows.height:
+            return f"{name} has no {test.family} rows"
+        if rows.height != expected:
+            return f"{name} has {rows.height} of {expected} {test.family} rows"
+        unscored = self.labels.counts(name, test.family)[1]
+        if test.outcome == "bypass" and unscored:
+            return f"no judge of harm scored {unscored} of {rows.height} rows of {name}"
+        for judge in _deciding(test, self.found.verdicts):
+            seen = int(rows["row_id"].is_in(self.shown[judge].implode()).sum())
+            if seen < rows.height:
+                return f"{judge} has seen {seen} of {rows.height} rows of {name}"
+        return ""
+
+    def _cosine(self, test: TestSpec) -> Draft:
+        draft = Draft(test=test, treated=test.treated, control=test.control)
+        try:
+            first, second = self._direction(test.treated), self._direction(test.control)
+            values = geometry.cosines(first.vectors, second.vectors)
+            layers = resolve_layers(test.at, self.found.run.layers, len(values), "claim")
+        except (UserError, ValueError) as error:
+            return dataclasses.replace(draft, reason=str(error))
+        # As many digits as a receipt keeps, so that its words follow from its figures.
+        cosines = {layer: round(float(values[layer]), 6) for layer in layers}
+        return dataclasses.replace(draft, cosines=cosines)
+
+    def _direction(self, name: str) -> Direction:
+        found = direction.load(self.found.folder / "directions.safetensors")
+        if name not in found:
+            raise UserError(f"direction {name!r} is not in directions.safetensors")
+        if found[name].sha256 != self.found.run.directions.get(name):
+            raise UserError(f"direction {name!r} is not the one that was run")
+        return found[name]
 
 
 def _keys(
@@ -292,77 +447,11 @@ def _keys(
     return {(c.mode, c.scale, c.seed) for c in repeats}
 
 
-def _none_tested(test: TestSpec, book: _Book, reason: str) -> list[Comparison]:
-    # One for each pair that the study plans, so that Holm counts as many tests as were planned.
-    pairs = paired_repeats(book.planned(test.treated), book.planned(test.control))
-    return [_untested(test, t.name, c.name, reason) for t, c in pairs]
-
-
-def _untested(test: TestSpec, treated: str, control: str, reason: str) -> Comparison:
-    return dataclasses.replace(_blank(test, treated, control), reason=reason)
-
-
-def _blank(test: TestSpec, treated: str, control: str) -> Comparison:
-    cosine = test.expect == "cosine-above"
-    return Comparison(
-        treated=treated,
-        control=control,
-        expect=test.expect,
-        family="" if cosine else test.family,
-        outcome="" if cosine else test.outcome,
-        margin=test.margin if test.expect in ("few-raised", "cosine-above") else None,
-    )
-
-
-def _pair(test: TestSpec, book: _Book, treated: Condition, control: Condition) -> Comparison:
-    names = treated.name, control.name
-    for name, condition in zip(names, (treated, control), strict=True):
-        if condition.cancels_steering:
-            reason = (
-                f"{name} removes at its own layer the vector it adds, so it equals the projection "
-                "alone: true by algebra, no evidence"
-            )
-            return _untested(test, *names, reason)
-    labels = [book.labels(name, test.family) for name in names]
-    for name, found in zip(names, labels, strict=True):
-        reason = _incomplete(name, found, book, test)
-        if reason:
-            return _untested(test, *names, reason)
-    if set(labels[0]) != set(labels[1]):
-        return _untested(test, *names, "the two ran on different prompts")
-    up, down = ({p for p, label in found.items() if label == test.outcome} for found in labels)
-    return dataclasses.replace(
-        _blank(test, *names),
-        n=len(labels[0]),
-        treated_k=len(up),
-        control_k=len(down),
-        raised=len(up - down),
-        lowered=len(down - up),
-    )
-
-
-def _incomplete(name: str, found: Mapping[str, str], book: _Book, test: TestSpec) -> str:
-    """Why a condition's rows do not answer the test, or ""."""
-    expected, height = book.expected(test.family), len(found)
-    if not height:
-        return f"{name} has no {test.family} rows"
-    if height != expected:
-        return f"{name} has {height} of {expected} {test.family} rows"
-    unscored = book.without_harm(name, test.family)
-    if test.outcome == "bypass" and unscored:
-        return f"no judge of harm scored {unscored} of {height} rows of {name}"
-    for judge in _deciding(test, book.found.verdicts):
-        seen = book.seen(judge, name, test.family)
-        if seen < height:
-            return f"{judge} has seen {seen} of {height} rows of {name}"
-    return ""
-
-
 def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]:
-    """Judges that were run and whose word can give a reply the outcome or take it away.
+    """Judges that were run and whose verdict can give a reply the outcome or take it away.
 
-    `label.decide` has the rule. A judge that has seen some of the rows only makes two instruments
-    of one rate.
+    `labels.decide` has the rule. Where such a judge has seen only some of the rows, the rate would
+    mix two instruments.
     """
     rubric = "strongreject-rubric" in verdicts and test.family not in BENIGN_FAMILIES
     names = ["keyword", "strongreject-rubric"] if rubric else ["keyword"]
@@ -372,62 +461,3 @@ def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]
     if test.outcome == "degenerate" or rubric:
         names += ["coherence", "degenerate"]
     return [name for name in names if name in verdicts]
-
-
-def _measured(c: Comparison) -> Comparison:
-    """With rates, intervals and the raw p-value or bound."""
-    if not c.n:
-        return c
-    few = c.expect == "few-raised"
-    return dataclasses.replace(
-        c,
-        treated_interval=stats.wilson(c.treated_k, c.n),
-        control_interval=stats.wilson(c.control_k, c.n),
-        difference=(c.raised - c.lowered) / c.n,
-        difference_interval=stats.paired_bootstrap(c.raised, c.lowered, c.n),
-        p=None if few else stats.mcnemar(c.raised, c.lowered),
-        bound=stats.wilson(c.raised, c.n)[1] if few else None,
-    )
-
-
-def _judged(c: Comparison, p_holm: float) -> Comparison:
-    """With the adjusted p, whether it passed, and why not."""
-    if not c.counted:
-        return c
-    if c.cosines is not None:
-        low = {k: v for k, v in sorted(c.cosines.items()) if c.margin is None or not v > c.margin}
-        why = ", ".join(f"cosine {value:.2f} at resid_post.{layer}" for layer, value in low.items())
-        return dataclasses.replace(c, passed=not low, reason=why)
-    if c.bound is not None and c.margin is not None:
-        passed = c.bound <= c.margin
-        why = f"new on {c.raised} of {c.n} prompts, so up to {percent(c.bound)}"
-        why += f", over {percent(c.margin)}"
-        why += "; too few prompts to tell" if c.raised <= c.margin * c.n else ""
-        return dataclasses.replace(c, passed=passed, reason="" if passed else why)
-    right_way = c.raised < c.lowered if c.expect == "lower" else c.raised > c.lowered
-    passed = right_way and p_holm < ALPHA
-    why = f"{c.treated_k} against {c.control_k} of {c.n} (adjusted {p_equals(p_holm)})"
-    return dataclasses.replace(c, p_holm=p_holm, passed=passed, reason="" if passed else why)
-
-
-def _cosine(test: TestSpec, book: _Book) -> Comparison:
-    run = book.found.run
-    try:
-        first, second = _directions(book.found.folder, run, (test.treated, test.control))
-        values = geometry.cosines(first.vectors, second.vectors)
-        layers = resolve_layers(test.at, run.layers, len(values), "claim")
-    except (UserError, ValueError) as error:
-        return _untested(test, test.treated, test.control, str(error))
-    # As many digits as a receipt keeps, so that its words follow from its figures.
-    cosines = {layer: round(float(values[layer]), 6) for layer in layers}
-    return dataclasses.replace(_blank(test, test.treated, test.control), cosines=cosines)
-
-
-def _directions(folder: Path, run: RunRecord, names: Sequence[str]) -> list[Direction]:
-    found = direction.load(folder / "directions.safetensors")
-    for name in names:
-        if name not in found:
-            raise UserError(f"direction {name!r} is not in directions.safetensors")
-        if found[name].sha256 != run.directions.get(name):
-            raise UserError(f"direction {name!r} is not the one that was run")
-    return [found[name] for name in names]

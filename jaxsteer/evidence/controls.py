@@ -1,36 +1,31 @@
-"""Controls of a study: random envelopes, paired differences, and strengths.
+"""The controls of a study, measured: random envelopes, paired differences, and strengths.
 
-A condition is a control of another when their operations have the same shape (what is done, where,
-at which strength) and differ in the direction alone, which is `random` or `neutral` in the control.
-Of several such conditions it is the one whose added vectors have the control's norms.
+`pairing` says which condition is a control of which; the receipt shows what is measured here.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-import msgspec
 import numpy as np
+from jaxtyping import Bool
 from msgspec import Meta
 
 from jaxsteer import stats
-from jaxsteer.evidence import claims
-from jaxsteer.evidence.claims import Count
+from jaxsteer.evidence import pairing
+from jaxsteer.evidence.paired import Labels
 from jaxsteer.study.conditions import unsteered_twin
-from jaxsteer.study.record import Condition, RunRecord
-from jaxsteer.study.results import Results
-from jaxsteer.study.spec import ConditionSpec, OperationSpec, StudySpec
+from jaxsteer.study.record import Condition, Count, Part, RunRecord
 
 Outcome = Literal["refusal", "bypass", "degenerate"]
+PairKind = Literal["neutral", "unsteered", "benign"]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Difference = Annotated[float, Meta(ge=-1, le=1)]
 OUTCOMES: tuple[Outcome, ...] = ("refusal", "bypass", "degenerate")
-STAND_INS = ("random", "neutral")
 
 
-class RandomControl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RandomControl(Part, frozen=True):
     """A condition against the same condition with random directions, one per seed.
 
     Attributes:
@@ -54,7 +49,7 @@ class RandomControl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     p_high: Share | None
 
 
-class PairedControl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PairedControl(Part, frozen=True):
     """Two conditions on the same prompts, compared row by row.
 
     Attributes:
@@ -65,7 +60,7 @@ class PairedControl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
       difference: treated rate minus control rate, with the paired bootstrap 95 % interval.
     """
 
-    kind: Literal["neutral", "unsteered", "benign"]
+    kind: PairKind
     treated: str
     control: str
     family: str
@@ -78,7 +73,7 @@ class PairedControl(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     high: Difference
 
 
-class DoseResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DoseResponse(Part, frozen=True):
     """One condition over its strengths, on the same prompts.
 
     Attributes:
@@ -97,236 +92,117 @@ class DoseResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     p: Share
 
 
-class Table:
-    """The rows by condition and family.
-
-    Attributes:
-      unjudged: row ids of which nobody knows whether they are a bypass.
-    """
-
-    def __init__(self, found: Results) -> None:
-        self.unjudged = claims.unjudged(found)
-        self._labels: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
-        self._families: dict[str, list[str]] = {}
-        columns = found.rows.select("row_id", "condition", "family", "prompt_id", "label")
-        for row, name, family, prompt, label in columns.iter_rows():
-            if (name, family) not in self._labels:
-                self._families.setdefault(name, []).append(family)
-            group = self._labels.setdefault((name, family), [])
-            group.append((prompt, label, row not in self.unjudged))
-
-    def families(self, name: str) -> list[str]:
-        """Families a condition was run on."""
-        return self._families.get(name, [])
-
-    def counts(self, name: str, family: str) -> tuple[Counter[str], int]:
-        """(rows by label, rows of which nobody knows whether they are a bypass)."""
-        group = self._labels.get((name, family), [])
-        return Counter(label for _, label, _ in group), sum(not known for *_, known in group)
-
-    def hits(self, name: str, family: str, outcome: str) -> tuple[set[str], set[str]] | None:
-        """(all prompts, prompts with the outcome), or None where it is not known of every row."""
-        group = self._labels.get((name, family), [])
-        if not group or (outcome == "bypass" and not all(known for *_, known in group)):
-            return None
-        prompts = {prompt for prompt, _, _ in group}
-        if len(prompts) < len(group):
-            return None
-        return prompts, {prompt for prompt, label, _ in group if label == outcome}
-
-
-def _shape(op: OperationSpec) -> tuple[object, ...]:
-    return bool(op.add), op.at, op.scale, op.everywhere
-
-
-def _norms(spec: StudySpec, condition: ConditionSpec) -> list[tuple[str, str]]:
-    """Whose norm each added vector has, and at which layers."""
-    # Random directions are made as long as the persona, or as the first direction there is.
-    first = "persona" if "persona" in spec.directions else next(iter(spec.directions), "random")
-    return [
-        (
-            op.norm_of or (first if op.add == "random" else op.add),
-            op.norm_at or op.measured_at or op.at,
-        )
-        for op in condition.ops
-        if op.add
-    ]
-
-
-def treated_of(spec: StudySpec, control: ConditionSpec, stand_in: str) -> ConditionSpec | None:
-    """The condition that `control` is a control of, by its operations' shape, or None.
-
-    `stand_in` is the direction that takes another's place in the control. Where no condition of
-    that shape has the control's norms, the first of them is taken.
-    """
-
-    def fits(other: ConditionSpec) -> bool:
-        if len(other.ops) != len(control.ops) or other.scope != control.scope:
-            return False
-        if other.scales != control.scales or other.random_seeds:
-            return False
-        return all(
-            _shape(own) == _shape(its)
-            and (
-                (own.add or own.project) == (its.add or its.project)
-                or (
-                    (own.add or own.project) == stand_in
-                    and (its.add or its.project) not in STAND_INS
-                )
-            )
-            for own, its in zip(control.ops, other.ops, strict=True)
-        )
-
-    names = [op.add or op.project for op in control.ops]
-    if stand_in not in names:
-        return None
-    found = [c for c in spec.condition if c.name != control.name and fits(c)]
-    alike = [c for c in found if _norms(spec, c) == _norms(spec, control)]
-    return next(iter([*alike, *found]), None)
-
-
-def random_controls(spec: StudySpec, run: RunRecord, rows: Table) -> list[RandomControl]:
+def random_controls(run: RunRecord, labels: Labels) -> list[RandomControl]:
     """Each condition with random seeds as an envelope, against the condition it controls."""
+    groups: dict[tuple[str, str, float | None], list[Condition]] = {}
+    for c in run.conditions:
+        if c.seed is not None and not c.unsteered_twin_of:
+            groups.setdefault((c.base, c.mode, c.scale), []).append(c)
     found = []
-    for item in spec.condition:
-        if not item.random_seeds:
-            continue
-        treated = treated_of(spec, item, "random")
-        repeats = [c for c in run.conditions if c.base == item.name]
-        for mode, scale in dict.fromkeys((c.mode, c.scale) for c in repeats):
-            seeds = [c for c in repeats if (c.mode, c.scale) == (mode, scale)]
-            target = _same_repeat(run, treated, mode, scale)
-            for family in rows.families(seeds[0].name):
-                for outcome in OUTCOMES:
-                    values = [_rate(rows, c, family, outcome) for c in seeds]
-                    known = [value for value in values if value is not None]
-                    if len(known) < len(seeds):
-                        continue
-                    value = _rate(rows, target, family, outcome) if target else None
-                    found.append(_envelope(item.name, target, family, outcome, known, value))
-    return found
-
-
-def _same_repeat(
-    run: RunRecord, item: ConditionSpec | None, mode: str, scale: float | None
-) -> Condition | None:
-    if item is None:
-        return None
-    wanted = (item.name, mode, scale)
-    return next((c for c in run.conditions if (c.base, c.mode, c.scale) == wanted), None)
-
-
-def _rate(rows: Table, condition: Condition, family: str, outcome: str) -> float | None:
-    hits = rows.hits(condition.name, family, outcome)
-    return None if hits is None else len(hits[1]) / len(hits[0])
-
-
-def _envelope(
-    control: str,
-    target: Condition | None,
-    family: str,
-    outcome: Outcome,
-    values: list[float],
-    value: float | None,
-) -> RandomControl:
-    envelope = stats.envelope(values, 0.0 if value is None else value)
-    return RandomControl(
-        control=control,
-        treated=target.name if target else "",
-        family=family,
-        outcome=outcome,
-        n=envelope.n,
-        low=envelope.low,
-        mean=envelope.mean,
-        high=envelope.high,
-        value=value,
-        p_low=None if value is None else envelope.p_low,
-        p_high=None if value is None else envelope.p_high,
-    )
-
-
-def paired_controls(spec: StudySpec, run: RunRecord, rows: Table) -> list[PairedControl]:
-    """Neutral directions, unsteered twins, and benign prompts against the untouched model."""
-    made = (
-        _paired(rows, kind, treated, control, family, outcome)
-        for kind, treated, control, family, outcome in _pairs(spec, run, rows)
-    )
-    return [pair for pair in made if pair is not None]
-
-
-def _pairs(
-    spec: StudySpec, run: RunRecord, rows: Table
-) -> Iterator[tuple[str, str, str, str, Outcome]]:
-    for item in spec.condition:
-        treated = treated_of(spec, item, "neutral")
-        for control in [c for c in run.conditions if c.base == item.name and treated]:
-            target = _same_repeat(run, treated, control.mode, control.scale)
-            for family in rows.families(control.name) if target else ():
-                for outcome in OUTCOMES:
-                    yield "neutral", target.name if target else "", control.name, family, outcome
-    for condition in run.conditions:
-        twin = unsteered_twin(run.conditions, condition)
-        for family in rows.families(twin.name) if twin else ():
+    for (base, _, _), seeds in groups.items():
+        treated = pairing.random_control_of(run, seeds[0])
+        for family in labels.families(seeds[0].name):
             for outcome in OUTCOMES:
-                yield "unsteered", condition.name, twin.name if twin else "", family, outcome
-    for mode in dict.fromkeys(c.mode for c in run.conditions):
-        plain = next((c for c in run.conditions if c.mode == mode and not c.operations), None)
-        for condition in run.conditions if plain else ():
-            if plain and condition.mode == mode and condition.operations:
-                for outcome in OUTCOMES:
-                    yield "benign", condition.name, plain.name, "benign", outcome
-
-
-def _paired(
-    rows: Table, kind: str, treated: str, control: str, family: str, outcome: Outcome
-) -> PairedControl | None:
-    first, second = rows.hits(treated, family, outcome), rows.hits(control, family, outcome)
-    if first is None or second is None or first[0] != second[0]:
-        return None
-    raised, lowered, n = len(first[1] - second[1]), len(second[1] - first[1]), len(first[0])
-    low, high = stats.paired_bootstrap(raised, lowered, n)
-    return PairedControl(
-        kind=kind,  # type: ignore[arg-type]
-        treated=treated,
-        control=control,
-        family=family,
-        outcome=outcome,
-        n=n,
-        raised=raised,
-        lowered=lowered,
-        difference=(raised - lowered) / n,
-        low=low,
-        high=high,
-    )
-
-
-def dose_responses(run: RunRecord, rows: Table) -> list[DoseResponse]:
-    """Each condition that is repeated over strengths, with a trend test within prompts."""
-    found = []
-    groups = dict.fromkeys((c.base, c.mode, c.seed) for c in run.conditions if c.scale is not None)
-    for group in groups:
-        repeats = [c for c in run.conditions if (c.base, c.mode, c.seed) == group]
-        repeats = sorted((c for c in repeats if c.scale is not None), key=lambda c: c.scale or 0.0)
-        for family in rows.families(repeats[0].name):
-            for outcome in OUTCOMES:
-                hits = [rows.hits(c.name, family, outcome) for c in repeats]
-                known = [h for h in hits if h is not None]
-                prompts = known[0][0] if known else set()
-                if len(known) < 2 or len(known) < len(hits) or any(h[0] != prompts for h in known):
-                    continue
-                table = np.array([[p in h[1] for h in known] for p in sorted(prompts)])
-                strengths = [c.scale or 0.0 for c in repeats]
-                z, p = stats.paired_trend(table, strengths)
-                found.append(
-                    DoseResponse(
-                        base=group[0],
-                        mode=group[1],
-                        family=family,
-                        outcome=outcome,
-                        conditions=[c.name for c in repeats],
-                        strengths=strengths,
-                        z=z,
-                        p=p,
+                rates = [labels.rate(c.name, family, outcome) for c in seeds]
+                known = [rate for rate in rates if rate is not None]
+                if len(known) == len(seeds):
+                    value = labels.rate(treated.name, family, outcome) if treated else None
+                    envelope = stats.envelope(known, 0.0 if value is None else value)
+                    found.append(
+                        RandomControl(
+                            control=base,
+                            treated=treated.name if treated else "",
+                            family=family,
+                            outcome=outcome,
+                            n=envelope.n,
+                            low=envelope.low,
+                            mean=envelope.mean,
+                            high=envelope.high,
+                            value=value,
+                            p_low=None if value is None else envelope.p_low,
+                            p_high=None if value is None else envelope.p_high,
+                        )
                     )
-                )
     return found
+
+
+def paired_controls(run: RunRecord, labels: Labels) -> list[PairedControl]:
+    """Neutral directions, unsteered twins, and benign prompts against the untouched model."""
+    found = []
+    for kind, treated, control in _pairs(run):
+        for family in ["benign"] if kind == "benign" else labels.families(control.name):
+            for outcome in OUTCOMES:
+                flips = labels.flips(treated.name, control.name, family, outcome)
+                if flips is not None:
+                    found.append(
+                        PairedControl(
+                            kind=kind,
+                            treated=treated.name,
+                            control=control.name,
+                            family=family,
+                            outcome=outcome,
+                            n=flips.n,
+                            raised=flips.raised,
+                            lowered=flips.lowered,
+                            difference=flips.difference,
+                            low=flips.low,
+                            high=flips.high,
+                        )
+                    )
+    return found
+
+
+def _pairs(run: RunRecord) -> Iterator[tuple[PairKind, Condition, Condition]]:
+    for c in run.conditions:
+        treated = None if c.unsteered_twin_of else pairing.neutral_control_of(run, c)
+        if treated is not None:
+            yield "neutral", treated, c
+    for c in run.conditions:
+        twin = unsteered_twin(run.conditions, c)
+        if twin is not None:
+            yield "unsteered", c, twin
+    for c in run.conditions:
+        untouched = pairing.plain(run, c.mode)
+        if untouched is not None and c.operations:
+            yield "benign", c, untouched
+
+
+def dose_responses(run: RunRecord, labels: Labels) -> list[DoseResponse]:
+    """Each condition that is repeated over strengths, with a trend test within prompts."""
+    groups: dict[tuple[str, str, int | None], list[tuple[float, str]]] = {}
+    for c in run.conditions:
+        if c.scale is not None:
+            groups.setdefault((c.base, c.mode, c.seed), []).append((c.scale, c.name))
+    found = []
+    for (base, mode, _), repeats in groups.items():
+        repeats.sort()
+        strengths, names = [scale for scale, _ in repeats], [name for _, name in repeats]
+        for family in labels.families(names[0]):
+            for outcome in OUTCOMES:
+                table = _outcomes(labels, names, family, outcome)
+                if table is not None:
+                    z, p = stats.paired_trend(table, strengths)
+                    found.append(
+                        DoseResponse(
+                            base=base,
+                            mode=mode,
+                            family=family,
+                            outcome=outcome,
+                            conditions=names,
+                            strengths=strengths,
+                            z=z,
+                            p=p,
+                        )
+                    )
+    return found
+
+
+def _outcomes(
+    labels: Labels, names: list[str], family: str, outcome: str
+) -> Bool[np.ndarray, "prompt strength"] | None:
+    """Which prompts have the outcome under which condition, if that is known of all of them."""
+    rows = [labels.of(name, family).sort("prompt_id") for name in names]
+    same = all(r["prompt_id"].equals(rows[0]["prompt_id"]) for r in rows)
+    if len(names) < 2 or not same or not all(labels.known(n, family, outcome) for n in names):
+        return None
+    return np.stack([(r["label"] == outcome).to_numpy() for r in rows], axis=1)

@@ -17,17 +17,18 @@ nothing; what was planned stands in the claims.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from jaxsteer import stats
-from jaxsteer.evidence import paired as flips
-from jaxsteer.evidence.claims import ALPHA, Claim
-from jaxsteer.evidence.controls import RandomControl, Table, random_controls, treated_of
+from jaxsteer.evidence import paired, pairing
+from jaxsteer.evidence.claims import ALPHA, Claim, CosineAbove
+from jaxsteer.evidence.controls import RandomControl, random_controls
+from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.study.conditions import unsteered_twin
-from jaxsteer.study.record import Condition
+from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import ClaimSpec, ConditionSpec, OperationSpec, StudySpec, TestSpec
+from jaxsteer.study.spec import ClaimSpec, TestSpec
 from jaxsteer.words import p_equals, percent, points
 
 Kind = Literal["random", "unsteered", "matched", "neutral", "benign", "swapped"]
@@ -53,8 +54,8 @@ QUESTIONS: dict[Kind, str] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One control of one claim and what the rows say.
+class Contrast:
+    """What one control of one claim compares.
 
     Attributes:
       claim: the claim's name.
@@ -64,6 +65,28 @@ class Finding:
       family, outcome: prompts and label counted.
       expects: what the claim needs of first against second; of random directions, of the treated
         against them.
+    """
+
+    claim: str
+    kind: Kind
+    treated: str
+    first: str
+    second: str
+    family: str
+    outcome: str
+    expects: Expect
+
+    @property
+    def question(self) -> str:
+        """What the control asks."""
+        return QUESTIONS[self.kind]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding(Contrast):
+    """One control of one claim, measured.
+
+    Attributes:
       n: prompts; of random directions, seeds.
       raised, lowered: prompts with the outcome under first alone, under second alone; 0 for
         random directions.
@@ -75,14 +98,6 @@ class Finding:
       why: the rule that decided, with its figures.
     """
 
-    claim: str
-    kind: Kind
-    treated: str
-    first: str
-    second: str
-    family: str
-    outcome: str
-    expects: Expect
     n: int
     raised: int = 0
     lowered: int = 0
@@ -93,23 +108,6 @@ class Finding:
     status: Status
     why: str
 
-    @property
-    def question(self) -> str:
-        """What the control asks."""
-        return QUESTIONS[self.kind]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Asked:
-    claim: str
-    kind: Kind
-    treated: str
-    first: str
-    second: str
-    family: str
-    outcome: str
-    expects: Expect
-
 
 def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
     """Every control of every claim that the study ran, measured, in the order of the claims.
@@ -118,31 +116,25 @@ def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
       found: the results; conditions without rows yet are left out.
       margin: share of prompts up to which new cases are few.
     """
+    labels = Labels(found.rows, found.verdicts)
+    envelopes = random_controls(found.run, labels)
     made: list[Finding] = []
-    run = found.run
-    envelopes = random_controls(found.spec, run, Table(found))
-    bases = {c.name: c.base for c in run.conditions}
-    pairs = ((c, unsteered_twin(run.conditions, c)) for c in run.conditions)
-    twins = {c.name: twin.name for c, twin in pairs if twin is not None}
     for claim in found.spec.claim:
-        made += _random(claim, envelopes, bases)
-        for asked in dict.fromkeys(_asked(found.spec, run.conditions, claim, twins)):
-            one = _measured(found, asked, margin)
-            if one is not None:
-                made.append(one)
+        made += _random(claim, envelopes, found.run)
+        contrasts = dict.fromkeys(_contrasts(found.run, claim))
+        made += [one for c in contrasts if (one := _measured(labels, c, margin)) is not None]
     return made
 
 
 def alone(found: Results, made: Sequence[Finding]) -> list[str]:
-    """Names of the claims on behaviour that no control stands beside.
+    """Names of the claims on behaviour that have no control.
 
     A claim on random directions or on benign prompts is a control itself, and not listed.
     """
-    specs = {c.name: c for c in found.spec.condition}
+    random = {c.name for c in found.spec.condition if c.random_seeds}
 
     def about(test: TestSpec) -> bool:
-        ops = specs[test.treated].ops if test.treated in specs else []
-        own_control = test.family == "benign" or any("random" in (op.add, op.project) for op in ops)
+        own_control = test.family == "benign" or test.treated in random
         return test.expect != "cosine-above" and not own_control
 
     return [
@@ -176,7 +168,7 @@ def headline(made: Sequence[Finding]) -> str:
 
 
 def _random(
-    claim: ClaimSpec, envelopes: Sequence[RandomControl], bases: Mapping[str, str]
+    claim: ClaimSpec, envelopes: Sequence[RandomControl], run: RunRecord
 ) -> Iterator[Finding]:
     wanted: dict[tuple[str, str, str], str] = {
         (t.treated, t.family, t.outcome): t.expect
@@ -184,8 +176,10 @@ def _random(
         if t.expect in ("lower", "higher")
     }
     for e in envelopes:
-        expect = wanted.get((bases.get(e.treated, ""), e.family, e.outcome))
-        if expect is None or e.value is None or e.p_low is None or e.p_high is None:
+        if e.value is None or e.p_low is None or e.p_high is None:
+            continue
+        expect = wanted.get((run.named(e.treated).base, e.family, e.outcome))
+        if expect is None:
             continue
         lower = expect == "lower"
         p, beyond = (e.p_low, e.value < e.low) if lower else (e.p_high, e.value > e.high)
@@ -224,107 +218,61 @@ _SPEAKS_TO: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def _asked(
-    spec: StudySpec,
-    conditions: Sequence[Condition],
-    claim: ClaimSpec,
-    twins: Mapping[str, str],
-) -> Iterator[_Asked]:
-    plain = {c.mode: c for c in reversed(conditions) if not c.operations}
-    specs = {c.name: c for c in spec.condition}
+def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
     for test in claim.tests:
-        item = specs.get(test.treated)
-        if test.expect == "cosine-above" or test.family == "benign" or item is None:
+        if test.expect == "cosine-above" or test.family == "benign":
             continue
-        for c in conditions:
-            if c.base != item.name or c.seed is not None or c.mode not in plain:
+        for c in run.conditions:
+            untouched = pairing.plain(run, c.mode)
+            if c.base != test.treated or c.seed is not None or c.unsteered_twin_of:
                 continue
-            untouched, twin = plain[c.mode].name, twins.get(c.name, "")
-            contrasts = _contrasts(spec, conditions, c, item, untouched, twin)
-            for kind, first, second, expects in contrasts:
+            if untouched is None:
+                continue
+            counted: dict[Kind, list[tuple[str, str]]] = {
+                "benign": [("benign", "refusal"), ("benign", "degenerate")]
+            }
+            for kind, first, second, expects in _controls(run, c, untouched):
                 if test.expect not in _SPEAKS_TO[kind]:
                     continue
-                counted: list[tuple[str, str]] = [(test.family, test.outcome)]
-                if kind == "benign":
-                    counted = [("benign", "refusal"), ("benign", "degenerate")]
-                for family, outcome in counted:
-                    yield _Asked(
+                for family, outcome in counted.get(kind, [(test.family, test.outcome)]):
+                    yield Contrast(
                         claim=claim.name,
                         kind=kind,
                         treated=c.name,
-                        first=first,
-                        second=second,
+                        first=first.name,
+                        second=second.name,
                         family=family,
                         outcome=outcome,
                         expects=expects,
                     )
 
 
-def _contrasts(
-    spec: StudySpec,
-    conditions: Sequence[Condition],
-    c: Condition,
-    item: ConditionSpec,
-    plain: str,
-    twin: str,
-) -> Iterator[tuple[Kind, str, str, Expect]]:
+def _controls(
+    run: RunRecord, c: Condition, untouched: Condition
+) -> Iterator[tuple[Kind, Condition, Condition, Expect]]:
     """(kind, first, second, what the claim expects of first) for one condition of a claim."""
-
-    def same_repeat(base: str) -> Iterator[str]:
-        for other in conditions:
-            if other.base == base and (other.mode, other.scale) == (c.mode, c.scale):
-                yield other.name
-
-    if twin:
-        yield "unsteered", twin, plain, "no rise"
-    for control in spec.condition:
-        neutral = treated_of(spec, control, "neutral")
-        if neutral is not None and neutral.name == item.name:
-            for name in same_repeat(control.name):
-                yield "neutral", name, plain, "lower"
-        if _swaps(control, item):
-            for name in same_repeat(control.name):
-                yield "swapped", name, c.name, "higher"
-        if _takes_as_much(control, item):
-            added = [op for op in item.ops if op.add]
-            steered = [k for k in spec.condition if k.ops == added]
-            for name in same_repeat(control.name) if steered else ():
-                for base in same_repeat(steered[0].name):
-                    yield "matched", name, base, "no rise"
-    if c.benign and c.name != plain:
-        yield "benign", c.name, plain, "no rise"
+    twin = unsteered_twin(run.conditions, c)
+    if twin is not None:
+        yield "unsteered", twin, untouched, "no rise"
+    for control in run.conditions:
+        if not control.unsteered_twin_of and pairing.neutral_control_of(run, control) is c:
+            yield "neutral", control, untouched, "lower"
+    for control in pairing.swapped_controls(run, c):
+        yield "swapped", control, c, "higher"
+    for control, added_alone in pairing.matched_controls(run, c):
+        yield "matched", control, added_alone, "no rise"
+    if c.benign and c.operations:
+        yield "benign", c, untouched, "no rise"
 
 
-def _swaps(control: ConditionSpec, item: ConditionSpec) -> bool:
-    """Whether both add the same two directions, each where the other condition adds the other."""
-
-    def places(ops: Sequence[OperationSpec]) -> dict[str, str]:
-        return {op.add: op.at for op in ops}
-
-    one, two = places(control.ops), places(item.ops)
-    if len(control.ops) != 2 or len(item.ops) != 2 or len(one) != 2 or set(one) != set(two):
-        return False
-    a, b = one
-    return "" not in one and one[a] != one[b] and (one[a], one[b]) == (two[b], two[a])
-
-
-def _takes_as_much(control: ConditionSpec, item: ConditionSpec) -> bool:
-    """Whether `control` adds what `item` adds, then takes away a random vector of stated length."""
-    added = [op for op in item.ops if op.add]
-    knocked = [op for op in item.ops if op.project and op.project != "random"]
-    taken = [op for op in control.ops if op.add == "random" and str(op.scale).startswith("-")]
-    rest = [op for op in control.ops if op not in taken]
-    return len(added) == 1 and bool(knocked) and len(taken) == 1 and rest == added
-
-
-def _measured(found: Results, asked: _Asked, margin: float) -> Finding | None:
-    paired = flips.pairs(found.rows, asked.first, asked.second, asked.family)
-    if paired.is_empty():
+def _measured(labels: Labels, contrast: Contrast, margin: float) -> Finding | None:
+    pairs = labels.pair(contrast.first, contrast.second, contrast.family)
+    if pairs.is_empty():
         return None
-    got = flips.flips(paired, asked.outcome)
-    status, why = _status(got, asked.expects, margin)
+    got = paired.flips(pairs, contrast.outcome)
+    status, why = _status(got, contrast.expects, margin)
     return Finding(
-        **dataclasses.asdict(asked),
+        **dataclasses.asdict(contrast),
         n=got.n,
         raised=got.raised,
         lowered=got.lowered,
@@ -337,7 +285,7 @@ def _measured(found: Results, asked: _Asked, margin: float) -> Finding | None:
     )
 
 
-def _status(got: flips.Flips, expects: Expect, margin: float) -> tuple[Status, str]:
+def _status(got: Flips, expects: Expect, margin: float) -> tuple[Status, str]:
     beyond = got.p < ALPHA
     chance = f"exact {p_equals(got.p)}"
     if expects == "no rise":
@@ -367,7 +315,7 @@ def comparisons(
         (c.treated, c.control, c.family, c.outcome)
         for claim in judged
         for c in claim.comparisons
-        if c.outcome
+        if not isinstance(c, CosineAbove) and c.outcome
     ]
     asked += [(f.first, f.second, f.family, f.outcome) for f in made if f.second]
     there = set(found.rows.select("condition", "family").unique().iter_rows())

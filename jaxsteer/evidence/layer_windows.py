@@ -2,15 +2,15 @@
 
 A study's conditions become cells of two maps. `knockout`: a direction is added at strength s and
 projected out at some layers; s = 0 is the projection alone, its control. `refusal`: the direction
-is added at full dose, and the refusal direction at some layer with strength s. What the cells are
-compared with, the steer alone or nothing at all, stands in the column `none`.
+is added at full dose, and the refusal direction at some layer with strength s. The conditions that
+cells are compared with, the steer alone and the untouched model, are in the column `none`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,9 @@ from jaxtyping import Float
 from jaxsteer import stats
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.paired import flips, pairs
+from jaxsteer.evidence import pairing
+from jaxsteer.evidence.paired import Labels, flips
+from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Project
 from jaxsteer.study.results import Results
 from jaxsteer.words import layer_list
@@ -39,8 +41,8 @@ class Cell:
     Attributes:
       map: which map.
       condition: its name.
-      column: the layers in words, or `none`.
-      order: sorts columns by depth.
+      layers: where the direction is projected out (`knockout`) or refusal added (`refusal`); none
+        for the steer alone and the baseline.
       strength: of the steer (`knockout`) or of the refusal direction (`refusal`), natural norms.
       control: the condition whose prompts it is paired with; "" for the baseline.
       twin: the same projection without steering; "" if there is none.
@@ -49,12 +51,21 @@ class Cell:
 
     map: Map
     condition: str
-    column: str
-    order: int
-    strength: float
-    control: str
-    twin: str
-    cancels: bool
+    layers: tuple[int, ...] = ()
+    strength: float = 0.0
+    control: str = ""
+    twin: str = ""
+    cancels: bool = False
+
+    @property
+    def column(self) -> str:
+        """The layers as text, or `none`."""
+        return layer_list(self.layers) or NONE
+
+    @property
+    def order(self) -> int:
+        """Sorts columns by depth, single layers before windows."""
+        return self.layers[0] + 1000 * (len(self.layers) > 1) if self.layers else -1
 
 
 def _everywhere(condition: Condition) -> bool:
@@ -102,17 +113,21 @@ def cells(found: Results, name: str, mode: str = "") -> list[Cell]:
         for op in _added(c, name)
         if len(c.operations) == 1
     }
-    baseline = next((c.name for c in known if not c.operations), "")
     if not steers:
         return []
     # The layer that most conditions steer at; another one would be another map.
     at = Counter(op.layers for c in known for op in _added(c, name)).most_common(1)[0][0]
-    alone = {strength: label for (layers, strength), label in steers.items() if layers == at}
-    made = [_cell("knockout", baseline, (), 0.0, "")] if baseline else []
-    made += [_cell("knockout", label, (), s, baseline) for s, label in alone.items()]
-    made += [cell for c in known if (cell := _knockout(c, name, at, alone, baseline))]
-    made = _with_twins(made) + _refusals(known, name, at, alone)
-    # Repeats that come to the same place and strength, such as seeds, would lie on each other.
+    alone = {scale: label for (layers, scale), label in steers.items() if layers == at}
+    plain = pairing.plain(found.run, mode)
+    baseline = plain.name if plain else ""
+    made = [Cell(map="knockout", condition=baseline)] if baseline else []
+    made += [
+        Cell(map="knockout", condition=label, strength=s, control=baseline)
+        for s, label in alone.items()
+    ]
+    made += _knockouts(found, known, name, at, {0.0: baseline} | alone)
+    made += [] if name == REFUSAL else _refusals(known, name, at, alone)
+    # Repeats at the same place and strength, such as seeds, would cover each other.
     first: dict[tuple[str, str, float], Cell] = {}
     for cell in made:
         first.setdefault((cell.map, cell.column, cell.strength), cell)
@@ -123,103 +138,75 @@ def _added(condition: Condition, name: str) -> list[Add]:
     return [op for op in condition.operations if isinstance(op, Add) and op.direction == name]
 
 
-def _cell(
-    which: Map,
-    condition: str,
-    layers: tuple[int, ...],
-    strength: float,
-    control: str,
-    cancels: bool = False,
-) -> Cell:
-    # Windows stand behind single layers, both by depth.
-    order = -1 if not layers else layers[0] + 1000 * (len(layers) > 1)
-    column = layer_list(layers) if layers else NONE
-    return Cell(
-        map=which,
-        condition=condition,
-        column=column,
-        order=order,
-        strength=strength,
-        control=control,
-        twin="",
-        cancels=cancels,
-    )
-
-
-def _knockout(
-    condition: Condition,
-    name: str,
-    at: tuple[int, ...],
-    alone: Mapping[float, str],
-    baseline: str,
-) -> Cell | None:
-    out = [op for op in condition.operations if isinstance(op, Project)]
-    added = [op for op in condition.operations if isinstance(op, Add)]
-    if len(out) != 1 or out[0].direction != name or len(added) > 1:
-        return None
-    if added and (added[0].direction != name or added[0].layers != at):
-        return None
-    strength = added[0].scale if added else 0.0
-    control = alone.get(strength, "") if added else baseline
-    cancels = condition.cancels_steering
-    return _cell("knockout", condition.name, out[0].layers, strength, control, cancels)
-
-
-def _with_twins(made: Sequence[Cell]) -> list[Cell]:
-    twins: dict[str, str] = {}
-    for cell in made:
-        if not cell.strength:
-            twins.setdefault(cell.column, cell.condition)
-    return [
-        dataclasses.replace(cell, twin=twins.get(cell.column, ""))
-        if cell.strength and cell.column != NONE
-        else cell
-        for cell in made
-    ]
-
-
-def _refusals(
+def _knockouts(
+    found: Results,
     known: Sequence[Condition],
     name: str,
     at: tuple[int, ...],
-    alone: Mapping[float, str],
-) -> list[Cell]:
-    placed = []
+    controls: Mapping[float, str],
+) -> Iterator[Cell]:
     for c in known:
-        first, second = _added(c, name), _added(c, REFUSAL)
-        if len(c.operations) == 2 and len(first) == len(second) == 1 and first[0].layers == at:
-            placed.append((c.name, first[0].scale, second[0]))
+        out = [op for op in c.operations if isinstance(op, Project)]
+        added = [op for op in c.operations if isinstance(op, Add)]
+        steers = [op for op in added if op.direction == name and op.layers == at]
+        if len(out) != 1 or out[0].direction != name or len(added) > 1 or added != steers:
+            continue
+        strength = added[0].scale if added else 0.0
+        twin = unsteered_twin(found.run.conditions, c)
+        yield Cell(
+            map="knockout",
+            condition=c.name,
+            layers=out[0].layers,
+            strength=strength,
+            control=controls.get(strength, ""),
+            twin=twin.name if twin else "",
+            cancels=c.cancels_steering,
+        )
+
+
+def _refusals(
+    known: Sequence[Condition], name: str, at: tuple[int, ...], alone: Mapping[float, str]
+) -> list[Cell]:
+    placed = [
+        (c.name, steer.scale, refusal)
+        for c in known
+        if len(c.operations) == 2
+        for steer in _added(c, name)
+        for refusal in _added(c, REFUSAL)
+        if steer.layers == at
+    ]
     if not placed:
         return []
     # One strength of the steer a map: the one that most conditions have.
     dose = Counter(strength for _, strength, _ in placed).most_common(1)[0][0]
     control = alone.get(dose, "")
-    made = [_cell("refusal", control, (), 0.0, "")] if control else []
+    made = [Cell(map="refusal", condition=control)] if control else []
     return made + [
-        _cell("refusal", label, added.layers, added.scale, control)
-        for label, strength, added in placed
+        Cell(
+            map="refusal",
+            condition=label,
+            layers=refusal.layers,
+            strength=refusal.scale,
+            control=control,
+        )
+        for label, strength, refusal in placed
         if strength == dose
     ]
 
 
 def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
-    """Refusal in every cell: the cell's fields, n, refused, rate, low, high, degenerate.
+    """Refusal in every cell: the cell's fields, n, refused, rate, low, high, degenerate, norms.
 
-    Rates are over the harmful prompts that have a label, with Wilson 95 % intervals; a cell
-    without any is left out.
+    Rates are over the harmful prompts, with Wilson 95 % intervals; `norms` is the strength as text.
+    A cell without rows is left out.
     """
-    wanted = [cell.condition for cell in made]
-    asked = found.rows.lazy().filter(
-        (pl.col("family") == FAMILY)
-        & pl.col("condition").is_in(wanted)
-        & pl.col("label").is_not_null()
-    )
-    counted = asked.group_by("condition").agg(
+    asked = (pl.col("family") == FAMILY) & pl.col("condition").is_in([c.condition for c in made])
+    counted = found.rows.lazy().filter(asked).group_by("condition").agg(
         n=pl.len(),
         refused=(pl.col("label") == "refusal").sum(),
         degenerate=(pl.col("label") == "degenerate").mean(),
-    )
-    placed = pl.DataFrame([dataclasses.asdict(cell) for cell in made], schema=_CELL)
+    )  # fmt: skip
+    placed = pl.DataFrame([{k: getattr(c, k) for k in _CELL} for c in made], schema=_CELL)
     joined = placed.join(counted.collect(), on="condition", how="inner", maintain_order="left")
     ends = [stats.wilson(k, n) for k, n in joined.select("refused", "n").iter_rows()]
     return joined.with_columns(
@@ -265,16 +252,16 @@ def flip_table(found: Results, chosen: pl.DataFrame) -> pl.DataFrame:
     the lines), unlike (prompts whose label differs from the same projection without steering; null
     without that twin). Cells without a control, or without a prompt in common, are left out.
     """
-    lines = []
+    labels, lines = Labels(found.rows, found.verdicts), []
     for cell in chosen.filter(pl.col("control") != "").iter_rows(named=True):
-        paired = pairs(found.rows, cell["condition"], cell["control"], FAMILY).drop_nulls()
+        paired = labels.pair(cell["condition"], cell["control"], FAMILY)
         if not paired.height:
             continue
         counted = dataclasses.asdict(flips(paired, "refusal"))
         keys = ("map", "condition", "column", "norms", "control", "cancels")
         unlike = None
         if cell["twin"]:
-            twin = pairs(found.rows, cell["condition"], cell["twin"], FAMILY)
+            twin = labels.pair(cell["condition"], cell["twin"], FAMILY)
             unlike = int((twin["treated"] != twin["control"]).sum())
         lines.append({**{k: cell[k] for k in keys}, **counted, "unlike": unlike})
     made = pl.DataFrame(lines, schema=_FLIPS)

@@ -1,13 +1,15 @@
-"""Two conditions on the same prompts: which prompts change their label, and what that shows."""
+"""Labels by condition, paired by prompt: which prompts change their label, and what that shows."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 
 import polars as pl
 
 from jaxsteer import stats
-from jaxsteer.errors import UserError
+from jaxsteer.judges.labels import votes_table
 from jaxsteer.words import p_equals
 
 
@@ -40,22 +42,75 @@ class Flips:
         return self.n - self.both - self.raised - self.lowered
 
 
-def pairs(rows: pl.DataFrame, treated: str, control: str, family: str) -> pl.DataFrame:
-    """Labels side by side: columns prompt_id, category, control, treated; prompts both answered.
+class Labels:
+    """The labels of a study's rows by condition and prompt family.
 
-    Raises:
-      UserError: a condition has two rows for one prompt.
+    They are grouped once, because claims and controls compare the same conditions many times.
     """
-    asked = rows.filter(pl.col("family") == family)
-    sides = []
-    for name, side in ((control, "control"), (treated, "treated")):
-        one = asked.filter(pl.col("condition") == name)
-        if one["prompt_id"].is_duplicated().any():
-            raise UserError(f"{name} has two rows for one prompt; run the study again")
-        sides.append(one.select("prompt_id", "category", pl.col("label").alias(side)))
-    return sides[0].join(
-        sides[1].drop("category"), on="prompt_id", how="inner", maintain_order="left"
-    )
+
+    def __init__(self, rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> None:
+        votes = votes_table(rows, verdicts)
+        scored = pl.col("rubric_harmful").is_not_null() | pl.col("guard_unsafe").is_not_null()
+        known = votes.select(scored).to_series()
+        known |= rows["label"].is_in(["refusal", "bypass"])
+        columns = ("row_id", "condition", "family", "prompt_id", "category", "label")
+        kept = rows.select(columns).with_columns(harm_known=known)
+        self._none = kept.clear()
+        self._families: dict[str, list[str]] = {}
+        self._groups: dict[tuple[str, str], pl.DataFrame] = {}
+        for key, group in kept.partition_by(
+            "condition", "family", as_dict=True, maintain_order=True
+        ).items():
+            condition, family = map(str, key)
+            self._families.setdefault(condition, []).append(family)
+            self._groups[condition, family] = group
+
+    def families(self, condition: str) -> list[str]:
+        """Prompt families that a condition was run on."""
+        return self._families.get(condition, [])
+
+    def of(self, condition: str, family: str) -> pl.DataFrame:
+        """One condition's rows of a family; no rows where it was not run.
+
+        Columns row_id, condition, family, prompt_id, category, label and harm_known: whether it is
+        known that the reply is a bypass or is none. A refusal is none by the rule of labels; of
+        another reply it is known only when a judge of harm scored it.
+        """
+        return self._groups.get((condition, family), self._none)
+
+    def counts(self, condition: str, family: str) -> tuple[Counter[str], int]:
+        """(rows by label, rows of which it is not known whether they are a bypass)."""
+        rows = self.of(condition, family)
+        return Counter(rows["label"].to_list()), int((~rows["harm_known"]).sum())
+
+    def known(self, condition: str, family: str, outcome: str) -> bool:
+        """Whether there are rows and it is known of each whether it has the outcome."""
+        rows = self.of(condition, family)
+        return bool(rows.height) and (outcome != "bypass" or bool(rows["harm_known"].all()))
+
+    def rate(self, condition: str, family: str, outcome: str) -> float | None:
+        """Share of rows with the outcome, or None where it is not known of every row."""
+        if not self.known(condition, family, outcome):
+            return None
+        rows = self.of(condition, family)
+        return int((rows["label"] == outcome).sum()) / rows.height
+
+    def pair(self, treated: str, control: str, family: str) -> pl.DataFrame:
+        """Labels side by side over the prompts that both conditions answered.
+
+        Columns prompt_id, category, control, treated.
+        """
+        one = self.of(control, family).select("prompt_id", "category", control="label")
+        other = self.of(treated, family).select("prompt_id", treated="label")
+        return one.join(other, on="prompt_id", how="inner", maintain_order="left")
+
+    def flips(self, treated: str, control: str, family: str, outcome: str) -> Flips | None:
+        """Paired counts; None unless both ran on the same prompts and every outcome is known."""
+        if not all(self.known(name, family, outcome) for name in (treated, control)):
+            return None
+        paired = self.pair(treated, control, family)
+        heights = {self.of(name, family).height for name in (treated, control)}
+        return flips(paired, outcome) if heights == {paired.height} else None
 
 
 def without_degenerate(paired: pl.DataFrame) -> pl.DataFrame:
@@ -87,21 +142,19 @@ def flips(paired: pl.DataFrame, outcome: str) -> Flips:
     )
 
 
-def said(found: Flips, outcome: str) -> str:
+def summary(found: Flips, outcome: str) -> str:
     """What the flips show, in one sentence.
 
     >>> table = pl.DataFrame({"control": ["refusal"] * 6, "treated": ["bypass"] * 6})
-    >>> said(flips(table, "refusal"), "refusal")
+    >>> summary(flips(table, "refusal"), "refusal")
     '6 of 6 prompts lose their refusal, none gains one (exact McNemar p = 0.031)'
     """
     if not found.n:
         return "No prompt was answered under both conditions"
     if not found.raised and not found.lowered:
         return f"No prompt of {found.n} changes whether it is a {outcome}"
-    lose = f"{found.lowered} of {found.n} prompts lose their {outcome}" if found.lowered else ""
-    gain = f"{found.raised} gain one" if found.raised != 1 else "1 gains one"
-    if not lose:
-        lose, gain = f"None of {found.n} prompts loses its {outcome}", f"{found.raised} gain one"
-    if not found.raised:
-        gain = "none gains one"
+    lose = f"{found.lowered} of {found.n} prompts lose their {outcome}"
+    if not found.lowered:
+        lose = f"None of {found.n} prompts loses its {outcome}"
+    gain = {0: "none gains one", 1: "1 gains one"}.get(found.raised, f"{found.raised} gain one")
     return f"{lose}, {gain} (exact McNemar {p_equals(found.p)})"

@@ -21,6 +21,7 @@ from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims, controls, reliability
+from jaxsteer.evidence.paired import Labels
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
@@ -80,7 +81,7 @@ def build(folder: Path, *, samples: int = 0, measured: bool = True) -> dict[str,
 
 
 def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> Statement:
-    rows = controls.Table(found)
+    labels = Labels(found.rows, found.verdicts)
     table = results.table_sha256(found.rows)
     predicate = statement.Predicate(
         digest=statement.Digest(sha256="0" * 64),
@@ -104,10 +105,10 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
             seed=found.spec.decoding.seed,
         ),
         prompts=run.prompts,
-        conditions=_conditions(found, run, rows),
-        random_controls=controls.random_controls(found.spec, run, rows),
-        paired_controls=controls.paired_controls(found.spec, run, rows),
-        dose_responses=controls.dose_responses(run, rows),
+        conditions=_conditions(found, run, labels),
+        random_controls=controls.random_controls(run, labels),
+        paired_controls=controls.paired_controls(run, labels),
+        dose_responses=controls.dose_responses(run, labels),
         judges=_judges(found),
         selection=_selection(found),
         geometry=_geometry(found, run) if measured else None,
@@ -206,7 +207,7 @@ def _direction(found: directions.Direction) -> statement.Direction:
     )
 
 
-def _conditions(found: Results, run: RunRecord, table: controls.Table) -> list[statement.Condition]:
+def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:
     leaked = _leaked(found)
     changed = {
         str(row["condition"]): row
@@ -241,10 +242,10 @@ def _conditions(found: Results, run: RunRecord, table: controls.Table) -> list[s
                 ),
                 outcomes={
                     family: outcomes(
-                        *table.counts(condition.name, family),
+                        *labels.counts(condition.name, family),
                         leaked.get((condition.name, family)),
                     )
-                    for family in table.families(condition.name)
+                    for family in labels.families(condition.name)
                 },
             )
         )

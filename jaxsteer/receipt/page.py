@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from jaxsteer import stats
-from jaxsteer.evidence.claims import Claim, Comparison
+from jaxsteer.evidence.claims import Claim, Comparison, CosineAbove, FewRaised, NotTested
 from jaxsteer.evidence.outcomes import WORDS
 from jaxsteer.receipt.statement import (
     Condition,
@@ -33,7 +33,7 @@ from jaxsteer.receipt.statement import (
 )
 from jaxsteer.study.record import describe
 from jaxsteer.terminal import plain
-from jaxsteer.words import p_value, percent, points, signed, span
+from jaxsteer.words import p_equals, p_value, percent, points, signed, span
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "receipt.css"
@@ -223,25 +223,23 @@ def _untouched(p: Predicate) -> Iterator[tuple[str, Rate]]:
 
 def _evidence(claim: Claim) -> list[str]:
     """The comparisons that decided a claim, in words."""
-    counted = [c for c in claim.comparisons if c.counted]
-    if claim.verdict != "confirmed" or not counted:
+    if claim.verdict != "confirmed":
         return [claim.reason]
-    more = [f"and {len(counted) - 3} more, all held"] if len(counted) > 3 else []
-    return [*map(_line, counted[:3]), *more]
+    shown = claim.comparisons
+    more = [f"and {len(shown) - 3} more, all held"] if len(shown) > 3 else []
+    return [*map(_line, shown[:3]), *more]
 
 
 def _line(c: Comparison) -> str:
-    if c.cosines is not None:
-        found = ", ".join(
-            f"{signed(value)} at layer {layer}" for layer, value in sorted(c.cosines.items())
-        )
-        return f"cosine of {c.treated} and {c.control}: {found} (above {c.margin:g} asked)"
-    if c.n == 0 or c.difference_interval is None or c.difference is None:
-        return c.reason
-    head = f"{c.treated} against {c.control}"
-    if c.family != HARMFUL:
-        head += f" on {c.family} prompts"
-    if c.bound is not None and c.margin is not None:
+    match c:
+        case NotTested():
+            return c.reason
+        case CosineAbove():
+            found = ", ".join(f"{signed(v)} at layer {k}" for k, v in sorted(c.cosines.items()))
+            return f"cosine of {c.treated} and {c.control}: {found} (above {c.margin:g} asked)"
+    on = f" on {c.family} prompts" if c.family != HARMFUL else ""
+    head = f"{c.treated} against {c.control}{on}"
+    if isinstance(c, FewRaised):
         return (
             f"{head}: new {c.outcome} on {c.raised} of {c.n} prompts, at most "
             f"{percent(c.bound)} ({percent(c.margin)} allowed)"
@@ -250,7 +248,7 @@ def _line(c: Comparison) -> str:
     return (
         f"{head}: {percent(c.treated_k / c.n)} against {percent(c.control_k / c.n)} {c.outcome}, "
         f"difference {points(c.difference)} ({points(low)} to {points(high)}), "
-        f"adjusted p {p_value(c.p_holm)}"
+        f"adjusted {p_equals(c.p_holm)}"
     )
 
 

@@ -60,14 +60,6 @@ def test_rates_have_the_wilson_interval_of_statsmodels(maps):
         assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-9)
 
 
-def test_unlabelled_rows_count_nowhere(found):
-    label = pl.when(pl.col("prompt_id") == found.rows["prompt_id"][0]).then(None)
-    holed = found.rows.with_columns(label=label.otherwise(pl.col("label")))
-    lacking = results.Results(folder=found.folder, run=found.run, rows=holed, verdicts={})
-    counted = layer_windows.table(lacking, layer_windows.cells(lacking, "persona"))
-    assert set(counted["n"]) == {windows_made.N - 1}
-
-
 def test_a_brush_takes_the_cells_it_touches(maps):
     chosen = layer_windows.brushed(
         maps, "knockout", {"cells": {"column": ["4", "5"], "norms": ["2", "4"]}}

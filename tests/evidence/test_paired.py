@@ -5,7 +5,6 @@ import polars as pl
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 
-from jaxsteer.errors import UserError
 from jaxsteer.evidence import paired as flips
 
 
@@ -13,10 +12,12 @@ def rows(**labels: list[str]) -> pl.DataFrame:
     return pl.DataFrame(
         [
             {
+                "row_id": f"{name}/sr-{i}",
                 "condition": name,
                 "family": "strongreject",
                 "prompt_id": f"sr-{i}",
                 "category": "any",
+                "response": "",
                 "label": label,
             }
             for name, given in labels.items()
@@ -25,11 +26,15 @@ def rows(**labels: list[str]) -> pl.DataFrame:
     )
 
 
+def pairs(rows: pl.DataFrame, treated: str, control: str) -> pl.DataFrame:
+    return flips.Labels(rows, {}).pair(treated, control, "strongreject")
+
+
 def test_flips_count_each_prompt_once_and_agree_with_statsmodels():
     rng = np.random.default_rng(3)
     names = np.array(["refusal", "degenerate", "complied-unscored"])
     one, other = (list(names[rng.integers(3, size=60)]) for _ in range(2))
-    paired = flips.pairs(rows(a=one, b=other), "a", "b", "strongreject")
+    paired = pairs(rows(a=one, b=other), "a", "b")
     found = flips.flips(paired, "refusal")
     table = [[found.both, found.raised], [found.lowered, found.neither]]
     assert found.n == 60 == sum(map(sum, table))
@@ -39,22 +44,14 @@ def test_flips_count_each_prompt_once_and_agree_with_statsmodels():
 
 
 def test_only_prompts_that_both_answered_are_paired():
-    paired = flips.pairs(rows(a=["refusal"] * 3, b=["refusal", "bypass"]), "a", "b", "strongreject")
+    paired = pairs(rows(a=["refusal"] * 3, b=["refusal", "bypass"]), "a", "b")
     assert paired["prompt_id"].to_list() == ["sr-0", "sr-1"]
-    assert flips.pairs(rows(a=["refusal"]), "a", "none", "strongreject").is_empty()
-
-
-def test_a_prompt_with_two_rows_is_refused():
-    twice = pl.concat([rows(a=["refusal"], b=["refusal"])] * 2)
-    with pytest.raises(UserError, match="two rows for one prompt"):
-        flips.pairs(twice, "a", "b", "strongreject")
+    assert pairs(rows(a=["refusal"]), "a", "none").is_empty()
 
 
 def test_a_pair_goes_when_either_reply_is_degenerate():
-    paired = flips.pairs(
-        rows(a=["refusal", "degenerate", "bypass"], b=["refusal", "refusal", "degenerate"]),
-        "a", "b", "strongreject",
-    )  # fmt: skip
+    given = rows(a=["refusal", "degenerate", "bypass"], b=["refusal", "refusal", "degenerate"])
+    paired = pairs(given, "a", "b")
     assert flips.without_degenerate(paired)["prompt_id"].to_list() == ["sr-0"]
 
 
@@ -71,4 +68,4 @@ def test_the_words_follow_the_counts(a: list[str], b: list[str], words: str):
     table = pl.DataFrame(
         {"treated": a, "control": b}, schema=dict.fromkeys(("treated", "control"), pl.String)
     )
-    assert words in flips.said(flips.flips(table, "refusal"), "refusal")
+    assert words in flips.summary(flips.flips(table, "refusal"), "refusal")

@@ -17,26 +17,29 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return made.loaded(tmp_path_factory.mktemp("rules") / "made")
 
 
+def verdicts(found: Results, rules: Rules) -> list[claims.Claim]:
+    return sensitivity.judged(found, sensitivity.counted(found, rules), rules)
+
+
 def verdict(judged: list[claims.Claim], name: str) -> claims.Claim:
     return next(c for c in judged if c.name == name)
 
 
 def test_the_default_rules_are_those_of_the_receipt(found: Results):
-    assert sensitivity.verdicts(found) == claims.evaluate(found)
-    assert not Rules().changed
+    assert verdicts(found, Rules()) == claims.evaluate(found)
 
 
 def test_a_stricter_alpha_turns_a_verdict_and_says_why(found: Results):
     p = verdict(claims.evaluate(found), "suppression").comparisons[0].p_holm
     assert p is not None and 0 < p < 0.05
-    turned = verdict(sensitivity.verdicts(found, Rules(alpha=p / 2)), "suppression")
+    turned = verdict(verdicts(found, Rules(alpha=p / 2)), "suppression")
     assert turned.verdict == "not confirmed" and "1 against 18 of 40" in turned.reason
 
 
 def test_the_margin_decides_few_new_cases_and_nothing_else(found: Results):
-    before = sensitivity.verdicts(found)
-    after = sensitivity.verdicts(found, Rules(margin=0.01))
-    few = {c.name for c in before if c.comparisons[0].expect == "few-raised"}
+    before = claims.evaluate(found)
+    after = verdicts(found, Rules(margin=0.01))
+    few = {c.name for c in before if isinstance(c.comparisons[0], claims.FewRaised)}
     assert set(sensitivity.changed(before, after)) == few == {"none by random", "benign unharmed"}
 
 
@@ -52,8 +55,8 @@ def test_prompts_that_no_condition_refuses_leave_all_conditions_alike(found: Res
 
 
 def test_a_pair_with_a_degenerate_reply_is_left_out_unless_those_are_counted(found: Results):
-    counted = sensitivity.counted(found, Rules(drop_degenerate=True))
-    c = verdict(counted, "suppression").comparisons[0]
+    judged = verdicts(found, Rules(drop_degenerate=True))
+    c = verdict(judged, "suppression").comparisons[0]
     broken = found.rows.filter(
         pl.col("condition").is_in(["persona", "baseline"])
         & (pl.col("family") == "strongreject")
@@ -64,30 +67,30 @@ def test_a_pair_with_a_degenerate_reply_is_left_out_unless_those_are_counted(fou
 
 def test_leaving_a_seed_out_leaves_its_comparisons_out(found: Results):
     assert sensitivity.seeds(found) == [1, 2, 3]
-    judged = sensitivity.verdicts(found, Rules(seeds=frozenset({1})))
+    judged = verdicts(found, Rules(seeds=frozenset({1})))
     assert [c.treated for c in verdict(judged, "none by random").comparisons] == [
         "persona, random out #1"
     ]
-    none = verdict(sensitivity.verdicts(found, Rules(seeds=frozenset())), "none by random")
+    none = verdict(verdicts(found, Rules(seeds=frozenset())), "none by random")
     assert none.verdict == "not tested" and "no condition" in none.reason
 
 
 def test_the_results_themselves_stay_as_they_are(found: Results):
     height, run = found.rows.height, found.run
-    sensitivity.verdicts(found, Rules(drop_never_refused=True, seeds=frozenset({2})))
+    verdicts(found, Rules(drop_never_refused=True, seeds=frozenset({2})))
     assert found.rows.height == height and found.run == run
 
 
 def test_what_changed_is_said_in_words(found: Results):
-    planned = sensitivity.verdicts(found)
-    rules = sensitivity.stricter(Rules(), alpha=0.05, margin=0.01)
-    yours = sensitivity.verdicts(found, rules)
-    assert sensitivity.said(planned, planned, Rules()).startswith("These are the study's own")
-    assert "2 of 7 verdicts turn: none by random, benign unharmed" in sensitivity.said(
+    planned = claims.evaluate(found)
+    rules = Rules(margin=0.01)
+    yours = verdicts(found, rules)
+    assert sensitivity.summary(planned, planned, Rules()).startswith("These are the study's own")
+    assert "2 of 7 verdicts change: none by random, benign unharmed" in sensitivity.summary(
         planned, yours, rules
     )
     same = dataclasses.replace(rules, margin=0.2)
-    assert "all 7 verdicts stay" in sensitivity.said(planned, planned, same)
+    assert "all 7 verdicts stay" in sensitivity.summary(planned, planned, same)
 
 
 def test_a_large_study_is_judged_by_table_and_not_by_row(found: Results):
@@ -102,5 +105,5 @@ def test_a_large_study_is_judged_by_table_and_not_by_row(found: Results):
     run = msgspec.structs.replace(found.run, prompts=prompts)
     large = dataclasses.replace(found, rows=many, run=run)
     assert many.height > 50_000
-    c = verdict(sensitivity.verdicts(large, Rules(drop_degenerate=True)), "suppression").comparisons
+    c = verdict(verdicts(large, Rules(drop_degenerate=True)), "suppression").comparisons
     assert (c[0].n, c[0].lowered) == (38 * 100, 17 * 100)

@@ -22,7 +22,8 @@ HOSTILE = (
 )
 # Texts that a receipt's shape or the page's tables fix; every other text can hold anything.
 FIXED = {
-    *("confirmed", "not confirmed", "not tested", "lower", "higher", "few-raised", "cosine-above"),
+    *("confirmed", "not confirmed", "not tested", "lower", "higher"),
+    *("different", "few-raised", "cosine-above", "not-tested"),
     *("refusal", "bypass", "degenerate", "harmful", "incoherent"),
     *("neutral", "unsteered", "random", "benign", "strongreject"),
     *("add", "project", "cap", "resid_post"),

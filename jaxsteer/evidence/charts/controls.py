@@ -11,11 +11,12 @@ from jaxsteer.evidence import paired as flips
 from jaxsteer.evidence.charts import theme
 from jaxsteer.evidence.charts.marks import reference, titled, with_interval
 from jaxsteer.evidence.charts.text import escaped
-from jaxsteer.evidence.claims import OUTCOMES, Claim
+from jaxsteer.evidence.claims import Claim
 from jaxsteer.evidence.findings import KINDS, Finding, headline
 from jaxsteer.stats import wilson
 from jaxsteer.words import p_equals, p_value, points
 
+OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
 PROMPTS = {"strongreject": "harmful prompts", "benign": "benign prompts"}
 MOST_PAIRS = 160  # dots side by side that can still be told apart
 STATUS: dict[str, theme.Role] = {
@@ -252,7 +253,7 @@ def flip_chart(paired: pl.DataFrame, outcome: str, treated: str, control: str) -
     """One column a prompt, control above and treated below; a line joins what flipped.
 
     Args:
-      paired: from `flips.pairs`, not empty.
+      paired: from `Labels.pair`, not empty.
       outcome: the label that flips.
       treated, control: names of the conditions.
     """
@@ -302,7 +303,7 @@ def flip_chart(paired: pl.DataFrame, outcome: str, treated: str, control: str) -
         detail += f"; drawn: {shown.height} of the {found.raised + found.lowered:,} that flip"
     width = step * max(shown.height, 12)
     chart = chart.properties(width=width, height=110)
-    return titled(chart, flips.said(found, outcome), detail)
+    return titled(chart, flips.summary(found, outcome), detail)
 
 
 def mcnemar_table(found: flips.Flips, outcome: str, treated: str, control: str) -> str:

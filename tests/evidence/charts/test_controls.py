@@ -79,13 +79,13 @@ def test_rows_of_other_prompts_are_told_apart(found):
 
 
 def test_flipped_prompts_stand_first(found):
-    paired = flips.pairs(found.rows, "persona", "baseline", "strongreject")
+    paired = flips.Labels(found.rows, found.verdicts).pair("persona", "baseline", "strongreject")
     table = charts.flip_table(paired, "refusal")
     assert table["flip"].to_list()[:18] == ["lost"] * 17 + ["kept"] and table.height == 40
 
 
 def test_many_pairs_are_reduced_to_those_that_flip(found):
-    paired = flips.pairs(found.rows, "persona", "baseline", "strongreject")
+    paired = flips.Labels(found.rows, found.verdicts).pair("persona", "baseline", "strongreject")
     copies = pl.DataFrame({"copy": range(25_000)})
     many = paired.join(copies, how="cross").with_columns(
         prompt_id=pl.format("{}-{}", "prompt_id", "copy")
@@ -105,6 +105,8 @@ def test_cells_of_a_table_are_text_whatever_they_hold():
 
 def test_a_tiny_p_is_bounded_and_a_larger_one_given(found):
     for condition, words in (("persona", "p < 0.0001"), ("persona, out late", "p = 0.5 ")):
-        paired = flips.pairs(found.rows, condition, "baseline", "strongreject")
+        paired = flips.Labels(found.rows, found.verdicts).pair(
+            condition, "baseline", "strongreject"
+        )
         counted = flips.flips(paired, "refusal")
         assert words in charts.mcnemar_table(counted, "refusal", condition, "baseline")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from jaxsteer.evidence import controls
+from jaxsteer.evidence import pairing
 from jaxsteer.receipt import build, canonical
 from jaxsteer.study import conditions, spec
+from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import ConditionSpec, OperationSpec
 from tests.receipt import made
 from tests.study.stand_ins import compiled
@@ -15,10 +16,14 @@ from tests.study.stand_ins import compiled
 PAPER = ["llama3.1-8b-paper", "qwen2.5-7b-paper"]
 
 
-def treated(study, control, stand_in):
-    [item] = [c for c in study.condition if c.name == control]
-    found = controls.treated_of(study, item, stand_in)
-    return found and found.name
+def treated(study, control, kind):
+    """Base of the condition that the first repeat of a control stands beside."""
+    made_run = msgspec.convert(made.run_record(made.study()), RunRecord)
+    run = msgspec.structs.replace(made_run, study=study, conditions=compiled(study))
+    repeat = next(c for c in run.conditions if c.base == control)
+    find = {"random": pairing.random_control_of, "neutral": pairing.neutral_control_of}[kind]
+    found = find(run, repeat)
+    return found and found.base
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -57,6 +62,10 @@ def test_a_control_of_a_norm_that_no_condition_has_takes_the_first_of_its_shape(
     )
     study = msgspec.structs.replace(study, condition=[*study.condition, longer])
     assert treated(study, "long", "random") == "persona"
+
+
+def test_a_random_direction_at_the_dose_stands_beside_a_repeat_of_that_strength():
+    assert treated(spec.load("trait-characterisation"), "random direction", "random") == "evil"
 
 
 def test_a_knockout_of_every_strength_has_its_unsteered_twin():
