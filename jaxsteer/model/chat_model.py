@@ -7,11 +7,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsteer.files import sha256_bytes
 from jaxsteer.model import checkpoint
+from jaxsteer.model.checkpoint import Manifest
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Decoder, Params, graph
 from jaxsteer.model.sharding import param_shardings
@@ -43,7 +45,7 @@ class ChatModel:
     eos: tuple[int, ...]
     weights_sha256: str
     tokenizer_sha256: str
-    manifest: dict[str, Any]
+    manifest: Manifest
     mesh: Mesh | None = None
 
     @classmethod
@@ -53,8 +55,8 @@ class ChatModel:
         Raises:
           UserError: not a checkpoint, or a file that does not match the manifest.
         """
-        lies = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
-        loaded = checkpoint.load(folder, verify=verify, shardings=lies)
+        shardings = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
+        loaded = checkpoint.load(folder, verify=verify, shardings=shardings)
         dtype = loaded.params["embed"]["embedding"].dtype
         return cls(
             name=folder.name,
@@ -62,9 +64,9 @@ class ChatModel:
             definition=graph(loaded.config, dtype),
             params=loaded.params,
             tokenizer=Tokenizer.load(loaded.tokenizer_dir),
-            eos=tuple(loaded.eos_token_ids),
-            weights_sha256=loaded.manifest["weights_sha256"],
-            tokenizer_sha256=loaded.manifest["tokenizer_sha256"],
+            eos=tuple(loaded.manifest.eos_token_ids),
+            weights_sha256=loaded.manifest.weights_sha256,
+            tokenizer_sha256=loaded.manifest.tokenizer_sha256,
             manifest=loaded.manifest,
             mesh=mesh,
         )
@@ -76,7 +78,7 @@ class ChatModel:
             "weights_sha256": self.weights_sha256,
             "tokenizer_sha256": self.tokenizer_sha256,
             "template_sha256": sha256_bytes(self.tokenizer.hf.chat_template.encode()),
-            "config_sha256": self.manifest["config_sha256"],
-            "dtype": self.manifest["dtype"],
-            "source": self.manifest["source"],
+            "config_sha256": self.manifest.config_sha256,
+            "dtype": self.manifest.dtype,
+            "source": msgspec.to_builtins(self.manifest.source),
         }

@@ -70,13 +70,11 @@ def convert(
     if is_gguf:
         if not path.is_file():
             raise UserError(f"no file {path}; give the path of a .gguf file")
-        found, about = gguf.read(path), {"kind": "gguf", "name": path.name}
+        found = gguf.read(path)
     elif path.is_dir():
-        found, about = sources.read_folder(path), {"kind": "folder", "name": path.resolve().name}
+        found = sources.read_folder(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        folder = sources.hub_folder(str(source), revision)
-        found = sources.read_folder(folder)
-        about = {"kind": "hub", "name": str(source), "revision": folder.name}
+        found = sources.read_hub(str(source), revision)
     else:
         raise UserError(f"no model at {source}; give a folder, a .gguf file or a hub id (org/name)")
     params = fill(found.config, found.tensors, found.form, dtype, found.name, quiet=quiet)
@@ -86,7 +84,12 @@ def convert(
         params,
         write_tokenizer=found.write_tokenizer,
         eos_token_ids=found.eos_token_ids,
-        source={**about, "files": {file.name: sha256_file(file) for file in sorted(found.files)}},
+        source=checkpoint.Origin(
+            kind=found.kind,
+            name=found.name,
+            revision=found.revision,
+            files={file.name: sha256_file(file) for file in sorted(found.files)},
+        ),
     )
     return out
 

@@ -24,6 +24,7 @@ from jaxsteer.model.config import (
     llama3_frequencies,
 )
 from jaxsteer.model.sources import Source, Tensor
+from jaxsteer.model.tokenizer import transformers
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
@@ -90,6 +91,7 @@ def read(path: Path) -> Source:
                 f"not supported; supported: {', '.join(TYPES)}"
             )
     return Source(
+        kind="gguf",
         name=path.name,
         config=config,
         form="gguf",
@@ -206,7 +208,7 @@ def _dequantised(tensor: ReaderTensor) -> np.ndarray:
 
 
 def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
-    from transformers import PreTrainedTokenizerFast
+    library = transformers()
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (
         GGUF_TOKENIZER_MAPPING,
         convert_gguf_tokenizer,
@@ -236,6 +238,6 @@ def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
         for name in ("bos", "eos", "unk", "pad")
         if f"{name}_token_id" in ggml
     }
-    return PreTrainedTokenizerFast(
+    return library.PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **special
     )

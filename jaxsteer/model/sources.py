@@ -36,7 +36,9 @@ class Source:
     """A model to convert, checked as far as that is possible without reading its weights.
 
     Attributes:
-      name: its name in errors.
+      kind: `folder`, `hub` or `gguf`.
+      name: of the folder, of the hub's model, or of the file.
+      revision: of a hub model, the commit.
       config: its configuration.
       form: which names its tensors have, see `weights.table`.
       tensors: its tensors, to be read one at a time.
@@ -45,7 +47,9 @@ class Source:
       files: every file that it is read from.
     """
 
+    kind: str
     name: str
+    revision: str | None = None
     config: ModelConfig
     form: Literal["hf", "gguf"]
     tensors: Iterator[Tensor]
@@ -54,12 +58,18 @@ class Source:
     files: Sequence[Path]
 
 
+def _hub() -> Any:
+    # Imported late, and without its advice on tokens and caches; what fails it raises.
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    return huggingface_hub
+
+
 def hub_commit(name: str) -> str | None:
     """The commit of a hub model's main branch; None if the hub does not answer with one."""
-    from huggingface_hub import HfApi
-
     try:
-        return HfApi().model_info(name, timeout=10).sha
+        return _hub().HfApi().model_info(name, timeout=10).sha
     except Exception:
         # Its own errors and those of the HTTP client: no network, no such model, no access to it.
         return None
@@ -74,10 +84,8 @@ def hub_folder(name: str, revision: str | None) -> Path:
     Raises:
       UserError: the model cannot be fetched.
     """
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = snapshot_download(
+        folder = _hub().snapshot_download(
             name,
             revision=revision,
             allow_patterns=list(SOURCE_FILES),
@@ -92,6 +100,12 @@ def hub_folder(name: str, revision: str | None) -> Path:
             "a local folder"
         ) from None
     return Path(folder)
+
+
+def read_hub(name: str, revision: str | None = None) -> Source:
+    """Fetch and read a hub model, as `hub_folder` and `read_folder`."""
+    folder = hub_folder(name, revision)
+    return dataclasses.replace(read_folder(folder), kind="hub", name=name, revision=folder.name)
 
 
 def read_folder(folder: Path) -> Source:
@@ -122,7 +136,8 @@ def read_folder(folder: Path) -> Source:
         )
     named = ("config.json", generation.name, INDEX, *TOKENIZER_FILES)
     return Source(
-        name=folder.name,
+        kind="folder",
+        name=folder.resolve().name,
         config=config,
         form="hf",
         tensors=_safetensors(shards),

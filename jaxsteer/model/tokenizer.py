@@ -9,6 +9,7 @@ its turn and speak as somebody else.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,17 @@ from jaxsteer.errors import UserError
 
 # Templates that write today's date get this one, Llama's own fallback where there is no clock.
 TODAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
+
+
+def transformers() -> Any:
+    """Hugging Face transformers, without its advice that PyTorch is missing: no torch is needed.
+
+    Imported late, since that takes a second.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +52,10 @@ class Tokenizer:
         Raises:
           UserError: no tokenizer or no chat template there, or one that cannot be read.
         """
-        # Imported here: transformers takes a second to import and most commands need no tokenizer.
-        from transformers import PreTrainedTokenizerFast
-
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"no tokenizer.json in {folder}; convert the model again")
         try:
-            hf = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            hf = transformers().PreTrainedTokenizerFast.from_pretrained(str(folder))
         except Exception as error:
             # What a damaged file makes transformers and tokenizers raise has no common type.
             reason = " ".join(str(error).split())[:160]

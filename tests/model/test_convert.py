@@ -44,7 +44,7 @@ def test_sharded_and_single_files_give_the_same_weights(source, tmp_path):
     assert (sharded / "model.safetensors.index.json").is_file()
     one = checkpoint.load(convert(source, tmp_path / "one", "float32"))
     two = checkpoint.load(convert(sharded, tmp_path / "two", "float32"))
-    assert one.manifest["weights_sha256"] == two.manifest["weights_sha256"]
+    assert one.manifest.weights_sha256 == two.manifest.weights_sha256
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_damaged_tokenizer_is_named_and_the_checkpoint_that_is_there_kept(
     (copy / name).write_bytes(damage((copy / name).read_bytes()))
     with pytest.raises(UserError, match=message):
         convert(copy, out, "bfloat16")
-    assert checkpoint.load(out).manifest["dtype"] == "float32"
+    assert checkpoint.load(out).manifest.dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_the_manifest_has_the_hash_of_every_file_that_was_read(tmp_path):
     sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
     out = checkpoint.load(convert(sharded, tmp_path / "out", "float32"))
     read = [p for p in sharded.iterdir() if p.name != "README.md"]
-    assert out.manifest["source"]["files"] == {p.name: sha256_file(p) for p in sorted(read)}
+    assert out.manifest.source.files == {p.name: sha256_file(p) for p in sorted(read)}
     assert {p.name for p in read} >= {
         "config.json",
         "generation_config.json",
@@ -191,8 +191,8 @@ def test_a_hub_id_is_converted_and_its_commit_recorded(source, tmp_path, monkeyp
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     out = checkpoint.load(convert("some/model", tmp_path / "out", "float32"))
-    about = out.manifest["source"]
-    assert (about["kind"], about["name"], about["revision"]) == ("hub", "some/model", commit)
+    about = out.manifest.source
+    assert (about.kind, about.name, about.revision) == ("hub", "some/model", commit)
     with pytest.raises(UserError, match="cannot fetch some/other from the hub"):
         convert("some/other", tmp_path / "other", "float32")
 

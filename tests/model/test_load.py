@@ -139,7 +139,7 @@ def test_a_hub_id_is_converted_once_for_each_commit(hub, conversions):
     commits, answer = hub
     for commit in (*commits, *commits):
         answer(commit)
-        assert load.load("some/model").manifest["source"]["revision"] == commit
+        assert load.load("some/model").manifest.source.revision == commit
     assert len(conversions) == 2
 
 
@@ -156,7 +156,7 @@ def test_without_the_hub_the_files_its_client_kept_are_converted(hub, conversion
     commits, answer = hub
     answer(commits[1])
     answer(None)
-    assert load.load("some/model").manifest["source"]["revision"] == commits[1]
+    assert load.load("some/model").manifest.source.revision == commits[1]
 
 
 def test_an_unknown_name_lists_what_can_be_given(folder, shipped):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -144,3 +147,13 @@ def test_padding_goes_on_the_left_and_only_the_mask_tells_it_apart():
     np.testing.assert_array_equal(ids, [[0, 0, 7, 8], [0, 5, 6, 9], [0, 0, 0, 0], [0, 0, 0, 1]])
     np.testing.assert_array_equal(real.sum(1), [2, 3, 0, 4])
     assert real[:, -1].tolist() == [True, True, False, True] and ids.dtype == np.int32
+
+
+def test_transformers_gives_no_advice_on_torch(folder):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path; from jaxsteer.model.tokenizer import Tokenizer\n"
+        f"Tokenizer.load(Path({str(folder)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
