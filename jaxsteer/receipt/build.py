@@ -22,16 +22,24 @@ from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims, controls, reliability
 from jaxsteer.evidence.paired import Labels
+from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
-from jaxsteer.receipt import canonical, excerpt, page, statement
+from jaxsteer.receipt import canonical, page, statement
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import prepare, results
-from jaxsteer.study.record import RunRecord
+from jaxsteer.study.record import Model, RunRecord
 from jaxsteer.study.results import LABELS, Results
+from jaxsteer.terminal import plain
 
 JSON, HTML = "receipt.json", "receipt.html"
+WORDS, LONGEST = 8, 20
+RULE = (
+    f"Rows with the smallest hash of row table and row id. Of a reply to a benign prompt, and of a "
+    f"refusal, the first {WORDS} words; of every other reply the same number of words with each "
+    "character masked."
+)
 
 
 def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[Path, Path]:
@@ -98,12 +106,7 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
         modes=run.modes,
         system_prompts=_system_prompts(run),
         steering=_steering(found, run),
-        decoding=statement.Decoding(
-            max_new_tokens=found.spec.decoding.max_new_tokens,
-            temperature=found.spec.decoding.temperature,
-            top_p=found.spec.decoding.top_p,
-            seed=found.spec.decoding.seed,
-        ),
+        decoding=found.spec.decoding,
         prompts=run.prompts,
         conditions=_conditions(found, run, labels),
         random_controls=controls.random_controls(run, labels),
@@ -131,7 +134,7 @@ def tool() -> str:
     return f"jaxsteer {importlib.metadata.version('jaxsteer')}"
 
 
-def subjects(model: statement.Model) -> list[statement.Subject]:
+def subjects(model: Model) -> list[statement.Subject]:
     """The model's files and identities as in-toto subjects."""
     made = [
         ("weights", model.weights_sha256, "JSON of each parameter's sha256 (dtype, shape, bytes)"),
@@ -186,25 +189,9 @@ def _steering(found: Results, run: RunRecord) -> statement.Steering:
 
 
 def _direction(found: directions.Direction) -> statement.Direction:
-    known = found.provenance if isinstance(found.provenance, dict) else {}
-
-    def text(key: str) -> str:
-        return str(known.get(key) or "")
-
-    def count(key: str) -> int:
-        value = known.get(key)
-        return value if isinstance(value, int) and value > 0 else 0
-
-    return statement.Direction(
-        name=found.name,
-        sha256=found.sha256,
-        kind=text("kind"),
-        tap=text("tap"),
-        position=text("position"),
-        source_sha256=text("source_sha256"),
-        n_positive=count("n_positive"),
-        n_negative=count("n_negative"),
-    )
+    kept = ("kind", "tap", "position", "source_sha256", "n_positive", "n_negative")
+    known = {key: found.provenance[key] for key in kept if found.provenance.get(key)}
+    return statement.Direction(name=found.name, sha256=found.sha256, **known)
 
 
 def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:
@@ -225,16 +212,7 @@ def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statemen
         change = changed.get(condition.name, nothing)
         made.append(
             statement.Condition(
-                name=condition.name,
-                base=condition.base,
-                seed=condition.seed,
-                scale=condition.scale,
-                mode=condition.mode,
-                operations=condition.operations,
-                scope=condition.scope,
-                cancels_steering=condition.cancels_steering,
-                unsteered_twin_of=condition.unsteered_twin_of,
-                system_sha256=condition.system_sha256,
+                **msgspec.structs.asdict(condition),
                 change=statement.Change(
                     touched=change["touched"],
                     mean=change["change"] / max(change["touched"], 1),
@@ -349,50 +327,13 @@ def _selection(found: Results) -> statement.Selection:
     )
 
 
-def _geometry(found: Results, run: RunRecord) -> statement.Geometry | None:
+def _geometry(found: Results, run: RunRecord) -> Measurements | None:
     known = reliability.load(found.folder)
-    if known is None:
-        return None
-    path = found.folder / reliability.FILE
-    for name, direction in known.directions.items():
+    for name, direction in known.directions.items() if known else ():
         if run.directions.get(name) != direction.sha256:
+            path = found.folder / reliability.FILE
             raise UserError(f"{path} measured other directions; run `jaxsteer geometry` again")
-    try:
-        layers = sorted(set(run.layers.values()))
-        return statement.Geometry(
-            sha256=sha256_file(path),
-            isotropic_sd=known.isotropic_sd,
-            reliability=[
-                statement.Reliability(
-                    direction=name,
-                    layer=layer,
-                    unit=unit,
-                    units=halves.units,
-                    mean=halves.mean[layer],
-                    low=halves.low[layer],
-                    high=halves.high[layer],
-                    spearman_brown=halves.spearman_brown[layer],
-                )
-                for name, direction in known.directions.items()
-                for unit, halves in direction.reliability.items()
-                for layer in layers
-            ],
-            cosines=[
-                statement.Cosine(
-                    first=pair.first,
-                    second=pair.second,
-                    layer=layer,
-                    cosine=pair.cosine[layer],
-                    null_low=None if pair.null is None else pair.null.low[layer],
-                    null_high=None if pair.null is None else pair.null.high[layer],
-                    p=None if pair.null is None else pair.null.p[layer],
-                )
-                for pair in known.pairs
-                for layer in layers
-            ],
-        )
-    except IndexError:
-        raise UserError(f"{path} has too few layers; run `jaxsteer geometry` again") from None
+    return known
 
 
 def _files(found: Results, measured: bool) -> dict[str, str]:
@@ -408,7 +349,7 @@ def _samples(found: Results, table: str, n: int) -> statement.Samples:
 
     chosen = sorted(found.rows.iter_rows(named=True), key=rank)[:n]
     return statement.Samples(
-        rule=excerpt.RULE,
+        rule=RULE,
         rows=[
             statement.Sample(
                 condition=row["condition"],
@@ -417,8 +358,23 @@ def _samples(found: Results, table: str, n: int) -> statement.Samples:
                 label=row["label"],
                 judge=row["judge"],
                 response_sha256=response_sha256(row["response"]),
-                excerpt=excerpt.excerpt(row["response"], row["family"], row["label"]),
+                excerpt=excerpt(row["response"], row["family"], row["label"]),
             )
             for row in chosen
         ],
     )
+
+
+def excerpt(text: str, family: str, label: str) -> str:
+    """The opening of a reply as `RULE` says; control characters are spelled out.
+
+    >>> excerpt("I cannot help with that, because it is not safe.", "strongreject", "refusal")
+    'I cannot help with that, because it is …'
+    >>> excerpt("First, take a", "strongreject", "bypass")
+    '██████ ████ █'
+    """
+    words = [word[:LONGEST] for word in plain(text).split()]
+    shown = words[:WORDS]
+    if family != "benign" and label != "refusal":
+        shown = ["█" * len(word) for word in shown]
+    return " ".join([*shown, "…"] if len(words) > WORDS else shown)

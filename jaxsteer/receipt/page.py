@@ -40,6 +40,7 @@ STYLE = FOLDER / "receipt.css"
 HARMFUL = "strongreject"
 MOST = 40  # rows of any table: the page is for reading, receipt.json holds everything
 MOST_PROMPTS = 8
+Row = tuple[str, list[str]]  # name, cells
 
 
 def html(receipt: Statement, digest: str) -> str:
@@ -301,22 +302,27 @@ def _applied(p: Predicate) -> list[tuple[str, str, float]]:
     return lines
 
 
-def _geometry(p: Predicate) -> Iterator[tuple[str, list[int], list[tuple[str, list[str]]]]]:
+def _geometry(p: Predicate) -> Iterator[tuple[str, list[int], list[Row]]]:
     """(head, layers, rows): the agreement of halves, then the cosines, where they were measured."""
     if p.geometry is None:
         return
-    halves: dict[str, dict[int, str]] = {}
-    for r in p.geometry.reliability:
-        halves.setdefault(f"{r.direction}, {r.unit}", {})[r.layer] = signed(r.mean)
-    angles: dict[str, dict[int, str]] = {}
-    for c in p.geometry.cosines:
-        chance = "" if c.p is None else f" (p {p_value(c.p)})"
-        angles.setdefault(f"{c.first}, {c.second}", {})[c.layer] = signed(c.cosine) + chance
-    for head, found in (
-        ("direction, and what is halved: agreement of random halves", halves),
-        ("two directions: cosine, with p against shuffled labels", angles),
-    ):
-        layers = sorted({layer for cells in found.values() for layer in cells})
-        if found:
-            rows = [(name, [cells.get(k, "–") for k in layers]) for name, cells in found.items()]
-            yield head, layers, rows
+    layers = sorted(set(p.steering.layers.values()))
+
+    def shown(name: str, values: Sequence[float], chance: Sequence[float] | None = None) -> Row:
+        notes = [f" (p {p_value(p)})" for p in chance] if chance else [""] * len(values)
+        known = [signed(value) + note for value, note in zip(values, notes, strict=False)]
+        return name, [known[k] if k < len(known) else "–" for k in layers]
+
+    halves = [
+        shown(f"{name}, {unit}", found.mean)
+        for name, direction in p.geometry.directions.items()
+        for unit, found in direction.reliability.items()
+    ]
+    cosines = [
+        shown(f"{pair.first}, {pair.second}", pair.cosine, pair.null.p if pair.null else None)
+        for pair in p.geometry.pairs
+    ]
+    if halves:
+        yield "direction, and what is halved: agreement of random halves", layers, halves
+    if cosines:
+        yield "two directions: cosine, with p against shuffled labels", layers, cosines

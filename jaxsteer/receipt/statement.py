@@ -16,13 +16,15 @@ from msgspec import Meta
 
 from jaxsteer.evidence.claims import Claim
 from jaxsteer.evidence.controls import (
-    Difference,
     DoseResponse,
     PairedControl,
     RandomControl,
     Share,
 )
-from jaxsteer.study.record import Count, Model, Operation, Part, Prompts, Sha256, Text
+from jaxsteer.evidence.reliability import Measurements
+from jaxsteer.study import record
+from jaxsteer.study.record import Count, Model, Part, Prompts, Sha256, Text
+from jaxsteer.study.spec import DecodingSpec
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v2"
@@ -102,15 +104,6 @@ class Steering(Part, frozen=True):
     directions: list[Direction]
 
 
-class Decoding(Part, frozen=True):
-    """How replies were generated; temperature 0 is greedy."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
 class Rate(Part, frozen=True):
     """k of n with the Wilson 95 % interval."""
 
@@ -172,33 +165,14 @@ class Change(Part, frozen=True):
     rows_unchanged: Count
 
 
-class Condition(Part, frozen=True):
-    """One condition and its outcomes by prompt family.
+class Condition(record.Condition, frozen=True):
+    """One condition of the run record, and its results.
 
     Attributes:
-      name: unique: `MODE: BASE xSCALE #SEED`.
-      base: its name in the study's specification.
-      seed, scale, mode: which repeat it is; null or "" where it is none.
-      operations: what is applied where; none is the untouched model.
-      scope: tokens touched: all, prompt or response.
-      cancels_steering: its projection undoes its own addition by algebra, so nothing can be
-        concluded from it.
-      unsteered_twin_of: the knockout this is the control of, or "".
-      system_sha256: of the whole system prompt.
-      change: what was done to the residual stream.
+      change: what its operations did to the residual stream.
       outcomes: by prompt family.
     """
 
-    name: str
-    base: str
-    seed: int | None
-    scale: float | None
-    mode: str
-    operations: tuple[Operation, ...]
-    scope: str
-    cancels_steering: bool
-    unsteered_twin_of: str
-    system_sha256: Sha256
     change: Change
     outcomes: dict[str, Outcomes]
 
@@ -263,40 +237,6 @@ class Selection(Part, frozen=True):
     refusal_near_miss: list[str]
 
 
-class Reliability(Part, frozen=True):
-    """Split-half reliability of a direction at one layer, over halves of one kind of unit."""
-
-    direction: str
-    layer: Count
-    unit: str
-    units: Count
-    mean: Difference
-    low: Difference
-    high: Difference
-    spearman_brown: Difference
-
-
-class Cosine(Part, frozen=True):
-    """Cosine of two directions at one layer, with the 95 % range under shuffled labels."""
-
-    first: str
-    second: str
-    layer: Count
-    cosine: Difference
-    null_low: Difference | None
-    null_high: Difference | None
-    p: Share | None
-
-
-class Geometry(Part, frozen=True):
-    """How well the directions are known, at the layers the study names; full file by hash."""
-
-    sha256: Sha256
-    isotropic_sd: float
-    reliability: list[Reliability]
-    cosines: list[Cosine]
-
-
 class Rows(Part, frozen=True):
     """The row table: its number of rows, and the hash over ids, replies, labels and judges."""
 
@@ -332,7 +272,7 @@ class Predicate(Part, frozen=True):
       date: when the run began (UTC).
       files: sha256 of the results folder's files.
       samples: null unless asked for.
-      geometry: null where `jaxsteer geometry` was not run.
+      geometry: how well the directions are known; null where `jaxsteer geometry` was not run.
     """
 
     digest: Digest
@@ -344,7 +284,7 @@ class Predicate(Part, frozen=True):
     modes: list[Text]
     system_prompts: list[SystemPrompt]
     steering: Steering
-    decoding: Decoding
+    decoding: DecodingSpec
     prompts: dict[str, Prompts]
     conditions: list[Condition]
     random_controls: list[RandomControl]
@@ -352,7 +292,7 @@ class Predicate(Part, frozen=True):
     dose_responses: list[DoseResponse]
     judges: Judges
     selection: Selection
-    geometry: Geometry | None
+    geometry: Measurements | None
     claims: list[Claim]
     rows: Rows
     files: dict[str, Sha256]

@@ -96,7 +96,7 @@ class Cap(Part, frozen=True, tag_field="operation", tag="cap"):
 Operation = Add | Project | Cap
 
 
-class Condition(msgspec.Struct, frozen=True, kw_only=True):
+class Condition(Part, frozen=True):
     """One condition of a run.
 
     Attributes:

@@ -9,7 +9,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability
 from jaxsteer.judges import verdicts
-from jaxsteer.receipt import build, canonical, excerpt, statement
+from jaxsteer.receipt import build, canonical, statement
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -84,7 +84,7 @@ def test_no_reply_is_in_a_receipt(tmp_path):
 def test_samples_mask_every_word_of_what_may_do_harm(tmp_path):
     folder = made.folder(tmp_path, response=lambda label, i: f"needle{label}{i} two three four")
     shown = receipt_of(folder, samples=60).samples
-    assert shown.rule == excerpt.RULE
+    assert shown.rule == build.RULE
     for row in shown.rows:
         open_ = row.family == "benign" or row.label == "refusal"
         assert ("needle" in row.excerpt) == open_
@@ -170,13 +170,13 @@ def test_agreement_of_judges_is_there(tmp_path):
     assert pair.kappa == 0
 
 
-def test_measured_geometry_is_shown_at_the_studys_layers(tmp_path):
+def test_measured_geometry_is_in_the_receipt(tmp_path):
     folder = made.folder(tmp_path)
     assert receipt_of(folder).geometry is None
     written = made.measure(folder)
     found = receipt_of(folder).geometry
-    assert [(r.layer, r.mean) for r in found.reliability] == [(2, 0.2), (3, 0.3)]
-    assert [(c.layer, c.p) for c in found.cosines] == [(2, 0.2), (3, 0.3)]
+    assert found.directions["persona"].reliability["instruction"].mean[2:4] == [0.2, 0.3]
+    assert found.pairs[0].null.p[2:4] == [0.2, 0.3]
     written["directions"]["persona"]["sha256"] = made.sha("other")
     (folder / reliability.FILE).write_text(json.dumps(written))
     with pytest.raises(UserError, match="measured other directions"):

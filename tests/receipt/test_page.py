@@ -26,7 +26,7 @@ FIXED = {
     *("different", "few-raised", "cosine-above", "not-tested"),
     *("refusal", "bypass", "degenerate", "harmful", "incoherent"),
     *("neutral", "unsteered", "random", "benign", "strongreject"),
-    *("add", "project", "cap", "resid_post"),
+    *("add", "project", "cap", "resid_post", "all", "jaxsteer-geometry-1"),
     *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v2"),
 }
 
@@ -129,6 +129,12 @@ def test_every_text_of_a_receipt_is_inert_on_the_page(full):
     # Names of the environment, judges, layers and claims came through.
     for name in ("jaxsteer", "keyword-2", "steer", "suppression", "calm", "benign unharmed holds."):
         assert f"{name}<script>" in text
+
+
+def test_measured_geometry_is_shown_at_the_studys_layers(full):
+    text = " ".join(" ".join(Tags(page.html(canonical.convert(full), "0" * 64)).pieces).split())
+    assert "agreement of random halves layer 2 layer 3 persona, instruction +0.20 +0.30" in text
+    assert "layer 2 layer 3 persona, refusal +0.20 (p 0.2) +0.30 (p 0.3)" in text
 
 
 def test_hostile_names_are_ascii_in_the_json(full):

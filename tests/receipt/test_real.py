@@ -84,7 +84,7 @@ def test_the_samples_behind_a_direction_make_that_direction(folder):
 
 def test_the_receipt_shows_what_was_measured_and_changed(folder):
     receipt = canonical.load(folder / build.JSON).predicate
-    assert {r.direction for r in receipt.geometry.reliability} == {"persona"}
+    assert set(receipt.geometry.directions) == {"persona"}
     change = {c.name: c.change for c in receipt.conditions}
     assert change["baseline"].mean == 0
     assert change["persona"].mean > 0
