@@ -19,6 +19,14 @@ audit = typer.Typer(
 )
 app.add_typer(audit, name="audit")
 ResultsArgument = Annotated[Path, typer.Argument(help="A results folder.")]
+JudgesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--judge",
+        help="keyword, degenerate, llama-guard, strongreject-rubric, coherence or leakage; "
+        "may be repeated.",
+    ),
+]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="CSV of forbidden prompts, if not the pinned ones.")
 ]
@@ -27,17 +35,8 @@ PromptsOption = Annotated[
 @app.command()
 def judge(
     results: ResultsArgument,
-    judges: Annotated[
-        list[str],
-        typer.Option(
-            "--judge",
-            help="keyword, degenerate, llama-guard, strongreject-rubric, coherence or leakage; "
-            "may be repeated.",
-        ),
-    ],
-    base_url: Annotated[
-        str, typer.Option(help="OpenAI-compatible API, such as http://127.0.0.1:8000/v1.")
-    ] = "",
+    judges: JudgesOption,
+    base_url: Annotated[str, typer.Option(help="API, such as http://127.0.0.1:8000/v1.")] = "",
     judge_model: Annotated[str, typer.Option(help="The judge model's name at that API.")] = "",
     key_variable: Annotated[
         str, typer.Option(help="Environment variable with the API key, if one is needed.")
@@ -48,23 +47,16 @@ def judge(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest judge reply.")] = 768,
     omit: Annotated[
         list[str] | None,
-        typer.Option(help="Request parameter not to send: temperature, seed or max_tokens."),
+        typer.Option(help="Parameter to omit: temperature, seed or max_tokens."),
     ] = None,
-    guard_model: Annotated[
-        Path | None, typer.Option(help="Converted Llama-Guard-3 checkpoint.")
-    ] = None,
+    guard_model: Annotated[Path | None, typer.Option(help="Llama-Guard-3 checkpoint.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows in one batch of llama-guard.")] = 8,
     rubric: Annotated[
-        Path | None,
-        typer.Option(help="Folder with another rubric_system.txt and rubric_user.txt."),
+        Path | None, typer.Option(help="Folder with rubric_system.txt and rubric_user.txt.")
     ] = None,
     prompts: PromptsOption = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Rows per judge in this run; run again for more.")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Replace earlier verdicts of these judges.")
-    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows per judge in this run.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace earlier verdicts.")] = False,
     mesh: MeshOption = None,
 ) -> None:
     """Judge the replies of a finished study; earlier verdicts are kept.
@@ -100,8 +92,8 @@ def judge(
         limit=limit,
         fresh=fresh,
     )
+    rows = studies.load(results).rows
     with store.locked(results / "judges"):
-        rows = studies.load(results).rows
         try:
             outcomes = judging.judge(rows, results, judges, options)
         finally:
@@ -135,7 +127,9 @@ def export_sample(
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     prompts: PromptsOption = None,
 ) -> None:
-    """Draw a sample of replies to label by hand; the file shows neither condition nor label.
+    """Draw a sample of replies to label by hand.
+
+    The file shows neither condition nor label.
 
     Example: jaxsteer audit export results/smollm2-demo results/smollm2-demo/audit.csv --n 50
     """
@@ -154,7 +148,9 @@ def import_sample(
     results: ResultsArgument,
     file: Annotated[Path, typer.Argument(help="The filled CSV.")],
 ) -> None:
-    """Store a filled sample as the verdicts of the judge `human`, and show how judges agree.
+    """Store a filled sample, and show how judges agree.
+
+    Its labels are the verdicts of the judge `human`.
 
     Example: jaxsteer audit import results/smollm2-demo results/smollm2-demo/audit.csv
     """
@@ -162,9 +158,9 @@ def import_sample(
     from jaxsteer.study import results as studies
     from jaxsteer.study import store
 
+    rows = studies.load(results).rows
+    findings = human.read(file, rows)
     with store.locked(results / "judges"):
-        rows = studies.load(results).rows
-        findings = human.read(file, rows)
         total = human.keep(results, rows, findings)
     typer.echo(f"took {len(findings)} labels; a person has labelled {total} rows so far")
     for pair in agreement.agreements(rows, verdicts.read_all(results)):

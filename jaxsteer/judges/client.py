@@ -33,8 +33,8 @@ GIVE_UP = 8
 # Seconds of Retry-After that the openai client waits at most (its MAX_RETRY_AFTER_DELAY).
 LONGEST_WAIT = 120
 _ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[\w./~-]*)?", re.ASCII)
-# The settings of an endpoint that can change a verdict; address and speed cannot.
-_DECIDING = ("model", "max_tokens", "temperature", "retry_temperature", "omit")
+# Temperature of the first reply, and of those after a reply that could not be read.
+TEMPERATURES = (0.0, 0.7, 0.7)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,6 @@ class Endpoint:
       timeout: seconds to wait for the server in one call.
       attempts: calls for one reply before the row is left without one.
       max_tokens: longest judge reply.
-      temperature: of the first reply.
-      retry_temperature: of the replies after one that could not be read.
       omit: request parameters not to send, for servers that reject them (of `OMITTABLE`).
       key_variable: environment variable that holds the API key; if it is unset, no key is sent.
     """
@@ -62,21 +60,24 @@ class Endpoint:
     timeout: float = 60.0
     attempts: int = 5
     max_tokens: int = 768
-    temperature: float = 0.0
-    retry_temperature: float = 0.7
     omit: tuple[str, ...] = ()
     key_variable: str = "JAXSTEER_JUDGE_KEY"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that can change a verdict."""
-        return {name: getattr(self, name) for name in _DECIDING}
+        """The settings that can change a verdict; address and speed cannot."""
+        return {
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            "temperatures": list(TEMPERATURES),
+            "omit": sorted(self.omit),
+        }
 
     def body(self, messages: Messages, attempt: int) -> dict[str, Any]:
-        """The request; each attempt has its own seed, and those after the first a temperature."""
+        """The request; each attempt has its own seed."""
         body = {
             "model": self.model,
             "messages": [dict(message) for message in messages],
-            "temperature": self.retry_temperature if attempt else self.temperature,
+            "temperature": TEMPERATURES[attempt],
             "seed": attempt,
             "max_tokens": self.max_tokens,
             "stream": False,
@@ -189,7 +190,7 @@ class Client:
 
         Args:
           messages: the conversation.
-          attempt: how many answers to this conversation could not be read.
+          attempt: how many answers to it could not be read, less than `len(TEMPERATURES)`.
 
         Raises:
           Unanswered: no reply for this row.

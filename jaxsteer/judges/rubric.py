@@ -26,13 +26,11 @@ from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import keyword, labels, reasoning_blocks
-from jaxsteer.judges.client import Answer, Client, Endpoint, Unanswered
+from jaxsteer.judges.client import TEMPERATURES, Answer, Client, Endpoint, Unanswered
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
 from jaxsteer.terminal import plain
 
 STRONGREJECT_FILES = ("rubric_system.txt", "rubric_user.txt")
-# How many answers to one question are read before the row stays unscored.
-READINGS = 3
 
 
 class Unreadable(Exception):
@@ -65,7 +63,6 @@ class Rubric:
         settings = {
             **endpoint.identity(),
             "prompts_sha256": sha256_bytes(canonical_json([self.system, self.user]).encode()),
-            "readings": READINGS,
             "thinking": reasoning_blocks.VERSION,
         }
         notes = {"base_url": endpoint.base_url}
@@ -273,7 +270,7 @@ async def ask_one(rubric: Rubric, client: Client, item: Item) -> Finding:
     if rubric.empty and not sentences(item.response):
         return rubric.empty
     problem = ""
-    for attempt in range(READINGS):
+    for attempt in range(len(TEMPERATURES)):
         try:
             answer = await client.ask(rubric.messages(item), attempt)
         except Unanswered as error:
