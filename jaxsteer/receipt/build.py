@@ -25,12 +25,13 @@ from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
+from jaxsteer.judges.labels import LABELS
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
 from jaxsteer.receipt import canonical, page, statement
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import prepare, results
 from jaxsteer.study.record import Model, RunRecord
-from jaxsteer.study.results import LABELS, Results
+from jaxsteer.study.results import Results
 from jaxsteer.terminal import plain
 
 JSON, HTML = "receipt.json", "receipt.html"

@@ -22,6 +22,7 @@ import polars as pl
 from jaxsteer import tables
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, write_json
+from jaxsteer.judges.labels import LABELS, label_table
 from jaxsteer.judges.verdicts import read_all
 from jaxsteer.stats import wilson
 from jaxsteer.study import record
@@ -32,7 +33,6 @@ COLUMNS = (
     "row_id", "condition", "base", "seed", "scale", "mode", "prompt_id", "family", "category",
     "response", "n_tokens", "stopped", "label", "judge", "cancels_steering", "touched", "change",
 )  # fmt: skip
-LABELS = ("refusal", "bypass", "degenerate", "benign-answer", "complied-unscored")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,8 +124,6 @@ def relabelled(rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.D
     """
     if not verdicts:
         return rows
-    from jaxsteer.judges.labels import label_table
-
     given = label_table(rows, verdicts).select("row_id", "label", "judge")
     return rows.rename({"label": "run_label", "judge": "run_judge"}).join(
         given, on="row_id", how="left", maintain_order="left", validate="1:1"
