@@ -28,6 +28,8 @@ from jaxsteer.model.masks import causal_mask, positions
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")
+# Rows that run together.
+BATCH = 16
 Captured = dict[str, Float[Array, "row layer position d_model"]]
 
 
@@ -133,8 +135,6 @@ def forward(
     responses: Sequence[Sequence[int]] | None = None,
     asked: Sequence[Position] = (),
     *,
-    taps: tuple[str, ...] = (),
-    batch: int = 16,
     shared: Sequence[int] | None = None,
     interventions: Interventions | None = None,
     condition: int = 0,
@@ -146,10 +146,8 @@ def forward(
     Args:
       model: the model; the rows of a batch are split over its mesh.
       prompts: token ids.
-      responses: token ids that follow each prompt; none by default.
-      asked: the token positions whose states are captured.
-      taps: where they are captured.
-      batch: rows that run together.
+      responses: token ids that follow each prompt; None for none.
+      asked: the token positions whose states at `resid_post` are captured.
       shared: the number of leading tokens of each prompt that are run once for all prompts that
         begin with the same ones.
       interventions: conditions, of which one is applied; None runs the plain model.
@@ -176,11 +174,12 @@ def forward(
         )
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    steered = None if interventions is None else interventions.rows(np.full(batch, condition))
-    for width, members in batches([len(r) for r in rows], config.max_position, batch):
-        filler = batch - len(members)
+    steered = None if interventions is None else interventions.rows(np.full(BATCH, condition))
+    taps = ("resid_post",) if asked else ()
+    for width, members in batches([len(r) for r in rows], config.max_position, BATCH):
+        filler = BATCH - len(members)
         tokens, real = padding.left_pad([rows[i] for i in members] + [[]] * filler, width)
-        weights = np.zeros((batch, len(asked), width), np.float32)
+        weights = np.zeros((BATCH, len(asked), width), np.float32)
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
         begun = prefix and take(prefix, np.array([prefix_of[i] for i in members] + [0] * filler))
@@ -197,17 +196,14 @@ def capture(
     responses: Sequence[Sequence[int]] | None,
     asked: Sequence[Position],
     *,
-    tap: str = "resid_post",
     shared: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"]]]:
-    """Yield (row index, float32 states at the asked positions), in no set order.
+    """Yield (row index, float32 `resid_post` at the asked positions), in no set order.
 
     Raises:
       UserError: as `forward`.
     """
-    for members, captured, _ in forward(
-        model, prompts, responses, asked, taps=(tap,), shared=shared
-    ):
-        states = np.asarray(captured[tap])
+    for members, captured, _ in forward(model, prompts, responses, asked, shared=shared):
+        states = np.asarray(captured["resid_post"])
         for slot, i in enumerate(members):
             yield i, states[slot]

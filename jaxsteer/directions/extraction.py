@@ -10,8 +10,8 @@
     without         one direction without its component along another
     random          an isotropic vector with the norms of another direction
 
-`contrast` lists the chats of the first four and `combine` makes the others. To add a kind, add a
-struct and a case here: studies, the command line and `evidence.reliability` read this table.
+`contrast` lists the chats of the first four, and `extract` makes any. To add a kind, add a struct
+and a case here: studies, the command line and `evidence.reliability` read this table.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Random(Kind, frozen=True, kw_only=True, tag="random"):
 
 
 FromChats = Trait | UserPersona | Refusal | AssistantAxis
-# Random is missing: a study's random directions follow from the seeds of its conditions.
+# Without Random: a study's random directions follow from the seeds of its conditions.
 InStudy = FromChats | Minus | Without
 
 
@@ -130,28 +130,41 @@ def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
     """
     match kind:
         case Trait():
-            return trait_contrast(prompts.trait(kind.trait), kind.position, seed=settings.seed)
+            made = trait_contrast(prompts.trait(kind.trait), kind.position)
         case UserPersona():
-            return user_contrast(prompts.trait(kind.trait), kind.position, seed=settings.seed)
+            made = user_contrast(prompts.trait(kind.trait), kind.position)
         case Refusal():
             harmful, harmless = refusal_prompts(settings.refusal_prompts, settings.skipped)
-            return prompt_contrast(
-                [prompt.text for prompt in harmful],
-                [prompt.text for prompt in harmless],
-                prompts.policy(settings.policy).text,
-            )
+            sides = [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]
+            made = prompt_contrast(*sides, prompts.policy(settings.policy).text)
         case AssistantAxis():
             texts = prompts.roles()
             roles = [(role["name"], role["instruction"]) for role in texts["roles"]]
-            return axis_contrast(texts["default"], roles, texts["questions"], seed=settings.seed)
+            made = axis_contrast(texts["default"], roles, texts["questions"])
+    return dataclasses.replace(made, seed=settings.seed)
 
 
-def combine(name: str, kind: Minus | Without | Random, found: Mapping[str, Direction]) -> Direction:
-    """A direction made of others.
+def extract(
+    model: ChatModel,
+    name: str,
+    kind: InStudy | Random,
+    *,
+    found: Mapping[str, Direction] | None = None,
+    settings: Settings = DEFAULT,
+) -> Direction:
+    """Make one direction.
+
+    Args:
+      model: the model to extract on.
+      name: what the direction is called.
+      kind: how it is made.
+      found: the directions that exist already, for kinds made of others.
+      settings: what directions have in common.
 
     Raises:
-      UserError: there is no direction to take norms from.
+      UserError: no direction to take norms from, or as `contrast` and `samples.stream`.
     """
+    found = found or {}
     match kind:
         case Minus(of=(first, second)):
             return direction.minus(name, found[first], found[second])
@@ -165,32 +178,8 @@ def combine(name: str, kind: Minus | Without | Random, found: Mapping[str, Direc
                     "before it, such as compliant"
                 )
             return direction.random_like(found[other or real[0]], seed)
-
-
-def extract(
-    model: ChatModel,
-    name: str,
-    kind: Kind,
-    *,
-    found: Mapping[str, Direction] | None = None,
-    settings: Settings = DEFAULT,
-) -> Direction:
-    """Make one direction.
-
-    Args:
-      model: the model to extract on.
-      name: what the direction is called.
-      kind: how it is made.
-      found: the directions that exist already.
-      settings: what directions have in common.
-
-    Raises:
-      UserError: as `contrast`, `combine` and `samples.stream`.
-    """
-    if isinstance(kind, Minus | Without | Random):
-        return combine(name, kind, found or {})
-    assert isinstance(kind, FromChats)
-    return difference(model, name, contrast(kind, settings))
+        case _:
+            return difference(model, name, contrast(kind, settings))
 
 
 def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
@@ -225,7 +214,7 @@ def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
     return Direction(name=name, vectors=vectors.astype(np.float32), provenance=provenance)
 
 
-def read_name(text: str, position: Position = "prompt_end") -> tuple[str, Kind]:
+def read_name(text: str, position: Position = "prompt_end") -> tuple[str, InStudy | Random]:
     """A direction's name and kind from a trait, its .toml, refusal, assistant-axis or random-SEED.
 
     Raises:
@@ -280,37 +269,24 @@ def find_or_extract(
     return found
 
 
-def trait_contrast(
-    trait: prompts.Trait,
-    position: Position = "prompt_end",
-    *,
-    seed: int = 0,
-    max_new_tokens: int = 64,
-) -> Contrast:
+def trait_contrast(trait: prompts.Trait, position: Position = "prompt_end") -> Contrast:
     """A trait's positive instructions against its negative ones, with the same questions."""
     return Contrast(
         kind="trait",
         source_sha256=trait.sha256,
         chats=_crossed([trait.positive, trait.negative], trait.questions),
-        units=("instruction", "question"),
         position=position,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
     )
 
 
 def user_contrast(
     trait: prompts.Trait,
     position: Position = "prompt_end",
-    *,
     system: str = "You are a helpful assistant.",
-    seed: int = 0,
-    max_new_tokens: int = 64,
 ) -> Contrast:
     """The model's replies in `trait_contrast`, replayed as a user's messages under `system`."""
-    replies = trait_contrast(trait, position, seed=seed, max_new_tokens=max_new_tokens)
     return dataclasses.replace(
-        replies,
+        trait_contrast(trait, position),
         kind="user-persona",
         source_sha256=_sha256([trait.sha256, system]),
         replayed_under=system,
@@ -329,7 +305,6 @@ def prompt_contrast(
             for i, text in enumerate([*positive, *negative])
         ],
         units=("prompt",),
-        position="prompt_end",
     )
 
 
@@ -338,9 +313,6 @@ def axis_contrast(
     roles: Sequence[tuple[str, str]],
     questions: Sequence[str],
     position: Position = "response_avg",
-    *,
-    seed: int = 0,
-    max_new_tokens: int = 48,
 ) -> Contrast:
     """Default system prompts against roles (name, instruction), with the same questions.
 
@@ -350,10 +322,8 @@ def axis_contrast(
         kind="assistant-axis",
         source_sha256=_sha256([list(default), [list(r) for r in roles], list(questions)]),
         chats=_crossed([default, *([instruction] for _, instruction in roles)], questions),
-        units=("instruction", "question"),
         position=position,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=48,
     )
 
 

@@ -1,16 +1,16 @@
 """How well directions are known, and whether two of them are more aligned than chance allows.
 
 A direction is a difference of two means over samples. Samples share instructions and questions, so
-they are not independent, and a null that forgets this calls everything significant. Here what is
-halved or relabelled is always a whole *unit*: an instruction with all its questions, a question
-with all its instructions, or a prompt.
+they are not independent, and a null that ignores this calls everything significant. So halves and
+relabellings consist of whole *units*: an instruction with all its questions, a question with all
+its instructions, or a prompt.
 
     reliability  cosine of the directions of two random halves of the units, repeated
     null         cosine with another direction after the units' labels are shuffled
-    isotropic    1 / sqrt(d_model), the spread of random vectors; shown for comparison only, since
-                 the residual stream is far from isotropic
+    isotropic    1 / sqrt(d_model), the spread of random vectors; for comparison only, since the
+                 residual stream is far from isotropic
 
-Both work on the samples' inner products per layer, so repeats cost next to nothing.
+The first two use the samples' inner products per layer, so repeats cost little.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def split_half(
 ) -> Float[np.ndarray, "half layer"]:
     """Cosines between the directions of two random halves of the units, for each repeat.
 
-    A unit on both sides, such as a question, goes to the same half on both; units of one side are
-    halved side by side.
+    A unit of both sides, such as a question, is in the same half on both. Units of one side are
+    halved on each side.
 
     Raises:
       UserError: a side has fewer than two units.
@@ -70,8 +70,8 @@ def permutation_null(
 ) -> Float[np.ndarray, "draw layer"]:
     """Cosines with `other` of directions made from shuffled labels.
 
-    The labels move between whole units, so anisotropy and everything the samples share stay in
-    the null, and as many units are positive as before.
+    Labels move between whole units, so the null keeps the anisotropy and everything the samples
+    share, and the number of positive units.
     """
     ids = samples.units[samples.labelled]
     units, index = np.unique(ids, return_inverse=True)
@@ -90,7 +90,7 @@ def permutation_null(
 
 
 def relabellings(samples: Samples) -> int:
-    """How many different labellings of the units there are, the true one included."""
+    """Number of different labellings of the units, with the true one."""
     ids = samples.units[samples.labelled]
     return math.comb(len(np.unique(ids)), len(np.unique(ids[samples.positive])))
 

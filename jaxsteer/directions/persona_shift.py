@@ -2,8 +2,8 @@
 
 For each mode and direction v with unit u, at each layer: the mean over prompts of
 u . (h_mode - h_none) / |v|, where h is `resid_post` at the last prompt token and "none" the policy
-alone on the same prompt. A shift of +1 is what adding v once would do there, so a mode that ships
-as words and a vector that is added can be compared.
+alone on the same prompt. Adding v once there shifts by +1, so a mode made of words can be compared
+with a vector.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Shift:
     """One mode along one direction, in natural norms of the direction.
 
     Attributes:
-      mode: the mode as the study names it, by a shipped name or the path of a file.
+      mode: the mode's name in the study: a shipped name, or the path of a file.
       direction: the direction's name.
       n: number of prompts, each its own pair.
       mean: per layer, the mean shift against the policy alone.
@@ -51,13 +51,13 @@ def shifts(
     prompts: Sequence[Prompt],
     directions: Mapping[str, Direction],
 ) -> list[Shift]:
-    """Measure every mode along every direction; `none` itself is left out, as it is zero.
+    """Measure every mode along every direction; a mode without text is left out, as it is zero.
 
     Args:
-      model: what reads the prompts.
-      modes: by what the study names them.
-      policy: the system prompt that follows a mode's text, and that they are compared with.
-      prompts: the user's turns.
+      model: the model that reads the prompts.
+      modes: by the name the study gives them.
+      policy: the system prompt that follows a mode's text, and that the mode is compared with.
+      prompts: the user's messages.
       directions: by name.
     """
     texts = {name: mode.with_policy(policy) for name, mode in modes.items() if mode.text}
@@ -66,22 +66,22 @@ def shifts(
         found = []
         for name, system in texts.items():
             moved = _last_states(model, system, prompts, progress) - plain
-            for direction in directions.values():
-                norms = np.maximum(np.linalg.norm(direction.vectors, axis=1), 1e-30)
-                along = np.einsum("pld,ld->pl", moved, direction.unit()) / norms
-                spread = (
-                    along.std(axis=0, ddof=1) if len(prompts) > 1 else np.full(len(norms), np.inf)
-                )
-                found.append(
-                    Shift(
-                        mode=name,
-                        direction=direction.name,
-                        n=len(prompts),
-                        mean=along.mean(axis=0),
-                        half_width=Z95 * spread / np.sqrt(len(prompts)),
-                    )
-                )
+            found += [_shift(name, direction, moved) for direction in directions.values()]
     return found
+
+
+def _shift(
+    mode: str, direction: Direction, moved: Float[np.ndarray, "prompt n_layers d_model"]
+) -> Shift:
+    norms = np.maximum(np.linalg.norm(direction.vectors, axis=1), 1e-30)
+    along, n = np.einsum("pld,ld->pl", moved, direction.unit()) / norms, len(moved)
+    return Shift(
+        mode=mode,
+        direction=direction.name,
+        n=n,
+        mean=along.mean(axis=0),
+        half_width=Z95 * along.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else np.inf * norms,
+    )
 
 
 def _last_states(
@@ -90,18 +90,16 @@ def _last_states(
     ids = [model.tokenizer.chat(prompt.text, system) for prompt in prompts]
     shared = [shared_length(ids)] * len(ids)
     states = np.zeros((len(ids), model.config.n_layers, model.config.d_model), np.float64)
-    for i, captured in activations.capture(
-        model, ids, [[]] * len(ids), ["prompt_end"], shared=shared
-    ):
-        states[i] = captured[:, 0]
+    for i, state in activations.capture(model, ids, None, ["prompt_end"], shared=shared):
+        states[i] = state[:, 0]
         progress.advance(1)
     return states
 
 
 def record(found: Sequence[Shift], layer: int) -> list[dict[str, Any]]:
-    """The shifts as modes.json has them: every layer, and the study's layer picked out.
+    """The shifts in the form of modes.json: at one layer, and at each.
 
-    JSON has no infinity: the interval of a single prompt is null.
+    JSON has no infinity, so the interval of a single prompt is null.
     """
 
     def finite(value: float) -> float | None:

@@ -7,6 +7,7 @@ a mean needs the memory of one; `gather` holds them all, for `geometry` to halve
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ class Chat:
       system: the system prompt; None for none.
       user: the user's message.
       group: the group of samples that it is averaged in; 0 is the positive one.
-      units: the number of its unit of each sort that the contrast names.
+      units: numbers of its units, in the order of the contrast's names for them.
     """
 
     system: str | None
@@ -51,8 +52,8 @@ class Contrast:
       kind: which kind of direction it makes (see `extraction`).
       source_sha256: hash of the texts the chats are made of.
       chats: the chats, group by group.
-      units: sorts of units. Samples of one unit share a text, so they are not independent. Each
-        unit of the first sort is on one side only.
+      units: names of what chats share, such as a question. Chats of one unit are not independent.
+        A unit of the first name is on one side only.
       position: the token whose state is the sample.
       seed: of sampled replies; a response position needs one for each chat.
       max_new_tokens: length of sampled replies.
@@ -63,8 +64,8 @@ class Contrast:
     kind: str
     source_sha256: str
     chats: Sequence[Chat]
-    units: tuple[str, ...]
-    position: Position
+    units: tuple[str, ...] = ("instruction", "question")
+    position: Position = "prompt_end"
     seed: int = 0
     max_new_tokens: int = 64
     replayed_under: str = ""
@@ -77,8 +78,8 @@ class Samples:
     Attributes:
       values: `resid_post` at the contrast's position.
       positive: which samples are on the positive side.
-      units: by sort, the number of the unit each sample belongs to.
-      labelled: the sort whose units are on one side only, which a null may shuffle.
+      units: by name, the number of each sample's unit.
+      labelled: the name whose units are on one side only, so that a null may shuffle their labels.
     """
 
     values: Float[np.ndarray, "sample layer d_model"]
@@ -161,8 +162,11 @@ def stream(
       UserError: every reply of a group is empty, or a chat is longer than the model's context.
     """
     chats = list(contrast.chats)
+    reply_to = functools.partial(
+        sample_replies, model, seed=contrast.seed, max_new_tokens=contrast.max_new_tokens
+    )
     if contrast.replayed_under:
-        replies = _replies(model, contrast, _tokens(model, chats))
+        replies = reply_to(_tokens(model, chats))
         spoken = [
             dataclasses.replace(chat, system=contrast.replayed_under, user=text)
             for chat, text in zip(chats, map(model.tokenizer.decode, replies), strict=True)
@@ -174,7 +178,7 @@ def stream(
     shared = shared_lengths(prompts, [chat.system for chat in chats])
     replies = [[] for _ in chats]
     if contrast.position != "prompt_end":
-        replies = _replies(model, contrast, prompts, shared)
+        replies = reply_to(prompts, shared=shared)
         kept = [i for i, reply in enumerate(replies) if reply]
         _check_groups(chats, [chats[i] for i in kept])
         chats, prompts = [chats[i] for i in kept], [prompts[i] for i in kept]
@@ -186,16 +190,6 @@ def stream(
 
 def _tokens(model: ChatModel, chats: Sequence[Chat]) -> list[list[int]]:
     return [model.tokenizer.chat(chat.user, chat.system) for chat in chats]
-
-
-def _replies(
-    model: ChatModel,
-    contrast: Contrast,
-    prompts: Sequence[Sequence[int]],
-    shared: Sequence[int] | None = None,
-) -> list[list[int]]:
-    seed, length = contrast.seed, contrast.max_new_tokens
-    return sample_replies(model, prompts, seed=seed, max_new_tokens=length, shared=shared)
 
 
 def _check_groups(asked: Sequence[Chat], answered: Sequence[Chat]) -> None:
@@ -221,8 +215,8 @@ def gather(model: ChatModel, contrast: Contrast) -> Samples:
         values=np.stack([state for _, state in found]),
         positive=np.array([chat.group == 0 for chat in chats]),
         units={
-            sort: np.array([chat.units[u] for chat in chats])
-            for u, sort in enumerate(contrast.units)
+            name: np.array([chat.units[u] for chat in chats])
+            for u, name in enumerate(contrast.units)
         },
         labelled=contrast.units[0],
     )

@@ -316,15 +316,14 @@ def _judges(found: Results) -> statement.Judges:
 
 
 def _selection(found: Results) -> statement.Selection:
-    path = found.folder / "setup.json"
-    known = prepare.read_record(path)
-    if not known:
+    path, known = found.folder / "setup.json", prepare.read_record(found.folder)
+    if known is None:
         raise UserError(f"{path} is missing; run the study again")
     return statement.Selection(
         sha256=sha256_file(path),
-        dose_candidates=known.get("dose_candidates", []),
-        refusal_candidates=known.get("refusal_candidates", []),
-        refusal_near_miss=known.get("refusal_near_miss", []),
+        dose_candidates=list(msgspec.to_builtins(known.dose_candidates)),
+        refusal_candidates=list(msgspec.to_builtins(known.refusal_candidates)),
+        refusal_near_miss=list(known.refusal_near_miss),
     )
 
 

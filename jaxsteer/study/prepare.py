@@ -1,11 +1,10 @@
 """What a study needs before its rows run: directions, layers and the persona's strength.
 
-HarmBench's standard behaviours are split by hash: the first part trains the refusal direction, the
-second selects its layer, the third the persona's layer and strength. Nothing here sees a prompt
-that is reported on. Each step is saved when it is done, so an interrupted setup goes on:
+Layers and strength are selected on HarmBench and our harmless prompts, never on a prompt that is
+reported on. Each step is saved when it is done, so an interrupted setup goes on:
 
-    directions.safetensors  directions so far, with provenance
-    setup.json              the selection tables and the choices
+    directions.safetensors  the directions so far, with provenance
+    setup.json              the candidates so far with their scores, then the choices
 """
 
 from __future__ import annotations
@@ -14,66 +13,100 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions import extraction
 from jaxsteer.directions.direction import Direction
-from jaxsteer.directions.extraction import Random, Settings, Trait, UserPersona
+from jaxsteer.directions.extraction import FromChats, InStudy, Random, Settings
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.progress import Progress
 from jaxsteer.study import selection
 from jaxsteer.study.layer_expr import depth
+from jaxsteer.study.selection import DoseCandidate, RefusalCandidate
 from jaxsteer.study.spec import SelectionSpec, StudySpec
 
 VERSION = "2"
 
 
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """setup.json.
+
+    Attributes:
+      key: hash of everything the setup depends on.
+      refusal_candidates: the layers the refusal direction's was chosen from; none if it is fixed.
+      refusal_near_miss: why the chosen one did not pass, if it did not.
+      dose_candidates: the layers and strengths the persona's were chosen from; none if fixed.
+      layers: layer numbers by name (`steer`, `refusal`, and the spec's own).
+      dose: the persona's strength in natural norms.
+      directions: sha256 of each direction by name; None until the setup is complete.
+    """
+
+    key: str
+    refusal_candidates: tuple[RefusalCandidate, ...] = ()
+    refusal_near_miss: tuple[str, ...] = ()
+    dose_candidates: tuple[DoseCandidate, ...] = ()
+    layers: dict[str, int] = {}
+    dose: float = 1.0
+    directions: dict[str, str] | None = None
+
+    def save(self, out: Path) -> None:
+        """Write it to a results folder."""
+        write_json(out / "setup.json", msgspec.to_builtins(self))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The result.
+    """What a study runs with.
 
     Attributes:
       directions: by name, random ones included.
-      layers: layer numbers by name (`steer`, `refusal`, and the spec's own).
-      dose: persona strength in natural norms.
-      record: the selection tables and choices, JSON-able.
+      record: the choices and how they were made.
     """
 
     directions: dict[str, Direction]
-    layers: dict[str, int]
-    dose: float
-    record: dict[str, Any]
+    record: Record
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Layer numbers by name."""
+        return self.record.layers
+
+    @property
+    def dose(self) -> float:
+        """The persona's strength in natural norms."""
+        return self.record.dose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """HarmBench and our harmless prompts, divided by use; no prompt serves twice.
+    """The prompts that choices are made on; the refusal direction is made from others.
 
     Attributes:
-      harmful_train, harmless_train: make the refusal direction.
-      harmful_validation, harmless_validation: score its layer.
-      selection: HarmBench prompts for the persona's layer and strength.
+      harmful, harmless: score the layer of the refusal direction.
+      persona: HarmBench prompts that score the persona's layer and strength.
     """
 
-    harmful_train: list[Prompt]
-    harmless_train: list[Prompt]
-    harmful_validation: list[Prompt]
-    harmless_validation: list[Prompt]
-    selection: list[Prompt]
+    harmful: list[Prompt]
+    harmless: list[Prompt]
+    persona: list[Prompt]
 
 
 def split(chosen: SelectionSpec, study: str) -> Split:
-    """Divide the prompts, the same way in every study.
+    """Take the prompts of the selection, which are ranked the same way in every study.
+
+    HarmBench in order of rank: refusal_train prompts that make the refusal direction, then
+    refusal_validation that score its layer, then those of the persona. Of our harmless prompts the
+    validation's come first.
 
     Raises:
-      UserError: the spec asks for more prompts than there are.
+      UserError: the spec asks for more prompts than exist.
     """
     harmful = data.sample(data.harmbench(), 0, extraction.SPLIT_SEED)
     harmless = data.sample(data.harmless(), 0, extraction.SPLIT_SEED)
@@ -87,27 +120,30 @@ def split(chosen: SelectionSpec, study: str) -> Split:
                 f"study {study}: [selection] asks for {needed} {name} prompts (refusal_train, "
                 f"refusal_validation, prompts), there are {there}"
             )
-    harmful_train, harmless_train = extraction.refusal_prompts(train, validation)
     return Split(
-        harmful_train=harmful_train,
-        harmless_train=harmless_train,
-        harmful_validation=harmful[train : train + validation],
-        harmless_validation=harmless[:validation],
-        selection=harmful[train + validation : train + validation + chosen.prompts],
+        harmful=harmful[train : train + validation],
+        harmless=harmless[:validation],
+        persona=harmful[train + validation : train + validation + chosen.prompts],
     )
 
 
 def key(spec: StudySpec, model: ChatModel) -> str:
-    """Identity of everything the setup depends on."""
-    kinds = spec.directions.values()
-    traits = sorted(kind.trait for kind in kinds if isinstance(kind, Trait | UserPersona))
+    """Hash of everything the setup depends on.
+
+    Raises:
+      UserError: no such policy or trait.
+    """
+    settings = extraction_settings(spec)
     value = [
         VERSION,
         model.weights_sha256,
         model.tokenizer_sha256,
         data.policy(spec.system).sha256,
-        [data.trait(name).sha256 for name in traits],
-        canonical_json(data.roles()),
+        [
+            extraction.contrast(kind, settings).source_sha256
+            for kind in spec.directions.values()
+            if isinstance(kind, FromChats)
+        ],
         [p.id for p in (*data.harmless(), *data.harmbench())],
         msgspec.to_builtins([spec.directions, spec.selection, spec.layers, spec.dose]),
         _random_seeds(spec),
@@ -115,44 +151,57 @@ def key(spec: StudySpec, model: ChatModel) -> str:
     return sha256_bytes(canonical_json(value).encode())
 
 
-def _random_seeds(spec: StudySpec) -> list[int]:
-    return sorted({seed for item in spec.condition for seed in item.random_seeds})
-
-
 def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
-    """Make or read back the setup of a study in its results folder.
+    """Make a study's setup in its results folder, or read it.
 
     Raises:
-      UserError: the spec leaves open what it gives no selection for, or a selection rule finds
-        nothing.
+      UserError: something is open that the spec has no [selection] for, or no candidate passes.
     """
     if spec.selection is not None:
-        # Asked for now, so that too few prompts are said before an hour of extraction.
+        # Too few prompts are an error now, not after an hour of extraction.
         split(spec.selection, spec.name)
-    identity = key(spec, model)
-    record = read_record(out / "setup.json")
-    if record.get("key") != identity:
-        record = {"key": identity}
-        (out / "directions.safetensors").unlink(missing_ok=True)
-        # Says whose the directions are, so that a setup that stops half-way goes on with them.
-        write_json(out / "setup.json", record)
-    found = _directions(spec, model, out / "directions.safetensors")
-    layers, dose = _choices(spec, model, found, record, out / "setup.json")
-    record |= {"layers": layers, "dose": dose, "directions": hashes(found)}
-    write_json(out / "setup.json", record)
-    return Setup(directions=found, layers=layers, dose=dose, record=record)
+    record, path = read_record(out), out / "directions.safetensors"
+    if record is None or record.key != key(spec, model):
+        record = Record(key=key(spec, model))
+        path.unlink(missing_ok=True)
+        # Saved first, so that an interrupted setup finds its own directions again.
+        record.save(out)
+    found = _directions(spec, model, path)
+    record = replace(record, layers=named_layers(spec, model))
+    if "refusal" in found and "refusal" not in record.layers:
+        record = _choose_refusal(spec, model, found["refusal"], record, out)
+    if "persona" in found and ("steer" not in record.layers or spec.dose is None):
+        record = _choose_dose(spec, model, found["persona"], record, out)
+    elif spec.dose is not None:
+        record = replace(record, dose=spec.dose)
+    record = replace(record, directions=hashes(found))
+    record.save(out)
+    return Setup(directions=found, record=record)
 
 
 def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
-    """The setup that another process made in the folder; None until it is there whole."""
-    record = read_record(out / "setup.json")
-    if record.get("key") != key(spec, model) or "directions" not in record:
+    """The setup that another process made in the folder; None until it is complete."""
+    record, path = read_record(out), out / "directions.safetensors"
+    if record is None or record.key != key(spec, model):
         return None
-    path = out / "directions.safetensors"
     found = directions.load(path) if path.is_file() else {}
-    if hashes(found) != record["directions"]:
+    return Setup(directions=found, record=record) if hashes(found) == record.directions else None
+
+
+def read_record(out: Path) -> Record | None:
+    """setup.json of a results folder, complete or not; None when there is none.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    path = out / "setup.json"
+    try:
+        # Not msgspec's own reader: a score may be NaN.
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Record)
+    except FileNotFoundError:
         return None
-    return Setup(directions=found, layers=record["layers"], dose=record["dose"], record=record)
+    except (msgspec.ValidationError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it and run again") from None
 
 
 def hashes(found: Mapping[str, Direction]) -> dict[str, str]:
@@ -160,53 +209,12 @@ def hashes(found: Mapping[str, Direction]) -> dict[str, str]:
     return {name: direction.sha256 for name, direction in sorted(found.items())}
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when there is no such file.
-
-    Raises:
-      UserError: the file is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it and run again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; remove it and run again")
-    return value
-
-
-def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Direction]:
-    found = directions.load(path) if path.is_file() else {}
-    missing = [name for name in spec.directions if name not in found]
-    if missing:
-        done, settings = len(spec.directions) - len(missing), extraction_settings(spec)
-        with Progress("directions", len(spec.directions), done, unit="directions") as progress:
-            for name in missing:
-                found[name] = extraction.extract(
-                    model, name, spec.directions[name], found=found, settings=settings
-                )
-                directions.save(path, list(found.values()))
-                progress.advance(1)
-    seeds = [seed for seed in _random_seeds(spec) if f"random-{seed}" not in found]
-    for seed in seeds:
-        # The study's first, not the file's: what a file holds comes back in another order.
-        base = "persona" if "persona" in found else next(iter(spec.directions))
-        kind = Random(seed=seed, norms_of=base)
-        found[f"random-{seed}"] = extraction.combine(f"random-{seed}", kind, found)
-    if seeds:
-        directions.save(path, list(found.values()))
-    return found
-
-
 def extraction_settings(spec: StudySpec) -> Settings:
-    """What the study's directions have in common: its system prompt, and its refusal prompts."""
-    settings = Settings(policy=spec.system)
+    """What the study's directions have in common: its system prompt and its refusal prompts."""
     if spec.selection is None:
-        return settings
-    return dataclasses.replace(
-        settings,
+        return Settings(policy=spec.system)
+    return Settings(
+        policy=spec.system,
         refusal_prompts=spec.selection.refusal_train,
         skipped=spec.selection.refusal_validation,
     )
@@ -246,45 +254,6 @@ def named_layers(spec: StudySpec, model: ChatModel) -> dict[str, int]:
     return layers
 
 
-def _choices(
-    spec: StudySpec,
-    model: ChatModel,
-    found: Mapping[str, Direction],
-    record: dict[str, Any],
-    path: Path,
-) -> tuple[dict[str, int], float]:
-    n_layers = model.config.n_layers
-    layers = named_layers(spec, model)
-    if "refusal" in found and "refusal" not in layers:
-        if "refusal_candidates" not in record:
-            chosen = selection_of(spec, "the layer of the refusal direction")
-            candidates = _score_refusal(spec, chosen, model, found["refusal"])
-            record["refusal_candidates"] = [dataclasses.asdict(c) for c in candidates]
-            write_json(path, record)
-        candidates = [
-            selection.RefusalCandidate(**{**c, "reasons": tuple(c["reasons"])})
-            for c in record["refusal_candidates"]
-        ]
-        near_miss = selection_of(spec, "the refusal layer").allow_near_miss
-        best = selection.choose_refusal(candidates, allow_near_miss=near_miss)
-        layers["refusal"] = best.layer
-        record["refusal_near_miss"] = list(best.reasons)
-    dose = spec.dose
-    if "persona" in found and ("steer" not in layers or dose is None):
-        chosen = selection_of(spec, "the persona's layer and strength")
-        if "dose_candidates" not in record:
-            grid = [depth(share, n_layers) for share in chosen.layers]
-            grid = [layers["steer"]] if "steer" in layers else grid
-            scales = chosen.scales if dose is None else [dose]
-            cells = _score_doses(spec, chosen, model, found["persona"], grid, scales)
-            record["dose_candidates"] = [dataclasses.asdict(c) for c in cells]
-            write_json(path, record)
-        cells = [selection.DoseCandidate(**c) for c in record["dose_candidates"]]
-        cell = selection.choose_dose(cells, chosen.max_degenerate)
-        layers["steer"], dose = cell.layer, cell.scale
-    return layers, 1.0 if dose is None else dose
-
-
 def ids(model: ChatModel, prompts: Sequence[Prompt], system: str) -> list[list[int]]:
     """Token ids of each prompt under a system prompt."""
     return [model.tokenizer.chat(p.text, system) for p in prompts]
@@ -294,7 +263,7 @@ def openings(study: str, chosen: SelectionSpec, model: ChatModel) -> list[int]:
     """The tokens that open a refusal.
 
     Raises:
-      UserError: a text that is no token to this model.
+      UserError: a text that gives no token.
     """
     first = []
     for text in chosen.refusal_openings:
@@ -308,45 +277,68 @@ def openings(study: str, chosen: SelectionSpec, model: ChatModel) -> list[int]:
     return first
 
 
-def _score_refusal(
-    spec: StudySpec, chosen: SelectionSpec, model: ChatModel, direction: Direction
-) -> list[selection.RefusalCandidate]:
-    system = data.policy(spec.system).text
-    prompts = split(chosen, spec.name)
-    layers = [depth(share, model.config.n_layers) for share in chosen.refusal_layers]
-    opening = openings(spec.name, chosen, model)
-    total = chosen.refusal_validation * (1 + 3 * len(layers))
-    with Progress("refusal layer", total, unit="prompts") as progress:
-        return selection.refusal_candidates(
+def _random_seeds(spec: StudySpec) -> list[int]:
+    return sorted({seed for item in spec.condition for seed in item.random_seeds})
+
+
+def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Direction]:
+    """The study's directions, each saved when it is made."""
+    found = directions.load(path) if path.is_file() else {}
+    base = "persona" if "persona" in spec.directions else next(iter(spec.directions), "")
+    kinds: dict[str, InStudy | Random] = {**spec.directions}
+    kinds |= {f"random-{s}": Random(seed=s, norms_of=base) for s in _random_seeds(spec)}
+    missing = [name for name in kinds if name not in found]
+    if missing:
+        done, settings = len(kinds) - len(missing), extraction_settings(spec)
+        with Progress("directions", len(kinds), done, unit="directions") as progress:
+            for name in missing:
+                found[name] = extraction.extract(
+                    model, name, kinds[name], found=found, settings=settings
+                )
+                directions.save(path, list(found.values()))
+                progress.advance(1)
+    return found
+
+
+def _choose_refusal(
+    spec: StudySpec, model: ChatModel, refusal: Direction, record: Record, out: Path
+) -> Record:
+    chosen = selection_of(spec, "the layer of the refusal direction")
+    if not record.refusal_candidates:
+        system, prompts = data.policy(spec.system).text, split(chosen, spec.name)
+        candidates = selection.refusal_candidates(
             model,
-            direction,
-            ids(model, prompts.harmful_validation, system),
-            ids(model, prompts.harmless_validation, system),
-            layers,
-            opening,
+            refusal,
+            ids(model, prompts.harmful, system),
+            ids(model, prompts.harmless, system),
+            [depth(share, model.config.n_layers) for share in chosen.refusal_layers],
+            openings(spec.name, chosen, model),
             kl_limit=chosen.kl_limit,
-            report=progress.advance,
         )
+        record = replace(record, refusal_candidates=candidates)
+        record.save(out)
+    near_miss = chosen.allow_near_miss
+    best = selection.choose_refusal(record.refusal_candidates, allow_near_miss=near_miss)
+    layers = {**record.layers, "refusal": best.layer}
+    return replace(record, layers=layers, refusal_near_miss=best.reasons)
 
 
-def _score_doses(
-    spec: StudySpec,
-    chosen: SelectionSpec,
-    model: ChatModel,
-    persona: Direction,
-    layers: Sequence[int],
-    scales: Sequence[float],
-) -> list[selection.DoseCandidate]:
-    prompts = split(chosen, spec.name).selection
-    total = len(prompts) * (1 + len(layers) * len(scales))
-    with Progress("persona layer and strength", total) as progress:
-        return selection.dose_candidates(
+def _choose_dose(
+    spec: StudySpec, model: ChatModel, persona: Direction, record: Record, out: Path
+) -> Record:
+    chosen = selection_of(spec, "the persona's layer and strength")
+    if not record.dose_candidates:
+        layers = [depth(share, model.config.n_layers) for share in chosen.layers]
+        cells = selection.dose_candidates(
             model,
             persona,
-            ids(model, prompts, data.policy(spec.system).text),
-            layers,
-            scales,
+            ids(model, split(chosen, spec.name).persona, data.policy(spec.system).text),
+            [record.layers["steer"]] if "steer" in record.layers else layers,
+            chosen.scales if spec.dose is None else [spec.dose],
             max_new_tokens=chosen.max_new_tokens,
             batch=spec.decoding.batch,
-            report=progress.advance,
         )
+        record = replace(record, dose_candidates=cells)
+        record.save(out)
+    best = selection.choose_dose(record.dose_candidates, chosen.max_degenerate)
+    return replace(record, layers={**record.layers, "steer": best.layer}, dose=best.scale)

@@ -122,7 +122,8 @@ def _check_asked(
     if parts:
         store.refuse(out, parts, spec)
     # Also made from what the study only names: the texts of traits and roles, and which prompts.
-    if prepare.read_record(out / "setup.json").get("key") not in (None, prepare.key(spec, model)):
+    setup = prepare.read_record(out)
+    if setup is not None and setup.key != prepare.key(spec, model):
         store.refuse(out, ["directions"], spec)
 
 
@@ -137,7 +138,7 @@ def _record(
         **record.asked(spec, model, families),
         "layers": prepared.layers,
         "dose": prepared.dose,
-        "directions": prepared.record["directions"],
+        "directions": prepare.hashes(prepared.directions),
         "conditions": mark_cancelling(found, prepared.directions),
     }
     return record.make(identity)

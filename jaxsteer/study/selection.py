@@ -1,17 +1,17 @@
 """Choose the refusal direction's layer, and the persona's layer and strength, by stated rules.
 
-Both rules see HarmBench and our harmless prompts only; what they choose is reported on StrongREJECT
-and our benign prompts, which they never see. Every candidate is one condition of one compiled
-program.
+Both rules read HarmBench and our harmless prompts only. What they choose is reported on
+StrongREJECT and our benign prompts. Every candidate is one condition of one compiled program.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import log_softmax
 
 from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
@@ -24,14 +24,12 @@ from jaxsteer.judges.keyword import is_refusal
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,
-    Interventions,
     Operation,
     compile_conditions,
     everywhere,
 )
+from jaxsteer.progress import Progress
 from jaxsteer.words import percent
-
-Report = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,42 +80,8 @@ def kl(
     plain: Float[np.ndarray, "row vocab"], changed: Float[np.ndarray, "row vocab"]
 ) -> Float[np.ndarray, " row"]:
     """KL(plain || changed) of the two softmaxes, in nats, float64."""
-
-    def log_softmax(x: np.ndarray) -> np.ndarray:
-        wide = x.astype(np.float64)
-        wide = wide - wide.max(axis=1, keepdims=True)
-        return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
-
-    p, q = log_softmax(plain), log_softmax(changed)
+    p, q = (log_softmax(logits.astype(np.float64), axis=1) for logits in (plain, changed))
     return (np.exp(p) * (p - q)).sum(axis=1)
-
-
-def last_logits(
-    model: ChatModel,
-    prompts: Sequence[Sequence[int]],
-    interventions: Interventions,
-    condition: int,
-    *,
-    batch: int = 16,
-    report: Report = lambda done: None,
-) -> Float[np.ndarray, "prompt vocab"]:
-    """Next-token logits after each prompt under one condition, float32.
-
-    Raises:
-      UserError: a prompt that does not fit the model's context.
-    """
-    out = np.zeros((len(prompts), model.config.vocab_size), np.float32)
-    for members, _, logits in activations.forward(
-        model,
-        prompts,
-        shared=[shared_length(prompts)] * len(prompts),
-        batch=batch,
-        interventions=interventions,
-        condition=condition,
-    ):
-        out[members] = np.asarray(logits[: len(members), 0])
-        report(len(members))
-    return out
 
 
 def refusal_candidates(
@@ -129,50 +93,60 @@ def refusal_candidates(
     opening: Sequence[int],
     *,
     kl_limit: float = 0.1,
-    report: Report = lambda done: None,
-) -> list[RefusalCandidate]:
+) -> tuple[RefusalCandidate, ...]:
     """Score each layer's vector: ablate on harmful, ablate and add on harmless prompts.
 
-    Prompts are token ids. Layers in the last fifth of depth are filtered, as are candidates
-    with KL above `kl_limit`, an induced score below 0, or a score that is no number.
+    Prompts are token ids. A candidate is filtered for a layer in the last fifth of depth, a KL
+    above `kl_limit`, an induced score below 0, or a score that is no number.
+
+    Raises:
+      UserError: a prompt longer than the model's context.
     """
-    config = model.config
-    conditions: list[list[Operation]] = [[]]
-    for layer in layers:
-        conditions.append(everywhere(direction.vectors, layer))
-        conditions.append([Add(direction=direction.vectors, layers=(layer,), scale=1.0)])
-    stacked = compile_conditions(
+    config, vectors = model.config, direction.vectors
+    conditions: list[list[Operation]] = [[], *(everywhere(vectors, layer) for layer in layers)]
+    conditions += [[Add(direction=vectors, layers=(layer,), scale=1.0)] for layer in layers]
+    interventions = compile_conditions(
         conditions, ["all"] * len(conditions), n_layers=config.n_layers, d_model=config.d_model
     )
+    total = len(harmless) + len(layers) * (len(harmful) + 2 * len(harmless))
+    with Progress("refusal layer", total, unit="prompts") as progress:
 
-    def score(prompts: Sequence[Sequence[int]], condition: int) -> np.ndarray:
-        return last_logits(model, prompts, stacked, condition, report=report)
+        def logits(prompts: Sequence[Sequence[int]], condition: int) -> np.ndarray:
+            """Next-token logits [prompt, vocab] under one condition."""
+            out = np.zeros((len(prompts), config.vocab_size), np.float32)
+            for members, _, last in activations.forward(
+                model,
+                prompts,
+                shared=[shared_length(prompts)] * len(prompts),
+                interventions=interventions,
+                condition=condition,
+            ):
+                out[members] = np.asarray(last[: len(members), 0])
+                progress.advance(len(members))
+            return out
 
-    plain = score(harmless, 0)
-    found = []
-    for i, layer in enumerate(layers):
-        bypass = refusal_score(score(harmful, 1 + 2 * i), opening).mean()
-        divergence = kl(plain, score(harmless, 1 + 2 * i)).mean()
-        induce = refusal_score(score(harmless, 2 + 2 * i), opening).mean()
-        reasons = []
-        if layer >= config.n_layers * 4 // 5:
-            reasons.append("in the last fifth")
-        if divergence > kl_limit:
-            reasons.append(f"KL {divergence:.2f} > {kl_limit}")
-        if induce < 0:
-            reasons.append(f"induced score {induce:.2f} < 0")
-        if not np.isfinite([bypass, divergence, induce]).all():
-            reasons.append("a score is not finite")
-        found.append(
-            RefusalCandidate(
-                layer=layer,
-                bypass=float(bypass),
-                induce=float(induce),
-                kl=float(divergence),
-                reasons=tuple(reasons),
+        plain, candidates = logits(harmless, 0), []
+        for ablated, layer in enumerate(layers, start=1):
+            added = ablated + len(layers)
+            bypass = refusal_score(logits(harmful, ablated), opening).mean()
+            divergence = kl(plain, logits(harmless, ablated)).mean()
+            induce = refusal_score(logits(harmless, added), opening).mean()
+            reasons = {
+                "in the last fifth": layer >= config.n_layers * 4 // 5,
+                f"KL {divergence:.2f} > {kl_limit}": divergence > kl_limit,
+                f"induced score {induce:.2f} < 0": induce < 0,
+                "a score is not finite": not np.isfinite([bypass, divergence, induce]).all(),
+            }
+            candidates.append(
+                RefusalCandidate(
+                    layer=layer,
+                    bypass=float(bypass),
+                    induce=float(induce),
+                    kl=float(divergence),
+                    reasons=tuple(reason for reason, holds in reasons.items() if holds),
+                )
             )
-        )
-    return found
+    return tuple(candidates)
 
 
 def choose_refusal(
@@ -208,12 +182,11 @@ def dose_candidates(
     *,
     max_new_tokens: int,
     batch: int,
-    report: Report = lambda done: None,
-) -> list[DoseCandidate]:
+) -> tuple[DoseCandidate, ...]:
     """Refusal and degenerate rates over the (layer, strength) grid; strength 0 is the baseline."""
     config = model.config
     cells = [(0, 0.0)] + [(layer, scale) for layer in layers for scale in scales]
-    stacked = compile_conditions(
+    interventions = compile_conditions(
         [
             [Add(direction=direction.vectors, layers=(layer,), scale=scale)] if scale else []
             for layer, scale in cells
@@ -228,23 +201,24 @@ def dose_candidates(
         for cell in range(len(cells))
         for prompt in prompts
     ]
-    refused, broken = np.zeros(len(cells)), np.zeros(len(cells))
+    refused, degenerate = np.zeros(len(cells)), np.zeros(len(cells))
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos)
-    for replies in engine.run(model, requests, stacked, decoding, batch=batch):
-        for reply in replies:
-            cell = requests[reply.index].condition
-            refused[cell] += is_refusal(reply.text)
-            broken[cell] += is_degenerate(reply.text)
-        report(len(replies))
-    return [
+    with Progress("persona layer and strength", len(requests)) as progress:
+        for replies in engine.run(model, requests, interventions, decoding, batch=batch):
+            for reply in replies:
+                cell = requests[reply.index].condition
+                refused[cell] += is_refusal(reply.text)
+                degenerate[cell] += is_degenerate(reply.text)
+            progress.advance(len(replies))
+    return tuple(
         DoseCandidate(
             layer=layer,
             scale=scale,
-            refusal=refused[i] / len(prompts),
-            degenerate=broken[i] / len(prompts),
+            refusal=float(refused[i] / len(prompts)),
+            degenerate=float(degenerate[i] / len(prompts)),
         )
         for i, (layer, scale) in enumerate(cells)
-    ]
+    )
 
 
 def choose_dose(candidates: Sequence[DoseCandidate], max_degenerate: float) -> DoseCandidate:

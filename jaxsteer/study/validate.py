@@ -98,7 +98,7 @@ def _check_selection(
     if "layer of refusal" in still:
         prepare.openings(spec.name, chosen, model)
     if "layer of the persona" in still or "dose" in still:
-        asked = prepare.ids(model, prompts.selection, system)
+        asked = prepare.ids(model, prompts.persona, system)
         _check_fit(spec, model, "selection", chosen.max_new_tokens, asked)
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,7 +77,7 @@ def test_sampled_positions_depend_on_the_seed_and_on_nothing_else(model):
     for position in ("response_start", "response_avg"):
         one, same, other = (
             difference(
-                model, "loud", trait_contrast(TRAIT, position, seed=seed, max_new_tokens=4)
+                model, "loud", replace(trait_contrast(TRAIT, position), seed=seed, max_new_tokens=4)
             ).sha256
             for seed in (3, 3, 4)
         )
@@ -99,7 +99,7 @@ def test_a_reply_depends_on_its_prompt_and_the_seed_whatever_runs_beside_it(mode
 def test_provenance_says_how_replies_were_sampled_if_any_were(model):
     made = {
         position: difference(
-            model, "loud", trait_contrast(TRAIT, position, seed=3, max_new_tokens=4)
+            model, "loud", replace(trait_contrast(TRAIT, position), seed=3, max_new_tokens=4)
         )
         for position in ("prompt_end", "response_avg")
     }
@@ -124,13 +124,13 @@ def test_the_assistant_axis_gives_each_role_the_same_weight(hf, model):
 
 
 def test_a_side_that_never_says_anything_is_named(model):
-    silent = dataclasses.replace(model, eos=tuple(range(model.config.vocab_size)))
+    silent = replace(model, eos=tuple(range(model.config.vocab_size)))
     with pytest.raises(UserError, match="reply under 'w0 w1' was empty"):
-        difference(silent, "loud", trait_contrast(TRAIT, "response_avg", max_new_tokens=2))
+        difference(silent, "loud", replace(trait_contrast(TRAIT, "response_avg"), max_new_tokens=2))
 
 
 def test_a_users_persona_is_read_in_the_models_replies_as_a_users_messages(hf, model):
-    contrast = user_contrast(TRAIT, system="w9", seed=3, max_new_tokens=4)
+    contrast = replace(user_contrast(TRAIT, system="w9"), seed=3, max_new_tokens=4)
     made = difference(model, "user", contrast)
 
     def mean(side):
@@ -157,7 +157,7 @@ def test_directions_that_a_file_lacks_are_extracted_once_and_kept_in_it(model, t
 def test_a_file_of_another_model_is_not_added_to(model, tmp_path):
     path = tmp_path / "d.safetensors"
     extraction.find_or_extract(model, ["compliant"], path)
-    other = dataclasses.replace(model, weights_sha256="0" * 64)
+    other = replace(model, weights_sha256="0" * 64)
     with pytest.raises(UserError, match="other weights"):
         extraction.find_or_extract(other, ["evil"], path)
 

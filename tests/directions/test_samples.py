@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,7 +36,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("position", ["prompt_end", "response_avg"])
 def test_trait_samples_make_the_direction_that_was_extracted(model, position):
-    contrast = trait_contrast(TRAIT, position, seed=3, max_new_tokens=6)
+    contrast = replace(trait_contrast(TRAIT, position), seed=3, max_new_tokens=6)
     made, expected = gather(model, contrast), difference(model, "loud", contrast)
     np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-5)
     assert len(np.unique(made.units["instruction"])) == 10
@@ -50,7 +52,8 @@ def test_contrast_samples_make_the_direction_that_was_extracted(model):
 
 def test_axis_samples_make_the_axis_that_was_extracted(model):
     default, roles, questions = ["w1", "w2 w3"], ["w4", "w5", "w6 w6"], ["w30", "w31 w32"]
-    contrast = axis_contrast(default, [(r, r) for r in roles], questions, max_new_tokens=5)
+    contrast = axis_contrast(default, [(r, r) for r in roles], questions)
+    contrast = replace(contrast, max_new_tokens=5)
     made, expected = gather(model, contrast), difference(model, "assistant-axis", contrast)
     np.testing.assert_allclose(made.direction(), expected.vectors, atol=1e-4)
 

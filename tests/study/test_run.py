@@ -347,13 +347,13 @@ def stopped(model, tmp_path):
 @pytest.fixture
 def extracted(monkeypatch):
     """Names of the directions that are extracted from here on."""
-    names, extract = [], extraction.extract
+    names, difference = [], extraction.difference
 
     def watched(model, name, *args, **kwargs):
         names.append(name)
-        return extract(model, name, *args, **kwargs)
+        return difference(model, name, *args, **kwargs)
 
-    monkeypatch.setattr(extraction, "extract", watched)
+    monkeypatch.setattr(extraction, "difference", watched)
     return names
 
 
