@@ -165,12 +165,14 @@ def entries(path: Path) -> list[Entry]:
                 found.append(Entry(**known, line=line))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: {error}; export the sample again") from None
+        raise UserError(f"{path}:{line}: {error}; correct that line") from None
     return found
 
 
 def fill(path: Path, item: str, label: str, note: str = "") -> int:
     """Write one label into the file, atomically; returns how many entries have a label.
+
+    The file is written anew in the form of `export`: columns of the person's own are not kept.
 
     Raises:
       UserError: an unknown label or item, or a file that cannot be read or written.
