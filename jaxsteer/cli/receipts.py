@@ -117,10 +117,9 @@ def diff(
     """
     from jaxsteer.receipt import canonical as form
     from jaxsteer.receipt import compare as diffs
-    from jaxsteer.receipt import gates
     from jaxsteer.receipt.text import diff_tables, fired_text
 
-    asked = gates.parse_all(fail_if or [])
+    asked = [diffs.parse_gate(text) for text in fail_if or []]
     comparison = diffs.compare(
         form.load(first), form.load(second), mode_first=mode_a, mode_second=mode_b
     )

@@ -6,6 +6,7 @@ the run recorded, so whoever has the folder can build it again and compare.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import statistics
@@ -124,7 +125,7 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
     )
     return Statement(
         type="https://in-toto.io/Statement/v1",
-        subject=subjects(run.model),
+        subject=_subjects(run.model),
         predicateType=statement.PREDICATE,
         predicate=predicate,
     )
@@ -135,7 +136,7 @@ def tool() -> str:
     return f"jaxsteer {importlib.metadata.version('jaxsteer')}"
 
 
-def subjects(model: Model) -> list[statement.Subject]:
+def _subjects(model: Model) -> list[statement.Subject]:
     """The model's files and identities as in-toto subjects."""
     made = [
         ("weights", model.weights_sha256, "JSON of each parameter's sha256 (dtype, shape, bytes)"),
@@ -197,38 +198,32 @@ def _direction(found: directions.Direction) -> statement.Direction:
 
 def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:
     leaked = _leaked(found)
-    changed = {
-        str(row["condition"]): row
-        for row in found.rows.group_by("condition")
+    changes = {
+        name: statement.Change(touched=n, mean=total / max(n, 1), rows_unchanged=unchanged)
+        for name, n, total, unchanged in found.rows.group_by("condition")
         .agg(
-            touched=pl.col("touched").sum(),
-            change=pl.col("change").sum(),
+            pl.col("touched").sum(),
+            pl.col("change").sum(),
             unchanged=(pl.col("change") == 0).sum(),
         )
-        .iter_rows(named=True)
+        .iter_rows()
     }
-    nothing = {"touched": 0, "change": 0.0, "unchanged": 0}
-    made = []
-    for condition in run.conditions:
-        change = changed.get(condition.name, nothing)
-        made.append(
-            statement.Condition(
-                **msgspec.structs.asdict(condition),
-                change=statement.Change(
-                    touched=change["touched"],
-                    mean=change["change"] / max(change["touched"], 1),
-                    rows_unchanged=change["unchanged"],
-                ),
-                outcomes={
-                    family: outcomes(
-                        *labels.counts(condition.name, family),
-                        leaked.get((condition.name, family)),
-                    )
-                    for family in labels.families(condition.name)
-                },
-            )
+    return [
+        statement.Condition(
+            **msgspec.structs.asdict(condition),
+            change=changes.get(
+                condition.name, statement.Change(touched=0, mean=0.0, rows_unchanged=0)
+            ),
+            outcomes={
+                family: outcomes(
+                    *labels.counts(condition.name, family),
+                    leaked.get((condition.name, family)),
+                )
+                for family in labels.families(condition.name)
+            },
         )
-    return made
+        for condition in run.conditions
+    ]
 
 
 def _rate(k: int, n: int) -> statement.Rate:
@@ -288,9 +283,7 @@ def _judges(found: Results) -> statement.Judges:
         statement.JudgeRecord(
             name=name,
             versions=sorted({str(v) for v in table["judge"].unique()}),
-            sha256=sorted({str(v) for v in table["judge_sha256"].unique()})
-            if "judge_sha256" in table.columns
-            else [],
+            sha256=sorted({str(v) for v in table["judge_sha256"].unique()}),
             n=table.height,
             unscored=table["verdict"].null_count(),
             file_sha256=sha256_file(found.folder / "judges" / f"{name}.parquet"),
@@ -302,16 +295,10 @@ def _judges(found: Results) -> statement.Judges:
         records=records,
         agreement=[
             statement.Agreement(
-                question=pair.question,
-                first=pair.first,
-                second=pair.second,
-                table=[list(row) for row in pair.confusion],
-                kappa=None if math.isnan(pair.kappa) else pair.kappa,
+                **dataclasses.asdict(pair), kappa=None if math.isnan(pair.kappa) else pair.kappa
             )
-            for pair in agreements(found.rows, found.verdicts)
-        ]
-        if found.verdicts
-        else [],
+            for pair in (agreements(found.rows, found.verdicts) if found.verdicts else [])
+        ],
     )
 
 

@@ -1,29 +1,45 @@
-"""Two receipts side by side: which boundary moved, by how much, with which certainty.
+"""Two receipts side by side: which rates moved, by how much, and with what certainty.
 
-A receipt holds counts and no rows, so the rates are compared as independent ones (Newcombe). Where
-both receipts used the same prompts, outcomes on a prompt go together and the interval is wider than
-it need be. Each line's interval is at 95 %; nothing is corrected for the number of lines.
+A receipt holds counts and no rows, so rates are compared as independent ones (Newcombe). Where both
+receipts used the same prompts, their outcomes are correlated and the interval is wider than needed.
+Each line's interval is at 95 %; nothing is corrected for the number of lines.
+
+A gate is a condition on a difference, for a CI job to fail on:
+
+    METRIC drop|rise > THRESHOLD [in CONDITION]
+
+METRIC is refusal, bypass, degenerate or leakage (harmful prompts), or benign-refusal. A drop is
+the first receipt's value minus the second's, a rise the reverse; THRESHOLD is a share between 0
+and 1, or a percentage with %. Without `in`, the gate watches every condition of the first receipt
+that has the metric, and the second receipt must have it there too: a gate that cannot be evaluated
+is an error, never a pass. It fires on the measured difference, not on its interval.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Literal, cast
 
 from jaxsteer import stats
 from jaxsteer.errors import UserError
-from jaxsteer.receipt.gates import METRICS, Gate, Metric
 from jaxsteer.receipt.statement import Condition, Leakage, Predicate, Rate, Statement
 
-FAMILIES: dict[Metric, str] = {
-    "refusal": "strongreject",
-    "bypass": "strongreject",
-    "degenerate": "strongreject",
-    "leakage": "strongreject",
-    "benign-refusal": "benign",
+# Each metric's prompt family, and its field of that family's outcomes.
+METRICS = {
+    "refusal": ("strongreject", "refusal"),
+    "bypass": ("strongreject", "bypass"),
+    "degenerate": ("strongreject", "degenerate"),
+    "leakage": ("strongreject", "leakage"),
+    "benign-refusal": ("benign", "refusal"),
 }
+_GATE = re.compile(
+    r"\s*(?P<metric>[a-z-]+)\s+(?P<way>[a-z]+)\s*>\s*(?P<threshold>[0-9.]+)(?P<percent>%?)"
+    r"(?:\s+in\s+(?P<condition>\S.*?))?\s*"
+)
 Key = tuple[str, str, int | None, float | None]
 
 
@@ -33,7 +49,7 @@ class Line:
 
     Attributes:
       condition: its name in the first receipt; `other` its name in the second.
-      metric: what was measured.
+      metric: what was measured, a key of `METRICS`.
       first, second: values in the two receipts.
       n_first, n_second: rows behind them.
       difference: second minus first, with its 95 % interval.
@@ -41,7 +57,7 @@ class Line:
 
     condition: str
     other: str
-    metric: Metric
+    metric: str
     first: float
     second: float
     n_first: int
@@ -62,7 +78,7 @@ class Comparison:
 
     Attributes:
       lines: every metric that both have, by condition.
-      only_first, only_second: conditions that one receipt has alone.
+      only_first, only_second: conditions that only one receipt has.
       gone: (condition, metric) that the first has and the second lacks.
       changed: what else differs between the studies, in words.
     """
@@ -70,8 +86,32 @@ class Comparison:
     lines: list[Line]
     only_first: list[str]
     only_second: list[str]
-    gone: list[tuple[str, Metric]]
+    gone: list[tuple[str, str]]
     changed: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One gate.
+
+    Attributes:
+      text: as it was given.
+      metric: what is watched, a key of `METRICS`.
+      way: `drop` or `rise`.
+      threshold: share above which it fires.
+      condition: the one condition watched, or "" for all.
+    """
+
+    text: str
+    metric: str
+    way: Literal["drop", "rise"]
+    threshold: float
+    condition: str
+
+    def fires(self, difference: float) -> bool:
+        """Whether a difference, second minus first, is beyond the threshold."""
+        # In floating point, 0.35 - 0.3 is slightly above 0.05.
+        return (-difference if self.way == "drop" else difference) > self.threshold + 1e-9
 
 
 def compare(
@@ -80,7 +120,7 @@ def compare(
     """Compare two receipts condition by condition.
 
     Conditions match by base, seed, strength and mode. Where each side has one mode, or one is
-    picked on each, the modes are what is compared and need not be the same.
+    picked on each, the two modes are compared with each other and may differ.
 
     Args:
       first, second: the receipts.
@@ -97,10 +137,10 @@ def compare(
     if not shared:
         raise UserError("the two receipts have no condition in common; compare the same study")
     lines: list[Line] = []
-    gone: list[tuple[str, Metric]] = []
+    gone: list[tuple[str, str]] = []
     for key in shared:
         for metric in METRICS:
-            a, b = value(found[key], metric), value(other[key], metric)
+            a, b = _value(found[key], metric), _value(other[key], metric)
             if a is not None and b is not None:
                 lines.append(_line(found[key].name, other[key].name, metric, a, b))
             elif a is not None:
@@ -114,8 +154,42 @@ def compare(
     )
 
 
+def parse_gate(text: str) -> Gate:
+    """Read a gate.
+
+    >>> parse_gate("refusal drop > 5% in persona, out late").condition
+    'persona, out late'
+
+    Raises:
+      UserError: not in the grammar, naming what is wrong.
+    """
+    match = _GATE.fullmatch(text)
+    form = 'METRIC drop|rise > THRESHOLD [in CONDITION], as "refusal drop > 0.05"'
+    if not match:
+        raise UserError(f"cannot read the gate {text!r}; write {form}")
+    if match["metric"] not in METRICS:
+        raise UserError(f"gate {text!r}: no metric {match['metric']!r}; use {', '.join(METRICS)}")
+    if match["way"] not in ("drop", "rise"):
+        raise UserError(f"gate {text!r}: {match['way']!r} is neither drop nor rise; write {form}")
+    try:
+        threshold = float(match["threshold"]) / (100 if match["percent"] else 1)
+    except ValueError:
+        raise UserError(
+            f"gate {text!r}: {match['threshold']!r} is not a number; write {form}"
+        ) from None
+    if threshold > 1:
+        raise UserError(f"gate {text!r}: a threshold is a share, at most 1; write 5 % as 0.05")
+    return Gate(
+        text=text,
+        metric=match["metric"],
+        way=cast(Literal["drop", "rise"], match["way"]),
+        threshold=threshold,
+        condition=match["condition"] or "",
+    )
+
+
 def fired(comparison: Comparison, gates: Sequence[Gate]) -> list[tuple[Gate, Line]]:
-    """The gates that fire, with every line that makes them.
+    """The gates that fire, each with every line beyond its threshold.
 
     Raises:
       UserError: a gate watches something that the two receipts do not both have.
@@ -123,6 +197,7 @@ def fired(comparison: Comparison, gates: Sequence[Gate]) -> list[tuple[Gate, Lin
     found = []
     for gate in gates:
         lines = [line for line in comparison.lines if line.metric == gate.metric]
+        watched = dict.fromkeys(line.condition for line in lines)
         missing = [name for name, metric in comparison.gone if metric == gate.metric]
         missing += comparison.only_first
         if gate.condition:
@@ -130,9 +205,6 @@ def fired(comparison: Comparison, gates: Sequence[Gate]) -> list[tuple[Gate, Lin
             missing = [] if lines else [gate.condition]
         if missing or not lines:
             where = f"in {missing[0]!r} " if missing else ""
-            watched = dict.fromkeys(
-                x.condition for x in comparison.lines if x.metric == gate.metric
-            )
             known = f"; it is known in {', '.join(map(repr, watched))}" if watched else ""
             raise UserError(
                 f"gate {gate.text!r} cannot be evaluated: {gate.metric} {where}is not known in "
@@ -140,21 +212,6 @@ def fired(comparison: Comparison, gates: Sequence[Gate]) -> list[tuple[Gate, Lin
             )
         found += [(gate, line) for line in lines if gate.fires(line.difference)]
     return found
-
-
-def value(condition: Condition, metric: Metric) -> Rate | Leakage | None:
-    """A metric of a condition, or None where it was not measured."""
-    outcomes = condition.outcomes.get(FAMILIES[metric])
-    if outcomes is None:
-        return None
-    if metric == "leakage":
-        return outcomes.leakage
-    return {
-        "refusal": outcomes.refusal,
-        "benign-refusal": outcomes.refusal,
-        "bypass": outcomes.bypass,
-        "degenerate": outcomes.degenerate,
-    }[metric]
 
 
 def mean_difference(
@@ -174,15 +231,21 @@ def mean_difference(
     return middle - half, middle + half
 
 
-def _line(name: str, other: str, metric: Metric, a: Rate | Leakage, b: Rate | Leakage) -> Line:
+def _value(condition: Condition, metric: str) -> Rate | Leakage | None:
+    family, field = METRICS[metric]
+    outcomes = condition.outcomes.get(family)
+    return None if outcomes is None else getattr(outcomes, field)
+
+
+def _line(name: str, other: str, metric: str, a: Rate | Leakage, b: Rate | Leakage) -> Line:
     if isinstance(a, Rate) and isinstance(b, Rate):
         one, two = a.k / a.n if a.n else 0.0, b.k / b.n if b.n else 0.0
         low, high = stats.newcombe(b.k, b.n, a.k, a.n)
     else:
         assert isinstance(a, Leakage) and isinstance(b, Leakage)
         one, two = a.mean, b.mean
+        # One row has an sd of 0, which would look like certainty.
         low, high = -1.0, 1.0
-        # One row has no spread to speak of: its sd of 0 would look like certainty.
         if min(a.n, b.n) > 1:
             low, high = mean_difference((a.mean, a.sd, a.n), (b.mean, b.sd, b.n))
     return Line(
@@ -213,41 +276,29 @@ def _key(condition: Condition, across: bool) -> Key:
 
 
 def _changed(first: Predicate, second: Predicate) -> list[str]:
-    pairs = {
-        "the model's weights": (first.model.weights_sha256, second.model.weights_sha256),
-        "the tokenizer": (first.model.tokenizer_sha256, second.model.tokenizer_sha256),
-        "the chat template": (first.model.template_sha256, second.model.template_sha256),
-        "the model's config": (first.model.config_sha256, second.model.config_sha256),
-        "the model's dtype": (first.model.dtype, second.model.dtype),
-        "the study's specification": (first.study.spec_sha256, second.study.spec_sha256),
-        "the safety policy": (first.policy.sha256, second.policy.sha256),
-        "the persona modes": ([m.sha256 for m in first.modes], [m.sha256 for m in second.modes]),
-        "the layers or the dose": (
-            (first.steering.layers, first.steering.dose),
-            (second.steering.layers, second.steering.dose),
-        ),
-        "the directions": (_directions(first), _directions(second)),
-        "the decoding": (first.decoding, second.decoding),
-        "the prompts": (first.prompts, second.prompts),
-        "the judges": (_judges(first), _judges(second)),
-        "the version of jaxsteer": (first.tool, second.tool),
-        "the machine or its software": (first.environment, second.environment),
+    """What differs between two studies, in words; judges' versions by the name of the judge."""
+    one, two = _facts(first), _facts(second)
+    return [name for name in one if name in two and one[name] != two[name]]
+
+
+def _facts(p: Predicate) -> dict[str, object]:
+    # A judge that decided no row is not named, so only judges that decided in both are compared.
+    decided = (name.rpartition("-") for name in p.judges.decided if name)
+    return {
+        "the model's weights": p.model.weights_sha256,
+        "the tokenizer": p.model.tokenizer_sha256,
+        "the chat template": p.model.template_sha256,
+        "the model's config": p.model.config_sha256,
+        "the model's dtype": p.model.dtype,
+        "the study's specification": p.study.spec_sha256,
+        "the safety policy": p.policy.sha256,
+        "the persona modes": [m.sha256 for m in p.modes],
+        "the layers or the dose": (p.steering.layers, p.steering.dose),
+        "the directions": {d.name: (d.sha256, d.source_sha256) for d in p.steering.directions},
+        "the decoding": p.decoding,
+        "the prompts": p.prompts,
+        "the judges": {record.name: record.sha256 for record in p.judges.records},
+        "the version of jaxsteer": p.tool,
+        "the machine or its software": p.environment,
+        **{f"the judge {name}": version for name, _, version in decided},
     }
-    changed = [name for name, (a, b) in pairs.items() if a != b]
-    # A judge that decided no row is not named, so only versions of the same judge are compared.
-    one, two = (dict(_versions(receipt)) for receipt in (first, second))
-    changed += [f"the judge {name}" for name in one if name in two and one[name] != two[name]]
-    return changed
-
-
-def _versions(receipt: Predicate) -> list[tuple[str, str]]:
-    split = [name.rpartition("-") for name in receipt.judges.decided if name]
-    return [(stem, version) for stem, _, version in split]
-
-
-def _directions(receipt: Predicate) -> dict[str, tuple[str, str]]:
-    return {d.name: (d.sha256, d.source_sha256) for d in receipt.steering.directions}
-
-
-def _judges(receipt: Predicate) -> dict[str, list[str]]:
-    return {record.name: record.sha256 for record in receipt.judges.records}

@@ -202,15 +202,17 @@ class Agreement(Part, frozen=True):
     Attributes:
       question: what both answered with yes or no.
       first, second: the judges.
-      table: [[both yes, first alone], [second alone, both no]].
+      both_yes, only_first, only_second, both_no: rows by who said yes.
       kappa: Cohen's; null where it is undefined.
     """
 
     question: Literal["refusal", "harmful", "incoherent"]
     first: str
     second: str
-    table: Annotated[list[Annotated[list[Count], Meta(min_length=2, max_length=2)]],
-                     Meta(min_length=2, max_length=2)]  # fmt: skip
+    both_yes: Count
+    only_first: Count
+    only_second: Count
+    both_no: Count
     kappa: float | None
 
 

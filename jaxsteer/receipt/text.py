@@ -1,16 +1,15 @@
-"""Receipts on a terminal: claims, checks and differences, with every name made harmless."""
+"""Receipts on a terminal: claims, checks and differences, with control characters spelled out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from jaxsteer.evidence.reliability import Measurements
-from jaxsteer.receipt.compare import Comparison, Line
-from jaxsteer.receipt.gates import Gate
+from jaxsteer.receipt.compare import Comparison, Gate, Line
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.receipt.verify import Check, passed, verdict
 from jaxsteer.terminal import plain
@@ -31,97 +30,96 @@ def safe(text: object, style: str = "") -> Text:
     return Text(plain(str(text)).replace("\n", " "), style=style)
 
 
-def _table(title: str, *columns: str) -> Table:
-    heading = safe(title, "table.title")
-    table = Table(title=heading, title_justify="left", caption_justify="left")
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    numbers: Sequence[str] = (),
+) -> Table:
+    """A table whose every cell goes through `safe`; `numbers` names the right-aligned columns."""
+    table = Table(title=safe(title, "table.title"), title_justify="left", caption_justify="left")
     for name in columns:
-        numeric = name.startswith("#")
-        table.add_column(name.lstrip("#"), justify="right" if numeric else "left", no_wrap=numeric)
+        table.add_column(
+            name, justify="right" if name in numbers else "left", no_wrap=name in numbers
+        )
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else safe(cell) for cell in row))
     return table
 
 
 def claims_table(receipt: Statement) -> RenderableType:
-    """What the study claimed and what the rows say."""
+    """The study's claims with their verdicts."""
     p = receipt.predicate
     if not p.claims:
         return safe(f"{p.study.name} makes no claims")
-    table = _table(f"claims of {p.study.name}", "claim", "verdict", "why")
-    for claim in p.claims:
-        table.add_row(
-            safe(claim.name), safe(claim.verdict, STYLES[claim.verdict]), safe(claim.reason)
-        )
-    return table
+    rows = [(c.name, safe(c.verdict, STYLES[c.verdict]), c.reason) for c in p.claims]
+    return _table(f"claims of {p.study.name}", ("claim", "verdict", "why"), rows)
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
     """Each check and how it ended."""
-    table = _table("receipt", "", "what", "detail")
-    for check in checks:
-        table.add_row(
-            safe(check.status, STYLES[check.status]), safe(check.what), safe(check.detail)
-        )
-    return table
+    rows = [(safe(c.status, STYLES[c.status]), c.what, c.detail) for c in checks]
+    return _table("receipt", ("", "what", "detail"), rows)
 
 
 def verdict_line(checks: Sequence[Check]) -> Text:
-    """One sentence over all checks."""
+    """The verdict over all checks."""
     return safe(verdict(checks), "" if passed(checks) else STYLES["mismatch"])
 
 
 def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
-    """The differences, what else changed, and what could not be compared."""
-    changed = ", ".join(comparison.changed) or "nothing"
-    yield safe(f"differs between the two, beside the rows: {changed}")
+    """What else changed, the differences, and what could not be compared."""
+    yield safe(f"other differences between the two: {', '.join(comparison.changed) or 'none'}")
+    numbers = ("first", "second", "change", "95 % (points)")
     table = _table(
         "from the first receipt to the second",
-        "condition", "metric", "#first", "#second", "#change", "#95 % (points)", "",
-    )  # fmt: skip
-    for line in comparison.lines:
-        name = line.condition
-        if line.other != name:
-            name = f"{name} -> {line.other}"
-        table.add_row(
-            safe(name),
-            line.metric,
-            percent(line.first, 1),
-            percent(line.second, 1),
-            points(line.difference, 1),
-            f"{points(line.low, 1)} to {points(line.high, 1)}",
-            Text(_way(line), style="bold") if line.moved else "",
-        )
-    table.caption = "intervals of independent rates (Newcombe); moved: the interval leaves out 0"
+        ("condition", "metric", *numbers, ""),
+        [_difference(line) for line in comparison.lines],
+        numbers,
+    )
+    table.caption = "intervals of independent rates (Newcombe); moved: the interval excludes 0"
     yield table
     for words, names in (
-        ("in the first receipt alone", comparison.only_first),
-        ("in the second receipt alone", comparison.only_second),
+        ("only in the first receipt", comparison.only_first),
+        ("only in the second receipt", comparison.only_second),
         ("no longer measured", [f"{metric} in {name}" for name, metric in comparison.gone]),
     ):
         if names:
             yield safe(f"{words}: {'; '.join(names)}")
 
 
-def _way(line: Line) -> str:
-    return "moved up" if line.difference > 0 else "moved down"
+def _difference(line: Line) -> tuple[str | Text, ...]:
+    way = "moved up" if line.difference > 0 else "moved down"
+    return (
+        line.condition if line.other == line.condition else f"{line.condition} -> {line.other}",
+        line.metric,
+        percent(line.first, 1),
+        percent(line.second, 1),
+        points(line.difference, 1),
+        f"{points(line.low, 1)} to {points(line.high, 1)}",
+        safe(way, "bold") if line.moved else "",
+    )
 
 
 def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
-    """One line for each gate that fires and each condition that makes it."""
+    """One line for each gate that fires and each condition beyond its threshold."""
     for gate, line in fired:
-        sure = "" if line.moved else ", though the interval holds 0"
+        unsure = "" if line.moved else ", although the interval includes 0"
         yield safe(
             f"gate fires: {gate.text}: {line.condition} went from {percent(line.first, 1)} to "
-            f"{percent(line.second, 1)} (n {line.n_first} and {line.n_second}{sure})",
+            f"{percent(line.second, 1)} (n {line.n_first} and {line.n_second}{unsure})",
             "bold red",
         )
 
 
 def geometry_table(found: Measurements) -> Table:
     """Reliability of each direction: the range over layers of the mean agreement of halves."""
-    table = _table("agreement of random halves", "direction", "halves by", "#units", "#over layers")
+    rows = []
     for name, measured in found.directions.items():
         for unit, halves in measured.reliability.items():
-            span = f"{signed(min(halves.mean))} to {signed(max(halves.mean))}"
-            table.add_row(safe(name), safe(unit), str(halves.units), span)
+            over_layers = f"{signed(min(halves.mean))} to {signed(max(halves.mean))}"
+            rows.append((name, unit, str(halves.units), over_layers))
         if measured.not_measured:
-            table.add_row(safe(name), safe(measured.not_measured), "", "")
-    return table
+            rows.append((name, measured.not_measured, "", ""))
+    numbers = ("units", "over layers")
+    return _table("agreement of random halves", ("direction", "halves by", *numbers), rows, numbers)

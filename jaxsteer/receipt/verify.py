@@ -7,7 +7,6 @@ who wrote the file. Whether the replies came from the model, only another run of
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -175,7 +174,6 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
         yield _unchecked("labels by other versions of the rules", detail)
-    yield _summary(found)
 
 
 def _changed(files: dict[str, str], folder: Path) -> Iterator[str]:
@@ -185,18 +183,6 @@ def _changed(files: dict[str, str], folder: Path) -> Iterator[str]:
             yield f"{name} is missing"
         elif sha256_file(file) != sha256:
             yield f"{name} differs"
-
-
-def _summary(found: Results) -> Check:
-    what, path = "summary.json follows from the rows", found.folder / "summary.json"
-    if not path.is_file():
-        return _unchecked(what, "there is no summary.json")
-    try:
-        shown = canonical.rounded(json.loads(canonical.read_bytes(path)))
-    except (ValueError, RecursionError, UserError):
-        return _check(what, ["it cannot be read as JSON"])
-    again = canonical.rounded(results.summarise(found.rows))
-    return _check(what, [where or "all of it" for where in _differences(shown, again)])
 
 
 def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:

@@ -109,7 +109,7 @@ def test_a_receipt_beside_itself_and_a_study_without_claims_say_so(tmp_path):
     found = made.folder(tmp_path / "made", study=made.study(claims=[]))
     assert run("receipt", found)[1].startswith("made makes no claims")
     _, out, _ = run("receipt", "diff", found / build.JSON, found / build.JSON)
-    assert out.startswith("differs between the two, beside the rows: nothing")
+    assert out.startswith("other differences between the two: none")
 
 
 def test_hostile_names_cannot_drive_the_terminal(tmp_path):

@@ -166,7 +166,7 @@ def test_agreement_of_judges_is_there(tmp_path):
     judged(folder, "strongreject-rubric", rubric)
     [pair] = [a for a in receipt_of(folder).judges.agreement if a.question == "harmful"]
     assert {pair.first, pair.second} == {"strongreject-rubric", "llama-guard"}
-    assert sum(map(sum, pair.table)) > 100
+    assert pair.both_yes + pair.only_first + pair.only_second + pair.both_no > 100
     assert pair.kappa == 0
 
 

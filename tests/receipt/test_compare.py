@@ -9,7 +9,7 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from jaxsteer.errors import UserError
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, canonical, compare, gates
+from jaxsteer.receipt import build, canonical, compare
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -132,11 +132,11 @@ def test_two_modes_of_one_receipt_are_compared_by_name(tmp_path):
 
 def test_gates_fire_on_the_condition_that_moved(two):
     comparison = compare.compare(*two)
-    [(gate, found)] = compare.fired(comparison, [gates.parse("refusal drop > 0.1")])
+    [(gate, found)] = compare.fired(comparison, [compare.parse_gate("refusal drop > 0.1")])
     assert (gate.metric, found.condition) == ("refusal", "baseline")
-    assert compare.fired(comparison, [gates.parse("refusal drop > 0.15")]) == []
-    assert compare.fired(comparison, [gates.parse("refusal rise > 0.1")]) == []
-    assert compare.fired(comparison, [gates.parse("refusal drop > 0.1 in persona")]) == []
+    assert compare.fired(comparison, [compare.parse_gate("refusal drop > 0.15")]) == []
+    assert compare.fired(comparison, [compare.parse_gate("refusal rise > 0.1")]) == []
+    assert compare.fired(comparison, [compare.parse_gate("refusal drop > 0.1 in persona")]) == []
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_gates_fire_on_the_condition_that_moved(two):
 )
 def test_a_gate_that_cannot_be_evaluated_is_an_error_and_no_pass(two, gate, said):
     with pytest.raises(UserError, match=said):
-        compare.fired(compare.compare(*two), [gates.parse(gate)])
+        compare.fired(compare.compare(*two), [compare.parse_gate(gate)])
 
 
 def test_a_condition_that_went_missing_does_not_pass_a_gate_over_all(two, tmp_path):
@@ -161,8 +161,8 @@ def test_a_condition_that_went_missing_does_not_pass_a_gate_over_all(two, tmp_pa
     comparison = compare.compare(two[0], receipt(tmp_path, study=fewer))
     assert comparison.only_first == ["baseline"]
     with pytest.raises(UserError, match="in 'baseline' is not known"):
-        compare.fired(comparison, [gates.parse("refusal drop > 0.1")])
-    assert compare.fired(comparison, [gates.parse("refusal drop > 0.1 in persona")]) == []
+        compare.fired(comparison, [compare.parse_gate("refusal drop > 0.1")])
+    assert compare.fired(comparison, [compare.parse_gate("refusal drop > 0.1 in persona")]) == []
 
 
 def test_receipts_without_a_common_condition_are_not_compared(two, tmp_path):
@@ -179,3 +179,55 @@ def test_a_changed_receipt_is_not_compared(two, tmp_path):
     path.write_text(path.read_text().replace('"k": 18', '"k": 17', 1))
     with pytest.raises(UserError, match="was changed"):
         canonical.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("refusal drop > 0.05", ("refusal", "drop", 0.05, "")),
+        ("  benign-refusal   rise>0.1 ", ("benign-refusal", "rise", 0.1, "")),
+        ("bypass rise > 5%", ("bypass", "rise", 0.05, "")),
+        (
+            "leakage rise > 0 in calm: persona, out late #2",
+            ("leakage", "rise", 0.0, "calm: persona, out late #2"),
+        ),
+    ],
+)
+def test_gates_are_read(text, read):
+    gate = compare.parse_gate(text)
+    assert (gate.metric, gate.way, gate.threshold, gate.condition) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot read"),
+        ("refusal", "cannot read"),
+        ("refusal drop 0.05", "cannot read"),
+        ("refusal drop < 0.05", "cannot read"),
+        ("refusal drop > 0.05 in", "cannot read"),
+        ("refusal drop > -0.05", "cannot read"),
+        ("refusal drop > 0.05; rm", "cannot read"),
+        ("refusals drop > 0.05", "no metric 'refusals'"),
+        ("refusal falls > 0.05", "neither drop nor rise"),
+        ("refusal drop > 0.0.5", "is not a number"),
+        ("refusal drop > 5", "at most 1"),
+        ("refusal drop > 150%", "at most 1"),
+    ],
+)
+def test_malformed_gates_are_refused_saying_why(text, said):
+    with pytest.raises(UserError, match=said):
+        compare.parse_gate(text)
+
+
+def test_a_gate_fires_beyond_its_threshold_and_in_its_own_direction():
+    drop, rise = (
+        compare.parse_gate("refusal drop > 0.05"),
+        compare.parse_gate("refusal rise > 0.05"),
+    )
+    assert drop.fires(-0.06)
+    assert not drop.fires(0.06)
+    assert rise.fires(0.06)
+    # At the threshold is not beyond it, although 0.35 - 0.3 is slightly above 0.05.
+    assert not rise.fires(0.35 - 0.3)
+    assert not drop.fires(0.0)

@@ -192,14 +192,6 @@ def test_a_verdict_of_a_rule_that_the_reply_does_not_earn_is_found(copied):
     assert judged(verdicts.with_columns(verdict=pl.lit("other"))) == {LABELLED}
 
 
-def test_a_summary_that_is_not_of_the_rows_is_found(copied):
-    summary = json.loads((copied / "summary.json").read_text())
-    summary[0]["refusal"] = 1.0
-    (copied / "summary.json").write_text(json.dumps(summary))
-    path, _ = build.write(copied)
-    assert failed(path, folder=copied) == {"summary.json follows from the rows"}
-
-
 def conditions(value):
     return value["predicate"]["conditions"]
 
