@@ -16,9 +16,9 @@ with app.setup:
 
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import layer_windows
+    from jaxsteer.evidence.browse import open_results
     from jaxsteer.evidence.charts import theme
     from jaxsteer.evidence.charts import windows as charts
-    from jaxsteer.evidence.opening import open_results
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ with app.setup:
 
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import claims, findings, paired, sensitivity
+    from jaxsteer.evidence.browse import open_results
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import text, theme
-    from jaxsteer.evidence.opening import open_results
 
     theme.use()
     ROOT = Path(__file__).resolve().parent.parent

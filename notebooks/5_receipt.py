@@ -21,7 +21,6 @@ with app.setup:
     from jaxsteer.evidence.charts import controls as tables
     from jaxsteer.evidence.charts import outcomes as charts
     from jaxsteer.evidence.charts import text, theme
-    from jaxsteer.evidence.opening import open_results
     from jaxsteer.judges import human
     from jaxsteer.receipt import canonical, compare, verify
     from jaxsteer.receipt import charts as receipts
@@ -57,7 +56,7 @@ def _():
 def _(results):
     folder = ROOT / results.value
     try:
-        opened, _problem = open_results(folder), ""
+        opened, _problem = browsing.open_results(folder), ""
     except UserError as error:
         opened, _problem = None, str(error)
     if _problem and mo.app_meta().mode == "script":
