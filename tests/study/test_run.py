@@ -11,13 +11,12 @@ import polars as pl
 import pytest
 
 from jaxsteer.data import prompts as data
-from jaxsteer.directions import direction, extraction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine as rows
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import prepare, results, run, spec, store
+from jaxsteer.study import results, run, spec, store
 from tests import tiny
 
 
@@ -305,115 +304,6 @@ def test_a_damaged_shard_is_named_and_costs_only_its_rows(model, study, tmp_path
     victim.unlink()
     run.run_study(study, model, out)
     assert results.load(out).rows.equals(results.load(finished).rows)
-
-
-def test_a_setup_goes_on_where_it_stopped(model, study, tmp_path):
-    out = tmp_path / "results"
-    made = prepare.prepare(study, model, out)
-    written = (out / "directions.safetensors").stat().st_mtime_ns
-    again = prepare.prepare(study, model, out)
-    assert (out / "directions.safetensors").stat().st_mtime_ns == written
-    assert again.record == made.record and again.layers == {"steer": 1, "late": 2}
-
-
-PERSONA = 'persona = { kind = "trait", trait = "compliant" }\n'
-EVIL = 'evil = { kind = "trait", trait = "evil" }\n'
-
-
-def stop_setup(study, model, out, after):
-    """Set a study up and be stopped when that many directions are done."""
-    saved, save = [], direction.save
-
-    def stopping(*args):
-        save(*args)
-        saved.append(args)
-        if len(saved) == after:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direction, "save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            prepare.prepare(study, model, out)
-
-
-@pytest.fixture
-def stopped(model, tmp_path):
-    """A study of two directions whose setup was stopped after the first, and its folder."""
-    study = spec.load(tiny.study_file(tmp_path, (PERSONA, PERSONA + EVIL)))
-    stop_setup(study, model, tmp_path / "results", after=1)
-    return study, tmp_path / "results"
-
-
-@pytest.fixture
-def extracted(monkeypatch):
-    """Names of the directions that are extracted from here on."""
-    names, difference = [], extraction.difference
-
-    def watched(model, name, *args, **kwargs):
-        names.append(name)
-        return difference(model, name, *args, **kwargs)
-
-    monkeypatch.setattr(extraction, "difference", watched)
-    return names
-
-
-def test_a_setup_that_stopped_between_directions_goes_on_with_those_it_has(
-    model, stopped, extracted
-):
-    study, out = stopped
-    run.run_study(study, model, out)
-    assert extracted == ["evil"]
-    assert set(direction.load(out / "directions.safetensors")) >= {"persona", "evil"}
-
-
-def test_a_setup_that_stopped_takes_random_norms_from_the_direction_it_always_does(model, tmp_path):
-    # No persona, and the alphabet against the order of the study.
-    two = 'zeal = { kind = "trait", trait = "arrogant" }\n' + EVIL
-    changes = [(PERSONA, two)] + [('"persona", at', '"zeal", at')] * 3
-    study = spec.load(tiny.study_file(tmp_path, *changes))
-    whole = prepare.prepare(study, model, tmp_path / "whole")
-    stop_setup(study, model, tmp_path / "stopped", after=2)
-    assert prepare.prepare(study, model, tmp_path / "stopped").record == whole.record
-
-
-def test_fresh_replaces_a_setup_that_stopped(model, stopped, extracted):
-    study, out = stopped
-    run.run_study(study, model, out, fresh=True)
-    assert extracted == ["persona", "evil"]
-
-
-def test_a_run_that_lost_its_setup_makes_it_again(model, study, tmp_path):
-    out = tmp_path / "results"
-    run.run_study(study, model, out)
-    made = (out / "setup.json").read_bytes()
-    (out / "setup.json").unlink()
-    run.run_study(study, model, out)
-    assert (out / "setup.json").read_bytes() == made
-
-
-def test_directions_that_no_setup_knows_are_kept_until_fresh_is_given(model, study, tmp_path):
-    out = tmp_path / "results"
-    prepare.prepare(study, model, out)
-    (out / "setup.json").unlink()
-    held = (out / "directions.safetensors").read_bytes()
-    with pytest.raises(
-        UserError, match=r"directions\.safetensors without the setup\.json.*--fresh"
-    ):
-        run.run_study(study, model, out)
-    assert (out / "directions.safetensors").read_bytes() == held
-    run.run_study(study, model, out, fresh=True)
-    assert results.load(out).spec == study
-
-
-def test_another_process_reads_the_setup_and_nothing_before_it_is_whole(model, study, tmp_path):
-    out = tmp_path / "results"
-    assert prepare.read(study, model, out) is None
-    made = prepare.prepare(study, model, out)
-    read = prepare.read(study, model, out)
-    assert read.record == made.record and read.layers == made.layers and read.dose == made.dose
-    assert prepare.hashes(read.directions) == prepare.hashes(made.directions)
-    (out / "directions.safetensors").unlink()
-    assert prepare.read(study, model, out) is None
 
 
 # One process alone, with the number of another: it waits for nobody and has no rows.
