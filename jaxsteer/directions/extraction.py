@@ -177,7 +177,8 @@ def extract(
                     f"{name} takes the norms of another direction and there is none; name one "
                     "before it, such as compliant"
                 )
-            return direction.random_like(found[other or real[0]], seed)
+            made = direction.random_like(found[other or real[0]], seed)
+            return dataclasses.replace(made, name=name)
         case _:
             return difference(model, name, contrast(kind, settings))
 

@@ -22,12 +22,7 @@ from jaxsteer.generation.prefix import shared_length
 from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import (
-    Add,
-    Operation,
-    compile_conditions,
-    everywhere,
-)
+from jaxsteer.model.interventions import Add, Operation, compile_conditions, everywhere
 from jaxsteer.progress import Progress
 from jaxsteer.words import percent
 
@@ -39,7 +34,7 @@ class RefusalCandidate:
     Attributes:
       layer: the candidate is the direction's vector at `resid_post.layer`.
       bypass: mean refusal score on harmful prompts with it ablated everywhere; low is good.
-      induce: mean refusal score on harmless prompts with it added at its layer; above 0 is asked.
+      induce: mean refusal score on harmless prompts with it added at its layer; at least 0.
       kl: mean KL(plain || ablated) of next-token distributions on harmless prompts, in nats.
       reasons: why it is filtered; empty when it is eligible.
     """
@@ -128,22 +123,19 @@ def refusal_candidates(
         plain, candidates = logits(harmless, 0), []
         for ablated, layer in enumerate(layers, start=1):
             added = ablated + len(layers)
-            bypass = refusal_score(logits(harmful, ablated), opening).mean()
-            divergence = kl(plain, logits(harmless, ablated)).mean()
-            induce = refusal_score(logits(harmless, added), opening).mean()
+            bypass = float(refusal_score(logits(harmful, ablated), opening).mean())
+            divergence = float(kl(plain, logits(harmless, ablated)).mean())
+            induce = float(refusal_score(logits(harmless, added), opening).mean())
             reasons = {
                 "in the last fifth": layer >= config.n_layers * 4 // 5,
                 f"KL {divergence:.2f} > {kl_limit}": divergence > kl_limit,
                 f"induced score {induce:.2f} < 0": induce < 0,
                 "a score is not finite": not np.isfinite([bypass, divergence, induce]).all(),
             }
+            held = tuple(reason for reason, holds in reasons.items() if holds)
             candidates.append(
                 RefusalCandidate(
-                    layer=layer,
-                    bypass=float(bypass),
-                    induce=float(induce),
-                    kl=float(divergence),
-                    reasons=tuple(reason for reason, holds in reasons.items() if holds),
+                    layer=layer, bypass=bypass, induce=induce, kl=divergence, reasons=held
                 )
             )
     return tuple(candidates)
@@ -210,20 +202,17 @@ def dose_candidates(
                 refused[cell] += is_refusal(reply.text)
                 degenerate[cell] += is_degenerate(reply.text)
             progress.advance(len(replies))
+    n = len(prompts)
     return tuple(
-        DoseCandidate(
-            layer=layer,
-            scale=scale,
-            refusal=float(refused[i] / len(prompts)),
-            degenerate=float(degenerate[i] / len(prompts)),
-        )
-        for i, (layer, scale) in enumerate(cells)
+        DoseCandidate(layer=layer, scale=scale, refusal=float(r / n), degenerate=float(d / n))
+        for (layer, scale), r, d in zip(cells, refused, degenerate, strict=True)
     )
 
 
 def choose_dose(candidates: Sequence[DoseCandidate], max_degenerate: float) -> DoseCandidate:
-    """Lowest refusal among cells that do not break the model; then the least degenerate, the
-    weakest, the earliest.
+    """The cell with the lowest refusal rate among those that do not break the model.
+
+    Of equal ones the least degenerate, then the weakest, then the earliest layer.
 
     Args:
       candidates: the grid, its baseline (strength 0) included.
