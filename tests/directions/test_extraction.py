@@ -2,13 +2,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from jaxsteer.data import prompts as data
 from jaxsteer.directions import direction, extraction, samples
+from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import (
+    InStudy,
+    Random,
     axis_contrast,
     difference,
     prompt_contrast,
@@ -165,3 +169,24 @@ def test_a_file_of_another_model_is_not_added_to(model, tmp_path):
 def test_what_is_no_direction_and_no_trait_is_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"no trait w; give a .toml file or one of"):
         extraction.find_or_extract(model, ["w"], tmp_path / "d.safetensors")
+
+
+def test_a_random_direction_has_its_name_and_the_norms_of_the_first_that_is_not_random(model, rng):
+    vectors = rng.standard_normal((3, 32)).astype(np.float32)
+    about = {"kind": "trait", "weights_sha256": model.weights_sha256}
+    found = {
+        "random-1": Direction(name="random-1", vectors=2 * vectors, provenance={"kind": "random"}),
+        "real": Direction(name="real", vectors=vectors, provenance=about),
+    }
+    made = extraction.extract(model, "noise", Random(seed=7), found=found)
+    assert made.name == "noise" and made.provenance["norm_of"] == "real"
+    with pytest.raises(UserError, match="noise takes the norms of another direction"):
+        extraction.extract(model, "noise", Random(seed=7))
+
+
+@pytest.mark.parametrize(
+    "entry", [{"kind": "trait"}, {"kind": "minus"}, {"kind": "refusal", "position": "prompt_end"}]
+)
+def test_a_kind_without_its_fields_or_with_another_kinds_is_refused(entry):
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(entry, InStudy)
