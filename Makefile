@@ -45,7 +45,7 @@ notebook-html: .venv/made-notebooks model ## export them to results/html; a brow
 			-o results/html/$$(basename $$notebook .py).html $(if $(RESULTS),-- --results "$(RESULTS)") || exit; \
 	done
 
-# Beside the environment, not in it: found there, it would speak up in every run without a TPU.
+# Outside site-packages: there, libtpu would print warnings in every run without a TPU.
 .venv/made-tpu: .venv/made
 	@rm -rf .venv/tpu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/tpu libtpu \
@@ -75,8 +75,10 @@ sky: .venv-sky/made ## install SkyPilot, which sweep-tpu needs, into .venv-sky (
 sky-check: .venv-sky/made ## have SkyPilot's own parser read the commands of sweep-tpu
 	@HOME=$$(mktemp -d) SKYPILOT_DISABLE_USAGE_COLLECTION=1 .venv-sky/bin/python tests/check_sky.py
 
-tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not there [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
-	TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so $(BIN)/jaxsteer tpu-check $(CHECK)
+# The last three variables answer what libtpu would ask a TPU VM; the slice is named by the check.
+tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not attached [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
+	@TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so TPU_SKIP_MDS_QUERY=1 \
+		TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-8 $(BIN)/python -m tests.bench.tpu $(CHECK)
 
 # Two processes, since most tests use one core; a file stays in one process, since its tests share fixtures.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -14,7 +14,6 @@ from jaxsteer.cli import (  # noqa: F401 (each registers itself)
     judges,
     models,
     receipts,
-    scale,
     studies,
 )
 from jaxsteer.cli.common import app

@@ -29,8 +29,7 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import exact_products, graph
 from jaxsteer.model.interventions import Add, Operation, compile_conditions
-from jaxsteer.published import MODELS
-from tests.bench import figures, ours, workload
+from tests.bench import figures, ours, tpu, workload
 from tests.bench.ceilings import best
 from tests.bench.workload import Workload
 
@@ -54,7 +53,7 @@ class Sizes:
     batches: Sequence[int] = (64, 128, 256, 512, 1024)
     matrix: int = 8192
     read: int = 2**31
-    config: ModelConfig = MODELS["llama-3.1-8b"]
+    config: ModelConfig = dataclasses.field(default_factory=lambda: tpu.config_of("llama-3.1-8b"))
     prompts: int = 313
     conditions: int = 11
     beginning: int = 48

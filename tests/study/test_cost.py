@@ -7,11 +7,11 @@ from jaxsteer.generation import prefill
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.study import cost, prepare, run, spec
-from jaxsteer.topology import MODELS
 from tests import tiny
+from tests.bench.tpu import config_of
 from tests.study import stand_ins
 
-LLAMA_8B = MODELS["llama-3.1-8b"]
+LLAMA_8B = config_of("llama-3.1-8b")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_an_open_choice_without_selection_is_refused(model, tmp_path):
 
 def test_full_size_models_have_their_published_numbers_of_parameters():
     assert cost.n_params(LLAMA_8B) == 8_030_261_248
-    assert cost.n_params(MODELS["qwen2.5-7b"]) == 7_615_616_512
+    assert cost.n_params(config_of("qwen2.5-7b")) == 7_615_616_512
 
 
 @pytest.mark.parametrize("name", ["llama3.1-8b-paper", "qwen2.5-7b-paper"])
