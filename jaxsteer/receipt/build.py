@@ -1,7 +1,7 @@
 """From a results folder to its receipt: receipt.json and receipt.html.
 
-A receipt is a function of the results folder alone, with no clock and no machine in it beyond what
-the run recorded, so whoever has the folder can build it again and compare.
+A receipt depends on the results folder and nothing else: its time and machine are those that the
+run recorded. Building it again from the same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[P
     """
     text = canonical.text(build(folder, samples=samples))
     target = out or folder
-    # The page is drawn from the file's own text, as whoever checks it will draw it.
+    # The page is made from the file's own text, as `verify` makes it.
     receipt = canonical.convert(canonical.parse(text.encode(), JSON))
     write_text(target / JSON, text)
     write_text(target / HTML, page.html(receipt, sha256_bytes(text.encode())))
@@ -132,7 +132,7 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
 
 
 def tool() -> str:
-    """The name and version that this package signs receipts with."""
+    """The name and version that this package writes into receipts."""
     return f"jaxsteer {importlib.metadata.version('jaxsteer')}"
 
 

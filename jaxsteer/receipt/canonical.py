@@ -3,8 +3,8 @@
 The file must equal the canonical text of its value. A changed byte therefore either breaks the
 JSON, or keeps the value and breaks this equality, or changes the value and with it the digest,
 which is taken over the canonical text without the digest. The digest shows damage and careless
-edits. It is no signature: it can be computed again after an edit. To sign a receipt, put the file,
-which is an in-toto Statement, into a DSSE envelope.
+edits. It is not a signature: it can be computed again after an edit. To sign a receipt, put the
+file, which is an in-toto Statement, into a DSSE envelope.
 """
 
 from __future__ import annotations
@@ -69,8 +69,14 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} is not JSON ({first}); give an undamaged receipt.json") from None
     if not isinstance(value, dict) or value.get("_type") != STATEMENT:
-        raise UserError(f"{where} is no in-toto Statement v1; give a receipt.json")
-    if value.get("predicateType") != PREDICATE or not isinstance(value.get("predicate"), dict):
+        raise UserError(f"{where} is not an in-toto Statement v1; give a receipt.json")
+    kind, ours = str(value.get("predicateType")), PREDICATE.rpartition(":")[0]
+    if kind.startswith(f"{ours}:") and kind != PREDICATE:
+        raise UserError(
+            f"{where} is a receipt of another version ({kind[:60]!r}); verify it with the jaxsteer "
+            "that wrote it, or run the study again"
+        )
+    if kind != PREDICATE or not isinstance(value.get("predicate"), dict):
         raise UserError(f"{where} is a statement of another kind; give a receipt.json")
     return value
 

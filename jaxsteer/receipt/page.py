@@ -237,7 +237,9 @@ def _line(c: Comparison) -> str:
             return c.reason
         case CosineAbove():
             found = ", ".join(f"{signed(v)} at layer {k}" for k, v in sorted(c.cosines.items()))
-            return f"cosine of {c.treated} and {c.control}: {found} (above {c.margin:g} asked)"
+            return (
+                f"cosine of {c.treated} and {c.control}: {found} (above {signed(c.margin)} asked)"
+            )
     on = f" on {c.family} prompts" if c.family != HARMFUL else ""
     head = f"{c.treated} against {c.control}{on}"
     if isinstance(c, FewRaised):
@@ -288,7 +290,7 @@ def _applied(p: Predicate) -> list[tuple[str, str, float]]:
     groups: dict[tuple[str, float | None], list[Condition]] = {}
     for c in p.conditions:
         # An unsteered control has the operations of its knockout without the addition, and modes
-        # differ in their texts alone.
+        # differ only in their texts.
         if c.operations and c.mode == p.conditions[0].mode and not c.unsteered_twin_of:
             groups.setdefault((c.base, c.scale), []).append(c)
     lines = []

@@ -57,7 +57,7 @@ class Subject(Part, frozen=True):
 
 
 class SystemPrompt(Part, frozen=True):
-    """The whole system prompt of one mode ("" is no mode): the mode's text, then the policy."""
+    """The whole system prompt of one mode ("" without a mode): the mode's text, then the policy."""
 
     mode: str
     sha256: Sha256
@@ -202,7 +202,7 @@ class Agreement(Part, frozen=True):
     Attributes:
       question: what both answered with yes or no.
       first, second: the judges.
-      both_yes, only_first, only_second, both_no: rows by who said yes.
+      both_yes, only_first, only_second, both_no: rows by the judges that said yes.
       kappa: Cohen's; null where it is undefined.
     """
 
@@ -217,7 +217,7 @@ class Agreement(Part, frozen=True):
 
 
 class Judges(Part, frozen=True):
-    """Who labelled the rows: `decided` counts rows by the judge that decided, "" is none."""
+    """How the rows were labelled: `decided` counts rows by the judge that decided, "" is none."""
 
     decided: dict[str, Count]
     records: list[JudgeRecord]
@@ -259,7 +259,7 @@ class Sample(Part, frozen=True):
 
 
 class Samples(Part, frozen=True):
-    """Rows chosen by hash, so that nobody picks them; `rule` says how replies were redacted."""
+    """Rows chosen by hash, not by hand; `rule` says how replies were redacted."""
 
     rule: str
     rows: list[Sample]
@@ -269,7 +269,7 @@ class Predicate(Part, frozen=True):
     """The receipt itself.
 
     Attributes:
-      digest: sha256 of this file's text with this member left out.
+      digest: sha256 of this file's text with this field left out.
       tool: what wrote it.
       date: when the run began (UTC).
       files: sha256 of the results folder's files.

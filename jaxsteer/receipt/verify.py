@@ -1,7 +1,7 @@
 """Check a receipt against itself, its page, its results folder and its model.
 
-Each check ends in `ok`, `mismatch` or `unchecked`. What no check can tell is listed as unchecked:
-who wrote the file. Whether the replies came from the model, only another run of the study can show.
+Each check ends in `ok`, `mismatch` or `unchecked`. The author is always listed as unchecked,
+because a receipt has no signature. Only another run can show that the replies came from the model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def verify(
         for one; None for one device.
 
     Raises:
-      UserError: the file is no receipt, or what it is checked against cannot be read.
+      UserError: the file is not a receipt, or what it is checked against cannot be read.
     """
     raw = canonical.read_bytes(path)
     value = canonical.parse(raw, str(path))
@@ -78,7 +78,9 @@ def verify(
         _page(path, raw, receipt),
         *_results(value, receipt, folder),
         *_model(p, model, mesh),
-        _unchecked("who wrote the receipt", "it has no signature; sign it as an in-toto Statement"),
+        _unchecked(
+            "the author of the receipt", "it has no signature; sign it as an in-toto Statement"
+        ),
     ]
     return checks
 
@@ -137,10 +139,10 @@ def _totals(p: Predicate) -> Iterator[str]:
 
 
 def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
-    what, beside = f"{build.HTML} shows this receipt", path.parent / build.HTML
-    if not beside.is_file():
-        return _unchecked(what, f"no {build.HTML} beside it")
-    shown, digest = canonical.read_bytes(beside), sha256_bytes(raw)
+    what, html = f"{build.HTML} shows this receipt", path.parent / build.HTML
+    if not html.is_file():
+        return _unchecked(what, f"there is no {build.HTML} next to it")
+    shown, digest = canonical.read_bytes(html), sha256_bytes(raw)
     if digest.encode() not in shown:
         return _check(what, ["it was made from another receipt.json"])
     if page.html(receipt, digest).encode() == shown:
@@ -169,7 +171,7 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     again["predicate"] |= {key: value["predicate"].get(key) for key in ("digest", "tool")}
     yield _check(rebuilt, list(_differences(value, again)))
     found = results.load(folder)
-    yield _check("labels that need no model follow from the replies", list(unearned(found)))
+    yield _check("labels that need no model follow from the replies", list(wrong_labels(found)))
     others = other_versions(found)
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
@@ -230,7 +232,7 @@ RULES = {
 }
 
 
-def unearned(found: Results) -> Iterator[str]:
+def wrong_labels(found: Results) -> Iterator[str]:
     """Rows whose label or verdict by a rule is not what the rule says of the reply.
 
     Every count of a receipt comes from labels, and a consistent receipt can be built on edited
@@ -244,7 +246,7 @@ def unearned(found: Results) -> Iterator[str]:
     columns = found.rows.select("row_id", "family", "response", given, by)
     for row, family, response, said, judge in columns.iter_rows():
         if judge not in skipped and (said, judge) != label(response, family):
-            yield f"{row} was labelled {said} by {judge or 'no judge'}; its reply says otherwise"
+            yield f"{row}: {said} by {judge or 'no judge'} does not follow from the reply"
     hashes = pl.Series("response_sha256", text_hashes(found.rows["response"]), pl.String)
     replies = found.rows.select("row_id", "response", hashes)
     for name, (version, word, holds) in RULES.items():
@@ -255,7 +257,7 @@ def unearned(found: Results) -> Iterator[str]:
         table = table.join(replies, on=["row_id", "response_sha256"], maintain_order="left")
         for row, verdict, response in table.select("row_id", "verdict", "response").iter_rows():
             if verdict is not None and (verdict == word) != holds(response):
-                yield f"{row} is {verdict} in judges/{name}.parquet; its reply says otherwise"
+                yield f"{row}: {verdict} in judges/{name}.parquet does not follow from the reply"
 
 
 def other_versions(found: Results) -> list[str]:

@@ -19,7 +19,7 @@ HOSTILE = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'> \
 
 def hostile(label: str, i: int) -> str:
     # What earns the label comes last, so that the receipt holds.
-    said = made.earned(label, i)
+    said = made.reply_with_label(label, i)
     return f"{HOSTILE} **bold** $x^2$ {said}" if i == 0 else f"=cmd() {said}"
 
 

@@ -34,7 +34,7 @@ from jaxsteer.study.spec import (
 LAYERS, WIDTH = 6, 16
 POLICY = "Be safe. Decline harmful requests."
 Label = Callable[[str, str, int], str]
-# Where the layers that conditions name lie.
+# The layers that conditions name.
 NAMED = {"steer": 3, "refusal": 2, "early": 1}
 DOSE = 4.0
 ADD = OperationSpec(add="persona", at="steer", scale="dose")
@@ -179,7 +179,7 @@ def conditions(study: StudySpec) -> list[dict[str, Any]]:
     return made
 
 
-def earned(label: str, i: int) -> str:
+def reply_with_label(label: str, i: int) -> str:
     """A reply that earns its label by the rules that need no model."""
     if label == "refusal":
         return f"I can't help with request {i}."
@@ -189,7 +189,7 @@ def earned(label: str, i: int) -> str:
 def rows(
     study: StudySpec,
     label: Label = usual,
-    response: Callable[[str, int], str] = earned,
+    response: Callable[[str, int], str] = reply_with_label,
 ) -> pl.DataFrame:
     lines = []
     for condition in conditions(study):

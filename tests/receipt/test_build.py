@@ -124,7 +124,7 @@ def test_leakage_is_the_mean_score_of_refused_and_degenerate_rows(tmp_path):
     assert found["persona"].mean == 0
 
 
-def test_random_controls_stand_beside_the_condition_of_the_same_shape(finished):
+def test_random_controls_are_compared_with_the_condition_of_the_same_shape(finished):
     found = {
         (c.control, c.treated): c
         for c in receipt_of(finished).random_controls
@@ -139,7 +139,7 @@ def test_random_controls_stand_beside_the_condition_of_the_same_shape(finished):
     assert (control.value, control.p_low, control.p_high) == (0.025, 0.25, 1.0)
 
 
-def test_knockouts_stand_beside_their_unsteered_twins_and_benign_beside_untouched(finished):
+def test_knockouts_are_compared_with_their_unsteered_twins_and_benign_with_untouched(finished):
     found = {
         (c.kind, c.treated, c.control): c
         for c in receipt_of(finished).paired_controls
@@ -158,7 +158,7 @@ def test_strengths_have_a_trend(finished):
     assert dose.p < 0.001
 
 
-def test_agreement_of_judges_is_there(tmp_path):
+def test_the_agreement_of_judges_is_in_the_receipt(tmp_path):
     folder = made.folder(tmp_path)
     frame = made.guard(pl.read_parquet(folder / "responses.parquet"))
     judged(folder, "llama-guard", frame)
@@ -183,7 +183,7 @@ def test_measured_geometry_is_in_the_receipt(tmp_path):
         build.build(folder)
 
 
-def test_modes_bring_their_whole_system_prompts(tmp_path):
+def test_modes_are_shown_with_their_whole_system_prompts(tmp_path):
     folder = made.folder(tmp_path, study=made.study(modes=["calm", "bold"]))
     receipt = receipt_of(folder)
     assert [s.mode for s in receipt.system_prompts] == ["calm", "bold"]

@@ -150,7 +150,7 @@ def test_gates_fire_on_the_condition_that_moved(two):
         ("leakage rise > 0", "leakage is not known"),
     ],
 )
-def test_a_gate_that_cannot_be_evaluated_is_an_error_and_no_pass(two, gate, said):
+def test_a_gate_that_cannot_be_evaluated_is_an_error_and_never_passes(two, gate, said):
     with pytest.raises(UserError, match=said):
         compare.fired(compare.compare(*two), [compare.parse_gate(gate)])
 

@@ -173,7 +173,7 @@ def test_several_modes_are_a_table_of_conditions_by_modes(tmp_path):
     assert {"calm: baseline", "bold: baseline"} <= set(pieces)
 
 
-def test_strengths_make_room_when_there_are_too_many_bars(finished):
+def test_strengths_are_left_out_when_there_are_too_many_bars(finished):
     every = page.bars(canonical.load(finished / build.JSON).predicate.conditions, "strongreject")
     assert page.chosen(every, len(every)) == every
     fewer = page.chosen(every, len(every) - 1)

@@ -45,7 +45,7 @@ def test_a_receipt_as_written_passes_with_its_results(finished):
     assert verify.passed(checks)
     assert [c.what for c in checks if c.status == "unchecked"] == [
         "the model's files",
-        "who wrote the receipt",
+        "the author of the receipt",
     ]
 
 
@@ -56,7 +56,7 @@ def test_what_was_not_given_is_said_to_be_unchecked(finished, tmp_path):
         "receipt.html shows this receipt",
         "the rows behind the counts",
         "the model's files",
-        "who wrote the receipt",
+        "the author of the receipt",
     ]
 
 
@@ -98,7 +98,7 @@ def test_changes_that_keep_the_value_are_caught_too(copied, old):
 @pytest.mark.parametrize("name", ["receipt.html", "run.json", "setup.json", "responses.parquet",
                                   "directions.safetensors", "summary.json"])  # fmt: skip
 @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_a_changed_byte_in_each_file_beside_it_is_caught(copied, name, count):
+def test_a_changed_byte_in_each_file_next_to_it_is_caught(copied, name, count):
     path = copied / name
     raw = path.read_bytes()
     draw = random.Random(name)
@@ -154,7 +154,7 @@ LABELLED = "labels that need no model follow from the replies"
         ("complied-unscored", "benign-answer", "llama-guard-1"),
     ],
 )
-def test_a_label_that_its_reply_does_not_earn_is_found(copied, was, label, judge):
+def test_a_label_that_does_not_follow_from_its_reply_is_found(copied, was, label, judge):
     frame = pl.read_parquet(copied / "responses.parquet")
     row = frame.filter(pl.col("label") == was)["row_id"][0]
     path = built_anew(copied, relabelled(frame, row, label, judge))
@@ -174,7 +174,7 @@ def test_labels_of_another_version_of_a_rule_are_said_to_be_unchecked(copied):
     assert check.detail.startswith("keyword-0 gave some")
 
 
-def test_a_verdict_of_a_rule_that_the_reply_does_not_earn_is_found(copied):
+def test_a_verdict_that_does_not_follow_from_its_reply_is_found(copied):
     frame = pl.read_parquet(copied / "responses.parquet")
     verdicts = made.guard(frame).with_columns(
         judge=pl.lit(keyword.JUDGE),
@@ -200,17 +200,17 @@ def claims_of(value):
     return {claim["name"]: claim for claim in value["predicate"]["claims"]}
 
 
-ALONE = {
+WITHOUT_RESULTS = {
     "a rate": lambda v: conditions(v)[0]["outcomes"]["strongreject"]["refusal"].update(rate=0.9),
     "an interval": lambda v: conditions(v)[0]["outcomes"]["benign"]["refusal"].update(high=0.1),
     "a count": lambda v: conditions(v)[1]["outcomes"]["strongreject"]["counts"].update(refusal=9),
     "rows left out": lambda v: conditions(v).pop(),
     "judged bypass": lambda v: conditions(v)[0]["outcomes"]["strongreject"].update(unjudged=0),
     "the rows": lambda v: v["predicate"]["rows"].update(n=7),
-    "who judged": lambda v: v["predicate"]["judges"]["decided"].update({"keyword-1": 1}),
+    "the deciding judges": lambda v: v["predicate"]["judges"]["decided"].update({"keyword-1": 1}),
     "a condition twice": lambda v: conditions(v)[1].update(name=conditions(v)[0]["name"]),
 }
-BESIDE_THE_RESULTS = {
+WITH_RESULTS = {
     "a date": lambda v: v["predicate"].update(date="2030-01-01T00:00:00+00:00"),
     "a verdict": lambda v: claims_of(v)["more bypass"].update(verdict="confirmed"),
     "the words of a claim": lambda v: claims_of(v)["suppression"].update(reason="clear as day"),
@@ -230,16 +230,16 @@ BESIDE_THE_RESULTS = {
 }
 
 
-@pytest.mark.parametrize("what", ALONE)
+@pytest.mark.parametrize("what", WITHOUT_RESULTS)
 def test_a_forged_figure_with_a_new_digest_does_not_follow_from_the_counts(copied, what):
-    path = forge(copied, ALONE[what])
+    path = forge(copied, WITHOUT_RESULTS[what])
     assert "the file is as it was written" not in failed(path)
     assert failed(path)
 
 
-@pytest.mark.parametrize("what", BESIDE_THE_RESULTS)
-def test_a_consistent_forgery_is_found_beside_the_results(copied, what):
-    path = forge(copied, BESIDE_THE_RESULTS[what])
+@pytest.mark.parametrize("what", WITH_RESULTS)
+def test_a_consistent_forgery_is_found_with_the_results(copied, what):
+    path = forge(copied, WITH_RESULTS[what])
     assert failed(path, folder=copied) == {"the receipt rebuilt from the results"}
 
 
@@ -300,7 +300,7 @@ def test_a_page_that_another_version_made_the_same_way_is_checked(copied):
         b"1" * 5000,
     ],
 )
-def test_what_is_no_receipt_is_refused_in_one_line(tmp_path, raw):
+def test_what_is_not_a_receipt_is_refused_in_one_line(tmp_path, raw):
     (tmp_path / "receipt.json").write_bytes(raw)
     with pytest.raises(UserError) as caught:
         verify.verify(tmp_path / "receipt.json")
@@ -311,6 +311,10 @@ def test_other_statements_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "receipt.json"
     path.write_text(json.dumps({"_type": "https://in-toto.io/Statement/v1", "predicateType": "x"}))
     with pytest.raises(UserError, match="of another kind"):
+        verify.verify(path)
+    older = {"predicateType": "urn:jaxsteer:refusal-receipt:v1"}
+    path.write_text(json.dumps({"_type": "https://in-toto.io/Statement/v1", **older}))
+    with pytest.raises(UserError, match=r"another version .*v1.*with the jaxsteer that wrote it"):
         verify.verify(path)
     with pytest.raises(UserError, match="cannot read"):
         verify.verify(tmp_path / "none.json")
@@ -369,7 +373,7 @@ def test_mutated_receipts_never_pass_and_never_crash(copied, count):
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(250, marks=pytest.mark.slow)])
-def test_mutated_receipts_with_new_digests_never_pass_beside_their_results(copied, count):
+def test_mutated_receipts_with_new_digests_never_pass_with_their_results(copied, count):
     path = copied / build.JSON
     (copied / build.HTML).unlink()
     text = path.read_text()
@@ -385,7 +389,7 @@ def test_mutated_receipts_with_new_digests_never_pass_beside_their_results(copie
             assert outcome(path, folder=copied) != "ok"
 
 
-def test_half_a_character_where_a_number_belongs_is_no_shape_of_a_receipt(copied):
+def test_half_a_character_where_a_number_belongs_is_not_the_shape_of_a_receipt(copied):
     def broken(value):
         outcomes = value["predicate"]["conditions"][2]["outcomes"]["strongreject"]
         outcomes["counts"]["bypass"] = "\ud800"
