@@ -1,8 +1,8 @@
-"""How directions lie to each other: the tables behind the geometry notebook.
+"""Cosines of a study's directions over depth, as the tables of the geometry notebook.
 
-Everything is a function of the directions of a results folder and, where it was measured, of its
-geometry.json. A layer at which a direction is zero has no cosine and is left out of every mean; it
-does not count as 0.
+Everything is computed from the directions of a results folder and, where they were measured, from
+its geometry.json. A layer at which a direction is zero has no cosine: it is left out of every mean
+and does not count as 0.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from jaxtyping import Float
 
 from jaxsteer.data import prompts
 from jaxsteer.directions import direction as directions
+from jaxsteer.directions import geometry
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability as measuring
 from jaxsteer.evidence.reliability import Measured, Measurements
+from jaxsteer.words import signed
 
 CORE = ("persona", "refusal", "axis")
 # cos(persona, refusal) at "layer 20" in arXiv 2606.26161: model, number of blocks, value.
@@ -64,12 +66,10 @@ def load(folder: Path) -> Geometry:
         )
     found = directions.load(path)
     meant = [k for k, d in found.items() if d.provenance.get("kind") != "random"]
-    named = {k: found[k] for k in sorted(meant, key=lambda k: (k not in CORE, _rank(k)))}
+    # The sort is stable, so names outside CORE keep the file's order.
+    named = {k: found[k] for k in sorted(meant, key=lambda k: CORE.index(k) if k in CORE else 9)}
     if not named:
         raise UserError(f"{path} holds random directions only: there is nothing to compare")
-    shapes = {d.vectors.shape for d in found.values()}
-    if len(shapes) > 1:
-        raise UserError(f"{path} mixes directions of several shapes; extract them from one model")
     measured = measuring.load(folder)
     again = f"run `jaxsteer geometry {folder} --model DIR`"
     notes = []
@@ -88,14 +88,9 @@ def load(folder: Path) -> Geometry:
         named=named,
         random={k: d for k, d in found.items() if k not in named},
         measured=measured,
-        n_layers=next(iter(shapes))[0],
+        n_layers=len(next(iter(named.values())).vectors),
         notes=tuple(notes),
     )
-
-
-def _rank(name: str) -> int:
-    # The sort is stable, so names outside CORE keep the file's order.
-    return CORE.index(name) if name in CORE else len(CORE)
 
 
 def whole(found: Geometry) -> Window:
@@ -127,33 +122,20 @@ def pairs(found: Geometry) -> pl.DataFrame:
     Columns: first, second, pair, layer, cosine (null where a vector is zero), and of the
     permutation null low, high, p and relabellings (null where it was not measured).
     """
-    names = list(found.named)
-    units = {k: _unit(d) for k, d in found.named.items()}
     nulls = {
         frozenset((pair.first, pair.second)): pair.null
         for pair in (found.measured.pairs if found.measured else [])
     }
-    layers = np.arange(found.n_layers)
-    frames: list[dict[str, Sequence[object]]] = []
-    for one, other in itertools.combinations(names, 2):
+    lines: list[tuple[object, ...]] = []
+    for one, other in itertools.combinations(found.named, 2):
         null = nulls.get(frozenset((one, other)))
-        nothing = [None] * found.n_layers
-        cosine = np.einsum("ld,ld->l", units[one], units[other])
-        frames.append(
-            {
-                "first": [one] * found.n_layers,
-                "second": [other] * found.n_layers,
-                "pair": [f"{one} · {other}"] * found.n_layers,
-                "layer": layers.tolist(),
-                "cosine": [None if np.isnan(c) else float(c) for c in cosine],
-                "low": null.low if null else nothing,
-                "high": null.high if null else nothing,
-                "p": null.p if null else nothing,
-                "relabellings": [null.relabellings if null else None] * found.n_layers,
-            }
-        )
-    columns = {k: [v for frame in frames for v in frame[k]] for k in _PAIRS}
-    return pl.DataFrame(columns, schema=_PAIRS)
+        cosine = _cosines(found.named[one], found.named[other])
+        for layer, value in enumerate(cosine.tolist()):
+            at = (null.low[layer], null.high[layer], null.p[layer]) if null else (None,) * 3
+            many = null.relabellings if null else None
+            known = None if np.isnan(value) else value
+            lines.append((one, other, f"{one} · {other}", layer, known, *at, many))
+    return pl.DataFrame(lines, schema=_PAIRS, orient="row")
 
 
 _PAIRS = {
@@ -163,10 +145,10 @@ _PAIRS = {
 }  # fmt: skip
 
 
-def _unit(direction: Direction) -> Float[np.ndarray, "layer d_model"]:
-    wide = direction.vectors.astype(np.float64)
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.divide(wide, norms, out=np.full_like(wide, np.nan), where=norms > 0)
+def _cosines(one: Direction, other: Direction) -> Float[np.ndarray, " layer"]:
+    """Cosine per layer, NaN where either vector is zero."""
+    nonzero = one.vectors.any(axis=1) & other.vectors.any(axis=1)
+    return np.where(nonzero, geometry.cosines(one.vectors, other.vectors), np.nan)
 
 
 def ranked(table: pl.DataFrame, window: Window) -> list[str]:
@@ -184,8 +166,7 @@ def random_cosines(found: Geometry, name: str) -> pl.DataFrame:
     schema = {"layer": pl.Int64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64}
     if not found.random:
         return pl.DataFrame(schema=schema)
-    unit = _unit(found.named[name])
-    cosines = np.stack([np.einsum("ld,ld->l", unit, _unit(d)) for d in found.random.values()])
+    cosines = np.stack([_cosines(found.named[name], d) for d in found.random.values()])
     kept = ~np.isnan(cosines).any(axis=0)
     return pl.DataFrame(
         {
@@ -199,7 +180,7 @@ def random_cosines(found: Geometry, name: str) -> pl.DataFrame:
 
 
 def paper(n_layers: int) -> pl.DataFrame:
-    """Where the paper's two cosines would sit in a model of another depth: at the same share of it.
+    """The paper's two cosines, placed at the same share of depth in a model of another depth.
 
     Columns: model, cosine, layer (a fraction of a layer is possible), says.
 
@@ -211,7 +192,7 @@ def paper(n_layers: int) -> pl.DataFrame:
             "model": model,
             "cosine": value,
             "layer": PAPER_LAYER / (blocks - 1) * (n_layers - 1),
-            "says": f"{model} at its layer {PAPER_LAYER}: {value:+.3f}".replace("-0", "−0"),
+            "says": f"{model} at its layer {PAPER_LAYER}: {signed(value, 3)}",
         }
         for model, blocks, value in PAPER
     ]
@@ -226,7 +207,7 @@ def means(table: pl.DataFrame, window: Window) -> pl.DataFrame:
     together, so it is a cautious range for the mean.
     """
     inside = table.filter(pl.col("layer").is_between(*window) & pl.col("cosine").is_not_null())
-    found = inside.group_by("first", "second", "pair", maintain_order=True).agg(
+    return inside.group_by("first", "second", "pair", maintain_order=True).agg(
         pl.col("cosine").mean(),
         least=pl.col("cosine").min(),
         most=pl.col("cosine").max(),
@@ -234,7 +215,6 @@ def means(table: pl.DataFrame, window: Window) -> pl.DataFrame:
         high=pl.col("high").mean(),
         layers=pl.len(),
     )
-    return found
 
 
 def gram(averaged: pl.DataFrame, names: Sequence[str]) -> Float[np.ndarray, "name name"]:
@@ -247,7 +227,7 @@ def gram(averaged: pl.DataFrame, names: Sequence[str]) -> Float[np.ndarray, "nam
 
 
 def strongest(averaged: pl.DataFrame, names: Sequence[str], most: int = 60) -> list[str]:
-    """The names that a readable square has room for: those with the largest cosine to any other."""
+    """The names with the largest cosine to any other, at most as many as a matrix can show."""
     ends = [averaged.select(pl.col(end).alias("name"), "cosine") for end in ("first", "second")]
     reach = pl.concat(ends).group_by("name").agg(pl.col("cosine").abs().max())
     first = set(reach.sort("cosine", "name", descending=[True, False]).head(most)["name"])
@@ -255,10 +235,10 @@ def strongest(averaged: pl.DataFrame, names: Sequence[str], most: int = 60) -> l
 
 
 def hierarchical(matrix: Float[np.ndarray, "name name"]) -> list[int]:
-    """An order in which similar directions are neighbours and opposite ones lie far apart.
+    """An order in which similar directions are neighbours and opposite ones are far apart.
 
-    Average linkage on 1 - cosine, leaves ordered to make neighbours as alike as the tree allows
-    (Bar-Joseph et al. 2001).
+    Average linkage on 1 - cosine, with the leaves ordered to make neighbours as similar as the tree
+    allows (Bar-Joseph et al. 2001).
     """
     if len(matrix) < 3:
         return list(range(len(matrix)))
@@ -301,9 +281,9 @@ def opposites(found: Geometry) -> set[frozenset[str]]:
 
 
 def extremes(averaged: pl.DataFrame, named: set[frozenset[str]], most: int = 24) -> pl.DataFrame:
-    """The pairs from most opposed to most aligned, with a mark on the traits' named opposites.
+    """The pairs from most opposed to most aligned, with `opposite`: whether `named` has the pair.
 
-    Beyond `most`, named opposites stay and the middle goes.
+    Of more than `most` pairs, the outermost and the named ones are kept.
     """
     marks = [frozenset(pair) in named for pair in averaged.select("first", "second").iter_rows()]
     table = averaged.with_columns(opposite=pl.Series(marks, dtype=pl.Boolean)).sort("cosine")
@@ -328,48 +308,36 @@ class Components:
 
 
 def components(matrix: Float[np.ndarray, "name name"], names: Sequence[str]) -> Components:
-    """PCA of the unit directions from their cosines alone, centred.
+    """PCA of at least two unit directions from their cosines alone, centred.
 
-    The mean cosine over layers is the inner product of the unit vectors of all those layers laid
-    end to end, so this is the PCA of those long vectors. Without centring the first component is
-    mostly the mean.
+    The mean cosine over layers is, up to a factor, the inner product of the unit vectors of all
+    layers concatenated, so this is the PCA of those long vectors. Without centring the first
+    component is mostly the mean.
     """
     n = len(names)
     centring = np.eye(n) - 1 / n
     values, vectors = np.linalg.eigh(centring @ matrix @ centring)
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
-    # A component has no sign of its own: the name that lies furthest out is put to the right.
+    # A component has no sign of its own: the name furthest from 0 is put on the positive side.
     signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(n)])
-    at = vectors * np.where(signs == 0, 1, signs) * np.sqrt(values)
-    second = at[:, 1] if n > 1 else np.zeros(n)
-    total = values.sum()
+    at = vectors * signs * np.sqrt(values)
     return Components(
-        table=pl.DataFrame({"name": list(names), "x": at[:, 0], "y": second}),
-        shares=values / total if total > 0 else values,
+        table=pl.DataFrame({"name": list(names), "x": at[:, 0], "y": at[:, 1]}),
+        shares=values / max(values.sum(), 1e-30),
     )
 
 
 def reliability(found: Geometry, window: Window) -> pl.DataFrame:
     """Split-half reliabilities: direction, unit, units, layer, mean, low, high."""
     lines = [
-        {
-            "direction": name,
-            "unit": unit,
-            "units": halves.units,
-            "layer": layer,
-            "mean": halves.mean[layer],
-            "low": halves.low[layer],
-            "high": halves.high[layer],
-        }
+        (name, unit, halves.units, layer, halves.mean[layer], halves.low[layer], halves.high[layer])
         for name, measured in _measured(found).items()
         for unit, halves in measured.reliability.items()
         for layer in range(window[0], window[1] + 1)
     ]
     schema = {"direction": pl.String, "unit": pl.String, "units": pl.Int64, "layer": pl.Int64}
-    return pl.DataFrame(lines, schema={**schema, **dict.fromkeys(_ENDS, pl.Float64)})
-
-
-_ENDS = ("mean", "low", "high")
+    floats = dict.fromkeys(("mean", "low", "high"), pl.Float64)
+    return pl.DataFrame(lines, schema={**schema, **floats}, orient="row")
 
 
 def unreliable(found: Geometry) -> dict[str, str]:
