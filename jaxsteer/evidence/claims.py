@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import polars as pl
@@ -25,11 +25,10 @@ from jaxsteer.evidence import paired
 from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.judges.verdicts import text_hashes
-from jaxsteer.study.conditions import Repeat, repeats
 from jaxsteer.study.layer_expr import resolve_layers
 from jaxsteer.study.record import Condition, Count, Part
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import ClaimSpec, ConditionSpec, TestSpec
+from jaxsteer.study.spec import ClaimSpec, TestSpec
 from jaxsteer.words import p_equals, percent
 
 ALPHA = 0.05
@@ -309,20 +308,18 @@ def _decide(claim: ClaimSpec, comparisons: Sequence[Comparison]) -> Claim:
     )
 
 
-R = TypeVar("R", bound=Condition | Repeat)
-
-
-def paired_repeats(treated: Sequence[R], control: Sequence[R]) -> list[tuple[R, R]]:
+def paired_repeats(
+    treated: Sequence[Condition], control: Sequence[Condition]
+) -> list[tuple[Condition, Condition]]:
     """Which repeats are compared: within a mode, the same seed and the same strength.
 
     Where the two sides do not share their seeds (or strengths), each treated repeat is compared
     with every control repeat.
     """
-
-    def shared(key: str) -> bool:
-        return {getattr(c, key) for c in treated} == {getattr(c, key) for c in control}
-
-    keys = ["mode"] + [key for key in ("seed", "scale") if shared(key)]
+    keys = ["mode"]
+    for key in ("seed", "scale"):
+        if {getattr(c, key) for c in treated} == {getattr(c, key) for c in control}:
+            keys.append(key)
     return [
         (t, c)
         for t in treated
@@ -350,37 +347,13 @@ class _Counter:
         """A draft for each pair of repeats that a test compares."""
         if test.expect == "cosine-above":
             return [self._cosine(test)]
-        treated, control = self._run(test.treated), self._run(test.control)
-        for name, there in ((test.treated, treated), (test.control, control)):
-            reason = ""
-            if not there:
+        sides = []
+        for name in (test.treated, test.control):
+            sides.append([c for c in self.found.run.conditions if c.base == name])
+            if not sides[-1]:
                 reason = f"no condition {name!r} was run"
-            elif _keys(there) != _keys(self._planned(name)):
-                reason = f"the repeats of {name!r} that were run are not those the study plans"
-            if reason:
-                # One for each pair that the study plans, so that Holm counts as many tests.
-                planned = paired_repeats(self._planned(test.treated), self._planned(test.control))
-                return [
-                    Draft(test=test, treated=t.name, control=c.name, reason=reason)
-                    for t, c in planned
-                ]
-        made = [self._pair(test, t, c) for t, c in paired_repeats(treated, control)]
-        reason = "the two share no mode"
-        return made or [Draft(test=test, treated=test.treated, control=test.control, reason=reason)]
-
-    def _run(self, base: str) -> list[Condition]:
-        return [c for c in self.found.run.conditions if c.base == base]
-
-    def _planned(self, base: str) -> Sequence[Condition | Repeat]:
-        """The repeats that the spec asks for.
-
-        Unsteered twins are not in the spec: of a twin, those that were run, or one a mode.
-        """
-        spec = self.found.spec
-        item = next((item for item in spec.condition if item.name == base), None)
-        if item is None and self._run(base):
-            return self._run(base)
-        return repeats(item or ConditionSpec(name=base), spec.modes or [""])
+                return [Draft(test=test, treated=test.treated, control=test.control, reason=reason)]
+        return [self._pair(test, t, c) for t, c in paired_repeats(*sides)]
 
     def _pair(self, test: TestSpec, treated: Condition, control: Condition) -> Draft:
         draft = Draft(test=test, treated=treated.name, control=control.name)
@@ -439,12 +412,6 @@ class _Counter:
         if found[name].sha256 != self.found.run.directions.get(name):
             raise UserError(f"direction {name!r} is not the one that was run")
         return found[name]
-
-
-def _keys(
-    repeats: Sequence[Condition | Repeat],
-) -> set[tuple[str, float | None, int | None]]:
-    return {(c.mode, c.scale, c.seed) for c in repeats}
 
 
 def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]:

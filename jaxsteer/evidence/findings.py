@@ -1,22 +1,24 @@
 """Each claim of a study next to the controls that could break it.
 
-A control asks whether something other than what the claim says would have done the same. Which
-conditions are controls of which follows from what they do to the stream, not from their names:
+A control asks whether something other than what the claim says would have had the same effect.
+`pairing` finds the controls of a condition:
 
-random     the same operations with a random direction in the place of the claim's, one per seed
-unsteered  a knockout on a model that was not steered: projecting alone, against the plain model
-matched    a random vector taken away, as long as the persona vector that was put in
-neutral    a persona whose negative side never speaks of refusing
-benign     harmless prompts: do refusals or broken replies appear there?
-swapped    the two additions in the other order of depth
+random     the condition against its random controls, one per seed
+unsteered  the projection of a knockout alone, against the untouched model
+matched    a random vector subtracted, as long as the persona vector that was added
+neutral    a persona whose negative side does not mention refusing, against the untouched model
+benign     refusals and broken replies on harmless prompts, against the untouched model
+swapped    the same two additions in the other order of depth
 
 These comparisons are made to look for weak points. Their p-values are not corrected and confirm
-nothing; what was planned stands in the claims.
+nothing; what was planned is in the claims.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -46,8 +48,8 @@ KINDS: dict[Kind, str] = {
 QUESTIONS: dict[Kind, str] = {
     "random": "Would any direction of this length do the same?",
     "unsteered": "Does the projection raise refusal by itself, with no persona to remove?",
-    "matched": "Does taking away as much of something random bring refusal back too?",
-    "neutral": "Does a persona that never speaks of refusing lower refusal as well?",
+    "matched": "Does subtracting a random vector of the same length bring refusal back too?",
+    "neutral": "Does a persona that does not mention refusing lower refusal as well?",
     "benign": "Does the model also fail on prompts that deserve an answer?",
     "swapped": "Does refusal return when it is added after the persona, and not before?",
 }
@@ -157,14 +159,12 @@ def headline(made: Sequence[Finding]) -> str:
     """
     if not made:
         return "This study ran no control that could break a claim"
-    n = {status: sum(f.status == status for f in made) for status in ("stands", "breaks")}
-    rest = len(made) - sum(n.values())
-    words = f"{n['breaks']} of {len(made)} controls break their claim"
-    if n["breaks"] == 1:
-        words = f"1 of {len(made)} controls breaks its claim"
-    if not n["breaks"]:
-        words = f"None of {len(made)} controls breaks its claim"
-    return f"{words}; against {n['stands']} the claim stands, {rest} cannot tell"
+    n = Counter(f.status for f in made)
+    breaks = "break their claim" if n["breaks"] > 1 else "breaks its claim"
+    return (
+        f"{n['breaks'] or 'None'} of {len(made)} controls {breaks}; against {n['stands']} the "
+        f"claim stands, {n['undecided']} cannot tell"
+    )
 
 
 def _random(
@@ -219,50 +219,44 @@ _SPEAKS_TO: dict[Kind, tuple[str, ...]] = {
 
 
 def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
-    for test in claim.tests:
-        if test.expect == "cosine-above" or test.family == "benign":
+    tests = [t for t in claim.tests if t.expect != "cosine-above" and t.family != "benign"]
+    for test, c in itertools.product(tests, run.conditions):
+        if c.base != test.treated or c.seed is not None or c.unsteered_twin_of:
             continue
-        for c in run.conditions:
-            untouched = pairing.plain(run, c.mode)
-            if c.base != test.treated or c.seed is not None or c.unsteered_twin_of:
-                continue
-            if untouched is None:
-                continue
-            counted: dict[Kind, list[tuple[str, str]]] = {
-                "benign": [("benign", "refusal"), ("benign", "degenerate")]
-            }
-            for kind, first, second, expects in _controls(run, c, untouched):
-                if test.expect not in _SPEAKS_TO[kind]:
-                    continue
-                for family, outcome in counted.get(kind, [(test.family, test.outcome)]):
-                    yield Contrast(
-                        claim=claim.name,
-                        kind=kind,
-                        treated=c.name,
-                        first=first.name,
-                        second=second.name,
-                        family=family,
-                        outcome=outcome,
-                        expects=expects,
-                    )
+        for kind, first, second, expects in _controls(run, c):
+            counted: list[tuple[str, str]] = [(test.family, test.outcome)]
+            if kind == "benign":
+                counted = [("benign", "refusal"), ("benign", "degenerate")]
+            for family, outcome in counted if test.expect in _SPEAKS_TO[kind] else []:
+                yield Contrast(
+                    claim=claim.name,
+                    kind=kind,
+                    treated=c.name,
+                    first=first.name,
+                    second=second.name,
+                    family=family,
+                    outcome=outcome,
+                    expects=expects,
+                )
 
 
-def _controls(
-    run: RunRecord, c: Condition, untouched: Condition
-) -> Iterator[tuple[Kind, Condition, Condition, Expect]]:
+def _controls(run: RunRecord, c: Condition) -> Iterator[tuple[Kind, Condition, Condition, Expect]]:
     """(kind, first, second, what the claim expects of first) for one condition of a claim."""
+    plain = pairing.plain(run, c.mode)
+    if plain is None:
+        return
     twin = unsteered_twin(run.conditions, c)
     if twin is not None:
-        yield "unsteered", twin, untouched, "no rise"
+        yield "unsteered", twin, plain, "no rise"
     for control in run.conditions:
         if not control.unsteered_twin_of and pairing.neutral_control_of(run, control) is c:
-            yield "neutral", control, untouched, "lower"
+            yield "neutral", control, plain, "lower"
     for control in pairing.swapped_controls(run, c):
         yield "swapped", control, c, "higher"
     for control, added_alone in pairing.matched_controls(run, c):
         yield "matched", control, added_alone, "no rise"
     if c.benign and c.operations:
-        yield "benign", c, untouched, "no rise"
+        yield "benign", c, plain, "no rise"
 
 
 def _measured(labels: Labels, contrast: Contrast, margin: float) -> Finding | None:

@@ -44,27 +44,20 @@ def seeds(found: Results) -> list[int]:
 
 
 def kept(found: Results, rules: Rules) -> Results:
-    """The results that the rules on seeds and prompts leave, with a spec that asks for no more."""
+    """The results that the rules on seeds and prompts leave; their record asks for no more."""
     rows, run = found.rows, found.run
     if rules.seeds is not None:
         chosen = rules.seeds
         rows = rows.filter(pl.col("seed").is_null() | pl.col("seed").is_in(list(chosen)))
-        planned = [
-            msgspec.structs.replace(c, random_seeds=[s for s in c.random_seeds if s in chosen])
-            for c in run.study.condition
-        ]
-        run = msgspec.structs.replace(
-            run,
-            conditions=[c for c in run.conditions if c.seed is None or c.seed in chosen],
-            study=msgspec.structs.replace(run.study, condition=planned),
-        )
+        left = [c for c in run.conditions if c.seed is None or c.seed in chosen]
+        run = msgspec.structs.replace(run, conditions=left)
     if rules.drop_never_refused:
         never = never_refused(rows)
         rows = rows.filter(~pl.col("prompt_id").is_in(never.implode()))
         harmful = run.prompts.get("strongreject")
         if harmful is not None:
-            left = msgspec.structs.replace(harmful, n=harmful.n - len(never))
-            run = msgspec.structs.replace(run, prompts={**run.prompts, "strongreject": left})
+            fewer = msgspec.structs.replace(harmful, n=harmful.n - len(never))
+            run = msgspec.structs.replace(run, prompts={**run.prompts, "strongreject": fewer})
     return dataclasses.replace(found, rows=rows, run=run)
 
 

@@ -12,14 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from jaxsteer.evidence import claims
-from jaxsteer.study.conditions import Repeat
 from tests.receipt import made
-
-
-def without(found, *names):
-    """The results without some conditions in their record."""
-    kept = [c for c in found.run.conditions if c.name not in names]
-    return dataclasses.replace(found, run=msgspec.structs.replace(found.run, conditions=kept))
 
 
 def judged(tmp_path, *tests, label=made.usual, modes=(), **more):
@@ -209,35 +202,6 @@ def test_different_prompts_of_equal_number_are_not_paired(tmp_path):
     assert "different prompts" in claim.reason
 
 
-def test_a_repeat_that_was_not_run_leaves_a_claim_untested(tmp_path):
-    study = made.study(
-        [made.claim("claim", made.test("random direction", "baseline", "few-raised"))]
-    )
-    found = made.loaded(tmp_path, study=study)
-    [claim] = claims.evaluate(without(found, "random direction #2"))
-    assert claim.verdict == "not tested"
-    assert "not those the study plans" in claim.reason
-
-
-@pytest.mark.parametrize("left", [2, 0])
-def test_repeats_that_were_not_run_count_in_holm_one_by_one(tmp_path, left):
-    study = made.study(
-        [
-            made.claim("seeds", made.test("persona", "random direction", "lower")),
-            made.claim("other", made.test("persona", "baseline", "lower")),
-        ]
-    )
-    found = made.loaded(tmp_path, study=study)
-    gone = [f"random direction #{seed}" for seed in (1, 2, 3)][left:]
-    seeds, other = claims.evaluate(without(found, *gone))
-    assert all(isinstance(c, claims.NotTested) for c in seeds.comparisons)
-    assert [(c.treated, c.control) for c in seeds.comparisons] == [
-        ("persona", f"random direction #{seed}") for seed in (1, 2, 3)
-    ]
-    [c] = other.comparisons
-    assert c.p_holm == pytest.approx(4 * c.p)
-
-
 def test_every_seed_must_pass_and_the_failing_one_is_named(tmp_path):
     def second_seed_refuses(condition, family, i):
         return (
@@ -257,13 +221,13 @@ def test_a_control_with_seeds_is_compared_seed_by_seed(tmp_path):
     assert claim.reason == "all 3 comparisons held"
 
 
-def test_equal_seeds_on_both_sides_pair_up():
-    def repeats(*seeds):
-        return [Repeat(base="random", mode="", scale=None, seed=seed) for seed in seeds]
-
-    pairs = claims.paired_repeats(repeats(1, 2), repeats(2, 1))
+def test_equal_seeds_on_both_sides_pair_up(tmp_path):
+    run = made.loaded(tmp_path).run.conditions
+    three = [c for c in run if c.base == "random direction"]
+    two = [c for c in run if c.base == "persona, random out"]
+    pairs = claims.paired_repeats(two, two[::-1])
     assert [(t.seed, c.seed) for t, c in pairs] == [(1, 1), (2, 2)]
-    assert len(claims.paired_repeats(repeats(1, 2), repeats(3))) == 2
+    assert len(claims.paired_repeats(two, three)) == 2 * 3
 
 
 def test_modes_are_never_mixed(tmp_path):
