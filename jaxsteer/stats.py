@@ -13,9 +13,11 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool
 
+_TAILS = (0.025, 0.975)  # of a 95 % interval
 
-def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a rate k / n (Wilson 1927); (0, 1) when n is 0.
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """Wilson score 95 % interval of a rate k / n (Wilson 1927); (0, 1) when n is 0.
 
     >>> low, high = wilson(16, 40)
     >>> round(low, 3), round(high, 3)
@@ -26,7 +28,7 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 
     if n == 0:
         return 0.0, 1.0
-    interval = binomtest(k, n).proportion_ci(confidence, method="wilson")
+    interval = binomtest(k, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -58,12 +60,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the difference k1 / n1 - k2 / n2 of two independent rates.
+def newcombe(k1: int, n1: int, k2: int, n2: int) -> tuple[float, float]:
+    """95 % interval of the difference k1 / n1 - k2 / n2 of two independent rates.
 
     The Wilson intervals of both rates, combined by squares (Newcombe 1998, Statistics in Medicine
-    17:873, method 10). On prompts that both rates share it is too wide, never too narrow, as long
-    as the outcomes on a prompt go together; the paired difference needs the rows.
+    17:873, method 10). Where both rates are of the same prompts, it is too wide, and never too
+    narrow as long as the outcomes on a prompt are not negatively correlated; a paired interval
+    needs the rows.
 
     >>> low, high = newcombe(56, 70, 48, 80)
     >>> round(low, 4), round(high, 4)
@@ -71,35 +74,28 @@ def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tu
     """
     if n1 == 0 or n2 == 0:
         return -1.0, 1.0
-    (low1, high1), (low2, high2) = wilson(k1, n1, confidence), wilson(k2, n2, confidence)
+    (low1, high1), (low2, high2) = wilson(k1, n1), wilson(k2, n2)
     p1, p2 = k1 / n1, k2 / n2
     down, up = math.hypot(p1 - low1, high2 - p2), math.hypot(high1 - p1, p2 - low2)
     return p1 - p2 - down, p1 - p2 + up
 
 
 def paired_bootstrap(
-    only_first: int,
-    only_second: int,
-    n: int,
-    *,
-    confidence: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
+    only_first: int, only_second: int, n: int, *, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a difference of paired rates, first minus second.
+    """Percentile bootstrap 95 % interval of a difference of paired rates, first minus second.
 
     Drawing n pairs with replacement draws the counts of the three kinds of pair from a
-    multinomial, so the counts are all it needs (Efron & Tibshirani 1993, chapter 13). With no
-    discordant pair every draw is 0; since n agreeing pairs do not show that none disagrees, the
-    interval is then the Wilson bound of 0 in n, either way. With nothing but pairs that fall one
-    way every draw is 1; of other pairs at least a share w, the Wilson bound of n in n, would fall
-    that way and the rest could fall the other, so the interval then begins at w - (1 - w).
+    multinomial, so the counts are enough (Efron & Tibshirani 1993, chapter 13). Two cases have no
+    spread to resample. Without a discordant pair every draw is 0, but n pairs that agree do not
+    show that all pairs do: the interval is then the Wilson bound of 0 in n, either way. Where every
+    pair is discordant the same way every draw is 1, but of further pairs only a share w, the Wilson
+    bound of n in n, is sure to be so: the interval then begins at w - (1 - w).
 
     Args:
       only_first: pairs with the outcome in the first arm alone.
       only_second: pairs with it in the second arm alone.
       n: all pairs.
-      confidence: of the two-sided interval.
       draws: number of resamples.
       seed: of the generator (PCG64).
 
@@ -114,9 +110,9 @@ def paired_bootstrap(
     if n == 0:
         return -1.0, 1.0
     if only_first == only_second == 0:
-        bound = wilson(0, n, confidence)[1]
+        bound = wilson(0, n)[1]
         return -bound, bound
-    least = 2 * wilson(n, n, confidence)[0] - 1
+    least = 2 * wilson(n, n)[0] - 1
     if only_first == n:
         return least, 1.0
     if only_second == n:
@@ -124,21 +120,17 @@ def paired_bootstrap(
     generator = np.random.Generator(np.random.PCG64(seed))
     shares = np.array([only_first, only_second, n - only_first - only_second]) / n
     counts = generator.multinomial(n, shares, size=draws)
-    low, high = np.quantile(
-        (counts[:, 0] - counts[:, 1]) / n, [(1 - confidence) / 2, (1 + confidence) / 2]
-    )
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, _TAILS)
     return float(low), float(high)
 
 
-def mean_bootstrap(
-    values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean of scores from 0 to 1, each scored row counting once.
+def mean_bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of a mean of scores from 0 to 1, 10,000 draws.
 
     Fewer than two scores do not show how much scores differ: the interval is then the whole range.
-    Where all are alike, every resample is too, which does not show that no other score differs. The
-    share that does is at most the Wilson bound of 0 in n, so the interval then is the mean with
-    that share of it moved to 0, or to 1.
+    Where all scores are equal every resample is too, which does not show that no other score
+    differs. The share that does is at most the Wilson bound of 0 in n, so the interval is then the
+    mean with that share of it moved to 0, or to 1.
 
     >>> low, high = mean_bootstrap([0.0, 0.0, 0.25, 1.0, 0.5, 0.0])
     >>> round(low, 2), round(high, 2)
@@ -151,15 +143,11 @@ def mean_bootstrap(
         return 0.0, 1.0
     sample = np.asarray(values, np.float64)
     if sample.min() == sample.max():
-        mean, share = float(sample[0]), wilson(0, n, confidence)[1]
+        mean, share = float(sample[0]), wilson(0, n)[1]
         return mean - share * mean, mean + share * (1 - mean)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    means = [
-        sample[generator.integers(n, size=(chunk, n))].mean(axis=1)
-        for chunk in [1000] * (draws // 1000) + [draws % 1000]
-        if chunk
-    ]
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    generator = np.random.Generator(np.random.PCG64(0))
+    means = [sample[generator.integers(n, size=n)].mean() for _ in range(10_000)]
+    low, high = np.quantile(means, _TAILS)
     return float(low), float(high)
 
 
@@ -167,8 +155,8 @@ def kappa(confusion: Sequence[Sequence[int]]) -> float:
     """Cohen's kappa of two judges from their square confusion table (Cohen 1960).
 
     Agreement beyond chance: (observed - expected) / (1 - expected), the expected share from the
-    judges' own rates. NaN when both gave one and the same verdict throughout, or there are no
-    rows: agreement beyond chance is then undefined.
+    judges' own rates. NaN, because undefined, when both gave the same verdict throughout or there
+    are no rows.
 
     >>> round(kappa([[20, 5], [10, 15]]), 3)
     0.4
@@ -192,7 +180,7 @@ class Envelope:
       treated: the value compared with them.
       p_low: chance that a random control is at or below it, (1 + count) / (n + 1).
       p_high: the same for at or above. Neither can fall below 1 / (n + 1), so few seeds cannot
-        show much whatever they say (Phipson & Smyth 2010).
+        give a small p (Phipson & Smyth 2010).
     """
 
     n: int
@@ -228,7 +216,7 @@ def paired_trend(
 ) -> tuple[float, float]:
     """Trend over strengths that were run on the same prompts: (z, two-sided p).
 
-    Under the null a prompt's outcomes could stand at any strength, so they are exchanged within
+    Under the null a prompt's outcomes do not depend on the strength, so they are exchanged within
     prompts: the Cochran-Mantel-Haenszel correlation statistic with prompts as strata (Landis,
     Heyman & Koch 1978). At two strengths z squared is McNemar's chi-square. (0, 1) when no
     prompt changes.
@@ -254,7 +242,7 @@ def paired_trend(
 def spearman_brown(correlation: float) -> float:
     """Reliability of a whole from the correlation of its halves, 2r / (1 + r).
 
-    Spearman 1910, Brown 1910. Halves that do not agree, or disagree, show no reliability: 0.
+    Spearman 1910, Brown 1910. A correlation of 0 or less gives 0.
 
     >>> round(spearman_brown(0.6), 3)
     0.75

@@ -1,7 +1,7 @@
 """Planned comparisons against the rows: each claim confirmed, not confirmed, or not tested.
 
 What is compared, and what would confirm it, is fixed in the study's spec before the run. Rows pair
-by prompt within a mode. A condition that is repeated over seeds or strengths stands for all its
+by prompt within a mode. A condition that is repeated over seeds or strengths means all its
 repeats: every one must pass. docs/statistics.md has the rules and why they are conservative.
 
 `count` makes a draft for each comparison; `judge` draws the conclusions from all drafts together,
@@ -424,7 +424,7 @@ def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]
     names = ["keyword", "strongreject-rubric"] if rubric else ["keyword"]
     if test.outcome != "refusal":
         names.append("llama-guard")
-    # The rubric's refusal is none where the reply makes no sense.
+    # A reply without sense is no refusal, whatever the rubric says.
     if test.outcome == "degenerate" or rubric:
         names += ["coherence", "degenerate"]
     return [name for name in names if name in verdicts]

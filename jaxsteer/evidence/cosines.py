@@ -350,7 +350,11 @@ def _measured(found: Geometry) -> dict[str, Measured]:
 
 
 def norms(found: Geometry, window: Window) -> pl.DataFrame:
-    """Norms beside the stream's: direction, layer, norm, residual (null if unknown), share."""
+    """Norms of directions and of the stream.
+
+    Columns: direction, layer, norm, residual (of the stream, null if unknown), share (norm over
+    residual).
+    """
     lines = []
     for name, direction in found.named.items():
         norm = np.linalg.norm(direction.vectors.astype(np.float64), axis=1)

@@ -1,4 +1,4 @@
-"""What became of the prompts: shares of each label by condition or by category, with intervals."""
+"""The labels that replies got: shares of each label by condition or by category, with intervals."""
 
 from __future__ import annotations
 
@@ -54,12 +54,11 @@ def shares(rows: pl.DataFrame, by: By, *, most: int = 40) -> pl.DataFrame:
 
 
 def whiskers(table: pl.DataFrame) -> pl.DataFrame:
-    """Where intervals lie on the stacked bars of `shares`: columns group, label, from, to.
+    """Intervals placed on the stacked bars of `shares`: columns group, label, from, to.
 
-    Refusals are stacked first, so their interval lies around the bar's first edge; degenerate
-    replies last, so theirs is counted from the bar's end; a bypass lies before them, and its
-    interval is counted back from where they begin. What remains in between is the rest of 100 %
-    and has no interval of its own.
+    Refusals are stacked first, so their interval is drawn from the bar's start. Bypasses and
+    degenerate replies are stacked last, so theirs are drawn backwards from the end of their
+    segment. The other labels get no interval.
     """
     label, end = pl.col("label"), pl.col("end")
     return table.filter(label.is_in(["refusal", "bypass", "degenerate"])).select(

@@ -59,7 +59,7 @@ def _same_elsewhere(run: RunRecord, control: Condition, places: Sequence[bool]) 
 
     found = [
         c
-        for c in _beside(run, control)
+        for c in _comparable(run, control)
         if c.seed is None and len(c.operations) == len(places)
         if all(map(same, control.operations, c.operations, places))
     ]
@@ -71,7 +71,7 @@ def _same_elsewhere(run: RunRecord, control: Condition, places: Sequence[bool]) 
     )
 
 
-def _beside(run: RunRecord, condition: Condition) -> list[Condition]:
+def _comparable(run: RunRecord, condition: Condition) -> list[Condition]:
     """Conditions of the study's own making with the same mode and steered tokens."""
     return [
         c
@@ -117,7 +117,7 @@ def swapped_controls(run: RunRecord, condition: Condition) -> list[Condition]:
     }
     return [
         c
-        for c in _beside(run, condition)
+        for c in _comparable(run, condition)
         if len(c.operations) == 2
         if {(op.direction, op.scale, op.layers) for op in c.operations if isinstance(op, Add)}
         == wanted
@@ -136,9 +136,9 @@ def matched_controls(run: RunRecord, condition: Condition) -> Iterator[tuple[Con
     )
     if len(added) != 1 or not knockout:
         return
-    beside = _beside(run, condition)
-    for base in [c for c in beside if c.operations == added][:1]:
-        for c in beside:
+    others = _comparable(run, condition)
+    for base in [c for c in others if c.operations == added][:1]:
+        for c in others:
             rest = [op for op in c.operations if op != added[0]]
             if len(c.operations) == 2 and len(rest) == 1 and _subtracts_random(run, rest[0]):
                 yield c, base
