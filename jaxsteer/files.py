@@ -65,6 +65,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; what a killed process left half-written in it is removed.
+
+    The operating system drops the lock with the process, however it ends. On a mounted bucket it
+    reaches one machine only.
+
+    Raises:
+      UserError: another process holds it, it cannot be written, or its file system has no locks.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", blocking=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by another process; wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write or lock {folder}: {error.strerror}; choose another --out"
+        ) from error
+    with held:
+        for stale in folder.rglob(".*.*"):
+            stale.unlink()
+        yield
+
+
 def check_writable(path: Path) -> None:
     """Refuse a file that cannot be written, before the work is done that it is to hold.
 

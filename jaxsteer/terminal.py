@@ -52,15 +52,13 @@ def plan_table(plan: Plan, title: str) -> Table:
     table.add_column()
     table.add_column(justify="right")
     megabytes = 1 / 2**20
-    widths = ", ".join(map(str, plan.widths))
     for name, value in (
         ("conditions (controls included)", f"{plan.conditions}"),
         ("rows", f"{plan.rows}"),
-        ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.computed_tokens:,} to compute)"),
+        ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.own_tokens:,} not in a shared prefix)"),
         ("new tokens, at most", f"{plan.new_tokens:,}"),
-        ("prompt widths", f"{widths} (what is common to them apart)"),
-        ("memory", f"weights {plan.weights_bytes * megabytes:,.0f} MiB"),
-        ("", f"cache of a batch {plan.cache_bytes * megabytes:,.0f} MiB"),
+        ("weights", f"{plan.weights_bytes * megabytes:,.0f} MiB"),
+        ("cache of a batch", f"{plan.cache_bytes * megabytes:,.0f} MiB"),
         ("time of the rows here, rough", f"{plan.seconds / 60:,.1f} min"),
         ("still to choose", ", ".join(plan.open_choices) or "nothing"),
     ):

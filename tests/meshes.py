@@ -33,7 +33,6 @@ from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
 from jaxsteer.model.weights import flatten
-from jaxsteer.study import cost
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
 SYSTEM = [3, 9, 33, 4, 17]
@@ -117,8 +116,8 @@ def pieces(model: ChatModel) -> dict[str, list[tuple[int, tuple[int, ...]]]]:
     }
 
 
-def memory(model: ChatModel) -> dict[str, list[int]]:
-    """Bytes of the parameters and of a cache of 8 rows, 32 slots each: planned, and as they lie."""
+def memory(model: ChatModel) -> list[int]:
+    """Bytes of the parameters and of a cache of 8 rows, 32 slots each, on all devices together."""
     config = model.config
     shape = (8, config.n_kv_heads, 32, config.head_dim)
     cache = [(jax.numpy.zeros(shape), jax.numpy.zeros(shape)) for _ in range(config.n_layers)]
@@ -130,10 +129,7 @@ def memory(model: ChatModel) -> dict[str, list[int]]:
         pieces = (piece for leaf in jax.tree.leaves(tree) for piece in leaf.addressable_shards)
         return sum(piece.data.nbytes for piece in pieces)
 
-    return {
-        "planned": list(cost.memory(model, 8, 32)),
-        "lies": [lies(model.params), lies(spread.cache)],
-    }
+    return [lies(model.params), lies(spread.cache)]
 
 
 def main(out: Path, folders: dict[str, Path]) -> None:

@@ -64,10 +64,10 @@ def judge(
     Example: jaxsteer judge results/smollm2-demo --judge keyword --judge degenerate
     """
     from jaxsteer.errors import UserError
+    from jaxsteer.files import locked
     from jaxsteer.judges import run as judging
     from jaxsteer.judges.client import Endpoint
     from jaxsteer.study import results as studies
-    from jaxsteer.study import store
 
     if bool(base_url) != bool(judge_model):
         raise UserError("--base-url and --judge-model go together; give both")
@@ -93,7 +93,7 @@ def judge(
         fresh=fresh,
     )
     rows = studies.load(results).rows
-    with store.locked(results / "judges"):
+    with locked(results / "judges"):
         try:
             outcomes = judging.judge(rows, results, judges, options)
         finally:
@@ -154,13 +154,13 @@ def import_sample(
 
     Example: jaxsteer audit import results/smollm2-demo results/smollm2-demo/audit.csv
     """
+    from jaxsteer.files import locked
     from jaxsteer.judges import agreement, human, verdicts
     from jaxsteer.study import results as studies
-    from jaxsteer.study import store
 
     rows = studies.load(results).rows
     findings = human.read(file, rows)
-    with store.locked(results / "judges"):
+    with locked(results / "judges"):
         total = human.keep(results, rows, findings)
     typer.echo(f"took {len(findings)} labels; a person has labelled {total} rows so far")
     for pair in agreement.agreements(rows, verdicts.read_all(results)):

@@ -78,7 +78,7 @@ def open_results(folder: Path) -> Opened:
 
 def _so_far(folder: Path, run: RunRecord) -> Results:
     done = store.read(folder / "shards", run.key)
-    nothing = pl.DataFrame(schema=dict.fromkeys(results.COLUMNS, pl.String))
+    nothing = pl.DataFrame(schema=results.SCHEMA)
     rows = pl.concat(done) if done else nothing
     # Shards are in the order of their hashes; a finished table is in that of its conditions.
     order = {c.name: i for i, c in enumerate(run.conditions)}

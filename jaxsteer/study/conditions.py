@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from jaxsteer.data import prompts
+from jaxsteer.data import prompts as data
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
 from jaxsteer.model import interventions
-from jaxsteer.model.interventions import Layers, orthonormal_rows
-from jaxsteer.study.layer_expr import resolve_layers
+from jaxsteer.model.interventions import Interventions, Layers
+from jaxsteer.study.layer_expr import resolve_layer, resolve_layers
 from jaxsteer.study.record import Add, Condition, Operation, Project, unsteered
-from jaxsteer.study.spec import ConditionSpec, OperationSpec, StudySpec
+from jaxsteer.study.spec import AddSpec, ConditionSpec, OperationSpec, StudySpec
 
 UNSTEERED = ", unsteered"
 
@@ -73,8 +73,8 @@ def system_prompts(spec: StudySpec) -> dict[str, str]:
     Raises:
       UserError: an unknown mode or policy.
     """
-    policy = prompts.policy(spec.system).text
-    found = {mode: prompts.mode(mode).with_policy(policy) for mode in spec.modes}
+    policy = data.policy(spec.system).text
+    found = {mode: data.mode(mode).with_policy(policy) for mode in spec.modes}
     return found or {"": policy}
 
 
@@ -92,8 +92,8 @@ def conditions(
       n_layers: blocks of the model.
 
     Raises:
-      UserError: an unknown layer, mode or policy, an operation that says nothing, or a name that
-        two conditions have.
+      UserError: an unknown layer, mode or policy, additions of nothing only, or a name that two
+        conditions have.
     """
     found: list[Condition] = []
     systems = system_prompts(spec)
@@ -101,8 +101,8 @@ def conditions(
         for item in spec.condition:
             for repeat in repeats(item, [mode]):
                 where = f"study {spec.name}, condition {repeat.name!r}"
-                reader = _Reader(repeat=repeat, layers=layers, dose=dose, n=n_layers, where=where)
-                operations = tuple(reader.operation(op) for op in item.ops)
+                place = _Place(layers=layers, dose=dose, n_layers=n_layers, where=where)
+                operations = tuple(_operation(op, repeat, place) for op in item.ops)
                 if operations and all(isinstance(o, Add) and o.scale == 0 for o in operations):
                     raise UserError(
                         f"{where}: a strength of 0 changes nothing; drop it, since a condition "
@@ -123,20 +123,18 @@ def conditions(
                         system_sha256=sha256_bytes(systems[mode].encode()),
                     )
                 )
-    twice = {c.name for c in found if sum(d.name == c.name for d in found) > 1}
-    if twice:
-        raise UserError(f"study {spec.name}: {sorted(twice)[0]!r} repeats a seed, scale or mode")
+    names = [condition.name for condition in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"study {spec.name}: {min(twice)!r} repeats a seed, scale or mode")
     twins = _twins(found)
     # By their repeats' names as well as by the name that claims use for all of them.
-    taken = {name for condition in found for name in (condition.name, condition.base)}
+    taken = {*names, *(condition.base for condition in found)}
     for twin in twins:
-        for name in (twin.name, twin.base):
-            if name in taken:
-                raise UserError(
-                    f"study {spec.name}: {name!r} is the name of the twin without steering of "
-                    f"{twin.unsteered_twin_of!r}, which the study gets automatically; rename the "
-                    "condition"
-                )
+        for name in taken & {twin.name, twin.base}:
+            raise UserError(
+                f"study {spec.name}: {name!r} is the name of the automatic twin without steering "
+                f"of {twin.unsteered_twin_of!r}; rename the condition"
+            )
     return found + twins
 
 
@@ -170,74 +168,45 @@ def _twins(found: Sequence[Condition]) -> list[Condition]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Reader:
-    """Reads the operations of one repeat: which layers, strengths and directions they name."""
+class _Place:
+    """What the expressions of a spec mean in one run: layers by name, the dose, the model's depth.
 
-    repeat: Repeat
+    `where` begins the message of an error.
+    """
+
     layers: Mapping[str, int]
     dose: float
-    n: int
+    n_layers: int
     where: str
 
-    def operation(self, op: OperationSpec) -> Operation:
-        if bool(op.add) == bool(op.project):
-            raise UserError(f"{self.where}: an operation needs exactly one of add and project")
-        # A key that would do nothing is a study other than its author believes.
-        for idle, needed in (
-            (op.project and op.scale != 1.0, "scale is of add; remove it"),
-            (op.project and op.norm_of, "norm_of is of add; remove it"),
-            (op.norm_at and not op.norm_of, "norm_at goes with norm_of; add that, or remove it"),
-            (op.everywhere and op.at, "at and everywhere exclude each other; remove one"),
-        ):
-            if idle:
-                raise UserError(f"{self.where}: {needed}")
-        direction = self._direction(op.add or op.project)
-        measured_at = self._one_layer("measured_at", op.measured_at)
-        if op.everywhere and op.project:
-            every = tuple(range(self.n))
-            return Project(
-                direction=direction, layers=every, measured_at=measured_at, everywhere=True
-            )
-        if not op.at or op.everywhere:
-            raise UserError(
-                f"{self.where}: {direction} needs at = layers, or project with everywhere = true"
-            )
-        layers = resolve_layers(op.at, self.layers, self.n, self.where)
-        if op.project:
-            return Project(direction=direction, layers=layers, measured_at=measured_at)
+    def all(self, at: str) -> tuple[int, ...]:
+        return resolve_layers(at, self.layers, self.n_layers, self.where)
+
+    def one(self, at: str | None) -> int | None:
+        return None if at is None else resolve_layer(at, self.layers, self.n_layers, self.where)
+
+
+def _operation(op: OperationSpec, repeat: Repeat, place: _Place) -> Operation:
+    def named(direction: str) -> str:
+        return f"random-{repeat.seed}" if direction == "random" else direction
+
+    direction, measured_at = named(op.direction), place.one(op.measured_at)
+    if isinstance(op, AddSpec):
+        unit = {"norm": 1.0, "dose": place.dose, "each": repeat.scale or 0.0}[op.unit]
         return Add(
             direction=direction,
-            layers=layers,
-            scale=self._strength(op.scale),
+            layers=place.all(op.at),
+            scale=op.scale * unit,
             measured_at=measured_at,
-            norm_of=self._direction(op.norm_of) if op.norm_of else None,
-            norm_at=self._one_layer("norm_at", op.norm_at),
+            norm_of=named(op.norm.direction) if op.norm else None,
+            norm_at=place.one(op.norm.at) if op.norm else None,
         )
-
-    def _direction(self, name: str) -> str:
-        if name != "random":
-            return name
-        if self.repeat.seed is None:
-            raise UserError(f"{self.where}: `random` needs random_seeds")
-        return f"random-{self.repeat.seed}"
-
-    def _one_layer(self, field: str, at: str) -> int | None:
-        found = resolve_layers(at, self.layers, self.n, self.where) if at else ()
-        if len(found) > 1:
-            raise UserError(f"{self.where}: {field} takes one layer, and {at!r} is {len(found)}")
-        return found[0] if found else None
-
-    def _strength(self, scale: float | str) -> float:
-        if not isinstance(scale, str):
-            return float(scale)
-        match = re.fullmatch(r"(-?)(dose|each)", scale)
-        value = {"dose": self.dose, "each": self.repeat.scale}[match[2]] if match else None
-        if value is None:
-            raise UserError(
-                f'{self.where}: scale {scale!r} is no number, nor "dose", nor "each" in a '
-                "condition with scales"
-            )
-        return -value if match and match[1] else value
+    return Project(
+        direction=direction,
+        layers=tuple(range(place.n_layers)) if op.at is None else place.all(op.at),
+        measured_at=measured_at,
+        everywhere=op.at is None,
+    )
 
 
 def operations(
@@ -247,41 +216,24 @@ def operations(
     made: list[interventions.Operation] = []
     for op in condition.operations:
         vectors = directions[op.direction].vectors
-        match op:
-            case Add():
-                if op.norm_of is not None:
-                    vectors = _rescaled(vectors, directions[op.norm_of].vectors, op.norm_at)
-                made.append(
-                    interventions.Add(
-                        direction=vectors,
-                        layers=op.layers,
-                        scale=op.scale,
-                        tap=op.tap,
-                        measured_at=op.measured_at,
-                    )
-                )
-            case Project(everywhere=True):
-                made += interventions.everywhere(vectors, op.measured_at)
-            case Project():
-                made.append(
-                    interventions.Project(
-                        directions=(vectors,),
-                        layers=op.layers,
-                        tap=op.tap,
-                        measured_at=op.measured_at,
-                    )
-                )
-            case _:
-                made.append(
-                    interventions.Cap(
-                        direction=vectors,
-                        layers=op.layers,
-                        low=-np.inf if op.low is None else op.low,
-                        high=np.inf if op.high is None else op.high,
-                        tap=op.tap,
-                        measured_at=op.measured_at,
-                    )
-                )
+        place: dict[str, Any] = {
+            "layers": op.layers, "tap": op.tap, "measured_at": op.measured_at
+        }  # fmt: skip
+        if isinstance(op, Add):
+            if op.norm_of is not None:
+                vectors = _rescaled(vectors, directions[op.norm_of].vectors, op.norm_at)
+            made.append(interventions.Add(direction=vectors, scale=op.scale, **place))
+        elif isinstance(op, Project):
+            removed = interventions.Project(directions=(vectors,), **place)
+            made += (
+                interventions.everywhere(vectors, op.measured_at) if op.everywhere else [removed]
+            )
+        else:
+            low, high = (
+                -np.inf if op.low is None else op.low,
+                np.inf if op.high is None else op.high,
+            )
+            made.append(interventions.Cap(direction=vectors, low=low, high=high, **place))
     return made
 
 
@@ -293,35 +245,38 @@ def _rescaled(vectors: Layers, like: Layers, at: int | None) -> Layers:
     return (vectors * (wanted / own)[:, None]).astype(np.float32)
 
 
-def mark_cancelling(
-    found: Sequence[Condition], directions: Mapping[str, Direction]
-) -> list[Condition]:
-    """The conditions, those marked whose projection undoes their own addition."""
+def stacked(
+    found: Sequence[Condition],
+    directions: Mapping[str, Direction],
+    *,
+    n_layers: int,
+    d_model: int,
+) -> Interventions:
+    """The operations of all conditions as arrays, stacked in their order."""
+    return interventions.compile_conditions(
+        [operations(condition, directions) for condition in found],
+        [condition.scope for condition in found],
+        n_layers=n_layers,
+        d_model=d_model,
+    )
+
+
+def mark_cancelling(found: Sequence[Condition], arrays: Interventions) -> list[Condition]:
+    """The conditions, those marked that project out all they add at some tap and layer.
+
+    Args:
+      found: the conditions.
+      arrays: their operations, from `stacked`.
+    """
+    cancels = np.zeros(len(found), bool)
+    for site in arrays.sites.values():
+        for c, (added, basis) in enumerate(zip(site.add, site.project, strict=True)):
+            added = added.astype(np.float64)
+            removed = np.einsum("lkd,lk->ld", basis, np.einsum("lkd,ld->lk", basis, added))
+            size = np.linalg.norm(added, axis=1)
+            left = np.linalg.norm(added - removed, axis=1)
+            cancels[c] |= ((size > 0) & (left <= 1e-5 * size)).any()
     return [
-        msgspec.structs.replace(c, cancels_steering=cancels_steering(operations(c, directions)))
-        for c in found
+        msgspec.structs.replace(condition, cancels_steering=bool(cancel))
+        for condition, cancel in zip(found, cancels, strict=True)
     ]
-
-
-def cancels_steering(made: Sequence[interventions.Operation]) -> bool:
-    """Whether some addition lies wholly in the span projected out at the same tap and layer."""
-    for added in made:
-        if not isinstance(added, interventions.Add):
-            continue
-        for layer in added.layers:
-            spanned = [
-                direction[layer if p.measured_at is None else p.measured_at]
-                for p in made
-                if isinstance(p, interventions.Project) and p.tap == added.tap
-                if layer in p.layers
-                for direction in p.directions
-            ]
-            if not spanned:
-                continue
-            basis = orthonormal_rows(np.stack(spanned))
-            vector = added.direction[layer if added.measured_at is None else added.measured_at]
-            vector = np.asarray(vector, np.float64)
-            left = np.linalg.norm(vector - basis.T @ (basis @ vector))
-            if left <= 1e-5 * np.linalg.norm(vector):
-                return True
-    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from jaxsteer.directions.notation import ends, spelling
 from jaxsteer.errors import UserError
@@ -17,63 +17,51 @@ def depth(fraction: float, n_layers: int) -> int:
     return round(fraction * (n_layers - 1))
 
 
-def windows(at: str) -> list[tuple[str, str]]:
-    """First and last layer of each part of an expression, as they are written.
-
-    >>> windows("21, steer+1..last")
-    [('21', '21'), ('steer+1', 'last')]
-    """
-    return [ends(part) for part in at.replace(" ", "").split(",")]
-
-
-def read_layer(text: str, names: Collection[str], where: str) -> tuple[str, int]:
-    """A layer's number or name, and its offset; `last` is a name too.
-
-    >>> read_layer("steer+2", ["steer"], "at")
-    ('steer', 2)
-
-    Raises:
-      UserError: not such a text, or an unknown name.
-    """
-    match = re.fullmatch(rf"({LAYER_NAME}|[0-9]{{1,6}})([+-][0-9]{{1,6}})?", text)
-    if not match or not (match[1].isdecimal() or match[1] in (*names, "last")):
-        raise UserError(
-            f"{where}: cannot read layer {text!r}; use a number, or one of "
-            f"{', '.join([*names, 'last'])} with an offset such as steer+2"
-        )
-    return match[1], int(match[2] or 0)
-
-
 def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str) -> tuple[int, ...]:
-    """The 0-based layers of an expression, in order.
+    """The 0-based layers of an expression, in ascending order.
+
+    >>> resolve_layers("2, steer+1..last", {"steer": 5}, 9, "at")
+    (2, 6, 7, 8)
 
     Args:
       at: the expression.
-      named: layers by name.
+      named: layers by name; `last` is the last one.
       n_layers: blocks of the model.
       where: begins the message of an error.
 
     Raises:
       UserError: not such an expression, an unknown name, or a layer the model does not have.
     """
-
-    def one(text: str) -> int:
-        base, offset = read_layer(text, named, where)
-        layer = {**named, "last": n_layers - 1}.get(base)
-        layer = (int(base) if layer is None else layer) + offset
-        if not 0 <= layer < n_layers:
-            raise UserError(
-                f"{where}: unknown layer resid_post.{layer} (from {text!r}); this model has "
-                f"resid_post.0 to resid_post.{n_layers - 1}{spelling(text)}"
-            )
-        return layer
-
     found: set[int] = set()
-    for first, last in windows(at):
-        start, stop = one(first), one(last)
+    for part in at.replace(" ", "").split(","):
+        start, stop = (resolve_layer(end, named, n_layers, where) for end in ends(part))
         if stop < start:
             raise UserError(
                 f"{where}: window {at!r} ends (layer {stop}) before it starts ({start})"
             )
         found |= set(range(start, stop + 1))
     return tuple(sorted(found))
+
+
+def resolve_layer(at: str, named: Mapping[str, int], n_layers: int, where: str) -> int:
+    """The layer of an expression for a single one: a number, or a name with or without an offset.
+
+    Raises:
+      UserError: as `resolve_layers`.
+    """
+    if mend := spelling(at):
+        raise UserError(f"{where}: cannot read layers {at!r}{mend}")
+    layers = {**named, "last": n_layers - 1}
+    match = re.fullmatch(rf"([0-9]{{1,6}})|({LAYER_NAME})([+-][0-9]{{1,6}})?", at)
+    if not match or (match[2] and match[2] not in layers):
+        raise UserError(
+            f"{where}: cannot read layer {at!r}; use a number, or one of {', '.join(layers)} with "
+            "an offset such as steer+2"
+        )
+    layer = int(match[1]) if match[1] else layers[match[2]] + int(match[3] or 0)
+    if not 0 <= layer < n_layers:
+        raise UserError(
+            f"{where}: unknown layer resid_post.{layer} (from {at!r}); this model has "
+            f"resid_post.0 to resid_post.{n_layers - 1}"
+        )
+    return layer

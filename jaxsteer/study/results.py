@@ -1,9 +1,9 @@
-"""A finished study on disk, read back: the one door for judges, statistics, receipts and notebooks.
+"""A study's results on disk, read back for judges, statistics, receipts and notebooks.
 
-run.json                what was run: hashes, layers, strengths, conditions, prompts, machine
+run.json                what was run: the run record
 setup.json              selection tables
 directions.safetensors  directions with provenance
-responses.parquet       one line per (condition, prompt) row, as the run labelled it
+responses.parquet       one line per row, as the run labelled it
 judges/JUDGE.parquet    later verdicts, one line per judged row
 summary.json            rates per condition and prompt family
 shards/                 finished batches, from which an interrupted run goes on
@@ -29,10 +29,15 @@ from jaxsteer.study import record
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
 
-COLUMNS = (
-    "row_id", "condition", "base", "seed", "scale", "mode", "prompt_id", "family", "category",
-    "response", "n_tokens", "stopped", "label", "judge", "cancels_steering", "touched", "change",
-)  # fmt: skip
+# The columns that readers rely on, and the ones of them that may be empty.
+SCHEMA = {
+    "row_id": pl.String, "condition": pl.String, "base": pl.String, "seed": pl.Int64,
+    "scale": pl.Float64, "mode": pl.String, "prompt_id": pl.String, "family": pl.String,
+    "category": pl.String, "response": pl.String, "n_tokens": pl.Int64, "stopped": pl.Boolean,
+    "label": pl.String, "judge": pl.String, "cancels_steering": pl.Boolean, "touched": pl.Int64,
+    "change": pl.Float64,
+}  # fmt: skip
+MAY_BE_NULL = {"seed", "scale"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,55 +71,39 @@ def load(folder: Path) -> Results:
     run = record.read(folder)
     if run is None:
         raise UserError(f"{folder} holds no run.json; run `jaxsteer sweep` first")
-    if not (folder / "responses.parquet").is_file():
+    path = folder / "responses.parquet"
+    if not path.is_file():
         raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to go on")
-    rows, verdicts = _responses(folder / "responses.parquet"), read_all(folder)
-    for column, there in (
-        ("condition", {condition.name for condition in run.conditions}),
-        ("family", set(run.prompts)),
-    ):
-        foreign = set(rows[column].unique()) - there
-        if foreign:
-            raise UserError(
-                f"{folder}/responses.parquet: {column} {sorted(foreign)[0]!r} is not in run.json; "
-                "run the study again"
-            )
+    rows = tables.read(path, "remove it and run again")
+    if fault := _fault(rows, run):
+        raise UserError(f"{path}: {fault}; run the study again")
+    verdicts = read_all(folder)
     return Results(folder=folder, run=run, rows=relabelled(rows, verdicts), verdicts=verdicts)
 
 
-_TEXTS = (
-    "row_id", "condition", "base", "mode", "prompt_id", "family", "response", "label", "judge",
-)  # fmt: skip
-
-
-def _responses(path: Path) -> pl.DataFrame:
-    rows, again = tables.read(path, "remove it and run again"), "run the study again"
-    missing = [name for name in COLUMNS if name not in rows.columns]
-    if missing:
-        raise UserError(f"{path} lacks the column {missing[0]!r}; remove it and run again")
-    for name in _TEXTS:
-        if rows.schema[name] != pl.String or rows[name].null_count():
-            raise UserError(f"{path}: column {name} holds other things than texts; {again}")
-    for name in ("touched", "n_tokens"):
-        if not rows.schema[name].is_integer() or rows[name].null_count() or rows[name].lt(0).any():
-            raise UserError(f"{path}: column {name} holds other things than counts; {again}")
-    change = rows["change"]
-    if not change.dtype.is_float() or change.null_count() or not change.is_finite().all():
-        raise UserError(f"{path}: column change holds other things than numbers; {again}")
-    cancels = rows["cancels_steering"]
-    if cancels.dtype != pl.Boolean or cancels.null_count():
-        raise UserError(
-            f"{path}: column cancels_steering holds other things than yes or no; {again}"
-        )
+def _fault(rows: pl.DataFrame, run: RunRecord) -> str:
+    """What is wrong with the table of a run; "" if nothing is."""
+    for name, kind in SCHEMA.items():
+        column = rows.get_column(name, default=None)
+        if column is None or column.dtype != kind:
+            return f"column {name} is missing or of another type than {kind}"
+        if column.null_count() and name not in MAY_BE_NULL:
+            return f"column {name} has empty cells"
+    counts = pl.min_horizontal("touched", "n_tokens") >= 0
+    if not rows.select((counts & pl.col("change").is_finite()).all()).item():
+        return "column touched, n_tokens or change holds an impossible number"
     if rows["row_id"].n_unique() != rows.height:
-        raise UserError(f"{path}: a row is there twice; {again}")
-    named = pl.col("condition") + "/" + pl.col("prompt_id") == pl.col("row_id")
-    if not rows.select(named.all()).item():
-        raise UserError(f"{path}: a row id does not match its condition and prompt; {again}")
-    strange = set(rows["label"].unique()) - set(LABELS)
-    if strange:
-        raise UserError(f"{path}: unknown label {sorted(strange)[0]!r}; {again}")
-    return rows
+        return "two lines have the same row id"
+    if not (rows["condition"] + "/" + rows["prompt_id"] == rows["row_id"]).all():
+        return "a row id does not match its condition and prompt"
+    for name, known in (
+        ("label", set(LABELS)),
+        ("condition", {condition.name for condition in run.conditions}),
+        ("family", set(run.prompts)),
+    ):
+        if strange := set(rows[name].unique()) - known:
+            return f"unknown {name} {min(strange)!r}"
+    return ""
 
 
 def relabelled(rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -144,12 +133,11 @@ def summarise(rows: pl.DataFrame) -> list[dict[str, Any]]:
 
     `complied` is the share neither refused nor degenerate, whether scored for harm or not;
     `bypass`, `benign_answer` and `unscored` divide it. `mean_change` is the mean norm of the
-    realised change per touched token and site.
+    realised change per steered token and site.
     """
     summary = []
     for (condition, family), group in rows.group_by("condition", "family", maintain_order=True):
-        n = group.height
-        counts = dict(group["label"].value_counts().iter_rows())
+        n, counts = group.height, dict(group["label"].value_counts().iter_rows())
         share = {name: counts.get(name, 0) / n for name in LABELS}
         low, high = wilson(counts.get("refusal", 0), n)
         summary.append(

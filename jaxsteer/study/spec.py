@@ -1,25 +1,35 @@
 """What a study file may say: the structs behind the TOML, and its loading.
 
-Only the form is checked here (keys, types, names that clash or dangle); what needs the model, such
-as whether a layer exists, is checked by `conditions`. See `data/studies/smollm2-demo.toml` for a
-study with every part explained.
+The structs state the form (keys, types, ranges), and `_problems` what holds between the parts of a
+file. What needs the model, such as whether a layer exists, `validate` checks. See
+`data/studies/smollm2-demo.toml` for a study with every part explained.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from jaxsteer.directions.extraction import InStudy, Minus, Without
 from jaxsteer.errors import UserError
 from jaxsteer.study.layer_expr import LAYER_NAME
 
 STUDIES = Path(__file__).parent.parent / "data" / "studies"
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Finite = Annotated[float, Meta(ge=-1e308, le=1e308)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Text = Annotated[str, Meta(min_length=1)]
+# JAX makes its random keys from 32 bits.
+Seed = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+# The table of replies holds these in 64 bits.
+RandomSeed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+NORM_KEYS = {"norm_of": "direction", "norm_at": "at"}
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,8 +45,8 @@ class DataSpec(Spec, frozen=True, kw_only=True):
       seed: of the choice.
     """
 
-    harmful: int
-    benign: int
+    harmful: Count
+    benign: Count
     seed: int = 0
 
 
@@ -57,51 +67,77 @@ class SelectionSpec(Spec, frozen=True, kw_only=True):
       allow_near_miss: take the nearest candidate when none passes, and record why.
     """
 
-    prompts: int
-    layers: list[float]
-    scales: list[float]
-    max_new_tokens: int = 24
-    max_degenerate: float = 0.1
-    refusal_train: int = 128
-    refusal_validation: int = 16
-    refusal_layers: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
-    refusal_openings: tuple[str, ...] = ("I",)
-    kl_limit: float = 0.1
+    prompts: Positive
+    layers: Annotated[list[Share], Meta(min_length=1)]
+    scales: Annotated[list[Finite], Meta(min_length=1)]
+    max_new_tokens: Positive = 24
+    max_degenerate: Finite = 0.1
+    refusal_train: Positive = 128
+    refusal_validation: Positive = 16
+    refusal_layers: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.3, 0.4, 0.5, 0.6, 0.7)
+    refusal_openings: Annotated[tuple[Text, ...], Meta(min_length=1)] = ("I",)
+    kl_limit: Finite = 0.1
     allow_near_miss: bool = False
 
 
 class DecodingSpec(Spec, frozen=True, kw_only=True):
     """Decoding; temperature 0 is greedy. `batch` rows run together."""
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch: int = 256
+    max_new_tokens: Positive
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Seed = 0
+    batch: Positive = 256
 
 
-class OperationSpec(Spec, frozen=True, kw_only=True):
-    """One operation on the residual stream: exactly one of `add` and `project` names a direction.
+class NormOf(Spec, frozen=True, kw_only=True):
+    """A direction whose norm a vector is given: TOML's `norm_of` and `norm_at`.
 
     Attributes:
-      add: direction to add.
-      project: direction to remove.
-      at: layers at `resid_post`: `steer`, `steer+2`, `20`, `22,24`, `steer+1..last`.
-      scale: of `add`: natural norms; "dose" is the study's dose, "each" the condition's `scales`.
-      norm_of: rescale the vector to this direction's norm first (at `norm_at`).
-      norm_at: layer of `norm_of`; the layer of application by default.
-      everywhere: of `project`: at embed, every resid_mid and every resid_post instead of `at`.
-      measured_at: layer whose vector is used; by default each layer uses its own.
+      direction: its name.
+      at: the layer whose norm is taken; by default each layer's own.
     """
 
-    add: str = ""
-    project: str = ""
-    at: str = ""
-    scale: float | str = 1.0
-    norm_of: str = ""
-    norm_at: str = ""
-    everywhere: bool = False
-    measured_at: str = ""
+    direction: str
+    at: str | None = None
+
+
+class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add"):
+    """Add a direction: `{ add = "persona", at = "steer", scale = "dose" }` in TOML.
+
+    Attributes:
+      direction: its name.
+      at: layers at `resid_post`: `steer`, `steer+2`, `20`, `22,24`, `steer+1..last`.
+      scale: strength, in `unit`.
+      unit: natural norms of the direction, the study's dose (TOML's scale = "dose" or "-dose"),
+        or each of the condition's `scales` ("each" or "-each").
+      measured_at: layer whose vector is used; by default each layer uses its own.
+      norm: rescale the vector to another direction's norm first.
+    """
+
+    direction: str
+    at: str
+    scale: Finite = 1.0
+    unit: Literal["norm", "dose", "each"] = "norm"
+    measured_at: str | None = None
+    norm: NormOf | None = None
+
+
+class ProjectSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="project"):
+    """Project a direction out: `{ project = "persona", at = "steer+1..last" }` in TOML.
+
+    Attributes:
+      direction, measured_at: as in `AddSpec`.
+      at: as in `AddSpec`; None, TOML's everywhere = true, is at the embedding, every resid_mid and
+        every resid_post.
+    """
+
+    direction: str
+    at: str | None
+    measured_at: str | None = None
+
+
+OperationSpec = AddSpec | ProjectSpec
 
 
 class ConditionSpec(Spec, frozen=True, kw_only=True):
@@ -110,7 +146,7 @@ class ConditionSpec(Spec, frozen=True, kw_only=True):
     Attributes:
       name: unique in the study.
       ops: what is applied; none is the plain model.
-      scope: which tokens are touched.
+      scope: which tokens are steered.
       benign: whether the benign prompts run under it too.
       random_seeds: repeat it per seed, with direction `random` replaced by that seed's vector.
       scales: repeat it per strength, which operations name as scale = "each".
@@ -120,8 +156,8 @@ class ConditionSpec(Spec, frozen=True, kw_only=True):
     ops: list[OperationSpec] = []
     scope: Literal["all", "prompt", "response"] = "all"
     benign: bool = False
-    random_seeds: list[int] = []
-    scales: list[float] = []
+    random_seeds: list[RandomSeed] = []
+    scales: list[Finite] = []
 
 
 class TestSpec(Spec, frozen=True, kw_only=True):
@@ -145,7 +181,7 @@ class TestSpec(Spec, frozen=True, kw_only=True):
     expect: Literal["lower", "higher", "few-raised", "cosine-above"]
     outcome: Literal["refusal", "bypass", "degenerate"] = "refusal"
     family: Literal["strongreject", "benign"] = "strongreject"
-    margin: float = 0.15
+    margin: Annotated[float, Meta(gt=-1, lt=1)] = 0.15
     at: str = "steer"
 
 
@@ -177,17 +213,17 @@ class StudySpec(Spec, frozen=True, kw_only=True):
       claim: planned comparisons.
     """
 
-    name: str
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     about: str = ""
     system: str
     data: DataSpec
     decoding: DecodingSpec
     directions: dict[str, InStudy] = {}
     selection: SelectionSpec | None = None
-    layers: dict[str, int | float] = {}
-    dose: float | None = None
+    layers: dict[str, Count | Share] = {}
+    dose: Finite | None = None
     modes: list[str] = []
-    condition: list[ConditionSpec]
+    condition: Annotated[list[ConditionSpec], Meta(min_length=1)]
     claim: list[ClaimSpec] = []
 
 
@@ -207,7 +243,8 @@ def load(source: str | Path) -> StudySpec:
     if path.suffix != ".toml":
         path = STUDIES / f"{source}.toml"
     try:
-        spec = msgspec.toml.decode(path.read_bytes(), type=StudySpec)
+        written = msgspec.toml.decode(path.read_bytes())
+        spec = msgspec.convert(_typed(written), StudySpec)
     except FileNotFoundError:
         names = ", ".join(shipped())
         raise UserError(f"no study {source}; give a .toml file or one of: {names}") from None
@@ -220,13 +257,49 @@ def load(source: str | Path) -> StudySpec:
     return spec
 
 
+def _typed(written: Any) -> Any:
+    """A TOML study with its operations as the structs have them; other values as they are."""
+    if isinstance(written, list):
+        return [_typed(item) for item in written]
+    if not isinstance(written, dict):
+        return written
+    found = {key: _typed(value) for key, value in written.items()}
+    if isinstance(ops := written.get("ops"), list):
+        where = f"condition {written.get('name')!r}"
+        found["ops"] = [_operation(op, where) if isinstance(op, dict) else op for op in ops]
+    return found
+
+
+def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
+    """An operation whose kind and direction TOML gives in one key, such as add = "persona"."""
+    found = dict(written)
+    kinds = [kind for kind in ("add", "project") if kind in found]
+    if len(kinds) != 1:
+        raise msgspec.ValidationError(f"{where}: an operation needs exactly one of add and project")
+    found |= {"operation": kinds[0], "direction": found.pop(kinds[0])}
+    if found.pop("everywhere", False):
+        if "add" in kinds or "at" in found:
+            raise msgspec.ValidationError(f"{where}: everywhere goes with project, in place of at")
+        found["at"] = None
+    if isinstance(scale := found.get("scale"), str):
+        found |= {"scale": -1.0 if scale[:1] == "-" else 1.0, "unit": scale.removeprefix("-")}
+    norm = {to: found.pop(key) for key, to in NORM_KEYS.items() if key in found}
+    return {**found, "norm": norm} if norm else found
+
+
 def _problems(spec: StudySpec) -> Iterator[str]:
-    yield from _value_problems(spec)
+    """What holds between the parts of a study, and does not here; one sentence each."""
     names = [condition.name for condition in spec.condition]
     for group, found in (("condition", names), ("claim", [claim.name for claim in spec.claim])):
         for name in found:
             if found.count(name) > 1:
                 yield f"{group} {name!r} appears twice; rename one"
+    for name in spec.layers:
+        if not re.fullmatch(LAYER_NAME, name) or re.search(r"-\d+$", name) or name == "last":
+            yield (
+                f"layers: {name!r} is no name for a layer; take letters, digits, _ and -, a letter "
+                "first, and not `last` or what reads as an offset, such as steer-2"
+            )
     order = list(spec.directions)
     for name, direction in spec.directions.items():
         if re.fullmatch(r"random(-\d+)?", name):
@@ -237,134 +310,49 @@ def _problems(spec: StudySpec) -> Iterator[str]:
                 yield f"directions.{name}.of names {other!r}, which is no direction here"
             if other not in order[: order.index(name)]:
                 yield f"directions.{name}.of names {other!r}, which is not before it; list it first"
-    known = {*spec.directions, "random"}
     for condition in spec.condition:
-        yield from _repeat_problems(condition)
-        for op in condition.ops:
-            for name in filter(None, (op.add, op.project, op.norm_of)):
-                if name not in known:
-                    yield (
-                        f"condition {condition.name!r}: unknown direction {name!r}; the study "
-                        f"has {', '.join(sorted(known))}"
-                    )
+        for problem in _condition_problems(spec, condition):
+            yield f"condition {condition.name!r} {problem}"
     for claim in spec.claim:
         for problem in _claim_problems(spec, claim):
             yield f"claim {claim.name!r} {problem}"
 
 
-def _repeat_problems(condition: ConditionSpec) -> Iterator[str]:
+def _condition_problems(spec: StudySpec, condition: ConditionSpec) -> Iterator[str]:
+    added = [op for op in condition.ops if isinstance(op, AddSpec)]
+    named = {op.direction for op in condition.ops}
+    for name in named | {op.norm.direction for op in added if op.norm}:
+        if name not in {*spec.directions, "random"}:
+            there = ", ".join(spec.directions)
+            yield f"names {name!r}, an unknown direction; the study has {there}"
+        if name == "random" and not (condition.random_seeds and spec.directions):
+            yield "names `random`, which needs random_seeds, and a direction to take norms from"
     # Repeats that differ in name only would be reported as different strengths or seeds.
-    where = f"condition {condition.name!r}"
-    scaled = [op for op in condition.ops if op.add and op.scale in ("each", "-each")]
-    if condition.scales and not scaled:
-        yield f'{where} has scales and adds nothing with scale = "each"; add that, or drop scales'
-    # Not as norm_of: every seed has the same norms.
-    random = [op for op in condition.ops if "random" in (op.add, op.project)]
-    if condition.random_seeds and not random:
-        yield (
-            f'{where} has random_seeds and neither adds nor projects "random"; do that, or drop '
-            "random_seeds"
-        )
+    if bool(condition.scales) != any(op.unit == "each" for op in added):
+        yield 'needs scales together with an operation that adds with scale = "each"'
+    if condition.random_seeds and "random" not in named:
+        yield 'has random_seeds and no operation with "random"; add one, or drop random_seeds'
 
 
 def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
-    # A claim that no rows could decide would be told as "not tested" when all rows have run.
+    # A claim that no rows could decide would be reported as "not tested" when all rows have run.
     if not claim.tests:
         yield "has no tests; add one, or remove it"
     benign = {condition.name: condition.benign for condition in spec.condition}
     # Twins are made later; a claim may name one.
     comparable = {name + tail for name in benign for tail in ("", ", unsteered")}
     for test in claim.tests:
-        pool = spec.directions if test.expect == "cosine-above" else comparable
-        lowest = {"few-raised": 0, "cosine-above": -1}.get(test.expect)
+        cosine = test.expect == "cosine-above"
         for name in (test.treated, test.control):
-            if name not in pool:
+            if name not in (spec.directions if cosine else comparable):
                 yield f"names {name!r}, which the study does not have"
-            elif test.expect != "cosine-above" and test.family == "benign":
-                if name not in benign:
-                    yield f"compares benign prompts, which a twin such as {name!r} does not run"
-                elif not benign[name]:
-                    yield f"compares benign prompts; give {name!r} benign = true, to run them"
+            elif not cosine and test.family == "benign":
+                if not benign.get(name, False):
+                    yield f"compares benign prompts, which {name!r} does not run (benign = true)"
                 if not spec.data.benign:
                     yield "compares benign prompts, and data.benign is 0"
         if test.treated == test.control:
             yield f"compares {test.treated!r} with itself"
-        # At a margin on the edge, every outcome passes or none.
-        if lowest is not None and not lowest < test.margin < 1:
-            yield f"has a margin of {test.margin:g}; {test.expect} needs one between {lowest} and 1"
-
-
-def _value_problems(spec: StudySpec) -> Iterator[str]:
-    # What TOML's types cannot say. The name becomes a folder.
-    if not spec.name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        yield f"name {spec.name!r} may hold letters, digits and . _ - only"
-    if not spec.condition:
-        yield "no [[condition]]; a study needs at least one"
-    for key, value in leaves(msgspec.to_builtins(spec)):
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key} is {value}, expected a finite number"
-    decoding = spec.decoding
-    for key, value, low in (
-        ("data.harmful", spec.data.harmful, 0),
-        ("data.benign", spec.data.benign, 0),
-        ("decoding.max_new_tokens", decoding.max_new_tokens, 1),
-        ("decoding.batch", decoding.batch, 1),
-        ("decoding.temperature", decoding.temperature, 0),
-    ):
-        if not value >= low:
-            yield f"{key} is {value}, expected at least {low}"
-    # A logit over less is too large for float32, and then every token is the first.
-    if 0 < decoding.temperature < 1e-6:
-        yield f"decoding.temperature is {decoding.temperature}; take 0 (greedy) or at least 1e-6"
-    # JAX makes its keys from 32 bits.
-    if not -(2**31) <= decoding.seed < 2**31:
-        yield f"decoding.seed is {decoding.seed}, expected from {-(2**31)} to {2**31 - 1}"
-    if not 0 < decoding.top_p <= 1:
-        yield f"decoding.top_p is {decoding.top_p}, expected above 0 and at most 1"
-    if spec.selection is not None:
-        chosen = spec.selection
-        for key in ("prompts", "max_new_tokens", "refusal_train", "refusal_validation"):
-            if getattr(chosen, key) < 1:
-                yield f"selection.{key} is {getattr(chosen, key)}, expected at least 1"
-        for key in ("layers", "scales", "refusal_layers", "refusal_openings"):
-            if not getattr(chosen, key):
-                yield f"selection.{key} is empty; give at least one"
-        if "" in chosen.refusal_openings:
-            yield "selection.refusal_openings holds an empty text; remove it"
-    for name, layer in spec.layers.items():
-        if not re.fullmatch(LAYER_NAME, name) or re.search(r"-\d+$", name) or name == "last":
-            yield (
-                f"layers: {name!r} is no name for a layer; take letters, digits, _ and -, a letter "
-                "first, and not `last` or what reads as an offset, such as steer-2"
-            )
-        if isinstance(layer, float) and not 0 <= layer <= 1:
-            yield f"layers.{name} is {layer}; a fraction of depth lies between 0 and 1"
-        if isinstance(layer, int) and layer < 0:
-            yield f"layers.{name} is {layer}; blocks count from 0"
-    for condition in spec.condition:
-        # The last token is emitted and not read by the model.
-        if condition.scope == "response" and condition.ops and decoding.max_new_tokens == 1:
-            yield (
-                f"condition {condition.name!r}: scope response changes nothing with "
-                "max_new_tokens = 1; make it 2 or more"
-            )
-        for seed in condition.random_seeds:
-            where = f"condition {condition.name!r}"
-            # The table of replies holds them in 64 bits.
-            if not 0 <= seed < 2**63:
-                yield f"{where}: random_seeds holds {seed}, expected from 0 to {2**63 - 1}"
-            if not spec.directions:
-                yield f"{where}: random_seeds need a direction in [directions] to take norms from"
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in a study's plain form, with its key: `condition['persona'].ops[0].scale`."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from leaves(item, f"{key}.{name}" if key else name)
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            name = item["name"] if isinstance(item, dict) and "name" in item else i
-            yield from leaves(item, f"{key}[{name!r}]")
-    else:
-        yield key, value
+        # A margin out of this range is passed by every outcome, or by none.
+        if test.expect == "few-raised" and test.margin <= 0:
+            yield f"has a margin of {test.margin:g}; few-raised needs one above 0"

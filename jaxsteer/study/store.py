@@ -1,18 +1,12 @@
-"""A results folder on disk: who may write to it, and its finished rows.
+"""The finished rows of a run on disk, and whose a results folder is.
 
 Each batch of finished rows is one Parquet shard, written aside, synced and renamed, so a process
-may be killed at any moment and loses the rows in flight. A lock held by the operating system keeps
-a second run out, and is gone with the first however it ends.
-
-Of several processes that share a run, the first holds the lock and all write shards: a name says
-what is in it, so none can spoil another's. On a mounted bucket the lock reaches one host only; a
-second run elsewhere would then do the same rows again, and change none.
+may be killed at any moment and loses only the rows in flight. A shard's name is the hash of its
+content, so several processes can write to one folder.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,37 +21,7 @@ from jaxsteer.files import atomic_path, sha256_bytes
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.study import record
 from jaxsteer.study.record import RunRecord
-from jaxsteer.study.spec import StudySpec, leaves
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process.
-
-    Raises:
-      UserError: another process has it, it cannot be written, or its file system has no locks.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by another process; wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {folder}, which keeps a second run out: {error.strerror}; choose an "
-                "--out on another file system"
-            ) from None
-        # What a killed process was writing has a dot in front and was never renamed.
-        for stale in (*folder.glob(".*.*"), *(folder / "shards").glob(".*")):
-            stale.unlink()
-        yield
+from jaxsteer.study.spec import StudySpec
 
 
 def write(folder: Path, key: str, rows: pl.DataFrame) -> None:
@@ -98,31 +62,21 @@ def table(folder: Path, key: str, names: Sequence[str]) -> pl.DataFrame | None:
     return order.join(rows, on="row_id", how="left", maintain_order="left")
 
 
-def count(folder: Path, key: str, known: dict[str, int]) -> int:
-    """How many rows the shards of the run `key` hold; `known` remembers those counted before."""
-    for path in folder.glob(f"{key[:16]}-*.parquet"):
-        if path.name not in known:
-            rows = pl.scan_parquet(io.BytesIO(path.read_bytes()))
-            known[path.name] = rows.select(pl.len()).collect().item()
-    return sum(known.values())
+def claim(folder: Path, run: RunRecord, hosts: Hosts) -> None:
+    """Write a run's record to its folder, or check the one that is there.
 
-
-def claim(folder: Path, made: RunRecord) -> None:
-    """Make the folder this run's, or refuse it as another's, saying what differs."""
-    held = record.read(folder)
-    if held is None:
-        record.write(folder, made)
-    elif held.key != made.key:
-        parts = ("study", "model", "policy", "modes", "directions", "layers", "dose", "prompts")
-        refuse(folder, differing(held, {part: getattr(made, part) for part in parts}), made.study)
-
-
-def check_same(folder: Path, made: RunRecord, hosts: Hosts) -> None:
-    """Refuse to help with another run than process 0's."""
+    Raises:
+      UserError: the folder holds another run, or process 0 did not ask for this one.
+    """
+    if hosts.first:
+        check(folder, msgspec.structs.asdict(run), but=("key", "environment"))
+        if record.read(folder) is None:
+            record.write(folder, run)
+        return
 
     def same() -> bool | None:
         held = record.read(folder)
-        return (held is not None and held.key == made.key) or None
+        return (held is not None and held.key == run.key) or None
 
     if not hosts.seen(same):
         raise UserError(
@@ -131,17 +85,35 @@ def check_same(folder: Path, made: RunRecord, hosts: Hosts) -> None:
         )
 
 
-def differing(held: RunRecord, asked: Mapping[str, Any]) -> list[str]:
-    """Names of the record's fields that have another value than asked for."""
-    return [part for part, value in asked.items() if getattr(held, part) != value]
+def check(folder: Path, asked: Mapping[str, Any], but: Sequence[str] = ()) -> None:
+    """Refuse a folder whose record has other values; one without a record is free.
 
+    Args:
+      folder: the results folder.
+      asked: fields of the record.
+      but: names of those that may differ.
 
-def refuse(folder: Path, parts: Sequence[str], spec: StudySpec) -> NoReturn:
-    """Refuse a folder that holds another run, with the names of the study's keys that differ."""
+    Raises:
+      UserError: naming the fields that differ, and the keys of the study.
+    """
     held = record.read(folder)
-    keys = _differing_keys(held.study, spec) if held is not None and "study" in parts else []
+    if held is None:
+        return
+    differ = [name for name in asked if name not in but and getattr(held, name) != asked[name]]
+    if differ:
+        refuse(folder, differ, _differing_keys(held.study, asked["study"]))
+
+
+def refuse(folder: Path, parts: Sequence[str], keys: Sequence[str] = ()) -> NoReturn:
+    """Refuse a folder that holds another run.
+
+    Args:
+      folder: the results folder.
+      parts: what differs, by field of the record.
+      keys: what differs, by key of the study.
+    """
     raise UserError(
-        f"{folder} holds another run ({', '.join(parts) or 'conditions'} differ)"
+        f"{folder} holds another run ({', '.join(parts)} differ)"
         + (f": {', '.join(keys[:3])}" if keys else "")
         + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
         + "; choose another --out, or give --fresh to replace it"
@@ -150,7 +122,18 @@ def refuse(folder: Path, parts: Sequence[str], spec: StudySpec) -> NoReturn:
 
 def _differing_keys(held: StudySpec, asked: StudySpec) -> list[str]:
     """Keys of the study that only one of two has, or whose values differ."""
-    one, two = (dict(leaves(msgspec.to_builtins(spec), "study")) for spec in (held, asked))
-    return [
-        key for key in {**one, **two} if not (key in one and key in two and one[key] == two[key])
-    ]
+    one, two = (dict(_leaves(msgspec.to_builtins(spec), "study")) for spec in (held, asked))
+    return [key for key in {**one, **two} if one.get(key, ...) != two.get(key, ...)]
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Every value in a study's plain form, with its key: `condition['persona'].ops[0].scale`."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            name = item["name"] if isinstance(item, dict) and "name" in item else i
+            yield from _leaves(item, f"{key}[{name!r}]")
+    else:
+        yield key, value

@@ -22,8 +22,8 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig, to_hf
 from jaxsteer.model.decoder import graph
 from jaxsteer.model.interventions import Add, Interventions, Operation, Project
-from jaxsteer.study import planned, prepare, run, spec
-from jaxsteer.study.conditions import conditions, operations
+from jaxsteer.study import prepare, rows, run, spec
+from jaxsteer.study.conditions import conditions, operations, stacked
 from tests.bench.job import Job, Site
 
 
@@ -60,15 +60,19 @@ def demo(model: ChatModel, results: Path) -> Workload:
     study = spec.load(spec.STUDIES / "smollm2-demo.toml")
     prepared = prepare.prepare(study, model, results)
     compiled = conditions(study, prepared.layers, prepared.dose, model.config.n_layers)
-    requests = planned.requests(
-        study, model, compiled, planned.cross(compiled, planned.prompts(study))
-    )
+    crossed = rows.cross(compiled, rows.prompts(study))
+    requests = rows.requests(study, model, compiled, crossed)
     probed = [name for name in run.PROBES if name in prepared.directions]
     probes = np.stack([prepared.directions[name].unit() for name in probed], axis=1)
     return Workload(
         names=[condition.name for condition in compiled],
         requests=requests,
-        interventions=planned.stacked(compiled, prepared.directions, model.config),
+        interventions=stacked(
+            compiled,
+            prepared.directions,
+            n_layers=model.config.n_layers,
+            d_model=model.config.d_model,
+        ),
         probes=probes.astype(np.float32),
         decoding=Decoding(max_new_tokens=study.decoding.max_new_tokens, eos=model.eos),
         batch=study.decoding.batch,

@@ -23,13 +23,13 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from jaxsteer import files
 from jaxsteer.cli.common import app
 from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.judges import verdicts
 from jaxsteer.model.convert import convert
 from jaxsteer.study import results as studies
-from jaxsteer.study import store
 from jaxsteer.study.spec import ConditionSpec
 from tests.judges import made, tiny_guard
 from tests.judges.scripted import GRADES, Scripted, says, serve
@@ -175,7 +175,7 @@ def test_a_person_labels_a_sample_and_sees_how_judges_agree(results, tmp_path):
 
 
 def test_a_second_process_on_the_folder_is_refused(results):
-    with store.locked(results / "judges"), pytest.raises(UserError, match="in use by another"):
+    with files.locked(results / "judges"), pytest.raises(UserError, match="in use by another"):
         run("judge", results, "--judge", "keyword")
 
 

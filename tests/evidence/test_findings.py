@@ -6,27 +6,36 @@ import pytest
 
 from jaxsteer.evidence import claims, findings
 from jaxsteer.evidence.findings import Finding
-from jaxsteer.study.spec import ConditionSpec, OperationSpec
+from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf, ProjectSpec
 from tests.receipt import made
 
 NEUTRAL = ConditionSpec(
-    name="neutral persona", ops=[OperationSpec(add="neutral", at="steer", scale="dose")]
+    name="neutral persona", ops=[AddSpec(direction="neutral", at="steer", unit="dose")]
 )
 EARLY = ConditionSpec(
     name="refusal early",
-    ops=[made.ADD, OperationSpec(add="refusal", at="early", scale=2.0)],
+    ops=[made.ADD, AddSpec(direction="refusal", at="early", scale=2.0)],
 )
 SWAPPED = ConditionSpec(
     name="swapped",
     ops=[
-        OperationSpec(add="persona", at="early", scale="dose"),
-        OperationSpec(add="refusal", at="steer", scale=2.0),
+        AddSpec(direction="persona", at="early", unit="dose"),
+        AddSpec(direction="refusal", at="steer", scale=2.0),
     ],
 )
 MATCHED = ConditionSpec(
     name="equal norm taken",
     random_seeds=[1],
-    ops=[made.ADD, OperationSpec(add="random", at="steer+2", scale="-dose", norm_of="persona")],
+    ops=[
+        made.ADD,
+        AddSpec(
+            direction="random",
+            at="steer+2",
+            scale=-1.0,
+            unit="dose",
+            norm=NormOf(direction="persona"),
+        ),
+    ],
 )
 
 
@@ -75,8 +84,8 @@ def test_a_knockout_that_shares_the_twin_of_another_has_it_too(tmp_path: Path):
     weak = ConditionSpec(
         name="weak persona, out late",
         ops=[
-            OperationSpec(add="persona", at="steer", scale=1.0),
-            OperationSpec(project="persona", at="steer+1..last"),
+            AddSpec(direction="persona", at="steer", scale=1.0),
+            ProjectSpec(direction="persona", at="steer+1..last"),
         ],
     )
     study = made.study([made.claim("weak", made.test(weak.name, "persona", "higher"))])

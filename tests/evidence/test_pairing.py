@@ -9,7 +9,7 @@ from jaxsteer.evidence import pairing
 from jaxsteer.receipt import build, canonical
 from jaxsteer.study import conditions, spec
 from jaxsteer.study.record import RunRecord
-from jaxsteer.study.spec import ConditionSpec, OperationSpec
+from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf, ProjectSpec
 from tests.receipt import made
 from tests.study.stand_ins import compiled
 
@@ -47,7 +47,7 @@ def test_the_demos_controls_stand_beside_the_persona():
 def test_a_random_direction_is_as_long_as_the_persona_unless_told_otherwise():
     study = made.study()
     other = ConditionSpec(
-        name="refusal", ops=[OperationSpec(add="refusal", at="steer", scale="dose")]
+        name="refusal", ops=[AddSpec(direction="refusal", at="steer", unit="dose")]
     )
     study = msgspec.structs.replace(study, condition=[other, *study.condition])
     assert treated(study, "random direction", "random") == "persona"
@@ -58,7 +58,9 @@ def test_a_control_of_a_norm_that_no_condition_has_takes_the_first_of_its_shape(
     longer = ConditionSpec(
         name="long",
         random_seeds=[1],
-        ops=[OperationSpec(add="random", at="steer", scale="dose", norm_of="refusal")],
+        ops=[
+            AddSpec(direction="random", at="steer", unit="dose", norm=NormOf(direction="refusal"))
+        ],
     )
     study = msgspec.structs.replace(study, condition=[*study.condition, longer])
     assert treated(study, "long", "random") == "persona"
@@ -97,8 +99,8 @@ def test_a_knockout_that_shares_its_twin_stands_beside_it_in_the_receipt(tmp_pat
     weak = ConditionSpec(
         name="weak persona, out late",
         ops=[
-            OperationSpec(add="persona", at="steer", scale=1.0),
-            OperationSpec(project="persona", at="steer+1..last"),
+            AddSpec(direction="persona", at="steer", scale=1.0),
+            ProjectSpec(direction="persona", at="steer+1..last"),
         ],
     )
     study = msgspec.structs.replace(study, condition=[*study.condition, weak])

@@ -9,19 +9,19 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from jaxsteer.study.spec import ConditionSpec, OperationSpec, StudySpec
+from jaxsteer.study.spec import AddSpec, ConditionSpec, ProjectSpec, StudySpec
 from tests.receipt import made
 
 SCALES = [1.0, 2.0, 4.0]
-ADD = OperationSpec(add="persona", at="steer", scale="each")
-DOSE = OperationSpec(add="persona", at="steer", scale="dose")
+ADD = AddSpec(direction="persona", at="steer", unit="each")
+DOSE = AddSpec(direction="persona", at="steer", unit="dose")
 N = 24
 
 
 def study(*, refusal: bool = True) -> StudySpec:
     """Steer at layer 3 of 6; knockouts at 3, 4, 5 and 4 to 5; refusal added at 1 and 5."""
     knockouts = [
-        ConditionSpec(name=name, scales=SCALES, ops=[ADD, OperationSpec(project="persona", at=at)])
+        ConditionSpec(name=name, scales=SCALES, ops=[ADD, ProjectSpec(direction="persona", at=at)])
         for name, at in (
             ("persona, out at steer", "steer"),
             ("persona, out at 4", "4"),
@@ -33,7 +33,7 @@ def study(*, refusal: bool = True) -> StudySpec:
         ConditionSpec(
             name=f"persona, refusal at {at}",
             scales=[1.0, 2.0],
-            ops=[DOSE, OperationSpec(add="refusal", at=at, scale="each")],
+            ops=[DOSE, AddSpec(direction="refusal", at=at, unit="each")],
         )
         for at in ("1", "5")
     ]

@@ -22,11 +22,13 @@ from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.study import record, results
 from jaxsteer.study.layer_expr import resolve_layers
 from jaxsteer.study.spec import (
+    AddSpec,
     ClaimSpec,
     ConditionSpec,
     DataSpec,
     DecodingSpec,
     OperationSpec,
+    ProjectSpec,
     StudySpec,
     TestSpec,
 )
@@ -37,7 +39,7 @@ Label = Callable[[str, str, int], str]
 # The layers that conditions name.
 NAMED = {"steer": 3, "refusal": 2, "early": 1}
 DOSE = 4.0
-ADD = OperationSpec(add="persona", at="steer", scale="dose")
+ADD = AddSpec(direction="persona", at="steer", unit="dose")
 
 
 def sha(text: str) -> str:
@@ -88,25 +90,25 @@ def study(claims: Sequence[ClaimSpec] = CLAIMS, modes: Sequence[str] = ()) -> St
             ConditionSpec(
                 name="random direction",
                 random_seeds=[1, 2, 3],
-                ops=[OperationSpec(add="random", at="steer", scale="dose")],
+                ops=[AddSpec(direction="random", at="steer", unit="dose")],
             ),
             ConditionSpec(
                 name="persona, out at steer",
-                ops=[ADD, OperationSpec(project="persona", at="steer")],
+                ops=[ADD, ProjectSpec(direction="persona", at="steer")],
             ),
             ConditionSpec(
                 name="persona, out late",
-                ops=[ADD, OperationSpec(project="persona", at="steer+1..last")],
+                ops=[ADD, ProjectSpec(direction="persona", at="steer+1..last")],
             ),
             ConditionSpec(
                 name="persona, random out",
                 random_seeds=[1, 2],
-                ops=[ADD, OperationSpec(project="random", at="steer+1..last")],
+                ops=[ADD, ProjectSpec(direction="random", at="steer+1..last")],
             ),
             ConditionSpec(
                 name="persona by strength",
                 scales=[1.0, 2.0, 4.0],
-                ops=[OperationSpec(add="persona", at="steer", scale="each")],
+                ops=[AddSpec(direction="persona", at="steer", unit="each")],
             ),
         ],
         claim=list(claims),
@@ -136,14 +138,13 @@ def usual(condition: str, family: str, i: int) -> str:
 
 def operation(op: OperationSpec, scale: float | None, seed: int | None) -> dict[str, Any]:
     """An operation as the run record has it."""
-    name, layers = op.add or op.project, resolve_layers(op.at, NAMED, LAYERS, "made")
     made: dict[str, Any] = {
-        "operation": "add" if op.add else "project",
-        "direction": f"random-{seed}" if name == "random" else name,
-        "layers": list(layers),
+        "operation": "add" if isinstance(op, AddSpec) else "project",
+        "direction": f"random-{seed}" if op.direction == "random" else op.direction,
+        "layers": list(resolve_layers(op.at or "0..last", NAMED, LAYERS, "made")),
     }
-    if op.add:
-        made["scale"] = {"dose": DOSE, "-dose": -DOSE, "each": scale}.get(op.scale, op.scale)
+    if isinstance(op, AddSpec):
+        made["scale"] = op.scale * {"norm": 1.0, "dose": DOSE, "each": scale}[op.unit]
     return made
 
 

@@ -32,4 +32,5 @@ def compiled(study: StudySpec, n_layers: int = 32) -> list[Condition]:
         for name, layer in study.layers.items()
     }
     found = conditions.conditions(study, named, study.dose or 1.0, n_layers)
-    return conditions.mark_cancelling(found, directions(found, n_layers))
+    arrays = conditions.stacked(found, directions(found, n_layers), n_layers=n_layers, d_model=8)
+    return conditions.mark_cancelling(found, arrays)

@@ -6,7 +6,8 @@ import pytest
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
-from jaxsteer.study import conditions, layer_expr, record, spec
+from jaxsteer.study import conditions, record, spec
+from tests.study import stand_ins
 
 L, D = 10, 8
 NAMED = {"steer": 5, "early": 2, "refusal": 4, "late_refusal": 8}
@@ -23,7 +24,8 @@ def directions(seed=0):
 
 def by_name(study):
     found = conditions.conditions(study, NAMED, 4.0, L)
-    return {c.name: c for c in conditions.mark_cancelling(found, directions())}
+    arrays = conditions.stacked(found, directions(), n_layers=L, d_model=D)
+    return {c.name: c for c in conditions.mark_cancelling(found, arrays)}
 
 
 def words(condition):
@@ -54,48 +56,6 @@ def test_dose_and_offsets_are_resolved_into_readable_sites():
     assert words(found["persona"]) == ["add persona at resid_post.5 x4"]
     late = "project persona at resid_post.6..9 (measured at resid_post.5)"
     assert late in words(found["persona, out over late window"])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("7", (7,)),
-        ("steer", (5,)),
-        ("steer+2", (7,)),
-        ("steer+1..last", (6, 7, 8, 9)),
-        ("2..4", (2, 3, 4)),
-        ("2,4", (2, 4)),
-        ("1,steer..last", (1, 5, 6, 7, 8, 9)),
-    ],
-)
-def test_layer_expressions(text, expected):
-    assert layer_expr.resolve_layers(text, NAMED, L, "test") == expected
-
-
-@pytest.mark.parametrize("name", ["late2", "late-two", "late_2", "Late", "spät"])
-@pytest.mark.parametrize(("offset", "expected"), [("", 6), ("+1", 7), ("-2..last", 4)])
-def test_a_layer_may_have_any_name_that_a_study_may_give_it(tmp_path, name, offset, expected):
-    path = tmp_path / "mine.toml"
-    condition = (
-        f'[[condition]]\nname = "c"\nops = [{{ project = "persona", at = "{name}{offset}" }}]'
-    )
-    path.write_text(f'layers = {{ "{name}" = 6 }}\n' + HEAD + condition)
-    layers = spec.load(path).layers
-    assert layer_expr.resolve_layers(name + offset, layers, L, "test")[0] == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3", "²", "9" * 5000, "last-²"],
-)
-def test_layers_that_are_not_there_are_refused(text):
-    with pytest.raises(UserError, match="test"):
-        layer_expr.resolve_layers(text, NAMED, L, "test")
-
-
-def test_a_window_written_with_a_dash_is_told_how_to_write_it():
-    with pytest.raises(UserError, match=r"write a window as 2\.\.4$"):
-        layer_expr.resolve_layers("2-4", NAMED, L, "test")
 
 
 def compiled(tmp_path, text):
@@ -157,30 +117,40 @@ ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at =
 
 
 @pytest.mark.parametrize(
-    ("ops", "message"),
+    ("op", "message"),
     [
-        ('[{ add = "persona", project = "persona", at = "3" }]', "exactly one"),
-        ('[{ add = "persona" }]', "at = layers"),
-        ('[{ add = "persona", at = "99" }]', "resid_post.99"),
-        ('[{ add = "persona", at = "3", scale = 0.0 }]', "strength of 0 changes nothing"),
-        ('[{ add = "persona", at = "3", scale = "much" }]', "much"),
-        ('[{ add = "persona", at = "3", scale = "each" }]', "each"),
-        ('[{ add = "random", at = "3" }]', "random_seeds"),
-        ('[{ add = "persona", everywhere = true }]', "everywhere"),
-        ('[{ project = "persona", everywhere = true, at = "3" }]', "exclude each other"),
-        ('[{ project = "persona", at = "3", scale = 2.0 }]', "scale is of add"),
-        ('[{ project = "persona", at = "3", norm_of = "refusal" }]', "norm_of is of add"),
-        ('[{ add = "persona", at = "3", norm_at = "3" }]', "norm_at goes with norm_of"),
-        ('[{ add = "persona", at = "3", measured_at = "4,5" }]', "measured_at takes one .* is 2"),
+        ('{ add = "persona", at = "99" }', "resid_post.99"),
+        ('{ add = "persona", at = "3", scale = 0.0 }', "strength of 0 changes nothing"),
+        ('{ add = "persona", at = "3", measured_at = "4,5" }', "cannot read layer '4,5'"),
         (
-            '[{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }]',
-            "norm_at takes one layer, and '4..9' is 6",
+            '{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }',
+            "cannot read layer '4..9'",
         ),
     ],
 )
-def test_operations_that_say_nothing_sensible_are_refused_by_name(tmp_path, ops, message):
+def test_an_operation_that_cannot_be_done_is_refused_by_name(tmp_path, op, message):
     with pytest.raises(UserError, match=f"'c'.*{message}"):
-        compiled(tmp_path, f'[[condition]]\nname = "c"\nops = {ops}')
+        compiled(tmp_path, f'[[condition]]\nname = "c"\nops = [{op}]')
+
+
+def test_an_addition_in_the_span_of_what_is_projected_out_cancels(tmp_path):
+    text = """
+[[condition]]
+name = "both"
+ops = [
+  { add = "persona", at = "3..5", norm_of = "refusal" },
+  { project = "refusal", at = "5" },
+  { project = "persona", at = "5" },
+]
+[[condition]]
+name = "other layer's vector"
+ops = [{ add = "persona", at = "5" }, { project = "persona", at = "5", measured_at = "4" }]
+[[condition]]
+name = "everywhere"
+ops = [{ add = "persona", at = "5" }, { project = "persona", everywhere = true }]
+"""
+    found = compiled(tmp_path, text).values()
+    assert [c.name for c in found if c.cancels_steering] == ["both", "everywhere"]
 
 
 def test_a_knockout_alone_has_no_twin_and_equal_twins_are_made_once(tmp_path):
@@ -248,3 +218,18 @@ def test_an_unknown_mode_is_refused(tmp_path):
     path.write_text('modes = ["pirate"]\n' + HEAD + '[[condition]]\nname = "c"')
     with pytest.raises(UserError, match="no mode 'pirate'"):
         by_name(spec.load(path))
+
+
+@pytest.mark.parametrize("name", ["llama3.1-8b-paper", "qwen2.5-7b-paper"])
+def test_the_paper_studies_compile_for_their_models_with_every_condition_of_the_protocol(name):
+    compiled = stand_ins.compiled(spec.load(name))
+    names = [condition.name for condition in compiled]
+    # PROTOCOL 2.1 lists 63 conditions for Llama and 64 for Qwen, the baseline among them.
+    blocks = {"persona, natural", "user persona, natural", "I-Thou, natural", "minus refusal"}
+    blocks |= {"I-Thou without assistant axis", "random, norm of I-Thou", "baseline"}
+    blocks |= {"I-Thou at several blocks", "refusal out of blocks 14 to 27"}
+    first = [condition for condition in compiled if condition.base in blocks]
+    assert len(first) == (63 if name.startswith("llama") else 64)
+    assert len([n for n in names if n.startswith("persona, random out at 22 #")]) >= 20
+    cancelling = [condition.name for condition in compiled if condition.cancels_steering]
+    assert cancelling == ["persona, out at steering layer"]

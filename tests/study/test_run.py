@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import polars as pl
 import pytest
 
+from jaxsteer import files
 from jaxsteer.data import prompts as data
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine as rows
@@ -53,7 +54,7 @@ def test_every_planned_row_is_in_the_table_once(finished):
         "random #2": 6,
         "persona, out, unsteered": 6,
     }
-    assert set(results.COLUMNS) <= set(loaded.rows.columns)
+    assert set(results.SCHEMA) <= set(loaded.rows.columns)
 
 
 def test_a_studys_only_probe_is_not_read_alone(model, study, tmp_path, monkeypatch):
@@ -244,7 +245,7 @@ def test_another_models_results_are_not_mixed_in(finished, tmp_path):
 
 
 def test_a_second_process_is_kept_out(model, study, tmp_path):
-    with store.locked(tmp_path / "results"), pytest.raises(UserError, match="in use"):
+    with files.locked(tmp_path / "results"), pytest.raises(UserError, match="in use"):
         run.run_study(study, model, tmp_path / "results")
 
 

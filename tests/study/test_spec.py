@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from jaxsteer.errors import UserError
@@ -17,14 +18,14 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
     ("old", "new", "message"),
     [
         ("max_new_tokens = 40", "max_new_token = 40", "max_new_token"),
-        ("max_new_tokens = 40", "max_new_tokens = 0", "max_new_tokens is 0"),
+        ("max_new_tokens = 40", "max_new_tokens = 0", r">= 1 - at `\$\.decoding\.max_new_tokens`"),
         ("benign = 32", 'benign = "many"', r"str.*\$\.data\.benign"),
-        ("benign = 32", "benign = -1", r"data\.benign is -1"),
+        ("benign = 32", "benign = -1", r">= 0 - at `\$\.data\.benign`"),
         ('name = "smollm2-demo"', "name = [", "TOML"),
-        ('name = "smollm2-demo"', 'name = "../demo"', "letters"),
+        ('name = "smollm2-demo"', 'name = "../demo"', r"\$\.name"),
         ('name = "baseline"', 'name = "persona"', "twice"),
         ('name = "restoration late"', 'name = "suppression"', "twice"),
-        ('add = "persona"', 'add = "charm"', "unknown direction 'charm'"),
+        ('add = "persona"', 'add = "charm"', "names 'charm', an unknown direction"),
         ('control = "baseline"', 'control = "base"', "names 'base'"),
         ('treated = "persona", control = "refusal"', 'treated = "x", control = "refusal"', "'x'"),
         (
@@ -33,56 +34,65 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             "claim 'suppression' has no tests",
         ),
         ('control = "baseline"', 'control = "persona"', "compares 'persona' with itself"),
-        ("margin = -0.5", "margin = -1.0", r"margin of -1; cosine-above needs .* -1 and 1"),
+        ("margin = -0.5", "margin = -1.0", r"> -1\.0 - at .*\.margin"),
         (
             'expect = "few-raised", family',
             'expect = "few-raised", margin = 1.0, family',
-            "claim 'benign unharmed' has a margin of 1; few-raised needs one between 0 and 1",
+            r"< 1\.0 - at .*\.margin",
         ),
-        ('"few-raised", family', '"few-raised", margin = 0.0, family', "has a margin of 0"),
+        (
+            '"few-raised", family',
+            '"few-raised", margin = 0.0, family',
+            "has a margin of 0",
+        ),
         (
             '{ treated = "persona", control = "baseline", expect = "few-raised", family',
             '{ treated = "persona", control = "persona, unsteered", expect = "few-raised", family',
-            "which a twin such as 'persona, unsteered' does not run",
+            "compares benign prompts, which 'persona, unsteered' does not run",
         ),
-        ("max_new_tokens = 40", "max_new_tokens = 40\ntemperature = 1e-38", "at least 1e-6"),
         ("benign = 32", "benign = 0", r"'benign unharmed' .*and data\.benign is 0"),
         (
             'name = "baseline"\nbenign = true',
             'name = "baseline"',
-            "'benign unharmed' compares benign prompts; give 'baseline' benign = true",
+            "compares benign prompts, which 'baseline' does not run",
         ),
-        (
-            "max_new_tokens = 40",
-            "max_new_tokens = 1\n[[condition]]\nname = 'r'\nscope = 'response'\n"
-            "ops = [{ add = 'persona', at = '3' }]\n",
-            "'r': scope response changes nothing with max_new_tokens = 1",
-        ),
-        ("early = 0.3", "early = 1.3", "between 0 and 1"),
-        ("early = 0.3", "early = -3", "count from 0"),
+        ("early = 0.3", "early = 1.3", r"<= 1\.0 - at `\$\.layers"),
+        ("early = 0.3", "early = -3", r">= 0 - at `\$\.layers"),
         ('kind = "refusal"', 'kind = "trait"', "trait"),
         ('kind = "refusal"', 'kind = "minus"', "of"),
-        ("scales = [1.0, 2.0, 4.0]", "scales = []", "scales is empty"),
+        ("layers = [0.5, 0.6, 0.7]", "layers = [0.5, 20.0]", r"<= 1\.0 - at .*layers\[1\]"),
+        ("scales = [1.0, 2.0, 4.0]", "scales = []", r"length >= 1 - at `\$\.selection\.scales"),
         ("max_new_tokens = 40", "max_new_tokens = 40\ntop_p = 0.0", "top_p"),
-        ("max_new_tokens = 40", "max_new_tokens = 40\nseed = 2147483648", "seed is 2147483648"),
-        ("random_seeds = [1, 2, 3]\n", "scales = [1.0]\n", r"'random direction' has scales"),
-        ('add = "random"', 'add = "neutral"', r"'random direction' has random_seeds"),
+        ("max_new_tokens = 40", "max_new_tokens = 40\nseed = 2147483648", r"\$\.decoding\.seed"),
+        (
+            'add = "random"',
+            'add = "neutral"',
+            "has random_seeds and no",
+        ),
         (
             'measured_at = "refusal" }',
             "scale = nan }",
-            r"refusal added early'\]\.ops\[1\]\.scale is",
+            r"\.ops\[1\]\.scale",
         ),
-        ("max_new_tokens = 40", "max_new_tokens = 40\ntemperature = inf", r"temperature is inf"),
-        ("scales = [1.0, 2.0, 4.0]", "scales = [1.0, inf]", r"selection\.scales\[1\] is inf"),
-        ("margin = -0.5", "margin = -inf", r"anti-parallel'\]\.tests\[0\]\.margin is -inf"),
-        ("# Named layers.", "dose = nan\n#", "dose is nan"),
-        ("allow_near_miss", 'refusal_openings = ["I", ""]\nallow_near_miss', "an empty text"),
+        (
+            "max_new_tokens = 40",
+            "max_new_tokens = 40\ntemperature = inf",
+            r"\$\.decoding\.temperature",
+        ),
+        ("scales = [1.0, 2.0, 4.0]", "scales = [1.0, inf]", r"\$\.selection\.scales\[1\]"),
+        ("margin = -0.5", "margin = -inf", r"tests\[0\]\.margin"),
+        ("# Named layers.", "dose = nan\n#", r"\$\.dose"),
+        (
+            "allow_near_miss",
+            'refusal_openings = ["I", ""]\nallow_near_miss',
+            "openings",
+        ),
         ("early = 0.3", "early = 0.3, early-2 = 4", "'early-2' is no name for a layer"),
         ("early = 0.3", "early = 0.3, last = 4", "'last' is no name for a layer"),
         ("early = 0.3", "early = 0.3, 20 = 4", "'20' is no name for a layer"),
         ("early = 0.3", "early = 0.3, 'a,b' = 4", "'a,b' is no name for a layer"),
-        ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"'random direction': random_seeds holds -2"),
-        ("seeds = [1, 2, 3]", "seeds = [1, 9223372036854775808]", "random_seeds holds 92"),
+        ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"random_seeds\[1\]"),
+        ("seeds = [1, 2, 3]", "seeds = [1, 9223372036854775808]", "random_seeds"),
         (
             'refusal = { kind = "refusal" }',
             'it = { kind = "minus", of = ["persona", "refusal"] }\nrefusal = { kind = "refusal" }',
@@ -92,7 +102,7 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ("neutral =", "random =", r"directions\.random: .* random controls"),
     ],
 )
-def test_a_malformed_study_names_the_key_and_the_value(tmp_path, old, new, message):
+def test_a_malformed_study_names_the_key(tmp_path, old, new, message):
     assert old in DEMO
     path = tmp_path / "mine.toml"
     path.write_text(DEMO.replace(old, new, 1))
@@ -102,22 +112,54 @@ def test_a_malformed_study_names_the_key_and_the_value(tmp_path, old, new, messa
 
 
 @pytest.mark.parametrize(
-    ("repeats", "op", "message"),
+    ("more", "op", "message"),
     [
-        ("scales = [1.0]", '{ project = "persona", at = "steer", scale = "each" }', "has scales"),
+        ("", '{ add = "persona", project = "persona", at = "3" }', "'c': .* exactly one of add"),
+        ("", '{ add = "persona" }', "missing required field `at`"),
+        ("", '{ add = "persona", at = "3", scale = "much" }', "'much' - at"),
+        ("", '{ add = "persona", at = "3", scale = "each" }', "'c' needs scales together"),
+        ("", '{ add = "random", at = "3" }', "'c' names `random`, which needs random_seeds"),
+        ("", '{ add = "persona", everywhere = true }', "'c': everywhere goes with project"),
+        ("", '{ project = "persona", everywhere = true, at = "3" }', "'c': everywhere .* of at"),
+        ("", '{ project = "persona", at = "3", scale = 2.0 }', "unknown field `scale`"),
+        ("", '{ project = "persona", at = "3", norm_of = "refusal" }', "unknown field `norm`"),
+        ("", '{ add = "persona", at = "3", norm_at = "3" }', "missing required field `direction`"),
+        ("scales = [1.0]", '{ project = "persona", at = "3" }', "'c' needs scales together"),
         (
             "random_seeds = [1]",
             '{ add = "persona", at = "steer", norm_of = "random" }',
-            "has random_seeds",
+            "'c' has random_seeds",
         ),
     ],
 )
-def test_repeats_need_an_operation_that_they_change(tmp_path, repeats, op, message):
+def test_an_operation_that_says_nothing_sensible_is_refused(tmp_path, more, op, message):
     path = tmp_path / "mine.toml"
-    more = f'[[condition]]\nname = "repeated"\n{repeats}\nops = [{op}]\n\n[[claim]]'
-    path.write_text(DEMO.replace("[[claim]]", more, 1))
-    with pytest.raises(UserError, match=f"'repeated' {message}"):
+    text = f'[[condition]]\nname = "c"\n{more}\nops = [{op}]\n\n[[claim]]'
+    path.write_text(DEMO.replace("[[claim]]", text, 1))
+    with pytest.raises(UserError, match=message):
         spec.load(path)
+
+
+def test_operations_are_read_into_what_they_do(tmp_path):
+    path = tmp_path / "mine.toml"
+    ops = """ops = [
+  { add = "refusal", at = "7", scale = "-dose", norm_of = "persona", norm_at = "steer" },
+  { add = "persona", at = "2..4", scale = 2.0, measured_at = "steer" },
+  { project = "persona", everywhere = true },
+]"""
+    path.write_text(DEMO.replace("[[claim]]", f'[[condition]]\nname = "c"\n{ops}\n[[claim]]', 1))
+    norm = spec.NormOf(direction="persona", at="steer")
+    assert spec.load(path).condition[-1].ops == [
+        spec.AddSpec(direction="refusal", at="7", scale=-1.0, unit="dose", norm=norm),
+        spec.AddSpec(direction="persona", at="2..4", scale=2.0, measured_at="steer"),
+        spec.ProjectSpec(direction="persona", at=None),
+    ]
+
+
+def test_a_study_read_from_its_record_is_the_same():
+    for name in spec.shipped():
+        study = spec.load(name)
+        assert msgspec.convert(msgspec.to_builtins(study), spec.StudySpec) == study
 
 
 def test_random_seeds_need_a_direction_to_take_norms_from(tmp_path):
@@ -127,7 +169,7 @@ def test_random_seeds_need_a_direction_to_take_norms_from(tmp_path):
         'decoding = { max_new_tokens = 8 }\n[[condition]]\nname = "c"\nrandom_seeds = [1]\n'
         'ops = [{ add = "random", at = "1" }]\n'
     )
-    with pytest.raises(UserError, match="need a direction in"):
+    with pytest.raises(UserError, match="a direction to take norms from"):
         spec.load(path)
 
 

@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-
 import polars as pl
 import pytest
 
@@ -45,39 +41,6 @@ def test_every_damaged_shard_is_named(tmp_path, rng, count):
             store.read(tmp_path, KEY)
 
 
-def test_a_killed_writers_leftovers_are_swept_when_the_folder_is_taken(tmp_path):
-    (tmp_path / "shards").mkdir()
-    for name in (".setup.json.abc", "shards/.x.parquet.def"):
-        (tmp_path / name).write_text("half")
-    with store.locked(tmp_path):
-        assert [p.name for p in tmp_path.rglob(".*")] == [".lock"]
-
-
-def test_the_folder_is_free_again_after_use(tmp_path):
-    with store.locked(tmp_path), pytest.raises(UserError, match="in use"), store.locked(tmp_path):
-        pass
-    with store.locked(tmp_path):
-        pass
-
-
-def test_a_file_system_without_locks_is_not_told_as_in_use(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(UserError, match="No locks available; choose an --out"):
-        store.locked(tmp_path).__enter__()
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(UserError, match=r"cannot write .*file/results"),
-        store.locked(tmp_path / "file/results"),
-    ):
-        pass
-
-
 def test_the_table_is_there_when_every_row_is_and_in_the_order_asked_for(tmp_path):
     names = ["x/2", "x/1", "x/3"]
     assert store.table(tmp_path, KEY, names) is None
@@ -92,13 +55,3 @@ def test_a_row_that_two_processes_ran_is_in_the_table_once(tmp_path):
     store.write(tmp_path, KEY, ROWS)
     store.write(tmp_path, KEY, ROWS[1:])
     assert store.table(tmp_path, KEY, ["x/1", "x/2"]).equals(ROWS)
-
-
-def test_the_rows_of_all_shards_are_counted_as_they_come(tmp_path):
-    known: dict[str, int] = {}
-    assert store.count(tmp_path, KEY, known) == 0
-    store.write(tmp_path, KEY, ROWS)
-    store.write(tmp_path, "b" * 64, ROWS)
-    assert store.count(tmp_path, KEY, known) == 2
-    store.write(tmp_path, KEY, ROWS[:1])
-    assert store.count(tmp_path, KEY, known) == 3

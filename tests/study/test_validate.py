@@ -32,11 +32,6 @@ WRONG = {
     "named layer": ([("late = 1.0", "late = 7")], r"layers\.late is 7"),
     "no selection": ([OPEN], r"dose is open; add \[selection\]"),
     "refusal without selection": ([REFUSAL], r"'refusal' needs \[selection\]"),
-    "selection layer": (chosen("[0.5]", "[0.5, 20.0]"), r"selection\.layers holds 20\.0"),
-    "refusal layer": (
-        [REFUSAL, (DIRECTION, DIRECTION + SELECTION + "refusal_layers = [-0.1]\n")],
-        r"selection\.refusal_layers holds -0\.1",
-    ),
     "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* HarmBench prompts"),
     "long replies": ([("new_tokens = 6", "new_tokens = 512")], r"decoding\.max_new_tokens is 512"),
     "long replies in selection": (
@@ -57,7 +52,7 @@ WRONG = {
     ),
     "a claim's twin": (
         claimed('control = "persona, unsteered"', '"lower"'),
-        "'persona, unsteered' is no twin that is made .*; there are 'persona, out, unsteered'",
+        "no condition 'persona, unsteered' is made",
     ),
     "a layer of a candidate": (
         [*chosen("[0.5]", "[0.0, 0.5]"), ('at = "late"', 'at = "steer-1"')],
@@ -127,14 +122,6 @@ def test_a_run_goes_on_with_the_layer_it_chose_though_another_candidate_would_no
     assert run.run_study(study, model, tmp_path / "results") == summary
 
 
-@pytest.mark.parametrize("fractions", ["[20.0]", "[1e308]"])
-def test_a_fraction_that_nothing_is_chosen_from_is_not_looked_at(model, tmp_path, fractions):
-    # Layers and dose are fixed; [selection] is there for its training prompts.
-    unused = (DIRECTION, DIRECTION + SELECTION.replace("[0.5]", fractions))
-    study = spec.load(tiny.study_file(tmp_path, unused))
-    assert validate.open_choices(study) == () and len(validate.study(study, model, {})) == 0
-
-
 @pytest.mark.parametrize(("candidates", "made"), [("[0.0, 0.5]", True), ("[0.5]", False)])
 def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path, candidates, made):
     # With steer at 1 the study has that twin already, as "alone".
@@ -154,5 +141,5 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
     if made:
         assert validate.study(study, model, {}) == []
     else:
-        with pytest.raises(UserError, match="is no twin that is made"):
+        with pytest.raises(UserError, match="no condition"):
             validate.study(study, model, {})

@@ -1,0 +1,126 @@
+"""The rows of a study: each condition with its prompts, and what becomes of a row.
+
+A row asks the model for one reply (`requests`), and leaves one line in the table (`line`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from jaxsteer.data import prompts as data
+from jaxsteer.data.prompts import Prompt
+from jaxsteer.files import stable_id
+from jaxsteer.generation import engine
+from jaxsteer.generation.engine import Reply, Request
+from jaxsteer.generation.prefix import shared_lengths
+from jaxsteer.judges.labels import label
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.study.conditions import system_prompts
+from jaxsteer.study.record import Condition
+from jaxsteer.study.spec import StudySpec
+
+Row = tuple[Condition, Prompt]
+# Columns whose type the lines of one batch may not show.
+TYPES = {"touched": pl.Int64, "seed": pl.Int64, "scale": pl.Float64}
+
+
+def prompts(spec: StudySpec, limit: int | None = None) -> dict[str, list[Prompt]]:
+    """The prompts reported on, by family; `limit` replaces the spec's number of harmful ones."""
+    harmful, benign = spec.data.harmful if limit is None else limit, spec.data.benign
+    return {
+        "strongreject": data.sample(data.strongreject(), harmful, spec.data.seed),
+        "benign": data.sample(data.benign(), benign, spec.data.seed) if benign else [],
+    }
+
+
+def cross(found: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]) -> list[Row]:
+    """Every row of the study, in the order of the table."""
+    return [
+        (condition, prompt)
+        for condition in found
+        for family, asked in families.items()
+        if family != "benign" or condition.benign
+        for prompt in asked
+    ]
+
+
+def name(row: Row) -> str:
+    """A row's id, CONDITION/PROMPT: unique in the study and the same in every run."""
+    return f"{row[0].name}/{row[1].id}"
+
+
+def requests(
+    spec: StudySpec, model: ChatModel, found: Sequence[Condition], rows: Sequence[Row]
+) -> list[Request]:
+    """What each row asks of the model: the prompt's tokens, and how many of them rows share.
+
+    Args:
+      spec: the study.
+      model: the model.
+      found: all conditions, in the order of the stacked interventions.
+      rows: from `cross`.
+
+    Raises:
+      UserError: a prompt that holds one of the tokenizer's special tokens.
+    """
+    index = {condition.name: c for c, condition in enumerate(found)}
+    by_mode = system_prompts(spec)
+    asked = [(by_mode[condition.mode], prompt.text) for condition, prompt in rows]
+    tokens = {key: model.tokenizer.chat(key[1], key[0]) for key in dict.fromkeys(asked)}
+    prompts = [tokens[key] for key in asked]
+    shared = shared_lengths(prompts, [system for system, _ in asked])
+    return [
+        Request(
+            tokens=prompts[i],
+            condition=index[condition.name],
+            row_id=stable_id(condition.name, prompt.id),
+            shared=shared[i],
+        )
+        for i, (condition, prompt) in enumerate(rows)
+    ]
+
+
+def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
+    """A finished row's line in the table.
+
+    Besides who, what and which label: the projections of the stream on the probed directions
+    before and after the operations at each `resid_post`, as means over the tokens of the prompt
+    and of the reply.
+    """
+    condition, prompt = row
+    given, judge = label(reply.text, prompt.family)
+    both = [*reply.prompt.values(), *reply.response.values()]
+    found: dict[str, Any] = {
+        "row_id": name(row),
+        "condition": condition.name,
+        "base": condition.base,
+        "seed": condition.seed,
+        "scale": condition.scale,
+        "mode": condition.mode,
+        "prompt_id": prompt.id,
+        "family": prompt.family,
+        "category": prompt.category,
+        "response": reply.text,
+        "n_tokens": len(reply.tokens),
+        "stopped": reply.stopped,
+        "label": given,
+        "judge": judge,
+        "cancels_steering": condition.cancels_steering,
+        # Tokens times sites where something changed, and the summed norm of the change there.
+        "touched": sum(int(realised.steered[realised.change > 0].sum()) for realised in both),
+        "change": engine.total_change(reply),
+    }
+    # The last generated token is emitted but never read, unless the row went on to an end token.
+    read = len(reply.tokens) - (0 if reply.stopped else 1)
+    for phase, realised, tokens in (
+        ("prompt", reply.prompt, reply.n_prompt),
+        ("response", reply.response, read),
+    ):
+        stream, count = realised["resid_post"], max(tokens, 1)
+        for p, direction in enumerate(probed):
+            found[f"{direction}_before_{phase}"] = (stream.before[:, p] / count).tolist()
+            found[f"{direction}_after_{phase}"] = (stream.after[:, p] / count).tolist()
+    return found
