@@ -51,10 +51,15 @@ def cache(tmp_path, monkeypatch):
 def folder(path: Path, **sizes: int) -> Path:
     """A whole results folder, with the replies of the judges' tests."""
     frame = made.rows(made.results(path, **sizes))
-    of_a_run = {"mode": "", "cancels_steering": False, "touched": 0, "change": 0.0}
+    of_a_run = {"mode": "", "cancels_steering": False, "change": 0.0}
     frame = frame.with_columns(
         pl.lit(value).alias(name) for name, value in of_a_run.items()
-    ).with_columns(base="condition", seed=pl.lit(None, pl.Int64), scale=pl.lit(None, pl.Float64))
+    ).with_columns(
+        base="condition",
+        seed=pl.lit(None, pl.Int64),
+        scale=pl.lit(None, pl.Float64),
+        touched=pl.lit(0, pl.Int64),
+    )
     conditions = [
         ConditionSpec(name=name, benign=True)
         for name in frame["condition"].unique(maintain_order=True)
