@@ -1,7 +1,7 @@
 """How steering works: from two vectors you drag to a model you steer.
 
 marimo edit notebooks/1_how_steering_works.py
-python notebooks/1_how_steering_works.py -- --results results/smollm2-demo
+python notebooks/1_how_steering_works.py -- --results results/smollm2-demo-smollm2-135m
 """
 
 import marimo
@@ -250,7 +250,7 @@ def _():
     _given = mo.cli_args()
     checkpoint = ROOT / str(_given.get("model") or "checkpoints/smollm2-135m")
     results = mo.ui.text(
-        value=str(_given.get("results") or "results/smollm2-demo"),
+        value=str(_given.get("results") or "results/smollm2-demo-smollm2-135m"),
         label="results directory, for its directions",
         full_width=True,
     )

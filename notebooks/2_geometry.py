@@ -1,7 +1,7 @@
 """Geometry: how persona, refusal and other directions lie to each other, against chance.
 
 marimo edit notebooks/2_geometry.py
-python notebooks/2_geometry.py -- --results results/smollm2-demo
+python notebooks/2_geometry.py -- --results results/smollm2-demo-smollm2-135m
 """
 
 import marimo
@@ -49,7 +49,7 @@ def _():
 @app.cell
 def _():
     results = mo.ui.text(
-        value=str(mo.cli_args().get("results") or "results/smollm2-demo"),
+        value=str(mo.cli_args().get("results") or "results/smollm2-demo-smollm2-135m"),
         label="results directory",
         full_width=True,
     )

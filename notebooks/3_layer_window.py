@@ -49,7 +49,7 @@ def _():
 @app.cell
 def _():
     results = mo.ui.text(
-        value=str(mo.cli_args().get("results") or "results/smollm2-demo"),
+        value=str(mo.cli_args().get("results") or "results/smollm2-demo-smollm2-135m"),
         label="results directory",
         full_width=True,
     )

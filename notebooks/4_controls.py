@@ -1,7 +1,7 @@
 """Controls: every claim next to what could break it, and rules that the reader sets.
 
 marimo edit notebooks/4_controls.py
-python notebooks/4_controls.py -- --results results/smollm2-demo
+python notebooks/4_controls.py -- --results results/smollm2-demo-smollm2-135m
 """
 
 import marimo
@@ -45,7 +45,7 @@ def _():
 @app.cell
 def _():
     results = mo.ui.text(
-        value=str(mo.cli_args().get("results") or "results/smollm2-demo"),
+        value=str(mo.cli_args().get("results") or "results/smollm2-demo-smollm2-135m"),
         label="results directory",
         full_width=True,
     )

@@ -1,7 +1,8 @@
 """The refusal receipt: read, verify and compare it, then look at the replies behind it.
 
 marimo edit notebooks/5_receipt.py
-python notebooks/5_receipt.py -- --results results/smollm2-demo [--second OTHER/receipt.json]
+python notebooks/5_receipt.py -- --results results/smollm2-demo-smollm2-135m \\
+    [--second OTHER/receipt.json]
 """
 
 import marimo
@@ -44,7 +45,7 @@ def _():
 @app.cell
 def _():
     _given = mo.cli_args()
-    _folder = str(_given.get("results") or "results/smollm2-demo")
+    _folder = str(_given.get("results") or "results/smollm2-demo-smollm2-135m")
     results = mo.ui.text(value=_folder, label="results directory", full_width=True)
     _label = "another receipt.json, to compare with"
     second = mo.ui.text(value=str(_given.get("second") or ""), label=_label, full_width=True)

@@ -61,7 +61,7 @@ def judge(
 ) -> None:
     """Judge the replies of a finished study; earlier verdicts are kept.
 
-    Example: jaxsteer judge results/smollm2-demo --judge keyword --judge degenerate
+    Example: jaxsteer judge results/smollm2-demo-smollm2-135m --judge keyword --judge degenerate
     """
     from jaxsteer.errors import UserError
     from jaxsteer.files import locked
@@ -131,7 +131,7 @@ def export_sample(
 
     The file shows neither condition nor label.
 
-    Example: jaxsteer audit export results/smollm2-demo results/smollm2-demo/audit.csv --n 50
+    Example: jaxsteer audit export results/smollm2-demo-smollm2-135m results/audit.csv --n 50
     """
     from jaxsteer.judges import human
     from jaxsteer.judges.run import prompt_texts
@@ -152,7 +152,7 @@ def import_sample(
 
     Its labels are the verdicts of the judge `human`.
 
-    Example: jaxsteer audit import results/smollm2-demo results/smollm2-demo/audit.csv
+    Example: jaxsteer audit import results/smollm2-demo-smollm2-135m results/audit.csv
     """
     from jaxsteer.files import locked
     from jaxsteer.judges import agreement, human, verdicts

@@ -51,7 +51,7 @@ def build(
 ) -> None:
     """Write receipt.json and receipt.html of a results folder, and print its claims.
 
-    Example: jaxsteer receipt results/smollm2-demo
+    Example: jaxsteer receipt results/smollm2-demo-smollm2-135m
     """
     from jaxsteer.receipt import canonical as form
     from jaxsteer.receipt.build import write
@@ -71,8 +71,8 @@ def verify(
 ) -> None:
     """Check a receipt, its page, results and model; exit 1 when something does not match.
 
-    Example: jaxsteer receipt verify results/smollm2-demo/receipt.json
-    --results results/smollm2-demo
+    Example: jaxsteer receipt verify results/smollm2-demo-smollm2-135m/receipt.json
+    --results results/smollm2-demo-smollm2-135m
     """
     from jaxsteer.receipt import verify as verifying
     from jaxsteer.receipt.text import checks_table, verdict_line
@@ -147,7 +147,7 @@ def geometry(
 ) -> None:
     """Measure how well a study's directions are known, and their cosines against chance.
 
-    Example: jaxsteer geometry results/smollm2-demo
+    Example: jaxsteer geometry results/smollm2-demo-smollm2-135m
     """
     from jaxsteer.evidence import reliability
     from jaxsteer.receipt.text import geometry_table

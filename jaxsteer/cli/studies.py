@@ -25,7 +25,9 @@ from jaxsteer.errors import UserError
 def sweep(
     study: Annotated[str, typer.Argument(help="A shipped study's name, or a .toml file.")],
     model: ModelOption = DEMO_MODEL,
-    out: Annotated[Path | None, typer.Option(help="Results folder; default results/STUDY.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder; default results/STUDY-MODEL.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
@@ -74,7 +76,7 @@ def sweep(
         console.print(plan_table(planning.plan(asked, loaded, limit=harmful), asked.name))
         return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
-    folder = out or Path("results") / f"{asked.name}{suffix}"
+    folder = out or Path("results") / f"{asked.name}-{loaded.name}{suffix}"
     summary = run.run_study(asked, loaded, folder, limit=harmful, fresh=fresh, hosts=joined)
     if not joined.first:
         joined.meet("receipt")

@@ -155,7 +155,7 @@ class Bench:
         study.mkdir(parents=True, exist_ok=True)
         # A demo that ran here has the setup; a copy, since another version may make it anew.
         for name in ("setup.json", "directions.safetensors"):
-            made = ROOT / "results/smollm2-demo" / name
+            made = ROOT / "results/smollm2-demo-smollm2-135m" / name
             if made.is_file() and not (study / name).is_file():
                 shutil.copy(made, study / name)
         return CHECKPOINT, study, self.out
