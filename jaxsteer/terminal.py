@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsteer.words import percent, span
+from jaxsteer.words import percent, signed, span
 
 if TYPE_CHECKING:
     # Typing only: it would have every command import JAX, --help among them.
@@ -86,5 +86,5 @@ def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> RenderableType:
 
 def _shift(found: dict[str, Any]) -> str:
     if found["low"] is None:
-        return f"{found['shift']:+.2f} (one prompt)"
-    return f"{found['shift']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+        return f"{signed(found['shift'])} (one prompt)"
+    return f"{signed(found['shift'])} ({signed(found['low'])} to {signed(found['high'])})"

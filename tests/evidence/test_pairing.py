@@ -1,4 +1,4 @@
-"""Which condition a control stands beside, in the studies that are shipped."""
+"""Which condition a control belongs to, in the studies that are shipped."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import msgspec
 import pytest
 
 from jaxsteer.evidence import pairing
-from jaxsteer.receipt import build, canonical
 from jaxsteer.study import conditions, spec
 from jaxsteer.study.record import RunRecord
-from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf, ProjectSpec
+from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf
 from tests.receipt import made
 from tests.study.stand_ins import compiled
 
@@ -17,7 +16,7 @@ PAPER = ["llama3.1-8b-paper", "qwen2.5-7b-paper"]
 
 
 def treated(study, control, kind):
-    """Base of the condition that the first repeat of a control stands beside."""
+    """Base of the condition that the first repeat of a control belongs to."""
     made_run = msgspec.convert(made.run_record(made.study()), RunRecord)
     run = msgspec.structs.replace(made_run, study=study, conditions=compiled(study))
     repeat = next(c for c in run.conditions if c.base == control)
@@ -27,14 +26,14 @@ def treated(study, control, kind):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_random_control_stands_beside_the_condition_of_its_own_norm(name):
+def test_a_random_control_belongs_to_the_condition_of_its_own_norm(name):
     study = spec.load(name)
     assert treated(study, "random, norm of I-Thou", "random") == "I-Thou, natural"
     assert treated(study, "random direction", "random") == "persona"
     assert treated(study, "persona, random out at 22", "random") == "persona, out at 22"
 
 
-def test_the_demos_controls_stand_beside_the_persona():
+def test_the_demos_controls_belong_to_the_persona():
     study = spec.load("smollm2-demo")
     assert treated(study, "random direction", "random") == "persona"
     assert treated(study, "neutral persona", "neutral") == "persona"
@@ -66,7 +65,7 @@ def test_a_control_of_a_norm_that_no_condition_has_takes_the_first_of_its_shape(
     assert treated(study, "long", "random") == "persona"
 
 
-def test_a_random_direction_at_the_dose_stands_beside_a_repeat_of_that_strength():
+def test_a_random_direction_at_the_dose_belongs_to_a_repeat_of_that_strength():
     assert treated(spec.load("trait-characterisation"), "random direction", "random") == "evil"
 
 
@@ -92,18 +91,3 @@ def test_what_only_adds_or_only_projects_has_no_unsteered_twin():
     for name in ("baseline", "persona", "refusal out everywhere", "persona, refusal added late"):
         [condition] = [c for c in run if c.name == name]
         assert conditions.unsteered_twin(run, condition) is None
-
-
-def test_a_knockout_that_shares_its_twin_stands_beside_it_in_the_receipt(tmp_path):
-    study = made.study()
-    weak = ConditionSpec(
-        name="weak persona, out late",
-        ops=[
-            AddSpec(direction="persona", at="steer", scale=1.0),
-            ProjectSpec(direction="persona", at="steer+1..last"),
-        ],
-    )
-    study = msgspec.structs.replace(study, condition=[*study.condition, weak])
-    path, _ = build.write(made.folder(tmp_path / "made", study=study))
-    pairs = {(c.treated, c.control) for c in canonical.load(path).predicate.paired_controls}
-    assert ("weak persona, out late", "persona, out late, unsteered") in pairs

@@ -124,40 +124,6 @@ def test_leakage_is_the_mean_score_of_refused_and_degenerate_rows(tmp_path):
     assert found["persona"].mean == 0
 
 
-def test_random_controls_are_compared_with_the_condition_of_the_same_shape(finished):
-    found = {
-        (c.control, c.treated): c
-        for c in receipt_of(finished).random_controls
-        if c.outcome == "refusal"
-    }
-    assert set(found) == {
-        ("random direction", "persona"),
-        ("persona, random out", "persona, out late"),
-    }
-    control = found["random direction", "persona"]
-    assert (control.n, control.low, control.mean, control.high) == (3, 0.425, 0.425, 0.425)
-    assert (control.value, control.p_low, control.p_high) == (0.025, 0.25, 1.0)
-
-
-def test_knockouts_are_compared_with_their_unsteered_twins_and_benign_with_untouched(finished):
-    found = {
-        (c.kind, c.treated, c.control): c
-        for c in receipt_of(finished).paired_controls
-        if c.outcome == "refusal"
-    }
-    twin = found["unsteered", "persona, out late", "persona, out late, unsteered"]
-    assert (twin.raised, twin.lowered, twin.difference) == (0, 3, -0.075)
-    benign = found["benign", "persona", "baseline"]
-    assert (benign.n, benign.raised, benign.lowered) == (20, 0, 1)
-
-
-def test_strengths_have_a_trend(finished):
-    [dose] = [d for d in receipt_of(finished).dose_responses if d.outcome == "refusal"]
-    assert dose.strengths == [1.0, 2.0, 4.0]
-    assert dose.z < -3
-    assert dose.p < 0.001
-
-
 def test_the_agreement_of_judges_is_in_the_receipt(tmp_path):
     folder = made.folder(tmp_path)
     frame = made.guard(pl.read_parquet(folder / "responses.parquet"))
