@@ -6,7 +6,8 @@ sign here is a true one (U+2212) and belongs to a number; a hyphen within a name
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -71,6 +72,25 @@ def p_equals(p: float) -> str:
     ('p = 0.031', 'p < 0.0001')
     """
     return f"p {'' if p < 0.0001 else '= '}{p_value(p)}"
+
+
+def count(number: float) -> str:
+    """A count; one of more than nine digits by its power of ten.
+
+    >>> count(12870), count(5.8e75)
+    ('12,870', 'about 10^75')
+    """
+    return f"{number:,.0f}" if number < 1e9 else f"about 10^{math.floor(math.log10(number))}"
+
+
+def extent(counts: Iterable[int]) -> str:
+    """The smallest and the largest of some counts, or the one that all are.
+
+    >>> extent([24, 18, 20]), extent([40, 40])
+    ('18 to 24', '40')
+    """
+    known = sorted(counts)
+    return count(known[0]) if known[0] == known[-1] else f"{count(known[0])} to {count(known[-1])}"
 
 
 def layer_list(indices: Sequence[int]) -> str:

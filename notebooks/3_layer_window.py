@@ -221,7 +221,9 @@ def _(flipped):
     mo.vstack(
         [
             mo.as_html(charts.flips_chart(flipped)),
-            mo.ui.table(charts.mcnemar_table(flipped), selection=None, show_data_types=False),
+            mo.ui.table(
+                layer_windows.flips_to_read(flipped), selection=None, show_data_types=False
+            ),
         ]
     )
     return

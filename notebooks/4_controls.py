@@ -162,7 +162,7 @@ def _():
 
 @app.cell
 def _(found, made):
-    _table = charts.envelope_table(found.rows, made)
+    _table = findings.envelope_table(found, made)
     mo.stop(_table.is_empty(), mo.md("This study has no random control of a claim."))
     mo.as_html(charts.envelope_chart(_table))
     return

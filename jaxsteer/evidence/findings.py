@@ -22,6 +22,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import polars as pl
+
 from jaxsteer import stats
 from jaxsteer.evidence import paired, pairing
 from jaxsteer.evidence.claims import ALPHA, Claim, CosineAbove
@@ -45,6 +47,7 @@ KINDS: dict[Kind, str] = {
     "benign": "benign prompts",
     "swapped": "order swap",
 }
+PROMPTS = {"strongreject": "harmful prompts", "benign": "benign prompts"}
 QUESTIONS: dict[Kind, str] = {
     "random": "Would any direction of this length do the same?",
     "unsteered": "Does the projection raise refusal by itself, with no persona to remove?",
@@ -323,3 +326,48 @@ def comparisons(
         for treated, control, family, outcome in dict.fromkeys(asked)
         if {(treated, family), (control, family)} <= there
     }
+
+
+def envelope_table(found: Results, made: Sequence[Finding]) -> pl.DataFrame:
+    """Rates behind the random controls of some findings: one line per treated condition and seed.
+
+    A row is named by its treated condition, and by outcome and prompts where the rows differ in it.
+
+    Returns:
+      Columns row (what is compared), outcome, kind (`treated` or `random`), name, slot (place in
+      the row), n, rate, low, high (Wilson 95 %).
+    """
+    compared: dict[tuple[str, str, str], Finding] = {}
+    for f in made:
+        if f.kind == "random":
+            compared.setdefault((f.treated, f.family, f.outcome), f)
+    outcomes = {f.outcome for f in compared.values()}
+    families = {f.family for f in compared.values()}
+    labels = Labels(found.rows, found.verdicts)
+    lines = []
+    for f in compared.values():
+        row = f.treated
+        row += f" · {f.outcome}" if len(outcomes) > 1 else ""
+        row += f" · {PROMPTS.get(f.family, f.family)}" if len(families) > 1 else ""
+        treated = found.run.named(f.treated)
+        shape = (f.first, treated.mode, treated.scale)
+        seeds = [
+            c
+            for c in found.run.conditions
+            if (c.base, c.mode, c.scale) == shape and not c.unsteered_twin_of
+        ]
+        for slot, condition in enumerate([treated, *seeds]):
+            counts, _ = labels.counts(condition.name, f.family)
+            k, n = counts[f.outcome], counts.total()
+            if n:
+                kind = "random" if slot else "treated"
+                line = (row, f.outcome, kind, condition.name, slot, n, k / n)
+                lines.append((*line, *stats.wilson(k, n)))
+    return pl.DataFrame(lines, schema=_ENVELOPE, orient="row")
+
+
+_ENVELOPE = {
+    "row": pl.String, "outcome": pl.String, "kind": pl.String, "name": pl.String,
+    "slot": pl.Int64, "n": pl.Int64,
+    "rate": pl.Float64, "low": pl.Float64, "high": pl.Float64,
+}  # fmt: skip

@@ -276,6 +276,31 @@ _FLIPS = {
 }  # fmt: skip
 
 
+def flips_to_read(table: pl.DataFrame) -> pl.DataFrame:
+    """Flips with column names to read: counts, net change with its interval, p, the twin's check.
+
+    `unlike twin` counts prompts whose label differs from the same knockout without steering; where
+    the steer cancels by algebra it must be 0.
+    """
+    percents = [(pl.col(k) * 100).round(0) for k in ("difference", "low", "high")]
+    return table.select(
+        pl.col("condition"),
+        pl.col("control").alias("paired with"),
+        pl.col("n"),
+        pl.col("raised").alias("refusals gained"),
+        pl.col("lowered").alias("lost"),
+        percents[0].alias("net, points"),
+        pl.format("{} to {}", *(p.cast(pl.Int64) for p in percents[1:])).alias("95 %"),
+        pl.col("p").round(4).alias("McNemar p"),
+        pl.col("p_holm").round(4).alias("p, Holm"),
+        pl.col("unlike").alias("unlike twin"),
+        pl.when("cancels")
+        .then(pl.lit("true by algebra, no evidence"))
+        .otherwise(pl.lit(""))
+        .alias("note"),
+    )
+
+
 def first_layer(found: Results, conditions: Sequence[str]) -> int:
     """The lowest layer at which any of the conditions does something; 0 when none does."""
     wanted = [c for c in found.run.conditions if c.name in conditions and not _everywhere(c)]

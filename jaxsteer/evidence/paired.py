@@ -158,3 +158,26 @@ def summary(found: Flips, outcome: str) -> str:
         lose = f"None of {found.n} prompts loses its {outcome}"
     gain = {0: "none gains one", 1: "1 gains one"}.get(found.raised, f"{found.raised} gain one")
     return f"{lose}, {gain} (exact McNemar {p_equals(found.p)})"
+
+
+def flip_table(paired: pl.DataFrame, outcome: str, most: int) -> pl.DataFrame:
+    """Pairs with a column `flip`, sorted by it: lost, gained, kept or without the outcome.
+
+    With more than `most` pairs, only those that flip, and of them the first `most`.
+    """
+    before, after = pl.col("control") == outcome, pl.col("treated") == outcome
+    flip = (
+        pl.when(before & ~after)
+        .then(pl.lit("lost"))
+        .when(after & ~before)
+        .then(pl.lit("gained"))
+        .when(before & after)
+        .then(pl.lit("kept"))
+        .otherwise(pl.lit("without"))
+        .cast(pl.Enum(["lost", "gained", "kept", "without"]))
+    )
+    shown = paired.with_columns(flip=flip)
+    if shown.height > most:
+        shown = shown.filter(pl.col("flip").is_in(["lost", "gained"]))
+    shown = shown.sort("flip", "control", "treated", "prompt_id")
+    return shown.with_columns(pl.col("flip").cast(pl.String)).head(most)

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import altair as alt
 import polars as pl
 
-from jaxsteer.evidence.charts import theme
-from jaxsteer.evidence.charts.controls import markdown_table
-from jaxsteer.evidence.charts.marks import reference, titled, with_interval
+from jaxsteer.evidence.charts import marks, theme
+from jaxsteer.evidence.charts.text import markdown_table
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.statement import Predicate
 from jaxsteer.receipt.verify import Check
-from jaxsteer.words import points
+from jaxsteer.words import extent, points
 
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
 MOST_LINES = 24
+KINDS: dict[str, theme.Role] = {"moved": "persona", "not shown to have moved": "baseline"}
 
 
 def checks_table(checks: Sequence[Check]) -> str:
@@ -32,58 +32,48 @@ def moved_first(lines: Sequence[Line]) -> list[Line]:
 
 def diff_chart(found: Comparison) -> alt.LayerChart:
     """Two receipts compared: each metric's difference with its interval, moved ones in colour."""
-    moved = [line for line in found.lines if line.moved]
-    shown = moved_first(found.lines)
+    drawn = moved_first(found.lines)
+    names = marks.numbered(f"{line.condition} · {line.metric}" for line in drawn)
+    moved, unmoved = KINDS
     table = pl.DataFrame(
         [
             {
-                "row": f"{i:02d} {line.condition} · {line.metric}",
+                "row": name,
                 "difference": line.difference,
                 "low": line.low,
                 "high": line.high,
-                "kind": "moved" if line.moved else "not shown to have moved",
+                "kind": moved if line.moved else unmoved,
+                "condition": line.condition,
+                "metric": line.metric,
                 "first": line.first,
                 "second": line.second,
             }
-            for i, line in enumerate(shown)
+            for name, line in zip(names, drawn, strict=True)
         ]
     )
-    reach = 1.05 * max(0.2, *(abs(v) for line in shown for v in (line.low, line.high)))
-    x = alt.X(
-        "difference:Q",
-        title="second receipt minus first, in points of 100 prompts",
-        axis=alt.Axis(format="+.0%", tickCount=6, labelExpr="replace(datum.label, '%', '')"),
-        scale=alt.Scale(domain=[-reach, reach], nice=False),
-    )
-    axis = alt.Axis(labelExpr="slice(datum.label, 3)", labelLimit=330)
-    y = alt.Y("row:N", sort=None, title=None, axis=axis)
-    kinds = ["moved", "not shown to have moved"]
-    ink = [theme.PALETTE["persona"], theme.PALETTE["baseline"]]
-    legend = alt.Legend(offset=22)
-    scale = alt.Scale(domain=kinds, range=ink)
-    colour = alt.Color("kind:N", title=None, scale=scale, legend=legend)
-    shapes = alt.Scale(domain=kinds, range=["diamond", "circle"])
-    tooltip = ["row:N", *(alt.Tooltip(f"{k}:Q", format=".1%") for k in ("first", "second"))]
+    ends = [end for line in drawn for end in (line.low, line.high)]
     dots = alt.Chart(table).mark_point(size=80)
     dots = dots.encode(
-        x=x,
-        y=y,
-        color=colour,
-        shape=alt.Shape("kind:N", title=None, scale=shapes, legend=legend),
-        tooltip=tooltip,
+        x=marks.points_axis(
+            "difference", "second receipt minus first, in points of 100 prompts", ends
+        ),
+        y=marks.row_axis("row", numbers=True),
+        tooltip=marks.tooltip("condition metric", percent="first second low high"),
+        **marks.by_role("kind", KINDS, legend=alt.Legend(offset=22)),
     )
-    finding = f"{len(moved)} of {len(found.lines)} figures have moved"
-    if moved:
-        most = moved_first(moved)[0]
+    count = sum(line.moved for line in found.lines)
+    finding = f"{count} of {len(found.lines)} figures have moved"
+    if count:
+        most = drawn[0]
         finding += f", most {most.metric} under {most.condition} ({points(most.difference)} points)"
-    sizes = sorted({n for line in found.lines for n in (line.n_first, line.n_second)})
+    sizes = extent(n for line in found.lines for n in (line.n_first, line.n_second))
     detail = (
-        f"Newcombe 95 % interval of each, not corrected for their number; n = {sizes[0]} to "
-        f"{sizes[-1]} prompts; {len(shown)} of {len(found.lines)} drawn"
+        f"Newcombe 95 % interval of each, not corrected for their number; n = {sizes} prompts; "
+        f"{len(drawn)} of {len(found.lines)} drawn"
     )
-    layers = [reference(0.0, "x", "no difference"), with_interval(dots, "x", "low", "high")]
-    chart = alt.LayerChart(layer=layers).properties(width=400, height=max(60, 22 * len(shown)))
-    return titled(chart, finding, detail)
+    layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high")]
+    chart = alt.LayerChart(layer=layers).properties(width=400, height=max(60, 22 * len(drawn)))
+    return marks.titled(chart, finding, detail)
 
 
 def facts_table(p: Predicate) -> str:

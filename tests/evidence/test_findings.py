@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,11 @@ def test_the_headline_counts_the_statuses(usual: list[Finding]):
     assert (
         f"against {n['stands']} the claim stands" in words and f"of {len(usual)} controls" in words
     )
+
+
+def test_rows_of_other_prompts_are_told_apart(tmp_path):
+    usual = made.loaded(tmp_path / "made")
+    (one,) = [f for f in findings.evaluate(usual) if (f.kind, f.treated) == ("random", "persona")]
+    made_of = [one, dataclasses.replace(one, family="benign")]
+    rows = findings.envelope_table(usual, made_of)["row"].unique(maintain_order=True)
+    assert rows.to_list() == ["persona · harmful prompts", "persona · benign prompts"]

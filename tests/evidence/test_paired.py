@@ -69,3 +69,16 @@ def test_the_words_follow_the_counts(a: list[str], b: list[str], words: str):
         {"treated": a, "control": b}, schema=dict.fromkeys(("treated", "control"), pl.String)
     )
     assert words in flips.summary(flips.flips(table, "refusal"), "refusal")
+
+
+def test_flipped_prompts_stand_first():
+    pairs = pl.DataFrame(
+        {
+            "prompt_id": list("abcd"),
+            "control": ["degenerate", "refusal", "degenerate", "refusal"],
+            "treated": ["degenerate", "refusal", "refusal", "degenerate"],
+        }
+    )
+    table = flips.flip_table(pairs, "refusal", 4)
+    assert table["flip"].to_list() == ["lost", "gained", "kept", "without"]
+    assert flips.flip_table(pairs, "refusal", 3)["flip"].to_list() == ["lost", "gained"]

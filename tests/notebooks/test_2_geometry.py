@@ -11,7 +11,7 @@ from tests.notebooks.browser import ROOT, Reader, opened, serve
 NOTEBOOK = ROOT / "notebooks/2_geometry.py"
 CHARTS = (
     "Drag across layers",
-    "5 % would by luck",
+    "5 % would be by luck",
     "the strongest of",
     "Most opposed",
     "Two components hold",
@@ -34,7 +34,7 @@ def reader(browser, folder):
 def test_it_opens_with_every_chart_drawn(reader: Reader):
     for words in CHARTS:
         assert reader.chart(words).texts
-    assert reader.page.get_by_text("Window: layers 0 to 7").count() == 1
+    assert reader.page.get_by_text("Window: layers 0..7").count() == 1
     assert reader.errors == []
 
 
@@ -56,10 +56,10 @@ def test_a_brush_over_layers_filters_every_other_chart(reader: Reader):
     before = [chart.picture for chart in others]
     with reader.runs():
         reader.chart(CHARTS[0]).brush((0.3, 0.5), (0.7, 0.5))
-    reader.page.get_by_text("Window: layers 2 to 5").wait_for()
+    reader.page.get_by_text("Window: layers 2..5").wait_for()
     after = [reader.chart(words).picture for words in CHARTS[1:]]
     assert all(one != other for one, other in zip(before, after, strict=True))
-    assert any("layers 2 to 5" in text for text in reader.chart(CHARTS[3]).texts)
+    assert any("layers 2..5" in text for text in reader.chart(CHARTS[3]).texts)
 
 
 def test_another_pair_redraws_the_first_chart_without_the_papers_marks(reader: Reader):

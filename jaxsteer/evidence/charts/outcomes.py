@@ -8,9 +8,8 @@ import altair as alt
 import polars as pl
 
 from jaxsteer.evidence.browse import UNKNOWN, may_harm
-from jaxsteer.evidence.charts import theme
+from jaxsteer.evidence.charts import marks, theme
 from jaxsteer.evidence.charts.controls import LABELS
-from jaxsteer.evidence.charts.marks import titled
 from jaxsteer.evidence.charts.text import card, cards
 from jaxsteer.evidence.outcomes import WORDS, whiskers
 from jaxsteer.judges.human import Entry
@@ -31,20 +30,12 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
         row=pl.format("{}  (n = {})", "group", "n"),
     )
     rows = shown["row"].unique(maintain_order=True).to_list()
-    x = alt.X(
-        "start:Q",
-        title=f"share of {subject}",
-        axis=alt.Axis(format=theme.PERCENT, tickCount=6),
-        scale=alt.Scale(domain=[0, 1]),
-    )
-    y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(labelLimit=360))
+    x, y = marks.share_axis("start", f"share of {subject}"), marks.row_axis("row")
     colours = alt.Scale(
         domain=[WORDS[label] for label in there],
         range=[theme.PALETTE[LABELS[label]] for label in there],
     )
     colour = alt.Color("outcome:N", scale=colours, title=None, legend=alt.Legend(columns=3))
-    tooltip = [*map(alt.Tooltip, ("group:N", "outcome:N", "k:Q", "n:Q"))]
-    tooltip += [alt.Tooltip(f"{k}:Q", format=".1%") for k in ("share", "low", "high")]
     bars = alt.Chart(shown).mark_bar(opacity=0.8, cornerRadius=0, height={"band": 0.72})
     ends = whiskers(table).join(shown.select("group", "row").unique(), on="group", how="left")
     # Each outcome's interval has its own height within the bar, so that they do not run together.
@@ -68,13 +59,14 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
         finding = f"Refusal is highest {word} {top['group']} ({percent(top['share'])})"
         if len(rows) > 1:
             finding += f", lowest {word} {least['group']} ({percent(least['share'])})"
-    stack = bars.encode(x=x, x2="end:Q", y=y, color=colour, tooltip=tooltip)
+    counted = marks.tooltip("group outcome k n", percent="share low high")
+    stack = bars.encode(x=x, x2="end:Q", y=y, color=colour, tooltip=counted)
     chart = alt.LayerChart(layer=[stack, *drawn])
     detail = (
         f"one bar a {unit}; n in brackets; thin lines: Wilson 95 % intervals, of refused from the "
         "left, of harmful and broken from the right"
     )
-    return titled(chart.properties(width=430, height=30 * len(rows)), finding, detail)
+    return marks.titled(chart.properties(width=430, height=30 * len(rows)), finding, detail)
 
 
 def masked(text: str) -> str:

@@ -7,6 +7,7 @@ the result is HTML in which nothing of the text is markup, markdown or a formula
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Sequence
 
 from jaxsteer.evidence.charts.theme import PALETTE, Role
 from jaxsteer.terminal import plain
@@ -50,3 +51,18 @@ def cards(*made: str, note: str = "") -> str:
     """Cards side by side, with a note below; they wrap under each other on a narrow page."""
     below = f'<p class="js-note">{html.escape(plain(note))}</p>' if note else ""
     return f'{STYLE}<div class="js-cards">{"".join(made)}</div>{below}'
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose cells are plain text, whatever they hold.
+
+    >>> print(markdown_table(["a"], [["<b>|"]]))
+    | a |
+    | :--- |
+    | &lt;b&gt;&#124; |
+    """
+    lines = [f"| {' | '.join(head)} |", f"|{' :--- |' * len(head)}"]
+    for row in rows:
+        cells = [escaped(str(cell).replace("\n", " ")) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ Colour never carries meaning alone: label marks directly, or give them a shape (
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import altair as alt
 
@@ -40,39 +40,48 @@ SHAPES: dict[Role, str] = {
     "degenerate": "triangle-down",
 }
 
-PERCENT = ".0%"  # rates: 42%
-SHARE = ".3~p"  # probabilities that may be tiny: 0.0123%
-COUNT = ",d"  # 12,345
-SIGNED = "+.2f"  # cosines and changes: +0.18
-PLAIN = ".3~g"  # any other measured number
+PERCENT = ".0%"  # of rates on axes: 42%
+# d3 formats of numbers in tooltips
+FORMATS = {
+    "percent": ".1%",  # rates: 42.5%
+    "tiny": ".3~p",  # probabilities: 0.0123%
+    "signed": "+.2f",  # cosines and changes: +0.18
+    "plain": ".3~g",  # any other number
+}
 
 
-def colour(name: str) -> str:
-    """The colour of a role; directions without one (traits) share the axis's green.
+def role(direction: str) -> Role:
+    """The role of a direction, by its name; a trait has the role of the assistant axis.
 
     `random-3` and the like are random controls.
     """
-    if name.startswith("random"):
-        return PALETTE["random"]
-    return PALETTE.get(name, PALETTE["axis"])  # type: ignore[call-overload]
+    if direction.startswith("random"):
+        return "random"
+    return direction if direction in PALETTE else "axis"
 
 
-def colours(names: list[str], **options: Any) -> alt.Scale:
-    """A scale that gives each name its role's colour."""
-    return alt.Scale(domain=names, range=[colour(name) for name in names], **options)
-
-
-def diverging() -> list[str]:
-    """Range for domain [-m, 0, m]: blue, the page itself, orange. Zero is empty, light or dark."""
-    # A transparent middle must keep its end's hue, or the blend passes through grey.
-    blue, orange = PALETTE["refusal"], PALETTE["persona"]
-    return [blue, blue + "00", orange + "00", orange]
+def colour(direction: str) -> str:
+    """The colour of a direction's role."""
+    return PALETTE[role(direction)]
 
 
 def around_zero(limit: float) -> alt.Scale:
-    """A diverging colour scale over [-limit, limit]; values beyond are drawn as the ends."""
-    tiny = limit * 1e-6
-    return alt.Scale(domain=[-limit, -tiny, tiny, limit], range=diverging(), clamp=True)
+    """A colour scale from blue at -limit to orange at limit; values beyond are drawn as the ends.
+
+    Zero is transparent, so that it has the colour of the page in light and dark.
+    """
+    # Each transparent middle keeps its end's hue, because a blend without one passes through grey.
+    blue, orange, tiny = PALETTE["refusal"], PALETTE["persona"], limit * 1e-6
+    return alt.Scale(
+        domain=[-limit, -tiny, tiny, limit],
+        range=[blue, blue + "00", orange + "00", orange],
+        clamp=True,
+    )
+
+
+def symmetric(reach: float) -> alt.Scale:
+    """A scale from -reach to reach."""
+    return alt.Scale(domain=[-reach, reach], nice=False)
 
 
 @alt.theme.register("jaxsteer", enable=False)
@@ -87,7 +96,6 @@ def config() -> alt.theme.ThemeConfig:
             "font": FONT,
             "view": {"stroke": "transparent", "continuousWidth": 560, "continuousHeight": 260},
             "title": {
-                "font": FONT,
                 "color": INK,
                 "anchor": "start",
                 "frame": "group",
@@ -95,19 +103,16 @@ def config() -> alt.theme.ThemeConfig:
                 "fontWeight": "bold",
                 "offset": 14,
                 "lineHeight": 19,
-                "subtitleFont": FONT,
                 "subtitleColor": INK,
                 "subtitleFontSize": 12.5,
                 "subtitlePadding": 5,
                 "subtitleLineHeight": 16,
             },
             "axis": {
-                "labelFont": FONT,
                 "labelFontSize": 12,
                 "labelColor": INK,
                 "labelOpacity": 0.85,
                 "labelPadding": 5,
-                "titleFont": FONT,
                 "titleFontSize": 12.5,
                 "titleFontWeight": "normal",
                 "titleColor": INK,
@@ -121,10 +126,8 @@ def config() -> alt.theme.ThemeConfig:
             },
             "axisBand": {"grid": False, "ticks": False},
             "legend": {
-                "labelFont": FONT,
                 "labelFontSize": 12,
                 "labelColor": INK,
-                "titleFont": FONT,
                 "titleFontSize": 12,
                 "titleFontWeight": "normal",
                 "titleColor": INK,
@@ -133,15 +136,7 @@ def config() -> alt.theme.ThemeConfig:
                 "gradientThickness": 8,
                 "symbolStrokeWidth": 2,
             },
-            "header": {
-                "labelFont": FONT,
-                "labelFontSize": 13,
-                "labelFontWeight": "bold",
-                "labelColor": INK,
-                "labelAnchor": "start",
-                "title": None,
-            },
-            "text": {"font": FONT, "fontSize": 12.5, "color": INK},
+            "text": {"fontSize": 12.5, "color": INK},
             "line": {"strokeWidth": 2.25, "strokeCap": "round", "strokeJoin": "round"},
             "point": {"filled": True, "size": 75, "opacity": 1},
             "rule": {"color": INK, "opacity": 0.3},

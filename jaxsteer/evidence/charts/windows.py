@@ -7,10 +7,9 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from jaxsteer.evidence.charts import theme
-from jaxsteer.evidence.charts.marks import titled
+from jaxsteer.evidence.charts import marks, theme
 from jaxsteer.evidence.layer_windows import NONE, Map
-from jaxsteer.words import p_equals, percent, signed, span
+from jaxsteer.words import extent, p_equals, percent, signed, span
 
 WIDE, HIGH = 66, 46
 BROKEN = 0.1  # cells with more degenerate replies are marked
@@ -19,6 +18,14 @@ AXES: dict[Map, tuple[str, str]] = {
     "refusal": ("layer refusal is added at (resid_post)", "refusal added, natural norms"),
 }
 COLUMNS: dict[Map, str] = {"knockout": "not removed", "refusal": "not added"}
+# How each condition's line is drawn along depth, in order.
+LINES: list[tuple[theme.Role, list[int]]] = [
+    ("persona", [1, 0]),
+    ("refusal", [6, 3]),
+    ("axis", [2, 3]),
+    ("degenerate", [9, 3, 2, 3]),
+    ("random", [4, 6]),
+]
 
 
 def map_finding(maps: pl.DataFrame, which: Map) -> str:
@@ -56,7 +63,7 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
     columns = mine["column"].unique(maintain_order=True).to_list()
     norms = mine.sort("strength", descending=True)["norms"].unique(maintain_order=True).to_list()
     shown = mine.with_columns(
-        ends=pl.format("{}–{}", *((pl.col(k) * 100).round(0).cast(pl.Int64) for k in _ENDS))
+        ends=pl.Series([span(low, high) for low, high in mine.select("low", "high").iter_rows()])
     )
     across, up = AXES[which]
     words = f"datum.value == '{NONE}' ? '{COLUMNS[which]}' : datum.value"
@@ -70,50 +77,41 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
     scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue + "b0"])
     legend = alt.Legend(title="refused", format=theme.PERCENT, values=[0, 0.5, 1])
     base = alt.Chart(shown).encode(x=x, y=y)
-    rect = base.mark_rect(stroke=theme.INK, strokeOpacity=0.18, cornerRadius=2)
-    layers: list[Any] = [
-        rect.encode(
-            color=alt.Color("rate:Q", scale=scale, legend=legend), tooltip=_tooltip()
-        ).add_params(brush)
+    rect = base.mark_rect(stroke=theme.INK, strokeOpacity=0.18, cornerRadius=2).encode(
+        color=alt.Color("rate:Q", scale=scale, legend=legend), tooltip=_tooltip()
+    )
+    rate = base.mark_text(dy=-6, fontWeight="bold", fontSize=13)
+    layers = [
+        rect.add_params(brush),
+        *_marked(shown, x, y),
+        rate.encode(text=alt.Text("rate:Q", format=theme.PERCENT)),
+        base.mark_text(dy=10, fontSize=10.5, opacity=0.85).encode(text="ends:N"),
     ]
-    layers += _marked(shown, x, y)
-    text = base.mark_text(dy=-6, fontWeight="bold", fontSize=13)
-    layers.append(text.encode(text=alt.Text("rate:Q", format=theme.PERCENT)))
-    layers.append(base.mark_text(dy=10, fontSize=10.5, opacity=0.85).encode(text="ends:N"))
     chart = alt.LayerChart(layer=layers).properties(
         width=WIDE * len(columns), height=HIGH * len(norms)
     )
-    return titled(chart, map_finding(maps, which), _map_detail(mine), wrap=78)
+    return marks.titled(chart, map_finding(maps, which), _map_detail(mine), wrap=78)
 
 
-_ENDS = ("low", "high")
-
-
-def _tooltip() -> list[Any]:
-    return [
-        "condition:N",
-        alt.Tooltip("rate:Q", title="refused", format=theme.PERCENT),
-        alt.Tooltip("low:Q", title="95 % from", format=theme.PERCENT),
-        alt.Tooltip("high:Q", title="95 % to", format=theme.PERCENT),
-        alt.Tooltip("n:Q", title="prompts"),
-        alt.Tooltip("degenerate:Q", title="broken replies", format=theme.PERCENT),
-        alt.Tooltip("cancels:N", title="cancels by algebra"),
-    ]
+def _tooltip() -> list[alt.Tooltip]:
+    called = {
+        "rate": "refused",
+        "low": "95 % from",
+        "high": "95 % to",
+        "n": "prompts",
+        "degenerate": "broken replies",
+        "cancels": "cancels by algebra",
+    }
+    return marks.tooltip("condition n cancels", percent="rate low high degenerate", titles=called)
 
 
 def _map_detail(mine: pl.DataFrame) -> str:
-    parts = [f"{counted(mine)} harmful prompts a cell; small: Wilson 95 % interval, %"]
+    parts = [f"n = {extent(mine['n'])} harmful prompts a cell; small: Wilson 95 % interval"]
     if mine["cancels"].any():
         parts.append("hatched: the steer cancels by algebra")
     if mine.filter(_broken()).height:
         parts.append(f"red corner: broken replies above {percent(BROKEN)}")
     return "; ".join(parts) + ". Drag over cells to choose them"
-
-
-def counted(table: pl.DataFrame) -> str:
-    """The number behind each line of a table: `n = 40`, or its range."""
-    n = sorted(table["n"].unique().to_list())
-    return f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
 
 
 def _broken() -> pl.Expr:
@@ -122,27 +120,27 @@ def _broken() -> pl.Expr:
 
 def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """Hatching and corners. A point of size 4 draws its path in pixels around the cell's middle."""
-    marks: list[alt.Chart] = []
-    cancelled = shown.filter("cancels")
-    if cancelled.height:
-        hatched = alt.Chart(cancelled).mark_point(
-            shape=hatching(WIDE, HIGH),
-            size=4,
-            filled=False,
-            stroke=theme.INK,
-            strokeWidth=1,
-            opacity=0.4,
-        )
-        marks.append(hatched.encode(x=x, y=y, tooltip=_tooltip()))
-    broken = shown.filter(_broken())
-    if broken.height:
-        corner = f"M{WIDE / 2 - 12},{-HIGH / 2 + 1}L{WIDE / 2 - 1},{-HIGH / 2 + 1}"
-        corner += f"L{WIDE / 2 - 1},{-HIGH / 2 + 12}Z"
-        red = alt.Chart(broken).mark_point(
-            shape=corner, size=4, filled=True, color=theme.PALETTE["degenerate"], opacity=1
-        )
-        marks.append(red.encode(x=x, y=y, tooltip=_tooltip()))
-    return marks
+    right, top = WIDE / 2 - 1, 1 - HIGH / 2
+    corner = f"M{right - 11},{top}L{right},{top}L{right},{top + 11}Z"
+    red = theme.PALETTE["degenerate"]
+    drawn: list[tuple[pl.DataFrame, dict[str, Any]]] = [
+        (
+            shown.filter("cancels"),
+            {
+                "shape": hatching(WIDE, HIGH),
+                "filled": False,
+                "stroke": theme.INK,
+                "strokeWidth": 1,
+                "opacity": 0.4,
+            },
+        ),
+        (shown.filter(_broken()), {"shape": corner, "color": red}),
+    ]
+    return [
+        alt.Chart(cells).mark_point(size=4, **mark).encode(x=x, y=y, tooltip=_tooltip())
+        for cells, mark in drawn
+        if cells.height
+    ]
 
 
 def hatching(width: float, height: float, step: float = 9) -> str:
@@ -168,44 +166,40 @@ def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
     Args:
       table: from `windows.flip_table`; at least one line.
     """
-    order = table["condition"].to_list()
-    share = pl.col("raised") / pl.col("n"), -pl.col("lowered") / pl.col("n")
+    gained, lost = pl.col("raised") / pl.col("n"), -pl.col("lowered") / pl.col("n")
     shown = table.with_columns(
-        gained=share[0],
-        lost=share[1],
-        right=pl.max_horizontal(share[0], "high"),
+        gained=gained,
+        lost=lost,
+        right=pl.max_horizontal(gained, "high"),
         words=pl.format("+{} −{} of {}", "raised", "lowered", "n")
         + pl.when("cancels").then(pl.lit(", by algebra")).otherwise(pl.lit("")),
     )
     ends = [pl.col(k).abs().max() for k in ("gained", "lost", "low", "high")]
     reach = max(0.1, shown.select(pl.max_horizontal(*ends)).item())
-    scale = alt.Scale(domain=[-1.1 * reach, 1.45 * reach], nice=False)
-    axis = alt.Axis(format="+.0%", tickCount=6)
-    title = "prompts whose refusal is lost (left) or gained (right)"
-
-    def x(field: str) -> alt.X:
-        return alt.X(f"{field}:Q", title=title, scale=scale, axis=axis)
-
-    y = alt.Y("condition:N", sort=order, title=None, axis=alt.Axis(labelLimit=330))
-    base = alt.Chart(shown).encode(y=y)
-    tooltip = ["condition:N", "control:N", "raised:Q", "lowered:Q", "n:Q"]
-    tooltip += [alt.Tooltip(f"{k}:Q", format=theme.PLAIN) for k in ("p", "p_holm")]  # type: ignore[misc]
-    zero = alt.datum(0)
-    sides = [("gained", "refusal"), ("lost", "persona")]
+    x = alt.X(
+        "difference:Q",
+        title="prompts whose refusal is lost (left) or gained (right)",
+        scale=alt.Scale(domain=[-1.1 * reach, 1.45 * reach], nice=False),
+        axis=alt.Axis(format="+.0%", tickCount=6),
+    )
+    base = alt.Chart(shown).encode(y=marks.row_axis("condition"))
     bars = [
-        base.mark_bar(color=theme.PALETTE[role], opacity=0.75, height=15).encode(  # type: ignore[index]
-            x=x(field), x2=zero, tooltip=tooltip
+        base.mark_bar(color=theme.colour(role), opacity=0.75, height=15).encode(
+            x=marks.on_axis(x, field),
+            x2=alt.datum(0),
+            tooltip=marks.tooltip("condition control raised lowered n", plain="p p_holm"),
         )
-        for field, role in sides
+        for field, role in (("gained", "refusal"), ("lost", "persona"))
     ]
-    whisker = base.mark_rule(strokeWidth=2, opacity=0.9).encode(x=x("low"), x2="high:Q")
-    net = base.mark_point(shape="diamond", size=55, color=theme.INK).encode(x=x("difference"))
-    words = base.mark_text(align="left", dx=7).encode(x=x("right"), text="words:N")
+    whisker = base.mark_rule(strokeWidth=2, opacity=0.9)
+    whisker = whisker.encode(x=marks.on_axis(x, "low"), x2="high:Q")
+    net = base.mark_point(shape="diamond", size=55, color=theme.INK).encode(x=x)
+    words = base.mark_text(align="left", dx=7).encode(x=marks.on_axis(x, "right"), text="words:N")
     chart = alt.LayerChart(layer=[*bars, whisker, net, words]).properties(
         width=470, height=28 * shown.height
     )
     detail = "diamond and line: net change, paired bootstrap 95 %; n is in every line"
-    return titled(chart, flips_finding(table), detail, wrap=86)
+    return marks.titled(chart, flips_finding(table), detail, wrap=86)
 
 
 def flips_finding(table: pl.DataFrame) -> str:
@@ -229,66 +223,32 @@ def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
       phase: `prompt` or `response`.
     """
     names = table["condition"].unique(maintain_order=True).to_list()
-    layers = table["layer"].to_list()
-    x = alt.X(
-        "layer:Q",
-        title="layer (resid_post)",
-        axis=alt.Axis(tickMinStep=1, format="d"),
-        scale=alt.Scale(domain=[min(layers) - 0.5, max(layers) + 0.5], nice=False),
-    )
-    unit = "moved against the baseline, natural norms"
-    y = alt.Y("mean:Q", title=unit)
-    palette = [theme.PALETTE[r] for r in ("persona", "refusal", "axis", "degenerate", "random")]
-    colours = [palette[i % len(palette)] for i in range(len(names))]
-    dashes = [[1, 0], [6, 3], [2, 3], [9, 3, 2, 3], [4, 6]]
-    colour = alt.Color("condition:N", scale=alt.Scale(domain=names, range=colours))
-    colour = colour.legend(
+    drawn = [LINES[i % len(LINES)] for i in range(len(names))]
+    colours = alt.Scale(domain=names, range=[theme.PALETTE[role] for role, _ in drawn])
+    colour = alt.Color("condition:N", scale=colours).legend(
         title=None, orient="bottom", direction="vertical", labelLimit=500, symbolOpacity=1
     )
-    dash = alt.StrokeDash(
-        "condition:N",
-        scale=alt.Scale(domain=names, range=[dashes[i % 5] for i in range(len(names))]),
+    dashes = alt.Scale(domain=names, range=[dash for _, dash in drawn])
+    x = marks.layer_axis(int(table["layer"].min()), int(table["layer"].max()))  # type: ignore[arg-type]
+    y = alt.Y("mean:Q", title="moved against the baseline, natural norms")
+    line = (
+        alt.Chart(table)
+        .mark_line()
+        .encode(
+            x=x,
+            y=y,
+            color=colour,
+            strokeDash=alt.StrokeDash("condition:N", scale=dashes),
+            tooltip=marks.tooltip("condition layer n", signed="mean low high"),
+        )
     )
-    band = alt.Chart(table).mark_area(opacity=0.18).encode(
-        x=x, y=alt.Y("low:Q", title=unit), y2="high:Q", color=colour
-    )  # fmt: skip
-    tooltip = ["condition:N", "layer:Q", "n:Q"]
-    tooltip += [alt.Tooltip(f"{k}:Q", format=theme.SIGNED) for k in ("mean", "low", "high")]  # type: ignore[misc]
-    line = alt.Chart(table).mark_line().encode(
-        x=x, y=y, color=colour, strokeDash=dash, tooltip=tooltip
-    )  # fmt: skip
-    zero = alt.Chart(pl.DataFrame({"mean": [0.0]})).mark_rule(opacity=0.4).encode(y=y)
-    chart = alt.LayerChart(layer=[zero, band, line]).properties(width=640, height=280)
+    layers = [marks.zero("y"), marks.band(table, x, y, colour), line]
+    chart = alt.LayerChart(layer=layers).properties(width=640, height=280)
     most = table.sort(pl.col("mean").abs(), descending=True).row(0, named=True)
     finding = (
         f"{most['condition']} moves the projection on {name} furthest: {signed(most['mean'])} "
         f"natural norms at layer {most['layer']}"
     )
     tokens = "prompt tokens" if phase == "prompt" else "reply tokens"
-    detail = f"mean over {tokens}, {counted(table)} prompts, paired; band: mean ± 1.96 s.e."
-    return titled(chart, finding, detail, wrap=86)
-
-
-def mcnemar_table(table: pl.DataFrame) -> pl.DataFrame:
-    """The flips as a table to read: counts, net change with its interval, p, and the twin's check.
-
-    `unlike twin` counts prompts whose label differs from the same knockout without steering; where
-    the steer cancels by algebra it must be 0.
-    """
-    percents = [(pl.col(k) * 100).round(0) for k in ("difference", "low", "high")]
-    return table.select(
-        pl.col("condition"),
-        pl.col("control").alias("paired with"),
-        pl.col("n"),
-        pl.col("raised").alias("refusals gained"),
-        pl.col("lowered").alias("lost"),
-        percents[0].alias("net, points"),
-        pl.format("{} to {}", *(p.cast(pl.Int64) for p in percents[1:])).alias("95 %"),
-        pl.col("p").round(4).alias("McNemar p"),
-        pl.col("p_holm").round(4).alias("p, Holm"),
-        pl.col("unlike").alias("unlike twin"),
-        pl.when("cancels")
-        .then(pl.lit("true by algebra, no evidence"))
-        .otherwise(pl.lit(""))
-        .alias("note"),
-    )
+    detail = f"mean over {tokens}, n = {extent(table['n'])} prompts, paired; band: mean ± 1.96 s.e."
+    return marks.titled(chart, finding, detail, wrap=86)

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import dataclasses
-
 import polars as pl
 import pytest
 
 from jaxsteer.evidence import findings
 from jaxsteer.evidence import paired as flips
 from jaxsteer.evidence.charts import controls as charts
+from jaxsteer.evidence.charts import text
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -24,7 +23,7 @@ def test_the_title_is_what_the_controls_say(found):
 
 
 def test_each_seed_has_a_point_with_an_interval_and_n(found):
-    table = charts.envelope_table(found.rows, findings.evaluate(found))
+    table = findings.envelope_table(found, findings.evaluate(found))
     seeds = table.filter((pl.col("row") == "persona") & (pl.col("kind") == "random"))
     assert seeds["name"].to_list() == [f"random direction #{i}" for i in (1, 2, 3)]
     inside = table.filter(pl.col("rate").is_between("low", "high"))
@@ -47,7 +46,7 @@ def suppressing_and_bypassing(tmp_path_factory: pytest.TempPathFactory):
 def test_each_outcome_has_its_own_row_beside_its_random_directions(suppressing_and_bypassing):
     found = suppressing_and_bypassing
     made_of = [f for f in findings.evaluate(found) if f.treated == "persona"]
-    table = charts.envelope_table(found.rows, made_of)
+    table = findings.envelope_table(found, made_of)
     treated = table.filter(pl.col("kind") == "treated")
     rates = dict(treated.select("row", "rate").iter_rows())
     assert rates == {"persona · refusal": 1 / 40, "persona · bypass": 39 / 40}
@@ -60,7 +59,7 @@ def test_the_axis_names_the_one_outcome_that_is_drawn(suppressing_and_bypassing)
     found = suppressing_and_bypassing
     for outcome in ("refusal", "bypass"):
         made_of = [f for f in findings.evaluate(found) if f.outcome == outcome]
-        table = charts.envelope_table(found.rows, made_of)
+        table = findings.envelope_table(found, made_of)
         assert "persona" in table["row"].to_list()
         assert axis_titles(charts.envelope_chart(table).to_dict()) == {f"{outcome} rate"}
 
@@ -71,19 +70,6 @@ def axis_titles(drawn: dict) -> set[str]:
     return found.union(*map(axis_titles, drawn.get("layer", [])))
 
 
-def test_rows_of_other_prompts_are_told_apart(found):
-    (one,) = [f for f in findings.evaluate(found) if (f.kind, f.treated) == ("random", "persona")]
-    made_of = [one, dataclasses.replace(one, family="benign")]
-    rows = charts.envelope_table(found.rows, made_of)["row"].unique(maintain_order=True)
-    assert rows.to_list() == ["persona · harmful prompts", "persona · benign prompts"]
-
-
-def test_flipped_prompts_stand_first(found):
-    paired = flips.Labels(found.rows, found.verdicts).pair("persona", "baseline", "strongreject")
-    table = charts.flip_table(paired, "refusal")
-    assert table["flip"].to_list()[:18] == ["lost"] * 17 + ["kept"] and table.height == 40
-
-
 def test_many_pairs_are_reduced_to_those_that_flip(found):
     paired = flips.Labels(found.rows, found.verdicts).pair("persona", "baseline", "strongreject")
     copies = pl.DataFrame({"copy": range(25_000)})
@@ -91,14 +77,14 @@ def test_many_pairs_are_reduced_to_those_that_flip(found):
         prompt_id=pl.format("{}-{}", "prompt_id", "copy")
     )
     assert many.height == 1_000_000
-    table = charts.flip_table(many, "refusal")
+    table = flips.flip_table(many, "refusal", charts.MOST_PAIRS)
     assert table.height == charts.MOST_PAIRS and set(table["flip"]) == {"lost"}
     drawn = charts.flip_chart(many, "refusal", "persona", "baseline").to_dict()
     assert f"{charts.MOST_PAIRS} of the 425,000 that flip" in " ".join(drawn["title"]["subtitle"])
 
 
 def test_cells_of_a_table_are_text_whatever_they_hold():
-    table = charts.markdown_table(["a"], [["<img src=x> | **b**\n| c"]])
+    table = text.markdown_table(["a"], [["<img src=x> | **b**\n| c"]])
     assert table.count("\n") == 2 and "<img" not in table and "**" not in table
     assert table.splitlines()[2].count("|") == 2
 

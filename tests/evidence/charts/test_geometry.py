@@ -62,8 +62,9 @@ def test_extremes_draw_range_and_null_behind_every_mean(table):
     averaged = cosines.means(table, WHOLE)
     shown = cosines.extremes(averaged, {frozenset({"evil", "nurturing"})})
     spec = charts.extremes_chart(shown, averaged.height, WHOLE).to_dict()
-    fields = [layer["encoding"].get("x", {}).get("field") for layer in spec["layer"]]
-    assert fields[:2] == ["low", "least"] and fields[-1] == "cosine"
+    null, _, (whisker, dot) = (layer.get("layer", layer) for layer in spec["layer"])
+    drawn = [layer["encoding"]["x"]["field"] for layer in (null, whisker, dot)]
+    assert drawn == ["low", "least", "cosine"]
     assert "Most opposed evil · nurturing" in spec["title"]["text"][0]
 
 

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.charts import marks, theme
+from jaxsteer.evidence.charts import marks
 
-TABLE = pl.DataFrame({"who": ["a", "b"], "rate": [0.1, 0.6], "low": [0.0, 0.4], "high": [0.3, 0.8]})
+TABLE = pl.DataFrame({"row": ["a", "b"], "rate": [0.1, 0.6], "low": [0.0, 0.4], "high": [0.3, 0.8]})
 
 
 def dots(table=TABLE):
@@ -16,15 +16,14 @@ def dots(table=TABLE):
         .mark_point()
         .encode(
             x=alt.X("rate:Q", title="refused, share of 40 prompts"),
-            y="who:N",
-            color=alt.Color("who:N", scale=theme.colours(["a", "b"])),
-            shape="who:N",
+            y="row:N",
+            **marks.by_role("row", {"a": "persona", "b": "refusal"}),
         )
     )
 
 
 def test_an_interval_spans_its_ends_under_the_values_own_axis_title():
-    rule, point = marks.with_interval(dots(), "x", "low", "high").to_dict()["layer"]
+    rule, point = marks.with_interval(dots(), "low", "high").to_dict()["layer"]
     assert rule["encoding"]["x"]["field"] == "low" and rule["encoding"]["x2"]["field"] == "high"
     assert rule["encoding"]["x"]["title"] == point["encoding"]["x"]["title"]
     assert rule["encoding"]["color"] == point["encoding"]["color"]
@@ -33,7 +32,7 @@ def test_an_interval_spans_its_ends_under_the_values_own_axis_title():
 
 def test_a_value_without_interval_is_refused():
     with pytest.raises(UserError, match="no column high"):
-        marks.with_interval(dots(TABLE.drop("high")), "x", "low", "high")
+        marks.with_interval(dots(TABLE.drop("high")), "low", "high")
 
 
 def test_a_title_states_the_finding_and_wraps():
@@ -44,8 +43,8 @@ def test_a_title_states_the_finding_and_wraps():
 
 
 def test_labels_are_text_of_the_same_marks():
-    spec = marks.labelled(dots(), "who").to_dict()
-    assert spec["mark"]["type"] == "text" and spec["encoding"]["text"]["field"] == "who"
+    spec = marks.labelled(dots(), "row").to_dict()
+    assert spec["mark"]["type"] == "text" and spec["encoding"]["text"]["field"] == "row"
     assert spec["encoding"]["x"]["field"] == "rate"
 
 
