@@ -102,10 +102,10 @@ def _():
     mo.md(r"""
     ## 2. Verify it
 
-    Everything in a receipt that follows from something else in it is computed again: intervals from
-    counts, p-values from pairs, verdicts from p-values. Against the results folder it is rebuilt
-    from the rows. What *cannot* be checked is listed too: the digest shows a careless edit, and is
-    no signature, since whoever edits can compute it again.
+    Its rates and intervals are computed again from its counts. With the results folder, the whole
+    receipt is built again from the rows, claims and controls included. What *cannot* be checked is
+    listed too: the digest shows damage, but it is not a signature, because it can be computed again
+    after an edit.
     """)
     return
 

@@ -159,19 +159,18 @@ def _subjects(model: Model) -> list[statement.Subject]:
 
 def _system_prompts(run: RunRecord) -> list[statement.SystemPrompt]:
     # Conditions name a mode as the study does: by a shipped name, or by the path of a file.
-    modes = {
-        source: Mode(name=m.name, version=m.version, text=m.text)
-        for source, m in zip(run.study.modes, run.modes, strict=False)
-    }
-    used = dict.fromkeys((c.mode, c.system_sha256) for c in run.conditions)
+    texts = {"": run.policy.text}
+    for source, known in zip(run.study.modes, run.modes, strict=False):
+        mode = Mode(name=known.name, version=known.version, text=known.text)
+        texts[source] = mode.with_policy(run.policy.text)
     made = []
-    for mode, sha256 in used:
-        if mode and mode not in modes:
-            raise UserError(f"run.json: mode {mode!r} has no text; run the study again")
-        text = modes[mode].with_policy(run.policy.text) if mode else run.policy.text
-        if sha256_bytes(text.encode()) != sha256:
-            raise UserError(f"run.json: the system prompt of mode {mode!r} does not match its hash")
-        made.append(statement.SystemPrompt(mode=mode, sha256=sha256, text=text))
+    for name, sha256 in dict.fromkeys((c.mode, c.system_sha256) for c in run.conditions):
+        if name not in texts or sha256_bytes(texts[name].encode()) != sha256:
+            raise UserError(
+                f"run.json: the system prompt of mode {name!r} does not match its hash; run the "
+                "study again"
+            )
+        made.append(statement.SystemPrompt(mode=name, sha256=sha256, text=texts[name]))
     return made
 
 

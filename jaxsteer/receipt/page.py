@@ -18,7 +18,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from jaxsteer import stats
 from jaxsteer.evidence.claims import Claim, Comparison, CosineAbove, FewRaised, NotTested
 from jaxsteer.evidence.outcomes import WORDS
 from jaxsteer.receipt.statement import (
@@ -67,7 +66,7 @@ def html(receipt: Statement, digest: str) -> str:
         bars=drawn,
         n_bars=len(every),
         legend=[(k, words) for k, words in WORDS.items() if any(k in b.shares for b in drawn)],
-        modes=list(dict.fromkeys(bar.mode for bar in every)),
+        modes=list(dict.fromkeys(bar.condition.mode for bar in every)),
         by_mode=_by_mode(every),
         claims=[(claim, _evidence(claim)) for claim in p.claims],
         benign=bars(p.conditions, "benign"),
@@ -100,13 +99,8 @@ def _environment() -> jinja2.Environment:
         # Runs on every value before it is escaped, so that no template line can forget it.
         finalize=visible,
     )
-    made.globals |= {
-        "percent": percent,
-        "span": span,
-        "points": points,
-        "p_value": p_value,
-        "family_words": family_words,
-    }
+    shared = (percent, span, points, p_value, family_words)
+    made.globals |= {function.__name__: function for function in shared}
     return made
 
 
@@ -125,25 +119,19 @@ class Bar:
     """One bar: a condition, or all seeds of one.
 
     Attributes:
-      mode: its persona mode.
+      condition: the condition; of several seeds the first.
       name: its base, with strength and number of seeds.
       shares: of each label that occurs.
       low, high: of the refusal rate: the Wilson interval, or the range over seeds.
       n: prompts.
-      plain: whether nothing was done to the model.
-      scale: its strength, or None.
-      cancels: whether it cancels its own steering.
     """
 
-    mode: str
+    condition: Condition
     name: str
     shares: dict[str, float]
     low: float
     high: float
     n: int
-    plain: bool
-    scale: float | None
-    cancels: bool
 
     @property
     def segments(self) -> Iterator[tuple[str, str, float, float]]:
@@ -162,32 +150,25 @@ def bars(conditions: Sequence[Condition], family: str) -> list[Bar]:
         if outcomes is not None and outcomes.n:
             key = condition.mode, condition.base, condition.scale
             groups.setdefault(key, []).append((condition, outcomes))
-    return [_bar(*key, repeats) for key, repeats in groups.items()]
+    return [_bar(repeats) for repeats in groups.values()]
 
 
-def _bar(
-    mode: str, base: str, scale: float | None, repeats: Sequence[tuple[Condition, Outcomes]]
-) -> Bar:
-    outcomes = [o for _, o in repeats]
+def _bar(repeats: Sequence[tuple[Condition, Outcomes]]) -> Bar:
+    condition, outcomes = repeats[0][0], [o for _, o in repeats]
     rates = [o.counts.get("refusal", 0) / o.n for o in outcomes]
-    low, high = min(rates), max(rates)
-    if len(repeats) == 1:
-        low, high = stats.wilson(outcomes[0].counts.get("refusal", 0), outcomes[0].n)
+    one, strength = outcomes[0].refusal, condition.scale
     shares = {
         label: statistics.fmean(o.counts.get(label, 0) / o.n for o in outcomes) for label in WORDS
     }
     return Bar(
-        mode=mode,
-        name=base
-        + ("" if scale is None else f" x{scale:g}")
+        condition=condition,
+        name=condition.base
+        + ("" if strength is None else f" x{strength:g}")
         + (f" ({len(repeats)} seeds)" if len(repeats) > 1 else ""),
         shares={label: share for label, share in shares.items() if share},
-        low=low,
-        high=high,
+        low=min(rates) if len(repeats) > 1 else one.low,
+        high=max(rates) if len(repeats) > 1 else one.high,
         n=outcomes[0].n,
-        plain=not repeats[0][0].operations,
-        scale=scale,
-        cancels=repeats[0][0].cancels_steering,
     )
 
 
@@ -196,17 +177,19 @@ def chosen(every: Sequence[Bar], most: int) -> list[Bar]:
 
     When there are too many, strengths are left out first, since the page shows their trends.
     """
-    if len({bar.mode for bar in every}) > 1:
-        untouched = [bar for bar in every if bar.plain]
+    if len({bar.condition.mode for bar in every}) > 1:
+        untouched = [bar for bar in every if not bar.condition.operations]
         return untouched or list(every[:most])
-    kept = [bar for bar in every if bar.scale is None] if len(every) > most else list(every)
+    kept = (
+        [bar for bar in every if bar.condition.scale is None] if len(every) > most else list(every)
+    )
     return (kept or list(every))[:most]
 
 
 def _by_mode(every: Sequence[Bar]) -> list[tuple[str, list[float | None]]]:
     """Refused shares as conditions by modes, so that one line shows what a mode changes."""
-    modes = dict.fromkeys(bar.mode for bar in every)
-    found = {(bar.name, bar.mode): bar.shares.get("refusal", 0.0) for bar in every}
+    modes = dict.fromkeys(bar.condition.mode for bar in every)
+    found = {(bar.name, bar.condition.mode): bar.shares.get("refusal", 0.0) for bar in every}
     return [
         (name, [found.get((name, mode)) for mode in modes])
         for name in dict.fromkeys(bar.name for bar in every)

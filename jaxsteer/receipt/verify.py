@@ -170,9 +170,8 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     # The digest was compared above, and another version is listed as unchecked.
     again["predicate"] |= {key: value["predicate"].get(key) for key in ("digest", "tool")}
     yield _check(rebuilt, list(_differences(value, again)))
-    found = results.load(folder)
-    yield _check("labels that need no model follow from the replies", list(wrong_labels(found)))
-    others = other_versions(found)
+    problems, others = check_labels(results.load(folder))
+    yield _check("labels that need no model follow from the replies", problems)
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
         yield _unchecked("labels by other versions of the rules", detail)
@@ -232,47 +231,42 @@ RULES = {
 }
 
 
-def wrong_labels(found: Results) -> Iterator[str]:
-    """Rows whose label or verdict by a rule is not what the rule says of the reply.
+def check_labels(found: Results) -> tuple[list[str], list[str]]:
+    """Compare labels and verdicts by a rule with what the rule says of the reply.
 
     Every count of a receipt comes from labels, and a consistent receipt can be built on edited
     ones. The rules are part of this package, so their labels are computed again. Labels by other
     versions of a rule are left out; a row that no judge decided names no version, so such rows are
     left out too once another version decided some row.
+
+    Returns:
+      What does not follow from a reply, and the other versions of the rules that gave labels.
     """
-    given, by = _run_columns(found.rows)
-    others = set(_others(found.rows[by]))
-    skipped = {*others, ""} if others else others
-    columns = found.rows.select("row_id", "family", "response", given, by)
-    for row, family, response, said, judge in columns.iter_rows():
-        if judge not in skipped and (said, judge) != label(response, family):
-            yield f"{row}: {said} by {judge or 'no judge'} does not follow from the reply"
+    here = {version for version, _, _ in RULES.values()}
+    # Rows that were labelled again keep the labels of the run in columns of their own.
+    again = "run_label" in found.rows.columns
+    given, by = ("run_label", "run_judge") if again else ("label", "judge")
+    judges = found.rows[by].unique()
+    others = {name for name in judges if name.rpartition("-")[0] in RULES} - here
+    skipped = {*others, ""} if others else set()
+    problems = [
+        f"{row}: {said} by {judge or 'no judge'} does not follow from the reply"
+        for row, family, response, said, judge in found.rows.select(
+            "row_id", "family", "response", given, by
+        ).iter_rows()
+        if judge not in skipped and (said, judge) != label(response, family)
+    ]
     hashes = pl.Series("response_sha256", text_hashes(found.rows["response"]), pl.String)
     replies = found.rows.select("row_id", "response", hashes)
-    for name, (version, word, holds) in RULES.items():
-        if name not in found.verdicts:
-            continue
-        table = found.verdicts[name].filter(pl.col("judge") == version)
-        # A verdict on another text decides nothing, so it is not checked.
-        table = table.join(replies, on=["row_id", "response_sha256"], maintain_order="left")
-        for row, verdict, response in table.select("row_id", "verdict", "response").iter_rows():
-            if verdict is not None and (verdict == word) != holds(response):
-                yield f"{row}: {verdict} in judges/{name}.parquet does not follow from the reply"
-
-
-def other_versions(found: Results) -> list[str]:
-    """Other versions of the rules that labelled rows, during the run or later."""
-    others = set(_others(found.rows[_run_columns(found.rows)[1]]))
     for name in RULES.keys() & found.verdicts.keys():
-        others |= {str(by) for by in found.verdicts[name]["judge"]} - {RULES[name][0]}
-    return sorted(others)
-
-
-def _others(judges: pl.Series) -> list[str]:
-    here = {version for version, _, _ in RULES.values()}
-    return [by for by in judges.unique() if by.rpartition("-")[0] in RULES and by not in here]
-
-
-def _run_columns(rows: pl.DataFrame) -> tuple[str, str]:
-    # Rows that were labelled again keep the labels of the run in columns of their own.
-    return ("run_label", "run_judge") if "run_label" in rows.columns else ("label", "judge")
+        version, word, holds = RULES[name]
+        others |= set(map(str, found.verdicts[name]["judge"])) - {version}
+        # A verdict on another text decides nothing, so it is not checked.
+        table = found.verdicts[name].filter(pl.col("judge") == version)
+        table = table.join(replies, on=["row_id", "response_sha256"], maintain_order="left")
+        problems += [
+            f"{row}: {verdict} in judges/{name}.parquet does not follow from the reply"
+            for row, verdict, response in table.select("row_id", "verdict", "response").iter_rows()
+            if verdict is not None and (verdict == word) != holds(response)
+        ]
+    return problems, sorted(others)
