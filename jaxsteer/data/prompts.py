@@ -1,4 +1,4 @@
-"""Prompts, traits and policies: our own from TOML files here, public sets from pinned wheels."""
+"""Prompts, traits, modes and policies: our own from TOML files, public sets from pinned wheels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -36,12 +36,11 @@ class Prompt:
     text: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A system prompt with a version.
 
     Attributes:
-      name: how studies call it.
+      name: as studies refer to it.
       version: changes with the text.
       text: the system prompt.
     """
@@ -56,17 +55,25 @@ class Policy:
         return sha256_bytes(self.text.encode())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Mode(Policy):
+class Mode(Policy, frozen=True):
     """A persona as a system prompt; fields as in `Policy`, an empty text is no persona."""
 
     def with_policy(self, policy: str) -> str:
-        """The whole system prompt: who to be first, then the safety policy."""
+        """The whole system prompt: the persona first, then the safety policy."""
         return f"{self.text}\n\n{policy}" if self.text else policy
 
 
 class Trait(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A trait: instructions that show it, instructions that do not, and questions for both."""
+    """A trait, as pairs of instructions for and against it.
+
+    Attributes:
+      name: as studies refer to it.
+      description: what the trait is.
+      positive: system prompts that ask for it.
+      negative: system prompts that ask for its opposite, as many.
+      questions: what users ask under both.
+      opposite: name of the opposite trait; empty for none.
+    """
 
     name: str
     description: str
@@ -87,10 +94,10 @@ def _prefixed(family: str, prefix: str, category: str, text: str) -> Prompt:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The records of a CSV, with or without the mark that spreadsheets put before UTF-8.
+    """The records of a CSV in UTF-8, with or without the byte order mark that spreadsheets write.
 
     Raises:
-      UserError: unreadable, without one of the columns, or a record that is no full row.
+      UserError: the file cannot be read, lacks a column, or has a row with too few or many cells.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -169,14 +176,6 @@ def policy(name: str) -> Policy:
     return known[name]
 
 
-class _ModeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A persona mode of the user's own, as a TOML file."""
-
-    name: str
-    version: str
-    text: str
-
-
 def modes() -> dict[str, Mode]:
     """The shipped persona modes by name; `none` is the policy alone."""
     return {name: Mode(name=name, **entry) for name, entry in _toml("modes.toml").items()}
@@ -188,25 +187,16 @@ def mode(source: str) -> Mode:
     Raises:
       UserError: no such mode, or a malformed file.
     """
-    if not source.endswith(".toml"):
-        known = modes()
-        if source not in known:
-            raise UserError(f"no mode {source!r}; give a .toml file or one of {', '.join(known)}")
-        return known[source]
-    path = Path(source)
-    try:
-        found = msgspec.toml.decode(path.read_bytes(), type=_ModeFile)
-    except FileNotFoundError:
-        raise UserError(f"no mode file {path}; a mode has name, version and text") from None
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path.name}: {error}; a mode has name, version and text") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path.name} is not a readable TOML file: {error}") from None
-    return Mode(name=found.name, version=found.version, text=found.text)
+    if source.endswith(".toml"):
+        return _decoded(Path(source), Mode, "mode")
+    known = modes()
+    if source not in known:
+        raise UserError(f"no mode {source!r}; give a .toml file or one of {', '.join(known)}")
+    return known[source]
 
 
 def roles() -> dict[str, Any]:
-    """The assistant axis' material: `default` prompts, `roles` (name, instruction), `questions`."""
+    """Texts for the assistant axis: `default` prompts, `roles` (name, instruction), `questions`."""
     return _toml("roles.toml")
 
 
@@ -222,38 +212,40 @@ def trait(source: str | Path) -> Trait:
       UserError: no such trait, broken TOML, unknown or missing keys, fewer than 5 instructions a
         side or 15 questions, sides of different sizes, empty or repeated text.
     """
-    path = Path(source) if str(source).endswith(".toml") else HERE / "traits" / f"{source}.toml"
-    try:
-        found = msgspec.toml.decode(path.read_bytes(), type=Trait)
-    except FileNotFoundError:
-        raise UserError(
-            f"no trait {source}; give a .toml file or one of {', '.join(traits())}"
-        ) from None
-    except msgspec.ValidationError as error:
-        raise UserError(
-            f"{path.name}: {error}; a trait has {', '.join(Trait.__struct_fields__)}"
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path.name} is not a readable TOML file: {error}") from None
+    is_file = str(source).endswith(".toml")
+    if not is_file and str(source) not in traits():
+        raise UserError(f"no trait {source}; give a .toml file or one of {', '.join(traits())}")
+    path = Path(source) if is_file else HERE / "traits" / f"{source}.toml"
+    found = _decoded(path, Trait, "trait")
     for key, least in (("positive", 5), ("negative", 5), ("questions", 15)):
         texts = getattr(found, key)
         if len(texts) < least:
-            raise UserError(
-                f"{path.name}: {key} has {len(texts)} entries, at least {least} are needed"
-            )
-        if any(not text.strip() for text in texts):
-            raise UserError(f"{path.name}: {key} holds an empty text; remove it")
+            raise UserError(f"{path.name}: {key} has {len(texts)} entries; give at least {least}")
+        if not all(text.strip() for text in texts):
+            raise UserError(f"{path.name}: {key} has an empty text; remove it")
         if len(set(texts)) < len(texts):
-            raise UserError(f"{path.name}: {key} holds the same text twice; remove one")
+            raise UserError(f"{path.name}: {key} has the same text twice; remove one")
     if len(found.positive) != len(found.negative):
         raise UserError(f"{path.name}: positive and negative need equally many entries")
     return found
 
 
-def sample(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
-    """n prompts chosen by hash rank: the same whatever the order given, and nested in n.
+T = TypeVar("T", bound=msgspec.Struct)
 
-    `n` of 0, or more than there are, keeps all.
+
+def _decoded(path: Path, kind: type[T], name: str) -> T:
+    """A TOML file as a record, whose fields are its keys."""
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        fields = ", ".join(kind.__struct_fields__)
+        raise UserError(f"cannot read {path}: {error}; a {name} is a TOML with {fields}") from None
+
+
+def sample(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:
+    """n prompts chosen by hash: independent of their order, and a larger n keeps a smaller one's.
+
+    An `n` of 0, or above their number, keeps all.
     """
 
     def rank(prompt: Prompt) -> str:

