@@ -6,7 +6,7 @@ serves a whole study.
 
 Rows enter and leave between chunks of CHUNK steps. In a chunk the cache is only read, and what the
 steps write goes into a small cache where all rows are at the same column: one write for all. At the
-chunk's end it is settled into each row's own place. Chunks are always whole, so a token's place
+chunk's end it is written into each row's own place. Chunks are always whole, so a token's place
 follows from its row alone, and what a row comes to depends, to the last bit, on nobody beside it.
 With chunks of 2, a row of 3 prompt tokens, while its fourth step runs:
 
@@ -33,7 +33,7 @@ from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Cache, Decoder, Params, Realised, bind
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.model.layers import settle
+from jaxsteer.model.layers import write_block
 from jaxsteer.model.masks import visible_slots
 
 # Steps between looks at the host.
@@ -235,6 +235,6 @@ def advance(
     # The cache stays outside the loop: what a loop only reads is neither carried nor copied.
     begin = (jnp.int32(0), recent, dataclasses.replace(state, cache=[]))
     _, recent, after = jax.lax.while_loop(more, body, begin)
-    place = jax.vmap(settle)
+    place = jax.vmap(write_block)
     cache = jax.tree.map(lambda old, new: place(old, new, first), state.cache, recent)
     return dataclasses.replace(after, cache=cache)

@@ -1,14 +1,14 @@
-"""Llama and Qwen2 decoders as Flax NNX modules, with the residual stream in the open.
+"""Llama and Qwen2 decoders as Flax NNX modules, with taps on the residual stream.
 
-Everything here is written for ONE row of tokens and lifted over rows with `jax.vmap`, so no shape
-carries a batch axis. The path of the residual stream, with its taps:
+Everything here is written for ONE row of tokens and applied to many rows by `jax.vmap`, so no shape
+has a batch axis. The path of the residual stream, with its taps:
 
     embed -> [ resid_pre[l] -> +attention -> resid_mid[l] -> +mlp -> resid_post[l] ] -> norm -> head
 
 `resid_post[l]` is `resid_pre[l + 1]`, and `embed` is `resid_pre[0]`. Interventions are applied at
-the tap, and what is captured there is the stream after them. Layers are a plain Python list, so
-they unroll in the compiled program: on CPU that is faster than a scan, which copies each layer's
-weights and cache at every step. Not for training: no dropout, no initialisers worth the name.
+the tap; captures are the stream after them. Layers are a plain Python list, unrolled in the
+compiled program: on a CPU that is faster than a scan, which copies each layer's weights and cache
+at every step. Not for training: there is no dropout, and parameters start as zeros.
 
 Dimension letters: T token, S cache slot, D d_model, F d_ff, N heads, K key-value heads, G = N / K,
 H head_dim, V vocabulary, L layer, P captured position, R probe direction.
@@ -35,7 +35,7 @@ from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, rope_frequenc
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]
 Cache = list[tuple[KeyValues, KeyValues]]
-# A cache beside another, of a length of its own.
+# A second cache, with another number of slots.
 EarlierKeyValues = Float[Array, "*lead kv_head earlier_slot head_dim"]
 Past = list[tuple[EarlierKeyValues, EarlierKeyValues]]
 Params = dict[str, Any]
@@ -44,7 +44,7 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Realised:
-    """What really happened at one tap, summed over a prompt's real tokens: the run's own evidence.
+    """The measured effect of an intervention at one tap, summed over a prompt's real tokens.
 
     Attributes:
       steered: number of tokens the intervention was allowed to change.
@@ -127,7 +127,7 @@ class Embed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer's parameters; `Decoder` runs it, since the taps lie between its halves."""
+    """One decoder layer's parameters; `run_blocks` runs it, since a tap is between its halves."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike):
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
@@ -137,15 +137,15 @@ class Block(nnx.Module):
 
 
 def exact_products() -> AbstractContextManager[Any]:
-    """Products of float32 in float32: GPUs and TPUs round their inputs to fewer bits by default.
+    """Multiply float32 in float32: by default GPUs and TPUs round the inputs to fewer bits.
 
-    Whoever wants that speed converts the model to bfloat16, whose products this does not touch.
+    Products of bfloat16 are not affected: convert the model to bfloat16 for their speed.
     """
     return jax.default_matmul_precision("highest")
 
 
 class Blocks(nnx.Module):
-    """Some consecutive layers, to be run without the rest of the model (see `prefill`)."""
+    """Consecutive layers, to be run without the rest of the model (see `prefill`)."""
 
     def __init__(self, config: ModelConfig, n: int, dtype: DTypeLike):
         self.config = config
@@ -163,9 +163,12 @@ def run_blocks(
     taps: Taps,
     past: Past | None = None,
 ) -> tuple[Float[Array, "token d_model"], Cache]:
-    """One row through consecutive layers: the residual stream after them, and their cache.
+    """Run one row through consecutive layers.
 
-    Arguments as for the whole model (`Decoder`); caches and the layers of `taps` are theirs only.
+    Arguments as for `Decoder`, but caches and taps number these layers alone, from 0.
+
+    Returns:
+      The residual stream after them, and their cache.
     """
     angle = positions[:, None] * rope_frequencies(config.rope, config.head_dim)
     written = []
@@ -205,7 +208,7 @@ class Decoder(nnx.Module):
         """Run one row's tokens through every block.
 
         Args:
-          tokens: token ids; padding may be any id, it is told apart by the masks alone.
+          tokens: token ids; padding may be any id, since the masks alone identify it.
           positions: rotary position of each token, counted over real tokens.
           visible: which slots, of `past` and of `cache`, each token attends to, its own included.
           cache: keys and values of earlier tokens.
@@ -225,7 +228,7 @@ class Decoder(nnx.Module):
         )
 
     def embedded(self, tokens: Int[Array, " token"], taps: Taps) -> Float[Array, "token d_model"]:
-        """The residual stream where it begins, after the tap `embed`."""
+        """The residual stream after the tap `embed`."""
         return taps.visit("embed", 0, self.embed.embedding[...][tokens])
 
     def logits(self, hidden: Float[Array, "token d_model"]) -> Float[Array, "token vocab"]:
@@ -246,7 +249,7 @@ class Taps:
         self.realised: dict[str, list[Realised]] = {}
 
     def visit(self, tap: str, layer: int, h: Array) -> Array:
-        """The stream as it leaves a tap."""
+        """The stream after a tap: steered, and captured."""
         if self.steering is not None and tap in self.steering.interventions.sites:
             site = self.steering.interventions.sites[tap].at(layer)
             h = self._steer(tap, layer, h, site)
@@ -280,7 +283,7 @@ class Taps:
         return new
 
     def results(self) -> tuple[dict[str, Array], dict[str, Realised]]:
-        """What was captured and what was changed, by tap, layers stacked."""
+        """Captures and measured effects by tap, layers stacked."""
         captured = {tap: jnp.stack(layers) for tap, layers in self.captured.items()}
         realised = {
             tap: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
@@ -313,7 +316,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def bind(definition: nnx.GraphDef[M], params: Params) -> M:
-    """Put parameters in the model: a nested dict of arrays, paths as in `weights.param_shapes`."""
+    """Give the model its parameters: nested arrays, with paths as in `weights.param_shapes`."""
     return nnx.merge(definition, _state(params))
 
 

@@ -1,6 +1,6 @@
-"""Interventions as data: what is done to the residual stream, written as arrays.
+"""Interventions as data: the operations on the residual stream, written as arrays.
 
-At a tap, for every touched token, in float32 and in this order (x is the stream, one token):
+At a tap, for every steered token, in float32 and in this order (x is the stream at one token):
 
     x <- x + add                               add a vector
     x <- x - U^T (U x)                         remove the span of U's orthonormal rows
@@ -10,13 +10,14 @@ Zero `add`, zero rows of U and infinite bounds change nothing, so "no interventi
 of zeros and a condition is a row of a stacked array. There are no hooks: the model applies these
 arrays at each tap of every program, and one compiled program serves every condition.
 
-This module does not know models, prompts or studies; it knows layers and widths.
+This module knows layers and widths, but no models, prompts or studies.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Sized
 from typing import Literal
 
 import jax
@@ -38,7 +39,7 @@ Layers = Float[np.ndarray, "n_layers d_model"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteArrays:
-    """The three operations at one tap; leading axes (condition or row, then layer) may be there.
+    """The three operations at one tap, with leading axes for condition or row, then layer.
 
     Attributes:
       add: vector added, in residual-stream units; zeros are inert.
@@ -62,14 +63,14 @@ class SiteArrays:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interventions:
-    """What is applied where; stacked over conditions on a leading axis, or one row of that.
+    """The arrays of one condition, or of several stacked on a leading axis.
 
     Attributes:
-      sites: arrays by tap name, each with a layer axis (length 1 for `embed`). A tap that is
-        missing costs nothing; which taps are present is part of the compiled program's shape.
-      on_prompt: whether prompt tokens are touched.
-      on_response: whether generated tokens are touched, from the forward pass that reads the
-        first generated token on. (That token itself is predicted by the last prompt token.)
+      sites: arrays by tap name, each with a layer axis (length 1 for `embed`). A missing tap costs
+        nothing; which taps are present is part of the compiled program's shape.
+      on_prompt: whether prompt tokens are steered.
+      on_response: whether generated tokens are steered, beginning with the forward pass that reads
+        the first generated token. (The last prompt token predicts that token.)
     """
 
     sites: dict[str, SiteArrays]
@@ -79,13 +80,13 @@ class Interventions:
     def rows(self, condition: np.ndarray) -> Interventions:
         """Gather one entry per row by condition index, on the host.
 
-        Outside the compiled program on purpose: its shapes then depend on the number of rows
-        only, so that adding a condition compiles nothing.
+        Done outside the compiled program, whose shapes then depend on the number of rows alone:
+        adding a condition compiles nothing.
         """
         return jax.tree.map(lambda a: np.asarray(a)[condition], self)
 
     def layers(self, first: int, last: int) -> Interventions:
-        """Layers `first` to `last` - 1 of stacked ones, then counted from 0; without `embed`."""
+        """Layers `first` to `last` - 1 of stacked conditions, numbered from 0, without `embed`."""
         return dataclasses.replace(
             self,
             sites={
@@ -97,49 +98,58 @@ class Interventions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Add:
-    """Add `scale` times the direction at each of `layers`.
+class _Operation:
+    """Where an operation applies.
 
     Attributes:
-      direction: one vector per layer, natural norm.
-      layers: 0-based blocks where it is applied.
-      scale: multiples of the direction's natural norm.
+      layers: 0-based blocks.
       tap: where in the block.
       measured_at: use this layer's vector everywhere instead of each layer's own.
     """
 
-    direction: Layers
-    layers: tuple[int, ...]
-    scale: float
-    tap: Tap = "resid_post"
-    measured_at: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Project:
-    """Remove the span of `directions` at each of `layers`; fields as in `Add`."""
-
-    directions: tuple[Layers, ...]
     layers: tuple[int, ...]
     tap: Tap = "resid_post"
     measured_at: int | None = None
 
+    def vector(self, direction: Layers, layer: int) -> Float[np.ndarray, " d_model"]:
+        """The vector of `direction` that is used at a layer, float64."""
+        measured = layer if self.measured_at is None else self.measured_at
+        return np.asarray(direction, np.float64)[measured]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Cap:
-    """Clamp the projection onto the unit direction into [low, high]; other fields as in `Add`.
+class Add(_Operation):
+    """Add `scale` times the direction at each of `layers`.
 
     Attributes:
+      direction: one vector per layer, natural norm.
+      scale: multiples of the direction's natural norm.
+    """
+
+    direction: Layers
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Project(_Operation):
+    """Remove the span of `directions` at each of `layers`."""
+
+    directions: tuple[Layers, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Cap(_Operation):
+    """Clamp the projection onto the unit direction into [low, high] at each of `layers`.
+
+    Attributes:
+      direction: one vector per layer; its norm does not matter.
       low: lower bound in residual-stream units, -inf for none.
       high: upper bound, +inf for none.
     """
 
     direction: Layers
-    layers: tuple[int, ...]
     low: float = -np.inf
     high: float = np.inf
-    tap: Tap = "resid_post"
-    measured_at: int | None = None
 
 
 Operation = Add | Project | Cap
@@ -163,30 +173,24 @@ def orthonormal_rows(vectors: Float[np.ndarray, "k d_model"]) -> Float[np.ndarra
 
 
 def everywhere(direction: Layers, measured_at: int | None = None) -> list[Operation]:
-    """Projections of a direction at every tap: no write to the stream keeps any of it.
+    """Projections that remove a direction at every tap, so that the stream never contains it.
 
     Equal to ablating block inputs, attention outputs and MLP outputs at all layers (Arditi et
-    al. 2024, section 2.4): what no write puts in, the stream never has.
+    al. 2024, section 2.4): these are all the writes to the stream.
     """
-    layers = tuple(range(len(direction)))
-    sites: tuple[tuple[Tap, tuple[int, ...]], ...] = (
-        ("embed", (0,)),
-        ("resid_mid", layers),
-        ("resid_post", layers),
-    )
     return [
-        Project(directions=(direction,), layers=at, tap=tap, measured_at=measured_at)
-        for tap, at in sites
+        Project(
+            directions=(direction,),
+            layers=tuple(range(_sites(tap, len(direction)))),
+            tap=tap,
+            measured_at=measured_at,
+        )
+        for tap in TAPS
     ]
 
 
 def _sites(tap: Tap, n_layers: int) -> int:
     return 1 if tap == "embed" else n_layers
-
-
-def _vector(operation: Add | Project | Cap, direction: Layers, layer: int) -> np.ndarray:
-    measured = layer if operation.measured_at is None else operation.measured_at
-    return np.asarray(direction, np.float64)[measured]
 
 
 def _check(operation: Operation, n_layers: int, d_model: int) -> None:
@@ -198,27 +202,22 @@ def _check(operation: Operation, n_layers: int, d_model: int) -> None:
                 "it was extracted from another model; run `jaxsteer extract` on this one"
             )
         if not np.isfinite(direction).all():
-            raise UserError("direction holds NaN or infinity; extract it again")
+            raise UserError("direction contains NaN or infinity; extract it again")
     if operation.tap not in TAPS:
         raise UserError(f"unknown tap {operation.tap!r}; the taps are {', '.join(TAPS)}")
     if not operation.layers:
         raise UserError(f"{type(operation).__name__} names no layer; name at least one")
-    sites = _sites(operation.tap, n_layers)
+    last = _sites(operation.tap, n_layers) - 1
     for layer in operation.layers:
-        if not 0 <= layer < sites:
+        if not 0 <= layer <= last:
             raise UserError(
                 f"unknown layer {operation.tap}.{layer}: this model has {operation.tap}.0 to "
-                f"{operation.tap}.{sites - 1} (layers count from 0, negatives are not taken)"
+                f"{operation.tap}.{last} (layers count from 0; negative numbers are not supported)"
             )
     if operation.measured_at is not None and not 0 <= operation.measured_at < n_layers:
         raise UserError(f"measured_at={operation.measured_at} is no layer of 0 to {n_layers - 1}")
     if isinstance(operation, Cap) and operation.low > operation.high:
         raise UserError(f"cap has low {operation.low} above high {operation.high}; swap them")
-
-
-def _width(count: int) -> int:
-    # 0, 1, 2, 4, 8...: a condition with one direction more seldom changes the compiled shape.
-    return 0 if count == 0 else 1 << (count - 1).bit_length()
 
 
 def compile_conditions(
@@ -233,7 +232,7 @@ def compile_conditions(
 
     Args:
       conditions: the operations of each condition; an empty list is no intervention.
-      scopes: which tokens each condition touches.
+      scopes: which tokens each condition steers.
       n_layers: blocks of the model.
       d_model: width of the residual stream.
       taps: taps to include even when no operation names them (`resid_post` always is).
@@ -244,7 +243,7 @@ def compile_conditions(
 
     Raises:
       UserError: a layer, tap, scope, width or bound that this model does not have, or caps at
-        one site whose directions are not orthogonal (their bounds could not all hold).
+        one tap and layer whose directions are not orthogonal (their bounds could not all hold).
     """
     used = {"resid_post", *taps}
     for operations in conditions:
@@ -268,71 +267,64 @@ def compile_conditions(
 def _compile_tap(
     conditions: Sequence[Sequence[Operation]], tap: Tap, sites: int, d_model: int
 ) -> SiteArrays:
-    add = np.zeros((len(conditions), sites, d_model))
-    removed: dict[tuple[int, int], list[np.ndarray]] = {}
-    capped: dict[tuple[int, int], list[tuple[np.ndarray, float, float]]] = {}
+    lead = (len(conditions), sites)
+    add = np.zeros((*lead, d_model))
+    removed: dict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
+    capped: dict[tuple[int, int], list[tuple[np.ndarray, float, float]]] = defaultdict(list)
     for c, operations in enumerate(conditions):
-        for operation in operations:
-            if operation.tap != tap:
-                continue
-            for layer in operation.layers:
-                if isinstance(operation, Add):
-                    add[c, layer] += operation.scale * _vector(
-                        operation, operation.direction, layer
-                    )
-                elif isinstance(operation, Project):
-                    removed.setdefault((c, layer), []).extend(
-                        _vector(operation, direction, layer) for direction in operation.directions
-                    )
+        for o in operations:
+            for layer in o.layers if o.tap == tap else ():
+                if isinstance(o, Add):
+                    add[c, layer] += o.scale * o.vector(o.direction, layer)
+                elif isinstance(o, Project):
+                    removed[c, layer] += [o.vector(each, layer) for each in o.directions]
                 else:
-                    vector = _vector(operation, operation.direction, layer)
+                    vector = o.vector(o.direction, layer)
                     unit = vector / max(float(np.linalg.norm(vector)), 1e-30)
-                    capped.setdefault((c, layer), []).append((unit, operation.low, operation.high))
+                    capped[c, layer].append((unit, o.low, o.high))
 
-    k = _width(max((len(v) for v in removed.values()), default=0))
-    project = np.zeros((len(conditions), sites, k, d_model))
-    for (c, layer), vectors in removed.items():
-        project[c, layer, : len(vectors)] = orthonormal_rows(np.stack(vectors))
+    project = np.zeros((*lead, _width(removed), d_model))
+    for at, vectors in removed.items():
+        project[at][: len(vectors)] = orthonormal_rows(np.stack(vectors))
 
-    n = _width(max((len(v) for v in capped.values()), default=0))
-    cap = np.zeros((len(conditions), sites, n, d_model))
-    low = np.full((len(conditions), sites, n), -np.inf)
-    high = np.full((len(conditions), sites, n), np.inf)
-    for (c, layer), entries in capped.items():
-        units = np.stack([unit for unit, _, _ in entries])
+    cap = np.zeros((*lead, _width(capped), d_model))
+    low, high = np.full(cap.shape[:-1], -np.inf), np.full(cap.shape[:-1], np.inf)
+    for at, entries in capped.items():
+        units, lows, highs = map(np.stack, zip(*entries, strict=True))
         overlap = units @ units.T
-        # Off the diagonal only: a zero vector has no length there and is inert, as elsewhere.
+        # Not the diagonal: a zero vector has no length, and is inert here as elsewhere.
         if np.abs(overlap - np.diag(np.diag(overlap))).max() > 1e-4:
             raise UserError(
-                f"caps at {tap}.{layer} have directions that are not orthogonal, so their bounds "
+                f"caps at {tap}.{at[1]} have directions that are not orthogonal, so their bounds "
                 "cannot all hold; cap one of them, or orthogonalise them first"
             )
-        for i, (unit, lo, hi) in enumerate(entries):
-            cap[c, layer, i], low[c, layer, i], high[c, layer, i] = unit, lo, hi
-    return SiteArrays(
-        add=add.astype(np.float32),
-        project=project.astype(np.float32),
-        cap=cap.astype(np.float32),
-        cap_low=low.astype(np.float32),
-        cap_high=high.astype(np.float32),
-    )
+        n = len(entries)
+        cap[at][:n], low[at][:n], high[at][:n] = units, lows, highs
+    arrays = {"add": add, "project": project, "cap": cap, "cap_low": low, "cap_high": high}
+    return SiteArrays(**{name: array.astype(np.float32) for name, array in arrays.items()})
+
+
+def _width(entries: Mapping[tuple[int, int], Sized]) -> int:
+    """Rows for the most entries at one place, a power of two: few shapes mean few programs."""
+    most = max(map(len, entries.values()), default=0)
+    return 1 << (most - 1).bit_length() if most else 0
 
 
 def apply(
     h: Float[Array, "token d_model"],
     site: SiteArrays,
-    touched: Bool[Array, " token"],
+    steered: Bool[Array, " token"],
 ) -> tuple[Float[Array, "token d_model"], Float[Array, "token d_model"]]:
-    """Apply one site's operations to the touched tokens of one row.
+    """Apply one site's operations to the steered tokens of one row.
 
     Args:
       h: the residual stream, any float dtype.
       site: the arrays of one tap and layer (no leading axes).
-      touched: tokens to change; padding is False here, always.
+      steered: the tokens to change; always False for padding.
 
     Returns:
-      The new stream in h's dtype, and the change in float32 that is left of the operations once
-      rounded to that dtype (exactly zero where not touched).
+      The new stream in h's dtype, and the change in float32 after rounding to that dtype (exactly
+      zero where nothing is steered).
     """
     x = h.astype(jnp.float32)
     y = x + site.add
@@ -341,9 +333,9 @@ def apply(
     if site.cap.shape[0]:
         before = _coordinates(y, site.cap)
         y = y + _span(jnp.clip(before, site.cap_low, site.cap_high) - before, site.cap)
-    # What equals x keeps its bits: x + 0 would turn a negative zero into a positive one.
-    new = jnp.where(touched[:, None] & (y != x), y, x)
-    # Rounded by name: a compiler may leave out a cast to h's dtype that is undone at once.
+    # A value that equals x keeps its bits: x + 0 would make a negative zero positive.
+    new = jnp.where(steered[:, None] & (y != x), y, x)
+    # Rounded explicitly: a compiler may drop a cast to h's dtype and back.
     kind = jnp.finfo(h.dtype)
     new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
     return new.astype(h.dtype), new - x

@@ -1,6 +1,6 @@
 """The pieces of a block: norm, linear maps, rotary positions, attention over a cache, MLP.
 
-One row at a time, like everything in `model`, which has the dimension letters.
+One row at a time, as in `decoder`, which lists the dimension letters.
 """
 
 from __future__ import annotations
@@ -70,44 +70,46 @@ def write(
     new: Float[Array, "token kv_head head_dim"],
     slot: Int[Array, ""],
 ) -> Float[Array, "kv_head slot head_dim"]:
-    """The cache with a pass's tokens in it, from `slot` on."""
+    """The cache with the keys or values of new tokens written from `slot` on."""
     return jax.lax.dynamic_update_slice_in_dim(cache, jnp.swapaxes(new, 0, 1), slot, axis=1)
 
 
-def settle(
+def write_block(
     cache: Float[Array, "kv_head slot head_dim"],
-    recent: Float[Array, "kv_head some head_dim"],
+    block: Float[Array, "kv_head block_slot head_dim"],
     slot: Int[Array, ""],
 ) -> Float[Array, "kv_head slot head_dim"]:
-    """The cache with a small one written into it from `slot` on.
+    """The cache with a small block of slots written into it from `slot` on.
 
-    The small one's length divides the cache's and `slot`: 2 slots go into 6 at 0, 2 or 4.
+    The block's length divides the cache's and `slot`: 2 slots go into 6 at 0, 2 or 4.
     """
-    # Rows with slots of their own write one by one on a TPU, which takes longer than writing all.
-    return jax.lax.platform_dependent(cache, recent, slot, tpu=settle_all, default=settle_one)
+    # On a TPU, rows with different slots would be written one after another, which takes longer
+    # than writing the whole cache.
+    return jax.lax.platform_dependent(cache, block, slot, tpu=write_all, default=write_in_place)
 
 
-def settle_one(cache: Array, recent: Array, slot: Array) -> Array:
-    """`settle`, by writing the part that changes."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, recent, slot, axis=1)
+def write_in_place(cache: Array, block: Array, slot: Array) -> Array:
+    """`write_block`, by writing the block alone."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, block, slot, axis=1)
 
 
-def settle_all(cache: Array, recent: Array, slot: Array) -> Array:
-    """`settle`, by writing every part, changed or not."""
+def write_all(cache: Array, block: Array, slot: Array) -> Array:
+    """`write_block`, by writing the whole cache."""
     heads, slots, width = cache.shape
-    some = recent.shape[1]
-    here = jnp.arange(slots // some) == slot // some
-    parts = cache.reshape(heads, -1, some, width)
-    return jnp.where(here[:, None, None], recent[:, None], parts).reshape(cache.shape)
+    length = block.shape[1]
+    here = jnp.arange(slots // length) == slot // length
+    parts = cache.reshape(heads, -1, length, width)
+    return jnp.where(here[:, None, None], block[:, None], parts).reshape(cache.shape)
 
 
-def contained(
+def contain_overflow(
     keys: Float[Array, "token kv_head head_dim"], values: Float[Array, "token kv_head head_dim"]
 ) -> tuple[Float[Array, "token kv_head head_dim"], Float[Array, "token kv_head head_dim"]]:
-    """Keys and values of tokens such that one that overflowed harms only those who see it.
+    """Keys and values changed so that an overflow reaches only tokens that attend to it.
 
-    A value that is not finite would harm all: in the weighted sum even zero times NaN is NaN. So
-    the value becomes zero and the key NaN, and with it the scores of those who see the token.
+    A value that is not finite would reach every token: in the weighted sum even zero times NaN is
+    NaN. So the value becomes zero and the key NaN, which makes NaN only of the scores of tokens
+    that attend to it.
     """
     finite = jnp.all(jnp.isfinite(values), axis=-1, keepdims=True)
     return jnp.where(finite, keys, jnp.nan), jnp.where(finite, values, 0)
@@ -118,12 +120,12 @@ def attend(
     caches: Sequence[tuple[Array, Array]],
     visible: Bool[Array, "token seen"],
 ) -> Float[Array, "token kv_head group head_dim"]:
-    """Softmax attention over caches that lie apart, as if their slots were one row.
+    """Softmax attention over several caches, as if their slots were concatenated.
 
     Args:
       q: queries, grouped by the key-value head that they read.
       caches: keys and values, each [kv_head, slot, head_dim].
-      visible: which slots of all the caches each token sees.
+      visible: which slots of all the caches each token attends to.
     """
     by_head = jnp.moveaxis(q, 0, 2)
     score = jnp.concatenate([_scores(by_head, keys) for keys, _ in caches], axis=-1)
@@ -141,13 +143,13 @@ def _scores(
     q: Float[Array, "kv_head group token head_dim"], keys: Float[Array, "kv_head slot head_dim"]
 ) -> Float[Array, "kv_head group token slot"]:
     """Products of queries and keys, float32."""
-    # The operand with more rows comes first: a CPU takes twice as long the other way round.
+    # The operand with more rows comes first: on a CPU the other order takes twice as long.
     if keys.shape[1] > q.shape[1] * q.shape[2]:
         group = q.shape[1]
-        # And it takes three queries to a key longer than four.
-        filled = jnp.pad(q, [(0, 0), (0, 1), (0, 0), (0, 0)]) if group == 3 else q
-        turned = jnp.einsum("ksh,kgth->ksgt", keys, filled, preferred_element_type=jnp.float32)
-        return jnp.moveaxis(turned, 1, 3)[:, :group]
+        # Three query heads per key-value head run slower than four on a CPU, so pad to four.
+        padded = jnp.pad(q, [(0, 0), (0, 1), (0, 0), (0, 0)]) if group == 3 else q
+        scores = jnp.einsum("ksh,kgth->ksgt", keys, padded, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(scores, 1, 3)[:, :group]
     return jnp.einsum("kgth,ksh->kgts", q, keys, preferred_element_type=jnp.float32)
 
 
@@ -171,17 +173,17 @@ class Attention(nnx.Module):
         slot: Int[Array, ""],
         past: tuple[Array, Array] | None = None,
     ) -> tuple[Float[Array, "token d_model"], tuple[Array, Array]]:
-        """Write this pass's keys and values at `slot` on, then attend to the visible slots.
+        """Write the tokens' keys and values from `slot` on, then attend to the visible slots.
 
-        What is in `past` comes before the cache and is only read.
+        The slots of `past` come before those of `cache` and are only read.
         """
         tokens = x.shape[0]
         q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
         k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
         v = self.v(x).reshape(tokens, -1, self.head_dim)
         if tokens > 1:
-            # A token alone has no neighbours, and every later one of its row sees it.
-            k, v = contained(k, v)
+            # Not for a single token: every later token of its row attends to it anyway.
+            k, v = contain_overflow(k, v)
         keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
@@ -199,5 +201,5 @@ class MLP(nnx.Module):
         self.down = Linear(config.d_ff, config.d_model, dtype)
 
     def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
-        """What the block adds to each token."""
+        """The MLP's contribution to the residual stream at each token."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsteer.model.layers import attend, settle, settle_all, settle_one
+from jaxsteer.model.layers import attend, write_all, write_block, write_in_place
 
 
 def draw(rng, *shape):
@@ -13,11 +13,11 @@ def draw(rng, *shape):
 
 
 @pytest.mark.parametrize("slot", [0, 4, 8])
-def test_a_small_cache_is_settled_alike_everywhere(rng, slot):
+def test_a_block_is_written_alike_on_every_platform(rng, slot):
     cache, recent = draw(rng, 2, 12, 3), draw(rng, 2, 4, 3)
     expected = np.array(cache)
     expected[:, slot : slot + 4] = recent
-    for way in (settle, settle_one, settle_all):
+    for way in (write_block, write_in_place, write_all):
         np.testing.assert_array_equal(way(cache, recent, jnp.int32(slot)), expected)
 
 
