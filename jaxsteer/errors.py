@@ -10,3 +10,8 @@ class UserError(Exception):
     Raise it at the boundary (files, arguments, specs) with a message that names the thing,
     the place and the fix. Anything else that escapes is a bug and shows its traceback.
     """
+
+
+def one_line(error: Exception) -> str:
+    """What another library's error says, on one line and not at length."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

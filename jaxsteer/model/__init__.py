@@ -1,0 +1,8 @@
+"""A chat model whose residual stream can be read and changed.
+
+A Hugging Face folder, a hub id or a GGUF file comes in; a `ChatModel` goes out, with parameters,
+tokenizer, configuration and the hashes of all of them. `load` finds, converts and loads a model;
+`sources`, `gguf`, `config` and `weights` describe what is converted, and `checkpoint` stores it.
+`decoder` and `layers` are the computation, `interventions` the operations on the stream, as arrays.
+Begin with `interventions`, then read `decoder`: these two explain steering without the others.
+"""

@@ -27,7 +27,7 @@ import numpy as np
 from filelock import FileLock
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, one_line
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
 from jaxsteer.model.config import ModelConfig, from_hf, to_hf
 from jaxsteer.model.weights import flatten, nest, param_shapes
@@ -219,11 +219,7 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> Non
             pool.submit(write).result()
     except Exception as error:
         # Tensorstore reports a full disk as a ValueError.
-        raise _cannot_write(out, _in_a_line(error)) from None
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+        raise _cannot_write(out, one_line(error)) from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -296,7 +292,7 @@ def load(
     except Exception as error:
         # Orbax and tensorstore raise many types for a damaged store; all mean the same here.
         raise UserError(
-            f"{path}/params cannot be read ({_in_a_line(error)}); {_again(path)}"
+            f"{path}/params cannot be read ({one_line(error)}); {_again(path)}"
         ) from None
     if verify:
         _verify(path, params, manifest)

@@ -60,8 +60,6 @@ DEFAULTS = {
     "expert_count": 0,
     "expert_used_count": 0,
 }
-# Bytes of the scalar value types 0 to 12; 8 is text, 9 an array.
-_SIZES = (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)
 
 
 def read(path: Path) -> Source:
@@ -103,33 +101,17 @@ def read(path: Path) -> Source:
 
 
 def architecture(path: Path) -> str | None:
-    """The metadata `general.architecture`, read from the file's first bytes.
+    """The metadata `general.architecture`, found in the file's first bytes; None if not there.
 
-    None if an array comes before it, or if the bytes are not those of a GGUF.
+    Writers put it first. A key is its length and text, then the type of its value: 8 for text,
+    which again is a length and the text itself.
     """
     with path.open("rb") as file:
-
-        def unpack(form: str) -> Any:
-            return struct.unpack(form, file.read(struct.calcsize(form)))[0]
-
-        def text() -> str:
-            return file.read(min(unpack("<Q"), 1 << 16)).decode()
-
-        try:
-            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
-            for _ in range(count if (magic, version) in ((b"GGUF", 2), (b"GGUF", 3)) else 0):
-                key, kind = text(), unpack("<I")
-                if key == "general.architecture":
-                    return text()
-                if kind == 8:
-                    text()
-                elif kind < len(_SIZES) and _SIZES[kind]:
-                    file.read(_SIZES[kind])
-                else:
-                    return None
-        except (struct.error, UnicodeDecodeError):
-            pass
-    return None
+        start = file.read(1 << 16)
+    key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8)
+    _, _, value = start.partition(key)
+    length = int.from_bytes(value[:8], "little")
+    return value[8 : 8 + length].decode(errors="replace") or None
 
 
 def _check_architecture(named: str | None, where: str) -> None:

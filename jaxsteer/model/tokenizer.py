@@ -1,9 +1,9 @@
-"""From chat messages to rows of token ids, by the model's own chat template.
+"""From chat messages to token ids, by the model's own chat template.
 
-The template is rendered to ids in one step with no special tokens added on top, so a template
-that writes its own beginning-of-sequence token does not get a second one. Prompt text is data:
-if it holds one of the tokenizer's special tokens, it is refused, because it would otherwise end
-its turn and speak as somebody else.
+The tokenizer adds no special tokens to what the template writes, so a template that writes its own
+beginning-of-sequence token does not get a second one. Prompt text is data: if it contains one of
+the tokenizer's special tokens it is refused, because that token could end the user's turn and begin
+another one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, one_line
 
-# Templates that write today's date get this one, Llama's own fallback where there is no clock.
+# Templates that write today's date get this one, the default in Llama's own template.
 TODAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 
 
@@ -39,7 +39,7 @@ class Tokenizer:
 
     Attributes:
       hf: the `PreTrainedTokenizerFast`.
-      special: every special token's text, none of which a prompt may hold.
+      special: the text of every special token; prompts may not contain any of them.
     """
 
     hf: Any
@@ -53,15 +53,14 @@ class Tokenizer:
           UserError: no tokenizer or no chat template there, or one that cannot be read.
         """
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"no tokenizer.json in {folder}; convert the model again")
+            raise UserError(f"no tokenizer.json in {folder}; jaxsteer reads fast tokenizers only")
         try:
             hf = transformers().PreTrainedTokenizerFast.from_pretrained(str(folder))
         except Exception as error:
-            # What a damaged file makes transformers and tokenizers raise has no common type.
-            reason = " ".join(str(error).split())[:160]
+            # For a damaged file transformers and tokenizers raise errors without a common type.
             raise UserError(
-                f"{folder}/tokenizer.json cannot be read with the files beside it ({reason}); "
-                "get the tokenizer again"
+                f"{folder}/tokenizer.json cannot be read with the files beside it "
+                f"({one_line(error)}); get the tokenizer again"
             ) from None
         if not hf.chat_template:
             raise UserError(f"the tokenizer in {folder} has no chat template; convert a chat model")
@@ -72,12 +71,12 @@ class Tokenizer:
     def chat(self, user: str, system: str | None = None) -> list[int]:
         """Token ids of one user turn (and system prompt) up to where the reply begins.
 
-        Without `system` the template decides (some insert a default system prompt of their own);
-        a `system` of "" asks for an explicitly empty one.
+        Without `system` the template decides (some insert a default system prompt); "" asks for an
+        explicitly empty one.
 
         Raises:
-          UserError: an empty prompt, one that holds a special token or is no UTF-8, or a template
-            that refuses the turns or leaves the system prompt out.
+          UserError: an empty prompt, one that contains a special token or is not UTF-8, or a
+            template that refuses the turns or leaves the system prompt out.
         """
         if not user.strip():
             raise UserError("the prompt is empty; give it some text")
@@ -90,20 +89,20 @@ class Tokenizer:
         return list(self.hf(text, add_special_tokens=False)["input_ids"])
 
     def conversation(self, turns: Sequence[tuple[str, str]], *, parts: bool = False) -> list[int]:
-        """Token ids of a whole conversation as the template writes it, for models that judge one.
+        """Token ids of a whole conversation as the template writes it, for judge models.
 
         Args:
           turns: (role, text) in order.
-          parts: give the template each text as a list of parts, as those for images too want it.
+          parts: give the template each text as a list of parts, as multimodal models need it.
 
         Raises:
-          UserError: a turn that holds a special token or is no UTF-8.
+          UserError: a turn that contains a special token or is not UTF-8.
         """
         self._check(*((text, f"{role}'s turn") for role, text in turns))
         return list(self.hf(self.render(turns, parts=parts), add_special_tokens=False)["input_ids"])
 
     def render(self, turns: Sequence[tuple[str, str]], *, parts: bool = False) -> str:
-        """The text that the template makes of a conversation; see `conversation`."""
+        """A conversation as the template writes it; see `conversation`."""
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
             for role, text in turns
@@ -111,7 +110,7 @@ class Tokenizer:
         return self._template(messages)
 
     def _template(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        """Render messages by the template, on the same day every day."""
+        """Render messages by the template, always with the same date."""
         from jinja2 import TemplateError
 
         template = self.hf.get_chat_template()
@@ -124,15 +123,16 @@ class Tokenizer:
                 )
             )
         except TemplateError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"the chat template takes no such conversation: {reason}") from None
+            raise UserError(
+                f"the chat template takes no such conversation: {one_line(error)}"
+            ) from None
 
     def _check(self, *texts: tuple[str, str]) -> None:
         for text, name in texts:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                # How a command line's bytes come that are no UTF-8.
+                # Python reads such bytes of a command line as lone surrogates.
                 raise UserError(
                     f"the {name} cannot be written as UTF-8 (character {error.start + 1} is "
                     f"{text[error.start]!a}); give it in UTF-8"
@@ -140,8 +140,8 @@ class Tokenizer:
             found = [token for token in self.special if token in text]
             if found:
                 raise UserError(
-                    f"the {name} holds the special token {found[0]!r}, which would end its turn; "
-                    "remove it"
+                    f"the {name} holds the special token {found[0]!r}, which could end its "
+                    "turn; remove it"
                 )
 
     def decode(self, ids: list[int] | np.ndarray) -> str:

@@ -153,26 +153,18 @@ def text(value):
 ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("mamba")
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        b"",
-        text("general.name") + struct.pack("<I", 8) + text("some name"),
-        text("some.flag") + struct.pack("<IB", 7, 1),
-        text("some.number") + struct.pack("<Id", 12, 0.5),
-    ],
-)
-def test_an_unsupported_architecture_is_refused_before_the_rest_is_read(tmp_path, before):
+def test_an_unsupported_architecture_is_refused_before_the_rest_is_read(tmp_path):
     # These are all the bytes that there are: the vocabulary would come later, and take seconds.
     path = tmp_path / "m.gguf"
-    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 20) + before + ARCHITECTURE)
+    other = text("general.name") + struct.pack("<I", 8) + text("some name")
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 20) + other + ARCHITECTURE)
     with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' .*supported: llama, qwen2"):
         convert(path, tmp_path / "out", "float32")
 
 
-def test_an_architecture_after_an_array_is_left_to_the_full_reader(tmp_path):
+def test_an_architecture_after_a_large_array_is_left_to_the_full_reader(tmp_path):
     path = tmp_path / "m.gguf"
-    array = text("some.list") + struct.pack("<IIQI", 9, 4, 1, 7)
+    array = text("some.list") + struct.pack("<IIQ", 9, 4, 20_000) + bytes(4 * 20_000)
     path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + array + ARCHITECTURE)
     with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' is not supported"):
         convert(path, tmp_path / "out", "float32")

@@ -65,7 +65,7 @@ def test_a_checkpoint_is_loaded_where_it_is(folder, tmp_path, conversions):
     assert load.find(made) == load.find(str(made), "bfloat16") == made
     assert load.load(made).name == "made"
     assert conversions == []
-    with pytest.raises(UserError, match=r"made holds bfloat16 parameters, not float32; convert"):
+    with pytest.raises(UserError, match="made is in bfloat16, not float32; convert"):
         load.find(made, "float32")
 
 
