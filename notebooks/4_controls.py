@@ -113,8 +113,8 @@ def _():
     - **order swap**: "early fails, late works" may be about depth, not order. Swapped, each of the
       two directions is added where the other was.
 
-    A control here **breaks** its claim, or the claim **stands** against it, or the rows are too few
-    to tell (**undecided**): that last word is the honest one more often than studies admit.
+    Against a control the claim **holds**, or it **fails**, or the rows are too few to tell
+    (**undecided**), which is the honest answer more often than studies admit.
     """)
     return
 

@@ -36,7 +36,7 @@ from jaxsteer.study.spec import ClaimSpec, TestSpec
 from jaxsteer.words import p_equals, percent, points
 
 Kind = Literal["random", "unsteered", "matched", "neutral", "benign", "swapped"]
-Status = Literal["stands", "breaks", "undecided"]
+Status = Literal["holds", "fails", "undecided"]
 Expect = Literal["higher", "lower", "no rise"]
 MARGIN = 0.15
 KINDS: dict[Kind, str] = {
@@ -99,7 +99,7 @@ class Finding(Contrast):
         mean.
       low, high: its 95 % interval; of random directions, treated minus largest and smallest.
       p: McNemar, two-sided; of random directions, one-sided, at least 1 / (n + 1).
-      status: the claim stands against it, breaks on it, or it is undecided.
+      status: whether the claim holds or fails against this control, or the rows cannot tell.
       why: the rule that decided, with its figures.
     """
 
@@ -155,7 +155,7 @@ def absent(made: Sequence[Finding]) -> list[str]:
 
 
 def headline(made: Sequence[Finding]) -> str:
-    """What the controls say together, in one sentence.
+    """What the controls show together, in one sentence.
 
     >>> headline([])
     'This study ran no control that could break a claim'
@@ -163,10 +163,9 @@ def headline(made: Sequence[Finding]) -> str:
     if not made:
         return "This study ran no control that could break a claim"
     n = Counter(f.status for f in made)
-    breaks = "break their claim" if n["breaks"] > 1 else "breaks its claim"
     return (
-        f"{n['breaks'] or 'None'} of {len(made)} controls {breaks}; against {n['stands']} the "
-        f"claim stands, {n['undecided']} cannot tell"
+        f"The claims fail against {n['fails'] or 'none'} of {len(made)} controls and hold against "
+        f"{n['holds']}; {n['undecided']} cannot tell"
     )
 
 
@@ -186,7 +185,7 @@ def _random(
             continue
         lower = expect == "lower"
         p, beyond = (e.p_low, e.value < e.low) if lower else (e.p_high, e.value > e.high)
-        status: Status = "breaks" if not beyond else "stands" if p <= 0.05 else "undecided"
+        status: Status = "fails" if not beyond else "holds" if p <= 0.05 else "undecided"
         where = ("below" if lower else "above") + f" all {e.n} seeds"
         yield Finding(
             claim=claim.name,
@@ -204,15 +203,15 @@ def _random(
             p=p,
             status=status,
             why={
-                "breaks": f"inside the range of {e.n} random seeds",
-                "stands": f"{where}, {p_equals(p)}",
+                "fails": f"inside the range of {e.n} random seeds",
+                "holds": f"{where}, {p_equals(p)}",
                 "undecided": f"{where}, but {e.n} seeds cannot show less than {p_equals(p)}",
             }[status],
         )
 
 
-# Which claims a control speaks to, by what the claim expects of its condition.
-_SPEAKS_TO: dict[Kind, tuple[str, ...]] = {
+# Which claims a control is for, by what the claim expects of its condition.
+_FOR: dict[Kind, tuple[str, ...]] = {
     "unsteered": ("higher",),
     "matched": ("higher",),
     "neutral": ("lower",),
@@ -230,7 +229,7 @@ def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
             counted: list[tuple[str, str]] = [(test.family, test.outcome)]
             if kind == "benign":
                 counted = [("benign", "refusal"), ("benign", "degenerate")]
-            for family, outcome in counted if test.expect in _SPEAKS_TO[kind] else []:
+            for family, outcome in counted if test.expect in _FOR[kind] else []:
                 yield Contrast(
                     claim=claim.name,
                     kind=kind,
@@ -289,15 +288,15 @@ def _status(got: Flips, expects: Expect, margin: float) -> tuple[Status, str]:
         bound = stats.wilson(got.raised, got.n)[1]
         new = f"new on {got.raised} of {got.n} prompts, so up to {percent(bound)}"
         if bound <= margin:
-            return "stands", f"{new}, within {percent(margin)}"
+            return "holds", f"{new}, within {percent(margin)}"
         if beyond and got.difference > 0:
-            return "breaks", f"{new}, and the rise is not chance ({chance})"
+            return "fails", f"{new}, and the rise is not chance ({chance})"
         return "undecided", f"{new}, over {percent(margin)}"
     words = f"{points(got.difference)} points, {chance}"
     if not beyond:
         return "undecided", words
     right_way = got.difference > 0 if expects == "higher" else got.difference < 0
-    return ("stands", words) if right_way else ("breaks", f"{words}, the other way")
+    return ("holds", words) if right_way else ("fails", f"{words}, the other way")
 
 
 def comparisons(

@@ -108,7 +108,7 @@ def test_random_directions_that_do_as_much_break_the_claim(tmp_path: Path):
         return made.usual(name, family, i)
 
     (random,) = of(findings.evaluate(found(tmp_path, label)), "suppression", "random")
-    assert random.status == "breaks" and "inside the range" in random.why
+    assert random.status == "fails" and "inside the range" in random.why
 
 
 def test_a_projection_that_refuses_by_itself_breaks_the_restoration(tmp_path: Path):
@@ -118,7 +118,7 @@ def test_a_projection_that_refuses_by_itself_breaks_the_restoration(tmp_path: Pa
         return made.usual(condition, family, i)
 
     (twin,) = of(findings.evaluate(found(tmp_path, label)), "restoration", "unsteered")
-    assert (twin.raised, twin.lowered, twin.status) == (17, 0, "breaks")
+    assert (twin.raised, twin.lowered, twin.status) == (17, 0, "fails")
 
 
 def test_a_claim_without_controls_is_named(usual: list[Finding], tmp_path: Path):
@@ -138,10 +138,9 @@ def test_every_pair_that_is_compared_can_be_looked_at(usual: list[Finding], tmp_
 
 def test_the_headline_counts_the_statuses(usual: list[Finding]):
     words = findings.headline(usual)
-    n = {status: sum(f.status == status for f in usual) for status in ("stands", "breaks")}
-    assert (
-        f"against {n['stands']} the claim stands" in words and f"of {len(usual)} controls" in words
-    )
+    n = {status: sum(f.status == status for f in usual) for status in ("holds", "undecided")}
+    assert f"fail against none of {len(usual)} controls" in words
+    assert f"hold against {n['holds']}; {n['undecided']} cannot tell" in words
 
 
 def test_rows_of_other_prompts_are_told_apart(tmp_path):

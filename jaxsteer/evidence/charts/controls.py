@@ -17,9 +17,9 @@ from jaxsteer.words import count, extent, p_equals, p_value, points
 OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
 MOST_PAIRS = 160  # dots side by side that can still be told apart
 STATUS: dict[str, theme.Role] = {
-    "stands": "axis",
+    "holds": "axis",
     "undecided": "baseline",
-    "breaks": "degenerate",
+    "fails": "degenerate",
 }
 ENVELOPE: dict[str, theme.Role] = {"treated": "persona", "random": "random"}
 LABELS: dict[str, theme.Role] = {
