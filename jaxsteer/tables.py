@@ -1,12 +1,13 @@
 """Parquet tables on disk: written atomically, a damaged one refused in one line.
 
-Bytes are handed to polars and no paths: it takes `run[1]` for a pattern, and no name but UTF-8.
+Polars gets bytes, never paths: it would read `run[1]` as a pattern and refuses names that are not
+UTF-8.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import polars as pl
@@ -15,20 +16,18 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path
 
 
-def read(path: Path, again: str, columns: Sequence[str] | None = None) -> pl.DataFrame:
+def read(path: Path, again: str) -> pl.DataFrame:
     """Read a Parquet file.
 
     Args:
       path: the file.
       again: what to do about a damaged one, in words.
-      columns: the ones to read; None is all.
 
     Raises:
-      UserError: unreadable, or damaged so that the reader gives up or panics.
+      UserError: the file is missing, unreadable or damaged.
     """
-    wanted = None if columns is None else list(columns)
     try:
-        return pl.read_parquet(io.BytesIO(path.read_bytes()), columns=wanted)
+        return pl.read_parquet(io.BytesIO(path.read_bytes()))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({first}); {again}") from None

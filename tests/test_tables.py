@@ -18,11 +18,6 @@ def path(tmp_path):
     return tmp_path / "t.parquet"
 
 
-def test_the_named_columns_are_read_and_all_by_default(path):
-    assert tables.read(path, "").columns == ["a", "b"]
-    assert tables.read(path, "", ["b"]).columns == ["b"]
-
-
 def test_a_damaged_file_is_one_line_with_what_to_do(path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"t\.parquet is damaged \(.+\); run it again$"):

@@ -8,9 +8,9 @@ a condition is marked `cancels_steering`. And every knockout gets its twin witho
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,49 +22,22 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
 from jaxsteer.model import interventions
 from jaxsteer.model.interventions import Interventions, Layers
-from jaxsteer.study.layer_expr import resolve_layer, resolve_layers
-from jaxsteer.study.record import Add, Condition, Operation, Project, unsteered
-from jaxsteer.study.spec import AddSpec, ConditionSpec, OperationSpec, StudySpec
+from jaxsteer.study.layer_expr import resolve_layers
+from jaxsteer.study.record import Add, Cap, Condition, Operation, Project, unsteered
+from jaxsteer.study.spec import AddSpec, OperationSpec, StudySpec
 
 UNSTEERED = ", unsteered"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Repeat:
-    """One repeat of a condition of the spec.
+def condition_name(base: str, mode: str, scale: float | None, seed: int | None) -> str:
+    """The name of one repeat of a condition.
 
-    Attributes:
-      base: the condition's name in the spec.
-      mode: persona mode, or "".
-      scale: strength, or None where the spec has no `scales`.
-      seed: of the random direction, or None.
+    >>> condition_name("random", "calm", 0.5, 3)
+    'calm: random x0.5 #3'
     """
-
-    base: str
-    mode: str
-    scale: float | None
-    seed: int | None
-
-    @property
-    def name(self) -> str:
-        """The name of the condition.
-
-        >>> Repeat(base="random", mode="calm", scale=0.5, seed=3).name
-        'calm: random x0.5 #3'
-        """
-        before = f"{self.mode}: " if self.mode else ""
-        strength = "" if self.scale is None else f" x{self.scale:g}"
-        return f"{before}{self.base}{strength}" + ("" if self.seed is None else f" #{self.seed}")
-
-
-def repeats(item: ConditionSpec, modes: Sequence[str]) -> list[Repeat]:
-    """A condition's repeats over modes (none is [""]), strengths and seeds."""
-    scales: list[float | None] = [*item.scales] or [None]
-    seeds: list[int | None] = [*item.random_seeds] or [None]
-    return [
-        Repeat(base=item.name, mode=mode, scale=scale, seed=seed)
-        for mode, scale, seed in itertools.product(modes, scales, seeds)
-    ]
+    before = f"{mode}: " if mode else ""
+    strength = "" if scale is None else f" x{scale:g}"
+    return f"{before}{base}{strength}" + ("" if seed is None else f" #{seed}")
 
 
 def system_prompts(spec: StudySpec) -> dict[str, str]:
@@ -95,34 +68,36 @@ def conditions(
       UserError: an unknown layer, mode or policy, additions of nothing only, or a name that two
         conditions have.
     """
-    found: list[Condition] = []
     systems = system_prompts(spec)
-    for mode in spec.modes or [""]:
-        for item in spec.condition:
-            for repeat in repeats(item, [mode]):
-                where = f"study {spec.name}, condition {repeat.name!r}"
-                place = _Place(layers=layers, dose=dose, n_layers=n_layers, where=where)
-                operations = tuple(_operation(op, repeat, place) for op in item.ops)
-                if operations and all(isinstance(o, Add) and o.scale == 0 for o in operations):
-                    raise UserError(
-                        f"{where}: a strength of 0 changes nothing; drop it, since a condition "
-                        "without operations is the untouched model"
-                    )
-                found.append(
-                    Condition(
-                        name=repeat.name,
-                        base=repeat.base,
-                        seed=repeat.seed,
-                        scale=repeat.scale,
-                        mode=mode,
-                        operations=operations,
-                        scope=item.scope,
-                        benign=item.benign,
-                        cancels_steering=False,
-                        unsteered_twin_of="",
-                        system_sha256=sha256_bytes(systems[mode].encode()),
-                    )
+    found: list[Condition] = []
+    for mode, item in itertools.product(spec.modes or [""], spec.condition):
+        scales: list[float | None] = [*item.scales] or [None]
+        seeds: list[int | None] = [*item.random_seeds] or [None]
+        for scale, seed in itertools.product(scales, seeds):
+            name = condition_name(item.name, mode, scale, seed)
+            where = f"study {spec.name}, condition {name!r}"
+            resolve = functools.partial(
+                resolve_layers, named=layers, n_layers=n_layers, where=where
+            )
+            units = {"norm": 1.0, "dose": dose, "each": scale or 0.0}
+            made = tuple(_operation(op, seed, units, resolve) for op in item.ops)
+            if made and all(isinstance(op, Add) and op.scale == 0 for op in made):
+                raise UserError(f"{where}: a strength of 0 changes nothing; drop it")
+            found.append(
+                Condition(
+                    name=name,
+                    base=item.name,
+                    seed=seed,
+                    scale=scale,
+                    mode=mode,
+                    operations=made,
+                    scope=item.scope,
+                    benign=item.benign,
+                    cancels_steering=False,
+                    unsteered_twin_of="",
+                    system_sha256=sha256_bytes(systems[mode].encode()),
                 )
+            )
     names = [condition.name for condition in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"study {spec.name}: {min(twice)!r} repeats a seed, scale or mode")
@@ -167,44 +142,31 @@ def _twins(found: Sequence[Condition]) -> list[Condition]:
     return twins
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What the expressions of a spec mean in one run: layers by name, the dose, the model's depth.
-
-    `where` begins the message of an error.
-    """
-
-    layers: Mapping[str, int]
-    dose: float
-    n_layers: int
-    where: str
-
-    def all(self, at: str) -> tuple[int, ...]:
-        return resolve_layers(at, self.layers, self.n_layers, self.where)
-
-    def one(self, at: str | None) -> int | None:
-        return None if at is None else resolve_layer(at, self.layers, self.n_layers, self.where)
-
-
-def _operation(op: OperationSpec, repeat: Repeat, place: _Place) -> Operation:
+def _operation(
+    op: OperationSpec,
+    seed: int | None,
+    units: Mapping[str, float],
+    resolve: Callable[[str], tuple[int, ...]],
+) -> Operation:
     def named(direction: str) -> str:
-        return f"random-{repeat.seed}" if direction == "random" else direction
+        return f"random-{seed}" if direction == "random" else direction
 
-    direction, measured_at = named(op.direction), place.one(op.measured_at)
+    def one(at: str | None) -> int | None:
+        return None if at is None else resolve(at)[0]
+
     if isinstance(op, AddSpec):
-        unit = {"norm": 1.0, "dose": place.dose, "each": repeat.scale or 0.0}[op.unit]
         return Add(
-            direction=direction,
-            layers=place.all(op.at),
-            scale=op.scale * unit,
-            measured_at=measured_at,
+            direction=named(op.direction),
+            layers=resolve(op.at),
+            scale=op.scale * units[op.unit],
+            measured_at=one(op.measured_at),
             norm_of=named(op.norm.direction) if op.norm else None,
-            norm_at=place.one(op.norm.at) if op.norm else None,
+            norm_at=one(op.norm.at) if op.norm else None,
         )
     return Project(
-        direction=direction,
-        layers=tuple(range(place.n_layers)) if op.at is None else place.all(op.at),
-        measured_at=measured_at,
+        direction=named(op.direction),
+        layers=resolve("0..last" if op.at is None else op.at),
+        measured_at=one(op.measured_at),
         everywhere=op.at is None,
     )
 
@@ -216,24 +178,19 @@ def operations(
     made: list[interventions.Operation] = []
     for op in condition.operations:
         vectors = directions[op.direction].vectors
-        place: dict[str, Any] = {
-            "layers": op.layers, "tap": op.tap, "measured_at": op.measured_at
-        }  # fmt: skip
+        place: dict[str, Any] = {"layers": op.layers, "tap": op.tap, "measured_at": op.measured_at}
         if isinstance(op, Add):
             if op.norm_of is not None:
                 vectors = _rescaled(vectors, directions[op.norm_of].vectors, op.norm_at)
             made.append(interventions.Add(direction=vectors, scale=op.scale, **place))
-        elif isinstance(op, Project):
-            removed = interventions.Project(directions=(vectors,), **place)
-            made += (
-                interventions.everywhere(vectors, op.measured_at) if op.everywhere else [removed]
-            )
-        else:
-            low, high = (
-                -np.inf if op.low is None else op.low,
-                np.inf if op.high is None else op.high,
-            )
+        elif isinstance(op, Cap):
+            low = -np.inf if op.low is None else op.low
+            high = np.inf if op.high is None else op.high
             made.append(interventions.Cap(direction=vectors, low=low, high=high, **place))
+        elif op.everywhere:
+            made += interventions.everywhere(vectors, op.measured_at)
+        else:
+            made.append(interventions.Project(directions=(vectors,), **place))
     return made
 
 

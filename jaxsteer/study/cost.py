@@ -1,13 +1,12 @@
 """What a study would cost, without running it: rows, tokens, memory and a rough time.
 
-The rows are those of `validate`, so nothing is extracted. The time is the arithmetic of prefill and
-decode over the speed of a matrix product of the same shape, measured here for a moment.
+The rows are those of `validate`, so nothing is extracted. The time is the arithmetic of all tokens
+over the speed of a matrix product of the same shape, measured here for a moment.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 
 import jax
@@ -28,13 +27,13 @@ class Plan:
       conditions: number of conditions, twins and repeats included.
       rows: number of (condition, prompt) rows.
       prompt_tokens: prompt tokens of all rows.
-      own_tokens: of these, the ones behind the system prompt, which rows share.
+      own_tokens: of these, the ones after the prefix that rows share.
       new_tokens: most tokens that can be generated.
       weights_bytes: size of the parameters.
       cache_bytes: size of the keys and values of the rows that decode together.
       seconds: rough time of the rows on one device, without preparation and compilation, every
         reply at full length.
-      open_choices: what the selection still has to choose before the rows run.
+      open_choices: what is selected before the rows run: `steer`, `dose`, `refusal`.
     """
 
     conditions: int
@@ -45,7 +44,7 @@ class Plan:
     weights_bytes: int
     cache_bytes: int
     seconds: float
-    open_choices: list[validate.Choice]
+    open_choices: list[str]
 
 
 def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan:
@@ -54,19 +53,16 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     Raises:
       UserError: as running it would, for what is wrong in the spec or with its prompts.
     """
-    config = model.config
+    config, new = model.config, spec.decoding.max_new_tokens
     asked = validate.study(spec, model, rows.prompts(spec, limit))
     batch = engine.slots_for(spec.decoding.batch, len(asked))
-    new = spec.decoding.max_new_tokens
-    longest = max((len(request.tokens) for request in asked), default=0)
-    itemsize = model.params["embed"]["embedding"].dtype.itemsize
     leaves = jax.tree.leaves(model.params)
-    parameters = sum(leaf.size for leaf in leaves)
     own = sum(len(request.tokens) - request.shared for request in asked)
+    longest = max((len(request.tokens) for request in asked), default=0)
+    # Keys and values of one token.
+    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * leaves[0].itemsize
     # A token costs 2 operations per parameter.
-    prefill = 2 * parameters * own / _operations_per_second(config, 256)
-    steps = math.ceil(len(asked) / batch) * new
-    decode = 2 * parameters * steps * batch / _operations_per_second(config, batch)
+    operations = 2 * sum(leaf.size for leaf in leaves) * (own + len(asked) * new)
     return Plan(
         conditions=len({request.condition for request in asked}),
         rows=len(asked),
@@ -74,15 +70,9 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         own_tokens=own,
         new_tokens=len(asked) * new,
         weights_bytes=sum(leaf.nbytes for leaf in leaves),
-        cache_bytes=2
-        * config.n_layers
-        * batch
-        * config.n_kv_heads
-        * config.head_dim
-        * itemsize
-        * (longest + new),
-        seconds=prefill + decode,
-        open_choices=validate.open_choices(spec),
+        cache_bytes=batch * (longest + new) * token_bytes,
+        seconds=operations / _operations_per_second(config, batch),
+        open_choices=list(validate.open_choices(spec)),
     )
 
 

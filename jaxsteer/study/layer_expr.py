@@ -34,7 +34,7 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
     """
     found: set[int] = set()
     for part in at.replace(" ", "").split(","):
-        start, stop = (resolve_layer(end, named, n_layers, where) for end in ends(part))
+        start, stop = (_resolve_layer(end, named, n_layers, where) for end in ends(part))
         if stop < start:
             raise UserError(
                 f"{where}: window {at!r} ends (layer {stop}) before it starts ({start})"
@@ -43,12 +43,8 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
     return tuple(sorted(found))
 
 
-def resolve_layer(at: str, named: Mapping[str, int], n_layers: int, where: str) -> int:
-    """The layer of an expression for a single one: a number, or a name with or without an offset.
-
-    Raises:
-      UserError: as `resolve_layers`.
-    """
+def _resolve_layer(at: str, named: Mapping[str, int], n_layers: int, where: str) -> int:
+    """One layer: a number, or a name with or without an offset."""
     if mend := spelling(at):
         raise UserError(f"{where}: cannot read layers {at!r}{mend}")
     layers = {**named, "last": n_layers - 1}

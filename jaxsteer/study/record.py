@@ -211,8 +211,10 @@ def asked(
     return {
         "study": spec,
         "model": msgspec.convert(model.identity(), Model),
-        "policy": _text(prompts.policy(spec.system)),
-        "modes": [_text(prompts.mode(name)) for name in spec.modes],
+        "policy": msgspec.convert(prompts.policy(spec.system), Text, from_attributes=True),
+        "modes": [
+            msgspec.convert(prompts.mode(name), Text, from_attributes=True) for name in spec.modes
+        ],
         "prompts": {
             family: Prompts(
                 n=len(found),
@@ -223,10 +225,6 @@ def asked(
             if found
         },
     }
-
-
-def _text(found: prompts.Policy) -> Text:
-    return Text(name=found.name, version=found.version, sha256=found.sha256, text=found.text)
 
 
 def make(identity: Mapping[str, Any]) -> RunRecord:
@@ -258,21 +256,17 @@ def read(folder: Path) -> RunRecord | None:
     """The record in a folder's run.json, or None when there is no such file.
 
     Raises:
-      UserError: of another format, a field is missing or mistyped, or a condition is there twice.
+      UserError: of another format, a field is missing or mistyped, or two conditions have one name.
     """
     path, again = folder / FILE, "run the study again"
     try:
-        data = path.read_bytes()
-        known = msgspec.json.decode(data, type=dict[str, Any]).get("format")
-        if known != FORMAT:
-            raise UserError(f"{path} has format {known!r}; {again}")
-        found = msgspec.json.decode(data, type=RunRecord)
+        found = msgspec.json.decode(path.read_bytes(), type=RunRecord)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}; {again}") from None
     if len({condition.name for condition in found.conditions}) < len(found.conditions):
-        raise UserError(f"{path}: a condition is there twice; {again}")
+        raise UserError(f"{path}: two conditions have one name; {again}")
     return found
 
 

@@ -25,6 +25,8 @@ Positive = Annotated[int, Meta(ge=1)]
 Finite = Annotated[float, Meta(ge=-1e308, le=1e308)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
+# A single layer: neither a window nor a list.
+Layer = Annotated[str, Meta(pattern="^[^.,]+$")]
 # JAX makes its random keys from 32 bits.
 Seed = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 # The table of replies holds these in 64 bits.
@@ -99,7 +101,7 @@ class NormOf(Spec, frozen=True, kw_only=True):
     """
 
     direction: str
-    at: str | None = None
+    at: Layer | None = None
 
 
 class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add"):
@@ -119,7 +121,7 @@ class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add")
     at: str
     scale: Finite = 1.0
     unit: Literal["norm", "dose", "each"] = "norm"
-    measured_at: str | None = None
+    measured_at: Layer | None = None
     norm: NormOf | None = None
 
 
@@ -134,7 +136,7 @@ class ProjectSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="p
 
     direction: str
     at: str | None
-    measured_at: str | None = None
+    measured_at: Layer | None = None
 
 
 OperationSpec = AddSpec | ProjectSpec

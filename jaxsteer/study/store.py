@@ -69,7 +69,8 @@ def claim(folder: Path, run: RunRecord, hosts: Hosts) -> None:
       UserError: the folder holds another run, or process 0 did not ask for this one.
     """
     if hosts.first:
-        check(folder, msgspec.structs.asdict(run), but=("key", "environment"))
+        fields = msgspec.structs.asdict(run)
+        check(folder, {k: v for k, v in fields.items() if k not in ("key", "environment")})
         if record.read(folder) is None:
             record.write(folder, run)
         return
@@ -85,13 +86,12 @@ def claim(folder: Path, run: RunRecord, hosts: Hosts) -> None:
         )
 
 
-def check(folder: Path, asked: Mapping[str, Any], but: Sequence[str] = ()) -> None:
+def check(folder: Path, asked: Mapping[str, Any]) -> None:
     """Refuse a folder whose record has other values; one without a record is free.
 
     Args:
       folder: the results folder.
       asked: fields of the record.
-      but: names of those that may differ.
 
     Raises:
       UserError: naming the fields that differ, and the keys of the study.
@@ -99,7 +99,7 @@ def check(folder: Path, asked: Mapping[str, Any], but: Sequence[str] = ()) -> No
     held = record.read(folder)
     if held is None:
         return
-    differ = [name for name in asked if name not in but and getattr(held, name) != asked[name]]
+    differ = [name for name, value in asked.items() if getattr(held, name) != value]
     if differ:
         refuse(folder, differ, _differing_keys(held.study, asked["study"]))
 

@@ -121,11 +121,6 @@ ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at =
     [
         ('{ add = "persona", at = "99" }', "resid_post.99"),
         ('{ add = "persona", at = "3", scale = 0.0 }', "strength of 0 changes nothing"),
-        ('{ add = "persona", at = "3", measured_at = "4,5" }', "cannot read layer '4,5'"),
-        (
-            '{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }',
-            "cannot read layer '4..9'",
-        ),
     ],
 )
 def test_an_operation_that_cannot_be_done_is_refused_by_name(tmp_path, op, message):

@@ -33,10 +33,10 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
 
 def test_a_plan_says_what_is_still_to_choose(model):
     planned = cost.plan(spec.load("mode-audit"), model)
-    assert planned.open_choices == ["layers.steer", "dose", "layers.refusal"]
+    assert planned.open_choices == ["steer", "dose", "refusal"]
 
 
 def test_an_open_choice_without_selection_is_refused(model, tmp_path):
     study = spec.load(tiny.study_file(tmp_path, ("dose = 3.0\n", "")))
-    with pytest.raises(UserError, match="dose is open"):
+    with pytest.raises(UserError, match="choice of dose"):
         cost.plan(study, model)

@@ -124,6 +124,8 @@ def test_a_malformed_study_names_the_key(tmp_path, old, new, message):
         ("", '{ project = "persona", at = "3", scale = 2.0 }', "unknown field `scale`"),
         ("", '{ project = "persona", at = "3", norm_of = "refusal" }', "unknown field `norm`"),
         ("", '{ add = "persona", at = "3", norm_at = "3" }', "missing required field `direction`"),
+        ("", '{ add = "persona", at = "3", measured_at = "4,5" }', r"ops\[0\]\.measured_at"),
+        ("", '{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }', "norm.at"),
         ("scales = [1.0]", '{ project = "persona", at = "3" }', "'c' needs scales together"),
         (
             "random_seeds = [1]",

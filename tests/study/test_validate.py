@@ -30,13 +30,13 @@ WRONG = {
     "misspelt trait": ([('"compliant"', '"complaint"')], "no trait complaint"),
     "layer in a condition": ([('at = "late"', 'at = "17"')], r"'persona, out'.*resid_post\.17"),
     "named layer": ([("late = 1.0", "late = 7")], r"layers\.late is 7"),
-    "no selection": ([OPEN], r"dose is open; add \[selection\]"),
-    "refusal without selection": ([REFUSAL], r"'refusal' needs \[selection\]"),
+    "no selection": ([OPEN], r"choice of dose needs \[selection\]"),
+    "refusal without selection": ([REFUSAL], r"choice of refusal needs \[selection\]"),
     "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* HarmBench prompts"),
-    "long replies": ([("new_tokens = 6", "new_tokens = 512")], r"decoding\.max_new_tokens is 512"),
+    "long replies": ([("new_tokens = 6", "new_tokens = 512")], "lower it"),
     "long replies in selection": (
         chosen("max_new_tokens = 4", "max_new_tokens = 900"),
-        r"selection\.max_new_tokens is 900; the context of .* holds 512",
+        "lower it",
     ),
     "no room for a prompt": ([("new_tokens = 6", "new_tokens = 500")], "at most 12 fit"),
     "no token": (
@@ -52,7 +52,7 @@ WRONG = {
     ),
     "a claim's twin": (
         claimed('control = "persona, unsteered"', '"lower"'),
-        "no condition 'persona, unsteered' is made",
+        "there is no condition 'persona, unsteered'",
     ),
     "a layer of a candidate": (
         [*chosen("[0.5]", "[0.0, 0.5]"), ('at = "late"', 'at = "steer-1"')],
@@ -141,5 +141,5 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
     if made:
         assert validate.study(study, model, {}) == []
     else:
-        with pytest.raises(UserError, match="no condition"):
+        with pytest.raises(UserError, match="there is no condition"):
             validate.study(study, model, {})
