@@ -316,14 +316,9 @@ def comparisons(
     asked += [(f.first, f.second, f.family, f.outcome) for f in made if f.second]
     there = set(found.rows.select("condition", "family").unique().iter_rows())
     return {
-        f"{treated} against {control} ({outcome}, {family})": (
-            treated,
-            control,
-            family,
-            outcome,
-        )
-        for treated, control, family, outcome in dict.fromkeys(asked)
-        if {(treated, family), (control, family)} <= there
+        f"{key[0]} against {key[1]} ({key[3]}, {key[2]})": key
+        for key in dict.fromkeys(asked)
+        if {(key[0], key[2]), (key[1], key[2])} <= there
     }
 
 

@@ -80,16 +80,16 @@ def modes(found: Results) -> list[str]:
 
 def steered(found: Results) -> list[str]:
     """Directions that are added alone, those that are also projected out again first."""
-    added: dict[str, bool] = {}
-    for condition in found.run.conditions:
-        match condition.operations:
-            case (Add(direction=name),) if condition.seed is None:
-                added.setdefault(name, False)
-    for condition in found.run.conditions:
-        done = () if _everywhere(condition) else condition.operations
-        for name in {op.direction for op in done if isinstance(op, Add)} & set(added):
-            added[name] |= any(isinstance(op, Project) and op.direction == name for op in done)
-    return sorted(added, key=lambda name: not added[name])
+    alone: dict[str, None] = {}
+    knocked_out: set[str] = set()
+    for c in found.run.conditions:
+        added = {op.direction for op in c.operations if isinstance(op, Add)}
+        if len(c.operations) == 1 and c.seed is None:
+            alone |= dict.fromkeys(added)
+        if not _everywhere(c):
+            out = {op.direction for op in c.operations if isinstance(op, Project)}
+            knocked_out |= added & out
+    return sorted(alone, key=lambda name: name not in knocked_out)
 
 
 def cells(found: Results, name: str, mode: str = "") -> list[Cell]:
