@@ -182,8 +182,8 @@ def forward(
         weights = np.zeros((BATCH, len(asked), width), np.float32)
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
-        begun = prefix and take(prefix, np.array([prefix_of[i] for i in members] + [0] * filler))
-        placed = sharding.place((tokens, real, weights, steered, begun), config, model.mesh)
+        own = prefix and take(prefix, np.array([prefix_of[i] for i in members] + [0] * filler))
+        placed = sharding.place((tokens, real, weights, steered, own), config, model.mesh)
         captured, logits = read(
             model.definition, model.params, *placed[:3], taps, placed[3], prefix=placed[4]
         )

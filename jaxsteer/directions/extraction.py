@@ -221,10 +221,9 @@ def read_name(text: str, position: Position = "prompt_end") -> tuple[str, InStud
     Raises:
       UserError: no such trait, or one whose name `--steer` cannot read.
     """
-    if text == "refusal":
-        return text, Refusal()
-    if text == "assistant-axis":
-        return text, AssistantAxis()
+    fixed: dict[str, InStudy] = {"refusal": Refusal(), "assistant-axis": AssistantAxis()}
+    if text in fixed:
+        return text, fixed[text]
     if match := re.fullmatch("random-([0-9]{1,18})", text):
         return text, Random(seed=int(match[1]))
     name = prompts.trait(text).name

@@ -127,13 +127,13 @@ def test_the_assistant_axis_gives_each_role_the_same_weight(hf, model):
     assert (made.provenance["n_positive"], made.provenance["n_negative"]) == (4, 4)
 
 
-def test_a_side_that_never_says_anything_is_named(model):
+def test_a_group_whose_replies_are_all_empty_is_named(model):
     silent = replace(model, eos=tuple(range(model.config.vocab_size)))
     with pytest.raises(UserError, match="reply under 'w0 w1' was empty"):
         difference(silent, "loud", replace(trait_contrast(TRAIT, "response_avg"), max_new_tokens=2))
 
 
-def test_a_users_persona_is_read_in_the_models_replies_as_a_users_messages(hf, model):
+def test_a_user_persona_is_read_where_the_models_replies_are_a_users_messages(hf, model):
     contrast = replace(user_contrast(TRAIT, system="w9"), seed=3, max_new_tokens=4)
     made = difference(model, "user", contrast)
 
@@ -166,7 +166,7 @@ def test_a_file_of_another_model_is_not_added_to(model, tmp_path):
         extraction.find_or_extract(other, ["evil"], path)
 
 
-def test_what_is_no_direction_and_no_trait_is_refused(model, tmp_path):
+def test_a_name_that_is_neither_a_direction_nor_a_trait_is_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"no trait w; give a .toml file or one of"):
         extraction.find_or_extract(model, ["w"], tmp_path / "d.safetensors")
 

@@ -78,7 +78,7 @@ def test_a_study_with_modes_runs_every_condition_under_each_and_records_the_shif
     assert all(f["low"] <= f["shift"] <= f["high"] and len(f["by_layer"]) == 3 for f in found)
 
 
-def test_modes_of_ones_own_are_told_apart_by_their_files_to_the_receipt(model, tmp_path):
+def test_modes_from_two_files_with_one_name_are_told_apart_in_the_receipt(model, tmp_path):
     files = [tmp_path / "first.toml", tmp_path / "second.toml"]
     for path in files:
         path.write_text(f'name = "mine"\nversion = "1"\ntext = "Be the {path.stem}."\n')

@@ -84,7 +84,7 @@ def test_a_setup_that_stopped_between_directions_goes_on_with_those_it_has(
     assert set(direction.load(out / "directions.safetensors")) >= {"persona", "evil"}
 
 
-def test_a_setup_that_stopped_takes_random_norms_from_the_direction_it_always_does(model, tmp_path):
+def test_a_setup_that_stopped_takes_random_norms_from_the_same_direction(model, tmp_path):
     # No persona, and the alphabet against the order of the study.
     two = 'zeal = { kind = "trait", trait = "arrogant" }\n' + EVIL
     changes = [(PERSONA, two)] + [('"persona", at', '"zeal", at')] * 3
@@ -121,7 +121,7 @@ def test_directions_without_a_setup_are_kept(model, study, tmp_path, fresh):
     assert (out / "directions.safetensors").read_bytes() == held
 
 
-def test_another_process_reads_the_setup_and_nothing_before_it_is_whole(model, study, tmp_path):
+def test_another_process_reads_a_setup_only_when_it_is_complete(model, study, tmp_path):
     out = tmp_path / "results"
     assert prepare.read(study, model, out) is None
     made = prepare.prepare(study, model, out)
