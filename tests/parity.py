@@ -2,9 +2,9 @@
 
     python -m tests.parity docs/parity.md
 
-Tests hold the limits; this states the figures. Two tiny random models have every feature that is
-in the code (llama3 rope, grouped queries, an untied head, a head_dim of its own; biases and a tied
-head) and the real SmolLM2 is the size at which rounding adds up.
+Tests check the limits; this states the figures. Two tiny random models have every feature of the
+code (llama3 rope, grouped queries, an untied head, a head_dim other than d_model / n_heads; biases
+and a tied head), and the real SmolLM2 is large enough for rounding errors to add up.
 """
 
 from __future__ import annotations
@@ -235,21 +235,21 @@ Versions: Python {platform.python_version()}, {versions}.
 How it was measured:
 
 - {PROMPTS} prompts of mixed length, left-padded in one batch, {NEW_TOKENS} new tokens, greedy. HF
-  reads each prompt alone and without padding, with eager attention. Both sides convert the same
-  source files on their own.
+  reads each prompt alone and without padding, with eager attention. Both sides read the same
+  source files independently.
 - *prefill*: |logit difference| at every prompt token. *decode*: the same at every step of the
-  compiled decode loop, cache and all, against one uncached HF pass over prompt and reply.
+  compiled decode loop with its cache, against one uncached HF pass over prompt and reply.
   *argmax*: tokens at which both choose the same next token. *greedy*: replies whose
   {NEW_TOKENS} tokens (or fewer, up to the end token) are those of HF's own cached `generate`.
 - *steered*: an add at a third and two thirds of depth, a projection of two non-orthogonal
   directions at two layers and a cap, on all tokens; HF does the same in torch forward hooks.
-- *HF alone*: HF's bfloat16 against HF's float32, on the replies of the former. It is what bfloat16
-  costs without jaxsteer, and so the measure of the bfloat16 lines: jaxsteer keeps norms, softmax,
-  rotary embedding, attention scores and interventions in float32, HF rounds some of them. A random
-  tiny model has near ties everywhere, so its replies part sooner.
+- *HF alone*: HF's bfloat16 against HF's float32, on the replies of the former. It shows what
+  bfloat16 costs without jaxsteer; compare the bfloat16 lines with it. jaxsteer keeps norms,
+  softmax, rotary embedding, attention scores and interventions in float32, HF rounds some of them.
+  A random tiny model has many near ties, so its replies differ sooner.
 - Tiny models: random weights, 3 layers, width 32. Llama has llama3 rope, grouped queries, an
-  untied head and a head_dim of its own; Qwen2 has biases and a tied head. SmolLM2 is converted
-  from its pinned Q4_1 GGUF.
+  untied head and a head_dim that is not d_model / heads; Qwen2 has biases and a tied head.
+  SmolLM2 is converted from its pinned Q4_1 GGUF.
 """
 
 

@@ -1,7 +1,7 @@
 """The checkpoint folder: parameters in Orbax, tokenizer, config, and a manifest of hashes.
 
 NAME/config.json      the HF form of the config
-NAME/manifest.json    where it came from, and the sha256 of everything beside it
+NAME/manifest.json    its source, and the sha256 of all other files and every parameter
 NAME/params/          Orbax
 NAME/tokenizer/       tokenizer.json, tokenizer_config.json, chat template
 """
@@ -112,7 +112,7 @@ def save(
     eos_token_ids: list[int],
     source: Origin,
 ) -> None:
-    """Write a checkpoint whole or not at all: beside its place, then renamed.
+    """Write a checkpoint whole or not at all: into a folder beside it, which is then renamed.
 
     Args:
       out: the folder to make; a checkpoint that is there is replaced, anything else refused.
@@ -123,7 +123,7 @@ def save(
       source: what the parameters were converted from.
 
     Raises:
-      UserError: `out` is something else than a checkpoint, or the disk is full or read-only.
+      UserError: `out` exists and is not a checkpoint, or the disk is full or read-only.
     """
     if out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"{out} exists and is no checkpoint; remove it or choose another --out")
@@ -163,12 +163,12 @@ def _cannot_write(out: Path, reason: str | None) -> UserError:
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, for one process at a time, removed at the end."""
+    """A temporary folder beside `out`, for one process at a time; removed at the end."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, lock = out.parent / f".{out.name}.converting", out.parent / f".{out.name}.lock"
     with FileLock(lock):
         try:
-            _remove(folder, out)  # what a conversion left that was killed
+            _remove(folder, out)  # the files of a conversion that was killed
             folder.mkdir()
             yield folder
         finally:
@@ -177,14 +177,14 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path, out: Path) -> None:
-    # Stopped between two renames: what was to be replaced is still the checkpoint.
+    # Stopped between two renames: the old checkpoint is still the valid one.
     if (folder / "old").exists() and not out.exists():
         (folder / "old").rename(out)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _orbax() -> Any:
-    # Imported late, since that takes a second. What it logs is also in the error that it raises.
+    # Imported late, since that takes a second. The errors that it raises repeat its log.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint
 
@@ -213,8 +213,8 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> Non
             checkpointer.save(path.absolute(), nest(params.items()))
 
     try:
-        # In a thread of its own: a stop signal, raised in the main thread, would break Orbax's
-        # event loop. It waits here until all is written.
+        # In another thread: a stop signal raises an exception in the main thread, which would
+        # break Orbax's event loop. The main thread waits until everything is written.
         with ThreadPoolExecutor(1) as pool:
             pool.submit(write).result()
     except Exception as error:
@@ -284,13 +284,13 @@ def load(
     )
     try:
         orbax = _orbax()
-        # This process alone: by default all processes that share a study would read together.
+        # This process alone: by default all processes of a study would read together.
         own = jax.process_index()
         alone = orbax.options.MultiprocessingOptions(primary_host=own, active_processes={own})
         with orbax.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             params = checkpointer.restore((path / "params").absolute(), target)
     except Exception as error:
-        # Orbax and tensorstore raise many types for a damaged store; all mean the same here.
+        # Orbax and tensorstore raise many types of error for a damaged store.
         raise UserError(
             f"{path}/params cannot be read ({one_line(error)}); {_again(path)}"
         ) from None
@@ -315,5 +315,5 @@ def _verify(path: Path, params: dict[str, Any], manifest: Manifest) -> None:
 def _on_host(value: jax.Array) -> np.ndarray:
     if len(value.devices()) == 1 and jax.default_backend() == "cpu":
         return np.asarray(value)
-    # An array keeps the host copy that is made of it; a copy of it is dropped with both.
+    # Otherwise np.asarray stores a host copy inside the array: read a temporary copy instead.
     return np.asarray(jnp.copy(value))

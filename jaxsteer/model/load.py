@@ -59,7 +59,7 @@ def load(
       mesh: the devices to spread the parameters over; None for one device.
       dtype: of the parameters, float32 or bfloat16. `auto` takes a checkpoint as it is, and
         converts to bfloat16 on a GPU or TPU and to float32 on a CPU.
-      verify: recompute every hash of the checkpoint's manifest.
+      verify: recompute the hash of every parameter.
 
     Raises:
       UserError: nothing of that name, a checkpoint of another dtype, a damaged checkpoint, or a

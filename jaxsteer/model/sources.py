@@ -59,7 +59,7 @@ class Source:
 
 
 def _hub() -> Any:
-    # Imported late, and without its advice on tokens and caches; what fails it raises.
+    # Imported late, and without its advice on tokens and caches; failures it raises.
     import huggingface_hub
 
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -76,7 +76,7 @@ def hub_commit(name: str) -> str | None:
 
 
 def hub_folder(name: str, revision: str | None) -> Path:
-    """Fetch a model's files from the hub, or take those that its client has kept.
+    """Fetch a model's files from the hub; without the hub, use those in its client's cache.
 
     Returns:
       Their folder, named after the commit.

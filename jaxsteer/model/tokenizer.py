@@ -57,7 +57,7 @@ class Tokenizer:
         try:
             hf = transformers().PreTrainedTokenizerFast.from_pretrained(str(folder))
         except Exception as error:
-            # For a damaged file transformers and tokenizers raise errors without a common type.
+            # For a damaged file, transformers and tokenizers raise many types of error.
             raise UserError(
                 f"{folder}/tokenizer.json cannot be read with the files beside it "
                 f"({one_line(error)}); get the tokenizer again"

@@ -186,7 +186,7 @@ def test_a_revision_of_something_that_has_none_is_refused(source, tmp_path):
 
 
 def test_a_hub_id_is_converted_and_its_commit_recorded(source, tmp_path, monkeypatch):
-    # The hub client's own cache, filled by hand: offline it asks nobody else.
+    # The hub client's own cache, filled by hand: offline it asks no server.
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "cache/models--some--model"
     shutil.copytree(source, repo / "snapshots" / commit)

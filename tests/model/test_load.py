@@ -102,7 +102,7 @@ def test_a_shipped_name_prepares_itself(shipped, tmp_path, conversions):
 def test_a_prepared_model_is_taken_from_the_current_folder(shipped, conversions):
     assert load.prepare(shipped) == load.prepare(shipped) == load.find(shipped)
     assert load.find(shipped).parent.name == "checkpoints" and len(conversions) == 1
-    # Another dtype than it has is made in the cache.
+    # Another dtype is converted into the cache.
     assert load.find(shipped, "float32").parent.parent.name == "checkpoints"
     assert load.find(shipped, "float32") != load.find(shipped)
 
