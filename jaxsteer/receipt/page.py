@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from jaxsteer.evidence.claims import Claim, Comparison, CosineAbove, FewRaised, NotTested
 from jaxsteer.evidence.outcomes import WORDS
@@ -56,7 +55,7 @@ def html(receipt: Statement, digest: str) -> str:
     return _environment().get_template("page.html.jinja").render(
         p=p,
         digest=digest,
-        style=Markup(style),
+        style=style,
         style_sha256=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         most=MOST,
         most_prompts=MOST_PROMPTS,
@@ -106,7 +105,8 @@ def _environment() -> jinja2.Environment:
 
 def visible(value: object) -> object:
     """A text with its control and direction characters spelled out; anything else as it is."""
-    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    # The type itself: HTML that the template has already escaped is a subclass of str.
+    return plain(value) if type(value) is str else value
 
 
 def family_words(name: str) -> str:
