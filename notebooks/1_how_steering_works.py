@@ -355,10 +355,10 @@ def _(example, own, policy, steerable):
 
 @app.cell
 def _(direction, kind, layer, prompt, steerable, strength):
-    operations = steerable.operation(kind.value, direction.value, layer.value, strength.value)
+    _operations = steerable.operation(kind.value, direction.value, layer.value, strength.value)
     what = steering.describe(kind.value, direction.value, layer.value, strength.value)
-    steered = steerable.read(prompt, operations)
-    return operations, steered, what
+    steered = steerable.read(prompt, _operations)
+    return steered, what
 
 
 @app.cell
@@ -387,18 +387,18 @@ def _():
 
 @app.cell
 def _(baseline, steerable):
-    baseline_reply = list(steerable.replies(baseline, []))[-1]
+    baseline_reply = list(steerable.replies(baseline))[-1]
     return (baseline_reply,)
 
 
 @app.cell
-def _(baseline_reply, depth, next_tokens, operations, own, reveal, steerable, steered, what):
+def _(baseline_reply, depth, next_tokens, own, reveal, steerable, steered, what):
     # Naming the charts makes this cell wait for them: they are there sooner than a whole reply.
     assert next_tokens is not None and depth is not None
     _veiled = bool(own.value.strip()) and not reveal.value
     _note = "Replies to your own prompt are blurred until you ask for them." if _veiled else ""
     _before = text.card("baseline", baseline_reply, "baseline", veiled=_veiled)
-    for _reply in steerable.replies(steered, operations):
+    for _reply in steerable.replies(steered):
         _after = text.card(what, _reply, "persona", veiled=_veiled)
         replies = mo.Html(text.cards(_before, _after, note=_note))
         mo.output.replace(replies)

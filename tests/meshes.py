@@ -1,7 +1,7 @@
-"""Run tiny models on meshes of eight virtual CPU devices, for `test_parallel`, in its own process.
+"""Run tiny models on meshes of eight virtual CPU devices, for `test_sharding`, in its own process.
 
 The number of devices is fixed when JAX starts, so these runs cannot share a process with the other
-tests; all of them share one, since JAX and the models load slowly. What came out goes to a file.
+tests; all of them share one, since JAX and the models load slowly. The results go to a file.
 
     python -m tests.meshes OUT NAME=CHECKPOINT...
 """
@@ -25,14 +25,15 @@ import jax
 import numpy as np
 
 from jaxsteer.directions import activations
+from jaxsteer.generation import decode
 from jaxsteer.generation.engine import Request, run
-from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
-from jaxsteer.generation.padding import left_pad
 from jaxsteer.generation.prefix import Prefix
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
 from jaxsteer.model.weights import flatten
+from tests import reference
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
 SYSTEM = [3, 9, 33, 4, 17]
@@ -56,38 +57,47 @@ def conditions(model: ChatModel) -> Any:
     )
 
 
-def plain(model: ChatModel) -> dict[str, list[Any]]:
-    """Tokens and logits of 24 rows in one batch of `generate`."""
-    stacked = conditions(model)
-    condition = np.arange(len(PROMPTS) * CONDITIONS) % CONDITIONS
-    tokens, real = left_pad([SYSTEM + PROMPTS[i // CONDITIONS] for i in range(24)], 24)
-    rows = Rows(
-        tokens=tokens,
-        real=real,
-        interventions=stacked.rows(condition),
-        ids=np.arange(len(condition), dtype=np.uint32),
-    )
-    rows = sharding.place(rows, model.config, model.mesh)
-    probes = no_probes(model.config.n_layers, model.config.d_model)
-    decoding = Decoding(max_new_tokens=6, eos=(63,), keep_logits=True)
-    out = generate(model.definition, decoding, model.params, rows, probes, Sampling())
-    return {"tokens": np.asarray(out.tokens).tolist(), "logits": np.asarray(out.logits).tolist()}
-
-
-def engine(model: ChatModel) -> list[list[int]]:
-    """Replies to the same rows behind a shared beginning, in 8 slots of `rows.run`."""
-    requests = [
-        Request(tokens=SYSTEM + PROMPTS[i // CONDITIONS], condition=i % CONDITIONS, shared=5)
-        for i in range(len(PROMPTS) * CONDITIONS)
+def requests() -> list[Request]:
+    """Every prompt under every condition, behind a shared prefix."""
+    return [
+        Request(tokens=SYSTEM + prompt, condition=condition, shared=len(SYSTEM))
+        for prompt in PROMPTS
+        for condition in range(CONDITIONS)
     ]
-    decoding = Decoding(max_new_tokens=6, eos=(63,))
-    batches = run(model, requests, conditions(model), decoding, batch=8)
-    replies = sorted((reply for b in batches for reply in b), key=lambda reply: reply.index)
-    return [reply.tokens.tolist() for reply in replies]
+
+
+DECODING = Decoding(max_new_tokens=6, eos=(63,), keep_logits=True)
+
+
+def replies(model: ChatModel) -> dict[str, Any]:
+    """What the engine replies in 8 slots, and how much of a slot's arrays one device has."""
+    advance, shards = decode.advance, set[tuple[int, ...]]()
+
+    def watched(*given: Any) -> Any:
+        state = given[3]
+        for leaf in (state.cache[0][0], state.tokens, state.interventions.on_prompt):
+            shards.add(leaf.sharding.shard_shape(leaf.shape))
+        return advance(*given)
+
+    decode.advance = watched
+    found = run(model, requests(), conditions(model), DECODING, batch=8)
+    rows = sorted((reply for some in found for reply in some), key=lambda reply: reply.index)
+    decode.advance = advance
+    return {
+        "tokens": [row.tokens.tolist() for row in rows],
+        "logits": [[] if row.logits is None else row.logits.tolist() for row in rows],
+        "shards": sorted(shards),
+    }
+
+
+def stepwise(model: ChatModel) -> list[list[int]]:
+    """The same rows on the plain stepwise path."""
+    rows = reference.replies(model, requests(), conditions(model), DECODING)
+    return [row.tokens for row in rows]
 
 
 def captured(model: ChatModel) -> dict[str, Any]:
-    """Captures of the prompts behind their shared beginning, and how many rows a device reads."""
+    """Captures of the prompts behind their shared prefix, and how many rows a device reads."""
     read, rows = activations.read, []
 
     def watched(*args: Any, **options: Any) -> Any:
@@ -125,31 +135,26 @@ def memory(model: ChatModel) -> list[int]:
         Prefix(cache=cache, real=np.ones((8, 32)), realised={}), config, model.mesh
     )
 
-    def lies(tree: Any) -> int:
+    def allocated(tree: Any) -> int:
         pieces = (piece for leaf in jax.tree.leaves(tree) for piece in leaf.addressable_shards)
         return sum(piece.data.nbytes for piece in pieces)
 
-    return [lies(model.params), lies(spread.cache)]
+    return [allocated(model.params), allocated(spread.cache)]
 
 
 def main(out: Path, folders: dict[str, Path]) -> None:
-    """Run the models on one device and on meshes, and write what came out.
-
-    Each family goes over every mesh in one of the two ways to run rows, and both over one mesh
-    that cannot split its key-value heads.
-    """
+    """Run the models on one device and on meshes, and write the results."""
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
         for shape in ("", *MESHES):
             mesh = sharding.mesh(shape) if shape else None
             model = ChatModel.load(folder, mesh=mesh)
-            both = shape in ("", "data=2,model=4")
             found[f"{name} {shape}"] = {
                 "pieces": pieces(model),
                 "memory": memory(model),
                 "notes": sharding.notes(model.config, mesh) if mesh else [],
-                "plain": plain(model) if both or name == "qwen2" else None,
-                "replies": engine(model) if both or name != "qwen2" else None,
+                "replies": replies(model),
+                "stepwise": None if shape else stepwise(model),
                 "captured": captured(model) if shape in ("", "data=4,model=2") else None,
             }
     out.write_text(json.dumps(found))

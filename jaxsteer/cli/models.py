@@ -151,7 +151,7 @@ def generate(
     from jaxsteer.directions import direction as directions
     from jaxsteer.directions import notation
     from jaxsteer.generation import engine
-    from jaxsteer.generation.generate import Decoding
+    from jaxsteer.generation.sampling import Decoding
     from jaxsteer.model.interventions import SCOPES, compile_conditions
     from jaxsteer.terminal import plain
 

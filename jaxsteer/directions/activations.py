@@ -17,12 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import padding
-from jaxsteer.generation.generate import no_probes
-from jaxsteer.generation.layer_sharing import fill
-from jaxsteer.generation.prefix import Prefix, opened, take
+from jaxsteer.generation.layer_sharing import run_prefixes
+from jaxsteer.generation.prefix import Prefix, take
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind
+from jaxsteer.model.decoder import (
+    Cache,
+    Capture,
+    Decoder,
+    Params,
+    Past,
+    Steering,
+    bind,
+    empty_cache,
+)
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.model.masks import causal_mask, positions
 
@@ -66,7 +74,8 @@ def read(
     dtype = model.embed.embedding[...].dtype
 
     def one(tokens, real, weights, interventions, prefix):
-        cache, before = opened(model.config, n_layers, prefix, tokens.shape[0], dtype)
+        room = empty_cache(model.config, n_layers, tokens.shape[0], dtype)
+        cache, before = _after_prefix(prefix, room)
         steering = None
         if interventions is not None:
             steering = Steering(
@@ -87,6 +96,14 @@ def read(
         return out.captured, model.logits(out.hidden[-1:] if last_only else out.hidden)
 
     return jax.vmap(one)(tokens, real, weights, interventions, prefix)
+
+
+def _after_prefix(prefix: Prefix | None, room: Cache) -> tuple[Past, Bool[Array, " filled"]]:
+    """One row's cache, its prefix first; which slots of the prefix hold a real token."""
+    if prefix is None:
+        return room, jnp.zeros((0,), bool)
+    joined = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=1), prefix.cache, room)
+    return joined, jnp.asarray(prefix.real)
 
 
 def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int, list[int]]]:
@@ -168,10 +185,7 @@ def forward(
         prefixes = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]
         numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(prefixes))}
         prefix_of = [numbers[tokens] for tokens in prefixes]
-        conditions, probes = [condition] * len(numbers), no_probes(config.n_layers, config.d_model)
-        prefix = fill(
-            model.definition, config, model.params, list(numbers), conditions, interventions, probes
-        )
+        prefix = run_prefixes(model, list(numbers), [condition] * len(numbers), interventions)
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     steered = None if interventions is None else interventions.rows(np.full(BATCH, condition))

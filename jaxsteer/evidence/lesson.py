@@ -26,6 +26,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import Trait, extract
 from jaxsteer.errors import UserError
 from jaxsteer.generation import stepwise
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.generation.stepwise import Reading
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
@@ -165,19 +166,17 @@ class SteerableModel:
             self.model,
             prompt,
             self.interventions(operations),
-            self.probes,
-            room=ROOM,
+            Decoding(max_new_tokens=ROOM, eos=self.model.eos),
+            probes=self.probes,
             width=WIDTH,
         )
 
-    def replies(self, reading: Reading, operations: Sequence[Operation]) -> Iterator[str]:
-        """Yield the reply's text as it grows: greedy, at most `ROOM` tokens."""
+    def replies(self, reading: Reading) -> Iterator[str]:
+        """Yield the reply's text, empty and after each token: greedy, at most `ROOM` tokens."""
         tokens: list[int] = []
-        interventions = self.interventions(operations)
-        for chunk in stepwise.reply(
-            self.model, reading, interventions, self.probes, room=ROOM, chunk=4
-        ):
-            tokens += chunk.tokens
+        yield ""
+        for token in stepwise.reply(self.model, reading):
+            tokens += token.tokens
             yield self.model.tokenizer.decode(tokens)
 
 

@@ -1,14 +1,14 @@
-"""Decode in slots: a fixed number of rows at a time, each leaving when it ends.
+"""Decode in slots: a fixed number of rows at a time; a row that ends frees its slot for another.
 
-A row that was read (`prefill`) is put into a free slot and decodes there beside rows that began
-earlier, so that short replies never wait for long ones. All slots have one shape, so one program
+A row whose prompt was read (`prefill`) is put into a free slot and decodes there beside rows that
+began earlier, so short replies never wait for long ones. All slots have one shape, so one program
 serves a whole study.
 
-Rows enter and leave between chunks of CHUNK steps. In a chunk the cache is only read, and what the
-steps write goes into a small cache where all rows are at the same column: one write for all. At the
-chunk's end it is written into each row's own place. Chunks are always whole, so a token's place
-follows from its row alone, and what a row comes to depends, to the last bit, on nobody beside it.
-With chunks of 2, a row of 3 prompt tokens, while its fourth step runs:
+Rows enter and leave between chunks of CHUNK steps. In a chunk the cache is only read. What the
+steps write goes into a small cache, in which all rows are at the same column: one write for all. At
+the end of the chunk it is copied to each row's own place. Chunks are always whole, so a token's
+place follows from its row alone, and a row's result does not depend, to the last bit, on the other
+rows. With chunks of 2, a row of 3 prompt tokens, while its fourth step runs:
 
     slot       0   1   2   3   4   5   6   7       0   1
     cache      a   b   c   .   w   x   .   .       y   z       start is 4, the reply is w x y z
@@ -26,105 +26,71 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxsteer.generation.generate import Decoding, Sampling, choose, ends, step
-from jaxsteer.generation.prefill import PART, Prefilled
+from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
 from jaxsteer.model import sharding
 from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.decoder import Cache, Decoder, Params, Realised, bind
+from jaxsteer.model.decoder import Cache, Decoder, Params, Past, Realised, Steering, bind
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.model.layers import write_block
 from jaxsteer.model.masks import visible_slots
 
-# Steps between looks at the host.
-CHUNK = PART
+# Steps of a chunk. A cache is written this many slots at a time, so a reply starts at a multiple.
+CHUNK = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slots:
-    """The rows that decode together; every leaf has a leading row axis.
+class DecodeState:
+    """Rows that decode together; every leaf has a leading row axis, or is one row's.
 
     Attributes:
-      live: slots whose row has not ended; the others are free.
+      live: rows that have not ended; the slots of the others are free.
       stopped: whether an end-of-sequence token ended the row.
       emitted: tokens chosen so far, an ending one included.
-      length: tokens of the reply so far.
       last: the newest token, not yet read by the model.
       position: its rotary position.
-      tokens: output buffer; entries from `length` on mean nothing.
+      tokens: output buffer; entries from `emitted` on mean nothing.
       logits: output buffer of the logits, no column unless `Decoding.keep_logits`.
-      cache: keys and values per layer.
-      held: which cache slots hold a real token of the prompt.
+      cache: keys and values per layer: prefix, prompt, room for the reply.
+      held: which cache slots hold a real token of prefix or prompt.
       start: the cache slot of the reply's first token.
-      response: running sums of the realised change.
+      prompt: realised change over the prompt, per tap and layer.
+      response: running sums of the realised change over the reply.
       interventions: one entry per row.
       ids: a stable number per row, for sampling.
     """
 
-    live: Bool[Array, " row"]
-    stopped: Bool[Array, " row"]
-    emitted: Int[Array, " row"]
-    length: Int[Array, " row"]
-    last: Int[Array, " row"]
-    position: Int[Array, " row"]
-    tokens: Int[Array, "row new_token"]
-    logits: Float[Array, "row new_token kept"]
-    cache: Cache
-    held: Bool[Array, "row slot"]
-    start: Int[Array, " row"]
+    live: Bool[Array, " *row"]
+    stopped: Bool[Array, " *row"]
+    emitted: Int[Array, " *row"]
+    last: Int[Array, " *row"]
+    position: Int[Array, " *row"]
+    tokens: Int[Array, "*row new_token"]
+    logits: Float[Array, "*row new_token kept"]
+    cache: Cache = dataclasses.field(metadata=sharding.KEYS_AND_VALUES)
+    held: Bool[Array, "*row slot"]
+    start: Int[Array, " *row"]
+    prompt: dict[str, Realised]
     response: dict[str, Realised]
     interventions: Interventions
-    ids: UInt32[Array, " row"]
+    ids: UInt32[Array, " *row"]
 
 
-def _opening(decoding: Decoding, prefilled: Prefilled) -> Slots:
-    """Prefilled rows as they enter their slots, the first token of the reply chosen."""
-    count = len(prefilled.token)
-    tokens = jnp.zeros((count, decoding.max_new_tokens), jnp.int32)
-    logits = jnp.zeros((count, decoding.max_new_tokens, prefilled.logits.shape[1]))
-    return Slots(
-        live=prefilled.live & (decoding.max_new_tokens > 1),
-        stopped=prefilled.stopped,
-        emitted=jnp.ones((count,), jnp.int32),
-        length=prefilled.live.astype(jnp.int32),
-        last=prefilled.token,
-        position=jnp.sum(prefilled.held, axis=1).astype(jnp.int32),
-        tokens=tokens.at[:, 0].set(prefilled.token),
-        logits=logits.at[:, 0].set(prefilled.logits),
-        # All of a slot is written, so nothing of the row that had it before is left.
-        cache=prefilled.cache,
-        held=prefilled.held,
-        start=prefilled.start,
-        response=jax.tree.map(jnp.zeros_like, prefilled.realised),
-        interventions=prefilled.interventions,
-        ids=prefilled.ids,
-    )
-
-
-# What is not used is kept, so that the slots lie where the rows lie: `insert` compiles once.
-@functools.partial(
-    jax.jit, static_argnames=("config", "decoding", "batch", "mesh"), keep_unused=True
-)
-def empty(
-    config: ModelConfig,
-    decoding: Decoding,
-    batch: int,
-    prefilled: Prefilled,
-    mesh: Mesh | None = None,
-) -> Slots:
-    """Slots without rows, shaped for those of `prefilled`.
+# Unused arguments are kept, so that the slots are committed to the devices of the rows: otherwise
+# `insert` would compile twice.
+@functools.partial(jax.jit, static_argnames=("config", "size", "mesh"), keep_unused=True)
+def empty(rows: DecodeState, config: ModelConfig, size: int, mesh: Mesh | None) -> DecodeState:
+    """`size` free slots for rows such as `rows`, of which only the shapes are read.
 
     Args:
+      rows: rows that are to enter.
       config: the model's configuration; static.
-      decoding: static decoding settings.
-      batch: number of slots; static.
-      prefilled: read for its shapes only.
-      mesh: the devices to lie on; None for one device.
+      size: number of slots; static.
+      mesh: the devices to spread them over, static; None for one device.
     """
-    opening = _opening(decoding, prefilled)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype), opening)
-    return sharding.keep(zeros, config, mesh)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), rows)
+    return sharding.constrain(zeros, config, mesh)
 
 
 @functools.partial(jax.jit, donate_argnames=("old",))
@@ -132,35 +98,22 @@ def _put(old: Any, new: Any, at: Array) -> Any:
     return jax.tree.map(lambda slots, rows: slots.at[at].set(rows, mode="drop"), old, new)
 
 
-@functools.partial(jax.jit, static_argnames=("decoding",), donate_argnames=("state",))
-def _put_opening(decoding: Decoding, state: Slots, prefilled: Prefilled, at: Array) -> Slots:
-    return _put(state, _opening(decoding, prefilled), at)
-
-
-def insert(
-    decoding: Decoding,
-    state: Slots,
-    prefilled: Prefilled,
-    put: Int[AnyArray, " prefilled_row"],
-) -> Slots:
-    """Put rows of `prefilled` into slots.
-
-    A slot beyond the last puts nothing, so how many rows enter compiles nothing. Of 4 slots and 3
-    rows, [4, 4, 1] fills slot 1 with the last row.
+def insert(state: DecodeState, rows: DecodeState, slots: Int[AnyArray, " entering"]) -> DecodeState:
+    """Put rows into slots. All of a slot is written: nothing is left of the row that had it.
 
     Args:
-      decoding: decoding settings.
-      state: the slots; its memory is taken over.
-      prefilled: rows ready to decode.
-      put: slot of each.
+      state: the slots; its memory is reused.
+      rows: rows whose prompts were read.
+      slots: where each goes; a number beyond the last slot leaves the row out, so the number of
+        rows that enter compiles nothing. Of 4 slots and 3 rows, [4, 4, 1] puts the last row into
+        slot 1.
     """
-    at = jnp.asarray(put)
-    bare = dataclasses.replace(prefilled, cache=[])
-    rest = _put_opening(decoding, dataclasses.replace(state, cache=[]), bare, at)
+    at = jnp.asarray(slots)
+    bare, entering = (dataclasses.replace(some, cache=[]) for some in (state, rows))
     # Layer by layer, all by one program: the whole model's would take ten times as long to compile.
-    layers = zip(state.cache, prefilled.cache, strict=True)
+    layers = zip(state.cache, rows.cache, strict=True)
     cache = [_put(old, new, at) for old, new in layers]
-    return dataclasses.replace(rest, cache=cache)
+    return dataclasses.replace(_put(bare, entering, at), cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "decoding"), donate_argnames=("state",))
@@ -168,57 +121,61 @@ def advance(
     definition: nnx.GraphDef[Decoder],
     decoding: Decoding,
     params: Params,
-    state: Slots,
+    state: DecodeState,
     probes: Float[AnyArray, "layer probe d_model"],
     sampling: Sampling,
-) -> Slots:
-    """Decode a chunk of steps, or until no row is live.
+) -> DecodeState:
+    """Run CHUNK steps, or as many as it takes until every row has ended.
 
     Args:
-      definition: from `model.graph`; static.
+      definition: from `decoder.graph`; static.
       decoding: static decoding settings.
       params: the model's parameters.
-      state: the slots; its memory is taken over.
+      state: the slots; its memory is reused.
       probes: unit directions whose projections are recorded.
       sampling: dynamic sampling settings, unread when greedy.
     """
     model = bind(definition, params)
     count = len(state.live)
     index = jnp.arange(count)
-    # Where the token goes that a row reads first in this chunk.
+    # The cache slot of the token that each row reads first in this chunk.
     first = state.start + state.emitted - 1
     before = jax.vmap(visible_slots)(state.held, state.start, first - 1)
-    step_rows = jax.vmap(functools.partial(step, model), in_axes=(0, 0, 0, 0, None, 0, 0, 0, None))
     choose_rows = jax.vmap(
         functools.partial(choose, sampling=sampling, sample=decoding.sample), in_axes=(0, 0, 0)
     )
 
-    def body(carry: tuple[Array, Cache, Slots]) -> tuple[Array, Cache, Slots]:
+    def read_token(
+        row: DecodeState, visible: Array, slot: Array, recent: Cache, past: Past
+    ) -> tuple[Array, Cache, dict[str, Realised]]:
+        # A row that has ended is neither steered nor counted.
+        steering = Steering(
+            interventions=row.interventions,
+            steered=(row.live & row.interventions.on_response)[None],
+            real=row.live[None],
+            probes=jnp.asarray(probes),
+        )
+        token, position = row.last[None], row.position[None]
+        out = model(token, position, visible[None], recent, slot, past=past, steering=steering)
+        return model.logits(out.hidden)[0], out.cache, out.realised
+
+    read_tokens = jax.vmap(read_token, in_axes=(0, 0, None, 0, 0))
+
+    def body(carry: tuple[Array, Cache, DecodeState]) -> tuple[Array, Cache, DecodeState]:
         done, recent, s = carry
         of_chunk = jnp.broadcast_to(jnp.arange(CHUNK) <= done, (count, CHUNK))
-        logits, recent, realised = step_rows(
-            s.last,
-            s.position,
-            s.live,
-            jnp.concatenate([before, of_chunk], axis=1),
-            done,
-            recent,
-            state.cache,
-            s.interventions,
-            jnp.asarray(probes),
-        )
+        visible = jnp.concatenate([before, of_chunk], axis=1)
+        logits, recent, realised = read_tokens(s, visible, done, recent, state.cache)
         token = choose_rows(logits, s.ids, s.emitted)
         ended = s.live & ends(token, decoding)
-        going = s.live & ~ended
         # A row that has ended writes beyond its buffer, which writes nothing.
         at = jnp.where(s.live, s.emitted, decoding.max_new_tokens)
         emitted = s.emitted + s.live
         after = dataclasses.replace(
             s,
-            live=going & (emitted < decoding.max_new_tokens),
+            live=s.live & ~ended & (emitted < decoding.max_new_tokens),
             stopped=s.stopped | ended,
             emitted=emitted,
-            length=s.length + going,
             last=jnp.where(s.live, token, s.last),
             position=s.position + s.live,
             tokens=s.tokens.at[index, at].set(token, mode="drop"),
@@ -227,7 +184,7 @@ def advance(
         )
         return done + 1, recent, after
 
-    def more(carry: tuple[Array, Cache, Slots]) -> Array:
+    def more(carry: tuple[Array, Cache, DecodeState]) -> Array:
         done, _, s = carry
         return (done < CHUNK) & jnp.any(s.live)
 
@@ -235,6 +192,6 @@ def advance(
     # The cache stays outside the loop: what a loop only reads is neither carried nor copied.
     begin = (jnp.int32(0), recent, dataclasses.replace(state, cache=[]))
     _, recent, after = jax.lax.while_loop(more, body, begin)
-    place = jax.vmap(write_block)
-    cache = jax.tree.map(lambda old, new: place(old, new, first), state.cache, recent)
+    write_rows = jax.vmap(write_block)
+    cache = jax.tree.map(lambda old, new: write_rows(old, new, first), state.cache, recent)
     return dataclasses.replace(after, cache=cache)

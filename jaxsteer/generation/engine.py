@@ -1,10 +1,20 @@
-"""Run many (condition, prompt) rows through the compiled programs, as fast as they end.
+"""Run many (condition, prompt) rows: prompts to replies, each handed over as soon as it ends.
 
-What rows have in common is run once (`prefix`: a system prompt; `depth`: layers below the first
-where conditions differ), short prompts side by side (`lanes`), then `slots` decode together and are
-refilled as rows end (`decks`). All sizes follow from the whole list of rows and never from who is
-left or beside whom, so an interrupted run goes on in the same programs and ends in the same
-results.
+    requests --check, run prefixes, pack--> prompts
+                                               |
+                    while slots are free:      v
+                    read a batch of prompts (layer sharing, prefill)
+                                               |
+                                               v  insert
+                      +----------------->  slots that decode
+                      |                        |
+                      |  slots are free        v  advance a chunk of steps
+                      +------------------  rows that ended  --emit-->  replies
+
+That is one loop, drawn forward by whoever iterates over `run`; a CPU runs two of them side by side,
+each with half of the rows (`workers`). All sizes follow from the whole list of rows, never from
+which are left or run beside each other, so an interrupted run continues with the same programs and
+ends in the same results.
 """
 
 from __future__ import annotations
@@ -12,86 +22,43 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import memory, packing, padding, prefill, scheduler
-from jaxsteer.generation.generate import Decoding, Sampling, no_probes
-from jaxsteer.generation.layer_sharing import BATCH, Work, descend, fill
-from jaxsteer.generation.packing import Lanes
-from jaxsteer.generation.prefix import Prefix
-from jaxsteer.generation.scheduler import Ended, Reader, Seat
+from jaxsteer.generation import decode, layer_sharing, packing, padding, prefill, workers
+from jaxsteer.generation.decode import DecodeState
+from jaxsteer.generation.layer_sharing import Prompts
+from jaxsteer.generation.packing import PackedPrompts
+from jaxsteer.generation.requests import Reply as Reply
+from jaxsteer.generation.requests import Request as Request
+from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import Realised
 from jaxsteer.model.interventions import Interventions
 
-# Cache slots are a multiple of this: a TPU copies a cache of other lengths at every look.
+# Cache slots are a multiple of this: a TPU copies a cache of other lengths at every step.
 SLOT_MULTIPLE = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One row to run.
-
-    Attributes:
-      tokens: prompt ids.
-      condition: index into the stacked interventions.
-      row_id: stable 32-bit number of the row, folded into the sampling seed.
-      shared: how many leading tokens to run once for all requests of this condition that begin
-        with the same ones, at most all but one; 0 runs each prompt whole.
-    """
-
-    tokens: Sequence[int]
-    condition: int = 0
-    row_id: int = 0
-    shared: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reply:
-    """One row's result, on the host.
-
-    Attributes:
-      index: position of its request in the list given to `run`.
-      n_prompt: number of prompt tokens.
-      tokens: generated ids, the ending token left out.
-      text: the decoded reply.
-      stopped: whether an end-of-sequence token ended it.
-      prompt: realised change over the prompt per tap, leaves [layer, ...].
-      response: the same over the generated tokens.
-      logits: what each token, and the ending one, was chosen from; None unless asked for.
-    """
-
-    index: int
-    n_prompt: int
-    tokens: np.ndarray
-    text: str
-    stopped: bool
-    prompt: dict[str, Realised]
-    response: dict[str, Realised]
-    logits: Float[np.ndarray, "chosen vocab"] | None = None
-
-
-def cache_slots(beginning: int, longest: int, new_tokens: int) -> int:
-    """How long a row's cache is: a beginning, the longest prompt and its reply, in whole parts.
+def cache_slots(prefix: int, longest: int, new_tokens: int) -> int:
+    """Length of a row's cache: prefix, the longest prompt in whole chunks, and its reply.
 
     >>> cache_slots(48, 87, 40)
     176
     """
-    prompt = -(-longest // prefill.PART) * prefill.PART
-    return -(-(beginning + prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    prompt = -(-longest // decode.CHUNK) * decode.CHUNK
+    return -(-(prefix + prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
     """Number of slots for some rows: `batch`, or a half, a quarter... that still holds them all.
 
-    An empty slot costs as much as a full one; halves, so that few sizes are ever compiled. All are
-    of a multiple, rounded up, and so is half of an odd number.
+    An empty slot costs as much as a full one; halves, so that few sizes are ever compiled. The
+    number and every half are rounded up to the multiple.
 
     >>> slots_for(64, 100), slots_for(64, 32), slots_for(64, 12), slots_for(64, 12, multiple=32)
     (64, 32, 16, 32)
@@ -106,11 +73,12 @@ def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
     return batch
 
 
-def pack(requests: Sequence[Request], limit: int) -> Lanes:
-    """The lanes of the requests' own tokens, their shared beginnings left out.
+def pack(requests: Sequence[Request], limit: int) -> PackedPrompts:
+    """Pack the requests' own tokens, without their prefixes.
 
-    Side by side are prompts that run under the same conditions and begin with the same tokens: so a
-    lane under a condition has one beginning, and no prompt is run where it was not asked for.
+    Packed together are prompts that run under the same conditions and start with the same prefix.
+    So a packed sequence has one prefix per condition, and no prompt is run where it was not asked
+    for.
 
     Args:
       requests: all rows of a run.
@@ -123,10 +91,29 @@ def pack(requests: Sequence[Request], limit: int) -> Lanes:
     for request in requests:
         asked.setdefault(tuple(request.tokens), set()).add(request.condition)
     return packing.pack(
-        [request.tokens[request.shared :] for request in requests],
-        [(tuple(r.tokens[: r.shared]), tuple(sorted(asked[tuple(r.tokens)]))) for r in requests],
+        [request.own for request in requests],
+        [(request.prefix, tuple(sorted(asked[tuple(request.tokens)]))) for request in requests],
         limit,
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """What every loop of a run reads.
+
+    Attributes:
+      prompts: the prompts of all rows.
+      decoding: static decoding settings.
+      sampling: dynamic sampling settings.
+      slots: rows that one loop decodes together.
+      cache_slots: length of each row's cache.
+    """
+
+    prompts: Prompts
+    decoding: Decoding
+    sampling: Sampling
+    slots: int
+    cache_slots: int
 
 
 def run(
@@ -140,178 +127,187 @@ def run(
     batch: int = 32,
     skip: Collection[int] = (),
 ) -> Generator[list[Reply], None, None]:
-    """Yield rows as they end, those of one chunk of steps at a time; see `Reply.index`.
+    """Yield the rows that ended in each chunk of steps; see `Reply.index`.
 
     Args:
       model: the model to run.
-      requests: all rows, those to skip too: they decide sizes and what is shared.
+      requests: all rows, also those to skip: they decide sizes and what is shared.
       interventions: stacked conditions, host arrays.
       decoding: static decoding settings.
       probes: unit directions whose projections are recorded; None for none.
       sampling: dynamic sampling settings, unread when greedy.
-      batch: most slots: rows that decode together; on a mesh, as many more as its data axis asks.
-      skip: indices of requests that need no run.
+      batch: most rows that decode together; on a mesh rounded up to a multiple of its data axis.
+      skip: indices of requests that are not run.
 
     Raises:
-      UserError: a prompt that does not fit the model's context with its reply, that is empty, or of
-        which all is shared.
+      UserError: a prompt that does not fit the model's context with its reply, that is empty, or
+        that is all prefix.
     """
-    config = model.config
+    limit = model.config.max_position - decoding.max_new_tokens
+    _check(requests, limit)
+    todo = [i for i in range(len(requests)) if i not in skip]
+    if not todo:
+        return
     if probes is None:
-        probes = no_probes(config.n_layers, config.d_model)
-    sampling = sampling or Sampling()
-    batch = slots_for(batch, len(requests), sharding.data_of(sharding.mesh_of(model.params)))
-    limit = config.max_position - decoding.max_new_tokens
+        probes = prefill.no_probes(model.config.n_layers, model.config.d_model)
+    prompts = _prompts(model, requests, interventions, probes, limit)
+    prefix = 0 if prompts.prefixes is None else prompts.prefixes.real.shape[1]
+    longest = max(len(request.own) for request in requests)
+    batch = slots_for(batch, len(requests), sharding.data_size(model.mesh))
+    count = workers.count(batch, model.params)
+    job = _Job(
+        prompts=prompts,
+        decoding=decoding,
+        sampling=sampling or Sampling(),
+        slots=batch // count,
+        cache_slots=cache_slots(prefix, longest, decoding.max_new_tokens),
+    )
+    # An interrupted run may have few rows left: an empty slot costs as much as a full one.
+    shares = _shares(prompts, todo, min(count, -(-len(todo) // job.slots)))
+    running = workers.interleave([_loop(job, rows) for rows in shares])
+    with contextlib.closing(running):
+        for replies in running:
+            if replies:
+                yield replies
+
+
+def _check(requests: Sequence[Request], limit: int) -> None:
     padding.check_lengths((len(request.tokens) for request in requests), limit)
     for index, request in enumerate(requests):
         if not request.tokens:
             raise UserError(f"request {index} has no tokens; a prompt needs at least one")
-        if not request.shared < len(request.tokens):
+        if not request.own:
             raise UserError(
-                f"row {request.row_id} shares all {len(request.tokens)} of its tokens; a reply "
-                "begins after one that is the row's own"
+                f"row {request.row_id} shares all {len(request.tokens)} of its tokens; leave at "
+                "least one out of its prefix"
             )
-    todo = [i for i in range(len(requests)) if i not in skip]
-    if not todo:
-        return
-    prompts = _Prompts(model, requests, interventions, decoding, probes, sampling, limit)
-    count = scheduler.count(batch, model.params)
-    size = batch // count
-    # An interrupted run may have left few rows: an empty slot costs as much as a full one.
-    needed = min(count, -(-len(todo) // size))
-    readers = [prompts.read(some) for some in prompts.dealt(todo, needed)]
-    try:
-        running = scheduler.run(model, readers, decoding, probes, sampling, size)
-        with contextlib.closing(running):
-            for ended in running:
-                yield [_reply(model, requests[row.seat.index], row) for row in ended]
-    finally:
-        # What they hold is freed first.
-        del prompts, readers
-        memory.give_back()
 
 
-class _Prompts:
-    """Prompts read in batches: shared beginnings first, then each row's own tokens."""
-
-    def __init__(
-        self,
-        model: ChatModel,
-        requests: Sequence[Request],
-        interventions: Interventions,
-        decoding: Decoding,
-        probes: np.ndarray,
-        sampling: Sampling,
-        limit: int,
-    ):
-        self.model, self.requests = model, requests
-        self.decoding, self.sampling = decoding, sampling
-        prefix, beginning = _beginnings(model, requests, interventions, probes)
-        packed = pack(requests, limit)
-        self.buckets = [padding.bucket(len(r.tokens) - r.shared, limit) for r in requests]
-        self.work = Work(
-            definition=model.definition,
-            config=model.config,
-            params=model.params,
-            interventions=interventions,
-            probes=probes,
-            conditions=[request.condition for request in requests],
-            lanes=packed,
-            prefix=prefix,
-            beginning=beginning,
-        )
-        begun = 0 if prefix is None else prefix.real.shape[1]
-        longest = max(len(r.tokens) - r.shared for r in requests)
-        self.slots = cache_slots(begun, longest, decoding.max_new_tokens)
-
-    def dealt(self, todo: Sequence[int], count: int) -> list[list[int]]:
-        """Rows in so many parts: whole lanes, in turns by length."""
-        lane = self.work.lanes.lane
-        ordered = dict.fromkeys(lane[i] for i in sorted(todo, key=lambda i: self.buckets[i]))
-        part = {number: n % count for n, number in enumerate(ordered)}
-        return [[i for i in todo if part[lane[i]] == n] for n in range(count)]
-
-    def read(self, todo: Sequence[int]) -> Reader:
-        """Prefill requests `todo`, shortest first, all rows of some lanes before the next.
-
-        Lanes of many conditions come before those of few: such as part alike fill batches.
-        """
-        lane = self.work.lanes.lane
-        conditions = Counter(n for n, _ in set(zip(lane, self.work.conditions, strict=True)))
-        ordered = sorted(todo, key=lambda i: (-conditions[lane[i]], self.buckets[i]))
-        widths = {i: self.work.lanes.width(i) for i in ordered}
-        for width in sorted(set(widths.values())):
-            for done in descend(self.work, [i for i in ordered if widths[i] == width], width):
-                ids = [self.requests[i].row_id for i in done.rows]
-                real, prefix, asked, numbers = self.work.placed(
-                    (
-                        done.real,
-                        self.work.prefix_of(done.rows, BATCH),
-                        self.work.interventions_of(done.rows, BATCH),
-                        np.array(ids + [0] * (BATCH - len(ids)), np.uint32),
-                    )
-                )
-                prefilled = prefill.finish(
-                    self.model.definition,
-                    self.decoding,
-                    self.slots,
-                    self.model.params,
-                    done.levels,
-                    done.places,
-                    done.member,
-                    real,
-                    prefix,
-                    asked,
-                    numbers,
-                    self.sampling,
-                )
-                realised = jax.device_get(prefilled.realised)
-                seats = []
-                for row, i in enumerate(done.rows):
-                    change = jax.tree.map(lambda leaf, row=row: leaf[row], realised)
-                    seats.append(Seat(index=i, row=row, prompt=change))
-                yield prefilled, seats
-                # Or it would be held while the next is made.
-                del prefilled
-
-
-def _beginnings(
+def _prompts(
     model: ChatModel,
     requests: Sequence[Request],
     interventions: Interventions,
     probes: Float[np.ndarray, "layer probe d_model"],
-) -> tuple[Prefix | None, list[int]]:
-    """Run every distinct shared beginning once; which one each request has."""
+    limit: int,
+) -> Prompts:
+    """Pack the prompts, and run every distinct prefix once."""
+    prompts = Prompts(
+        model=model,
+        requests=requests,
+        interventions=interventions,
+        probes=probes,
+        packed=pack(requests, limit),
+    )
     if not any(request.shared for request in requests):
-        return None, []
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    beginning = [
-        numbers.setdefault((r.condition, tuple(r.tokens[: r.shared])), len(numbers))
-        for r in requests
-    ]
-    prefix = fill(
-        model.definition,
-        model.config,
-        model.params,
-        [tokens for _, tokens in numbers],
-        [condition for condition, _ in numbers],
-        interventions,
-        probes,
+        return prompts
+    of_row = [(request.prefix, request.condition) for request in requests]
+    index = {distinct: number for number, distinct in enumerate(dict.fromkeys(of_row))}
+    tokens, conditions = zip(*index, strict=True)
+    return dataclasses.replace(
+        prompts,
+        prefixes=layer_sharing.run_prefixes(model, tokens, conditions, interventions, probes),
+        prefix=[index[distinct] for distinct in of_row],
     )
-    return prefix, beginning
 
 
-def _reply(model: ChatModel, request: Request, row: Ended) -> Reply:
-    return Reply(
-        index=row.seat.index,
-        n_prompt=len(request.tokens),
-        tokens=row.tokens,
-        text=model.tokenizer.decode(row.tokens),
-        stopped=row.stopped,
-        prompt=row.seat.prompt,
-        response=row.response,
-        logits=row.logits,
+def _shares(prompts: Prompts, rows: Sequence[int], count: int) -> list[list[int]]:
+    """Rows in equal shares: packed sequences in turn, so that at most one is divided.
+
+    In a share, packed sequences of many conditions come before those of few: their rows then differ
+    at the same layers, and fill whole batches.
+    """
+    sequence, requests = prompts.packed.sequence, prompts.requests
+    asked = {(sequence[i], request.condition) for i, request in enumerate(requests)}
+    conditions = Counter(number for number, _ in asked)
+    by_sequence: dict[int, list[int]] = {}
+    for row in rows:
+        by_sequence.setdefault(sequence[row], []).append(row)
+    # The last packed sequences have the shortest prompts.
+    listed = sorted(by_sequence, key=lambda number: (-conditions[number], -number))
+    order = [row for first in range(count) for n in listed[first::count] for row in by_sequence[n]]
+    return [order[len(order) * n // count : len(order) * (n + 1) // count] for n in range(count)]
+
+
+def _loop(job: _Job, rows: Sequence[int]) -> Generator[list[Reply], None, None]:
+    """The loop of the module's picture, over some rows.
+
+    Yields after every step, a batch of prompts read or a chunk decoded, the rows that ended in it:
+    often none.
+    """
+    prompts, decoding, sampling = job.prompts, job.decoding, job.sampling
+    model, unread = prompts.model, _read(job, rows)
+    state: DecodeState | None = None
+    # The request in each occupied slot; rows that wait for a slot, by their place in `batch`.
+    occupied: dict[int, int] = {}
+    batch: DecodeState | None = None
+    waiting: list[tuple[int, int]] = []
+    while True:
+        free = [slot for slot in range(job.slots) if slot not in occupied]
+        if free and batch is None:
+            batch, waiting = next(unread, (None, []))
+        if free and batch is not None:
+            if state is None:
+                state = decode.empty(batch, model.config, job.slots, model.mesh)
+            entering, waiting = waiting[: len(free)], waiting[len(free) :]
+            slots = np.full(len(batch.live), job.slots, np.int32)
+            for slot, (place, index) in zip(free, entering, strict=False):
+                slots[place], occupied[slot] = slot, index
+            state = decode.insert(state, batch, slots)
+            # Dropped before the next is read, so that memory never holds two.
+            batch = batch if waiting else None
+            yield []
+        elif state is not None and occupied:
+            state = decode.advance(
+                model.definition, decoding, model.params, state, prompts.probes, sampling
+            )
+            yield _emit(job, state, occupied)
+        else:
+            return
+
+
+def _read(job: _Job, rows: Sequence[int]) -> Iterator[tuple[DecodeState, list[tuple[int, int]]]]:
+    """Read prompts: rows ready to decode, with their places and requests."""
+    prompts, model = job.prompts, job.prompts.model
+    settings = job.sampling, job.cache_slots
+    by_width: dict[int, list[int]] = {}
+    for row in rows:
+        by_width.setdefault(prompts.packed.width(row), []).append(row)
+    for width in sorted(by_width):
+        for some, batch in layer_sharing.read(prompts, by_width[width]):
+            yield (
+                prefill.finish(model.definition, job.decoding, model.params, batch, *settings),
+                list(enumerate(some)),
+            )
+
+
+def _emit(job: _Job, state: DecodeState, occupied: dict[int, int]) -> list[Reply]:
+    """The replies of rows that have ended; their slots become free."""
+    prompts, live = job.prompts, np.asarray(state.live)
+    ended = [slot for slot in occupied if not live[slot]]
+    if not ended:
+        return []
+    tokens, emitted, stopped, prompt, response = jax.device_get(
+        (state.tokens, state.emitted, state.stopped, state.prompt, state.response)
     )
+    replies = []
+    for slot in ended:
+        index, chosen = occupied.pop(slot), int(emitted[slot])
+        ids = np.array(tokens[slot, : chosen - stopped[slot]])
+        before, after = jax.tree.map(lambda leaf, s=slot: np.array(leaf[s]), (prompt, response))
+        logits = np.asarray(state.logits[slot])[:chosen] if job.decoding.keep_logits else None
+        replies.append(
+            Reply(
+                index=index,
+                n_prompt=len(prompts.requests[index].tokens),
+                tokens=ids,
+                text=prompts.model.tokenizer.decode(ids),
+                stopped=bool(stopped[slot]),
+                prompt=before,
+                response=after,
+                logits=logits,
+            )
+        )
+    return replies
 
 
 def check_finite(reply: Reply, what: str) -> None:
@@ -319,7 +315,7 @@ def check_finite(reply: Reply, what: str) -> None:
 
     Args:
       reply: a row's result.
-      what: whose it is, in words.
+      what: the row, in words, for the message.
 
     Raises:
       UserError: it was.

@@ -1,297 +1,306 @@
-"""Which rows share which layers: prompts run as one until their interventions differ.
+"""Layer sharing: rows are one entry of a prefill batch until their interventions differ.
 
-Two rows with the same prompt whose interventions agree below a layer have the same residual
-stream there, keys and values included. Prefill goes through the layers in segments (`prefill`), and
-before each one rows that are still the same are one entry, and those whose prompts are side by side
-in one lane (`lanes`). In a study that steers at resid_post.17 of 30 layers, 24 conditions on one
-lane cost one lane's work up to layer 15, and those that only differ from layer 21 on are one until
-then.
+Two rows with the same prompt whose interventions agree below a layer have the same residual stream
+there, keys and values included. Prefill goes through the layers in groups (`prefill`). Before each
+group, rows that have been the same so far become one entry, and so do rows whose prompts are in the
+same packed sequence (`packing`). In a study that steers at resid_post.17 of 30 layers, 24
+conditions cost as much as one up to layer 15, and those that only differ from layer 21 on are one
+entry until there.
+
+Three conditions, two packed sequences p and q; conditions 1 and 2 steer alike in the first group:
+
+    before the first group      p012  q012
+    before the second group     p0  q0  p12  q12
+    before the third group      p0  q0  p1  q1  p2  q2
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from jaxsteer.generation import packing as lanes
-from jaxsteer.generation import prefill
-from jaxsteer.generation.packing import Lanes
-from jaxsteer.generation.prefill import Level
+from jaxsteer.generation import packing, prefill
+from jaxsteer.generation.packing import PackedPrompts
+from jaxsteer.generation.prefill import LayerOutput, PromptBatch, SequenceBatch
 from jaxsteer.generation.prefix import Prefix, take
+from jaxsteer.generation.requests import Request
 from jaxsteer.model import sharding
-from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.decoder import Decoder, Params, blocks_graph
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.decoder import blocks_graph
 from jaxsteer.model.interventions import Interventions, compile_conditions
 
-# Entries of a batch on a mesh, and rows that are finished together: enough tokens for full speed,
-# few enough that a last batch wastes little.
-BATCH = sharding.TOGETHER
-# Entries of a batch on one device: fewer keep it as busy.
+# Rows of a finished batch, and entries of a batch on a mesh: enough tokens for full speed, few
+# enough that the last batch wastes little.
+BATCH = sharding.PROMPT_BATCH
+# Entries of a batch on one device, which fewer keep as busy.
 BATCH_ALONE = 8
-# The width of shared beginnings is a multiple of this.
-STEP = 16
+# The width of prefixes is a multiple of this.
+PREFIX_MULTIPLE = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
-    """Rows to prefill, and all that it takes; the lists have one entry per row.
+def layer_groups(n_layers: int) -> list[tuple[int, int]]:
+    """First layer and last + 1 of each group: at most ten groups, of one size where possible.
 
-    Attributes:
-      definition: from `model.graph`.
-      config: the model's configuration.
-      params: its parameters.
-      interventions: stacked conditions, host arrays.
-      probes: unit directions whose projections are recorded.
-      conditions: index into `interventions`.
-      lanes: where each prompt is, without its shared beginning; of one lane and condition, all
-        have the same one.
-      prefix: shared beginnings, already run; None for none.
-      beginning: which of them each row has.
+    More groups would share more layers, and cost more calls than that saves.
+
+    >>> layer_groups(32)[:2], len(layer_groups(32)), len(layer_groups(30))
+    ([(0, 4), (4, 8)], 8, 10)
+    >>> layer_groups(31)[-2:]
+    [(24, 28), (28, 31)]
     """
-
-    definition: nnx.GraphDef[Decoder]
-    config: ModelConfig
-    params: Params
-    interventions: Interventions
-    probes: Float[np.ndarray, "layer probe d_model"]
-    conditions: Sequence[int]
-    lanes: Lanes
-    prefix: Prefix | None
-    beginning: Sequence[int]
-
-    def prefix_of(
-        self, rows: Sequence[int], batch: int, layers: tuple[int, int] | None = None
-    ) -> Prefix | None:
-        """The beginnings of some rows, filled up to `batch`; of some layers, their cache only."""
-        if self.prefix is None:
-            return None
-        some = self.prefix
-        if layers is not None:
-            some = dataclasses.replace(some, cache=some.cache[slice(*layers)], realised={})
-        return take(some, _filled([self.beginning[i] for i in rows], batch))
-
-    def interventions_of(self, rows: Sequence[int], batch: int) -> Interventions:
-        """The interventions of some rows, filled up to `batch`."""
-        return self.interventions.rows(_filled([self.conditions[i] for i in rows], batch))
-
-    def placed(self, tree: Any) -> Any:
-        """Row-leading arrays, on the devices of the parameters."""
-        return sharding.place(tree, self.config, sharding.mesh_of(self.params))
-
-    def lanes_of(
-        self, rows: Sequence[int], width: int, batch: int
-    ) -> tuple[Int[np.ndarray, "entry token"], Int[np.ndarray, "entry token"]]:
-        """Tokens and owners of the lanes of some rows, filled up to `batch`."""
-        return self.lanes.filled([self.lanes.lane[i] for i in rows], width, batch)
-
-    def members_of(self, rows: Sequence[int], batch: int) -> Int[np.ndarray, " entry"]:
-        """Which of its lane's prompts each row's is; 1 for fillers."""
-        return np.array([self.lanes.member[i] for i in rows] + [1] * (batch - len(rows)), np.int32)
+    least = -(-n_layers // 10)
+    size = next((s for s in range(least, 2 * least) if n_layers % s == 0), least)
+    return [(first, min(first + size, n_layers)) for first in range(0, n_layers, size)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Rows that have been through all layers.
-
-    Attributes:
-      rows: which, at most `BATCH`.
-      levels: what `embed` and each segment left.
-      places: the entry of each row's lane at each level; fillers are at 0.
-      member: which of the lane's prompts each row's is, from 1.
-      real: which tokens of the lane are each row's.
-    """
-
-    rows: list[int]
-    levels: list[Level]
-    places: Int[np.ndarray, "level row"]
-    member: Int[np.ndarray, " row"]
-    real: Bool[np.ndarray, "row token"]
-
-
-def entries_at_once(mesh: Mesh | None) -> int:
-    """How many lanes, or beginnings, go through a segment at a time."""
-    return BATCH_ALONE if mesh is None else BATCH
-
-
-def _filled(numbers: Sequence[int], batch: int) -> Int[np.ndarray, " entry"]:
-    return np.array([*numbers] + [0] * (batch - len(numbers)), np.int32)
-
-
-def kinds(interventions: Interventions) -> list[list[int]]:
-    """[depth][condition]: conditions of one number do the same to prompts below that depth.
+def equivalence_classes(interventions: Interventions) -> list[list[int]]:
+    """[depth][condition]: conditions of one class do the same to prompts in the layers below depth.
 
     Three conditions that add nothing, v at layer 1, and w at layer 1, in a model of two layers:
         [[0, 0, 0], [0, 0, 0], [0, 1, 2]]
     """
     sites = {tap: jax.tree.map(np.asarray, site) for tap, site in interventions.sites.items()}
-    n_layers = sites["resid_post"].add.shape[1]
-    touched = np.asarray(interventions.on_prompt)
-    digests = [hashlib.sha256(bytes([int(on)])) for on in touched]
+    on_prompt = [bool(on) for on in np.asarray(interventions.on_prompt)]
 
-    def take_in(taps: Sequence[str], layer: int) -> None:
-        for condition, digest in enumerate(digests):
-            # A condition that leaves prompts alone does the same to all of them, whatever it is.
-            for tap in [t for t in taps if t in sites and touched[condition]]:
-                for leaf in jax.tree.leaves(sites[tap]):
-                    digest.update(leaf[condition, layer].tobytes())
+    def arrays(condition: int, taps: Sequence[str], layer: int) -> bytes:
+        # Conditions that leave prompts alone do the same to them, whatever their arrays hold.
+        some = [sites[tap] for tap in taps if tap in sites and on_prompt[condition]]
+        return b"".join(leaf[condition, layer].tobytes() for leaf in jax.tree.leaves(some))
 
-    found = []
-    take_in(["embed"], 0)
-    for layer in range(n_layers + 1):
-        numbers: dict[bytes, int] = {}
-        found.append([numbers.setdefault(d.digest(), len(numbers)) for d in digests])
-        if layer < n_layers:
-            take_in(["resid_mid", "resid_post"], layer)
+    def numbered(keys: Sequence[Hashable]) -> list[int]:
+        numbers: dict[Hashable, int] = {}
+        return [numbers.setdefault(key, len(numbers)) for key in keys]
+
+    conditions = range(len(on_prompt))
+    found = [numbered([(on_prompt[c], arrays(c, ["embed"], 0)) for c in conditions])]
+    for layer in range(sites["resid_post"].add.shape[1]):
+        taps, above = ["resid_mid", "resid_post"], found[-1]
+        found.append(numbered([(above[c], arrays(c, taps, layer)) for c in conditions]))
     return found
 
 
-def descend(
-    work: Work, rows: Sequence[int], width: int, *, batch: int = 0, together: int = BATCH
-) -> Iterator[Batch]:
-    """Take rows through all layers, depth first: memory holds one batch per segment.
-
-    Args:
-      work: what the rows are.
-      rows: which of them to run; their lanes have that width.
-      width: tokens of a lane.
-      batch: entries of a batch; 0 for `entries_at_once`.
-      together: most rows of each result.
-    """
-    descent = _Descent(
-        work=work,
-        width=width,
-        batch=batch or entries_at_once(sharding.mesh_of(work.params)),
-        together=together,
-        known=kinds(work.interventions),
-        stages=prefill.stages(work.config.n_layers),
-    )
-    yield from descent.below(0, [], {i: () for i in rows})
+def entries_at_once(mesh: Mesh | None) -> int:
+    """How many packed sequences, or prefixes, go through a layer group together."""
+    return BATCH_ALONE if mesh is None else BATCH
 
 
-# Not functions within `descend`: one that calls itself is a cycle, which would hold the work's
-# arrays until Python looks for cycles.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Descent:
-    """How rows go down.
+class Prompts:
+    """The prompts of a run, and all that reading them takes.
 
     Attributes:
-      work: what the rows are.
-      width: tokens of a lane.
-      batch: entries of a batch.
-      together: most rows of each result.
-      known: from `kinds`.
-      stages: first and last + 1 of each segment's layers.
+      model: the model that reads them.
+      requests: all rows.
+      interventions: stacked conditions, host arrays.
+      probes: unit directions whose projections are recorded.
+      packed: where each row's own tokens are.
+      prefixes: prefixes that have been run; None for none.
+      prefix: index into `prefixes`, by row; the same for all prompts of a packed sequence and
+        condition.
     """
 
-    work: Work
-    width: int
-    batch: int
-    together: int
-    known: list[list[int]]
-    stages: list[tuple[int, int]]
+    model: ChatModel
+    requests: Sequence[Request]
+    interventions: Interventions
+    probes: Float[np.ndarray, "layer probe d_model"]
+    packed: PackedPrompts
+    prefixes: Prefix | None = None
+    prefix: Sequence[int] = ()
 
-    def _run(
-        self, level: int, above: Level | None, entries: list[list[int]], parent: list[int]
-    ) -> Level:
-        work, batch = self.work, self.batch
-        first = [members[0] for members in entries]
-        tokens, owner = work.lanes_of(first, self.width, batch)
-        done = work.interventions_of(first, batch)
-        if above is None:
-            return prefill.embed(work.definition, work.params, *work.placed((tokens, owner, done)))
-        start, end = self.stages[level - 1]
-        begun = work.prefix_of(first, batch, (start, end))
-        return prefill.segment(
-            blocks_graph(work.config, end - start, above.stream.dtype),
-            prefill.part(work.params, start, end),
-            above.stream,
-            *work.placed((_filled(parent, batch), owner, begun, done.layers(start, end))),
-            work.probes[start:end],
-        )
+    @functools.cached_property
+    def classes(self) -> list[list[int]]:
+        """`equivalence_classes` of the interventions."""
+        return equivalence_classes(self.interventions)
 
-    def below(
-        self, level: int, levels: list[Level], places: dict[int, tuple[int, ...]]
-    ) -> Iterator[Batch]:
-        """From here down: `places` says where each row is at every level so far."""
-        work, together = self.work, self.together
-        if level > len(self.stages):
-            ordered = list(places)
-            for at in range(0, len(ordered), together):
-                some = ordered[at : at + together]
-                where = np.zeros((len(levels), together), np.int32)
-                where[:, : len(some)] = np.array([places[i] for i in some]).T
-                _, owner = work.lanes_of(some, self.width, together)
-                member = work.members_of(some, together)
-                real = owner == member[:, None]
-                yield Batch(rows=some, levels=levels, places=where, member=member, real=real)
-            return
-        depth = 0 if level == 0 else self.stages[level - 1][1]
-        kind = {i: self.known[depth][work.conditions[i]] for i in places}
-        # Kind by kind, so that a full batch stays one kind and its children fill theirs.
-        entries: dict[tuple[int, int], list[int]] = {}
-        for i in sorted(places, key=kind.__getitem__):
-            entries.setdefault((kind[i], work.lanes.lane[i]), []).append(i)
-        listed = list(entries.values())
-        for at in range(0, len(listed), self.batch):
-            few = listed[at : at + self.batch]
-            parent = [places[members[0]][-1] if level else 0 for members in few]
-            done = self._run(level, levels[-1] if level else None, few, parent)
-            inside = {i: (*places[i], place) for place, members in enumerate(few) for i in members}
-            yield from self.below(level + 1, [*levels, done], inside)
+    def interventions_of(self, rows: Sequence[int]) -> Interventions:
+        """The interventions of some rows."""
+        return self.interventions.rows(np.array([self.requests[row].condition for row in rows]))
+
+    def prefixes_of(self, rows: Sequence[int], some: Prefix | None) -> Prefix | None:
+        """Those of `prefixes`, or of a part of them, that some rows start with."""
+        return some and take(some, np.array([self.prefix[row] for row in rows], np.int32))
+
+    def placed(self, tree: Any) -> Any:
+        """Arrays with a leading axis of rows or entries, on the model's devices."""
+        return sharding.place(tree, self.model.config, self.model.mesh)
 
 
-def fill(
-    definition: nnx.GraphDef[Decoder],
-    config: ModelConfig,
-    params: Params,
-    beginnings: Sequence[Sequence[int]],
-    conditions: Sequence[int],
-    interventions: Interventions | None,
-    probes: Float[np.ndarray, "layer probe d_model"],
-) -> Prefix:
-    """Run the beginnings of prompts, each under one condition; an empty one is all padding.
+def filled(rows: Sequence[int], size: int) -> list[int]:
+    """The rows, and the first of them again up to `size`: a batch always has its full shape."""
+    return [*rows, *[rows[0]] * (size - len(rows))]
+
+
+# The entry of each output so far that a row was part of.
+Path = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Pending:
+    """Entries that have been through some layers, and wait for the next.
+
+    Attributes:
+      outputs: of the layers so far.
+      entries: the rows of each entry.
+      paths: by row.
+    """
+
+    outputs: list[LayerOutput]
+    entries: list[list[int]]
+    paths: dict[int, Path]
+
+
+def read(
+    prompts: Prompts, rows: Sequence[int], *, size: int = 0
+) -> Iterator[tuple[list[int], PromptBatch]]:
+    """Take rows through all layers, depth first, so memory holds one batch per layer group.
 
     Args:
-      definition: from `model.graph`.
-      config: the model's configuration.
-      params: the model's parameters.
-      beginnings: token ids.
+      prompts: the prompts of a run.
+      rows: which to read; their packed sequences have one width.
+      size: entries of a batch; 0 for `entries_at_once`.
+
+    Yields:
+      At most `BATCH` rows, and what reading them left.
+    """
+    size = size or entries_at_once(prompts.model.mesh)
+    groups = layer_groups(prompts.model.config.n_layers)
+    pending = _split(prompts, [], {row: () for row in rows}, size)
+    while pending:
+        outputs, paths = _run(prompts, pending.pop(), size)
+        if len(outputs) <= len(groups):
+            pending += reversed(_split(prompts, outputs, paths, size))
+            continue
+        done = list(paths)
+        for start in range(0, len(done), BATCH):
+            some = done[start : start + BATCH]
+            yield some, _batch(prompts, filled(some, BATCH), outputs, paths)
+
+
+def _split(
+    prompts: Prompts, outputs: list[LayerOutput], paths: dict[int, Path], size: int
+) -> list[_Pending]:
+    """Rows as entries for the next layers, in batches of at most `size`."""
+    groups = layer_groups(prompts.model.config.n_layers)
+    classes = prompts.classes[groups[len(outputs) - 1][1] if outputs else 0]
+    of_row = {row: classes[prompts.requests[row].condition] for row in paths}
+    entries: dict[tuple[int, int], list[int]] = {}
+    # Class by class: a full batch is of one class, and fills batches again where that divides.
+    for row in sorted(paths, key=of_row.__getitem__):
+        entries.setdefault((of_row[row], prompts.packed.sequence[row]), []).append(row)
+    listed = list(entries.values())
+    return [
+        _Pending(outputs=outputs, entries=listed[start : start + size], paths=paths)
+        for start in range(0, len(listed), size)
+    ]
+
+
+def _run(prompts: Prompts, batch: _Pending, size: int) -> tuple[list[LayerOutput], dict[int, Path]]:
+    """Run entries through the next layers: all outputs so far, and the paths of the rows."""
+    model, outputs = prompts.model, batch.outputs
+    rows = filled([members[0] for members in batch.entries], size)
+    tokens, segment_ids = prompts.packed.batch(rows)
+    interventions = prompts.interventions_of(rows)
+    if not outputs:
+        given = prompts.placed((tokens, segment_ids, interventions))
+        done = prefill.embed(model.definition, model.params, *given)
+    else:
+        first, last = layer_groups(model.config.n_layers)[len(outputs) - 1]
+        stream, prefixes = outputs[-1].stream, prompts.prefixes
+        entries = SequenceBatch(
+            parent=np.array([batch.paths[row][-1] for row in rows], np.int32),
+            segment_ids=segment_ids,
+            prefix=prompts.prefixes_of(rows, prefixes and prefixes.layers(first, last)),
+            interventions=interventions.layers(first, last),
+        )
+        done = prefill.run_layers(
+            blocks_graph(model.config, last - first, stream.dtype),
+            prefill.group_params(model.params, first, last),
+            stream,
+            prompts.placed(entries),
+            prompts.probes[first:last],
+        )
+    paths = {
+        row: (*batch.paths[row], entry)
+        for entry, members in enumerate(batch.entries)
+        for row in members
+    }
+    return [*outputs, done], paths
+
+
+def _batch(
+    prompts: Prompts, rows: list[int], outputs: list[LayerOutput], paths: dict[int, Path]
+) -> PromptBatch:
+    """What reading some rows left."""
+    segment = np.array([prompts.packed.segment[row] for row in rows], np.int32)
+    _, segment_ids = prompts.packed.batch(rows)
+    real, prefix, interventions, ids = prompts.placed(
+        (
+            segment_ids == segment[:, None],
+            prompts.prefixes_of(rows, prompts.prefixes),
+            prompts.interventions_of(rows),
+            np.array([prompts.requests[row].row_id for row in rows], np.uint32),
+        )
+    )
+    return PromptBatch(
+        outputs=outputs,
+        entry=np.array([paths[row] for row in rows], np.int32),
+        segment=segment,
+        real=real,
+        prefix=prefix,
+        interventions=interventions,
+        ids=ids,
+    )
+
+
+def run_prefixes(
+    model: ChatModel,
+    prefixes: Sequence[Sequence[int]],
+    conditions: Sequence[int],
+    interventions: Interventions | None = None,
+    probes: Float[np.ndarray, "layer probe d_model"] | None = None,
+) -> Prefix:
+    """Run the prefixes of prompts, each under one condition; an empty one is all padding.
+
+    Args:
+      model: the model that reads them.
+      prefixes: token ids.
       conditions: index into `interventions` of each.
-      interventions: stacked conditions; None runs the plain model.
-      probes: unit directions whose projections are recorded.
+      interventions: stacked conditions; None for one that leaves the model alone.
+      probes: unit directions whose projections are recorded; None for none.
 
     Returns:
-      One entry per beginning and fillers up to a full batch, all in one width: the longest,
-      rounded up to a multiple of 16.
+      One entry per prefix in the order given, and others up to a full batch, all of one width: the
+      longest, rounded up to a multiple of 16.
     """
+    config = model.config
     if interventions is None:
         interventions = compile_conditions(
             [[]], ["all"], n_layers=config.n_layers, d_model=config.d_model
         )
-    width = -(-max(1, *map(len, beginnings)) // STEP) * STEP
-    work = Work(
-        definition=definition,
-        config=config,
-        params=params,
+    if probes is None:
+        probes = prefill.no_probes(config.n_layers, config.d_model)
+    width = -(-max(1, *map(len, prefixes)) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
+    prompts = Prompts(
+        model=model,
+        requests=[
+            Request(tokens=tokens, condition=condition)
+            for tokens, condition in zip(prefixes, conditions, strict=True)
+        ],
         interventions=interventions,
         probes=probes,
-        conditions=conditions,
-        lanes=lanes.alone(beginnings, width),
-        prefix=None,
-        beginning=[],
+        packed=packing.one_each(prefixes, width),
     )
-    parts, order = [], []
-    for done in descend(work, range(len(beginnings)), width):
-        parts.append(prefill.beginnings(done.levels, done.places, done.member, done.real))
-        order += done.rows + [-1] * (BATCH - len(done.rows))
+    parts, order = [], list[int]()
+    for rows, batch in read(prompts, range(len(prefixes))):
+        parts.append(prefill.as_prefix(batch))
+        order += rows + [len(prefixes)] * (BATCH - len(rows))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-    return take(joined, np.argsort([n if n >= 0 else len(order) for n in order], kind="stable"))
+    return take(joined, np.argsort(order, kind="stable"))

@@ -1,14 +1,14 @@
-"""Sequence packing: short prompts side by side in a lane, one row of a prefill batch.
+"""Sequence packing: short prompts side by side in one packed sequence, an entry of a prefill batch.
 
-Prompts of 11 to 87 tokens, each padded to a width of its own, would be one third padding; in lanes
-of 96 they are less than a tenth. A token sees its own prompt only (`masks.causal_mask`). What a
-lane holds follows from all prompts of a run and never from which of them are still to do, so that a
-run which is resumed goes on with the same lanes.
+Prompts of 11 to 87 tokens, each padded to its own width, would be one third padding; in packed
+sequences of 96 tokens padding is less than a tenth. A token attends to its own prompt only
+(`masks.causal_mask`). How prompts are packed follows from all prompts of a run, never from which of
+them are still to be run, so a resumed run packs them in the same way.
 
-In a lane of 8, prompts of 3 and 4 tokens:
+Prompts of 3 and 4 tokens in a packed sequence of 8:
 
-    tokens   a  b  c  p  q  r  s  .
-    owner    1  1  1  2  2  2  2  0
+    tokens        a  b  c  p  q  r  s  .
+    segment_ids   1  1  1  2  2  2  2  0
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from jaxtyping import Int
 
 from jaxsteer.generation import padding
 
-# Most prompts in a lane: programs measure what is changed in as many, however many there are.
-MEMBERS = 8
-# Lanes are this wide, or as the longest prompt if that is shorter: attention in wider ones costs
-# more than the padding that they save.
+# Most prompts in a packed sequence: compiled programs measure the change in this many.
+MAX_SEGMENTS = 8
+# Tokens of a packed sequence, or fewer if the longest prompt is shorter: attention in wider ones
+# costs more than the padding that they save.
 WIDTH = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Lanes:
-    """Where the prompt of each row is.
+class PackedPrompts:
+    """Packed sequences, and where the prompt of each row is.
 
     Attributes:
-      tokens: ids, by lane.
-      owner: which of the lane's prompts each token is of, from 1; 0 is padding. By lane.
-      lane: by row.
-      member: which of its lane's prompts a row's is, from 1.
+      tokens: ids, by packed sequence.
+      segment_ids: the prompt of each token, from 1; 0 is padding. By packed sequence.
+      sequence: index of the packed sequence, by row.
+      segment: segment id of the prompt, by row.
     """
 
     tokens: list[Int[np.ndarray, " _token"]]
-    owner: list[Int[np.ndarray, " _token"]]
-    lane: list[int]
-    member: list[int]
+    segment_ids: list[Int[np.ndarray, " _token"]]
+    sequence: list[int]
+    segment: list[int]
 
     def width(self, row: int) -> int:
-        """Tokens of a row's lane."""
-        return len(self.tokens[self.lane[row]])
+        """Tokens of a row's packed sequence."""
+        return len(self.tokens[self.sequence[row]])
 
-    def filled(
-        self, lanes: Sequence[int], width: int, batch: int
-    ) -> tuple[Int[np.ndarray, "entry token"], Int[np.ndarray, "entry token"]]:
-        """Tokens and owners of some lanes of that width, filled up to `batch` with padding."""
-        empty = [np.zeros(width, np.int32)] * (batch - len(lanes))
-        tokens = np.stack([self.tokens[n] for n in lanes] + empty)
-        return tokens, np.stack([self.owner[n] for n in lanes] + empty)
+    def batch(
+        self, rows: Sequence[int]
+    ) -> tuple[Int[np.ndarray, "row token"], Int[np.ndarray, "row token"]]:
+        """Tokens and segment ids of the packed sequences of some rows, all of one width."""
+        listed = [self.sequence[row] for row in rows]
+        tokens, segment_ids = self.tokens, self.segment_ids
+        return np.stack([tokens[i] for i in listed]), np.stack([segment_ids[i] for i in listed])
 
 
-def pack(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: int) -> Lanes:
-    """Put prompts into lanes: the longest first, each into the first lane with room for it.
+def pack(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: int) -> PackedPrompts:
+    """Pack prompts, the longest first, each into the first packed sequence with room for it.
 
-    Rows with the same prompt and group are one prompt.
+    Rows with the same prompt and group share one place.
 
     Args:
       prompts: token ids, by row.
-      groups: by row; only prompts of one group may be in one lane.
+      groups: by row; only prompts of one group are packed together.
       limit: most tokens of a prompt.
 
     Returns:
-      Lanes of at most `MEMBERS` prompts, as wide as the longest prompt's bucket but no wider than
-      `WIDTH`, or as a longer prompt's own bucket.
+      Packed sequences of at most `MAX_SEGMENTS` prompts. Their width is the longest prompt's
+      bucket, but at most `WIDTH`; a longer prompt has a packed sequence of its own bucket.
 
     Raises:
       UserError: a prompt that is too long.
@@ -79,36 +79,44 @@ def pack(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: in
     rows: dict[tuple[Hashable, tuple[int, ...]], list[int]] = {}
     for row, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
         rows.setdefault((group, tuple(prompt)), []).append(row)
-    tokens, owner = list[np.ndarray](), list[np.ndarray]()
-    lane, member = [0] * len(prompts), [0] * len(prompts)
-    # By group, the lanes that have room: number of the lane, tokens and prompts in it.
+    tokens, segment_ids = list[np.ndarray](), list[np.ndarray]()
+    sequence, segment = [0] * len(prompts), [0] * len(prompts)
+    # By group, the packed sequences that have room: index, tokens used, prompts held.
     opened: dict[Hashable, list[list[int]]] = {}
-    # By tokens where lengths are equal, so that the order of the rows does not matter.
+    # Prompts of equal length by their tokens, so that the order of the rows does not matter.
     for (group, prompt), its_rows in sorted(rows.items(), key=lambda x: (-len(x[0][1]), x[0][1])):
         some = opened.setdefault(group, [])
         found = next(
-            (o for o in some if o[1] + len(prompt) <= len(tokens[o[0]]) and o[2] < MEMBERS), None
+            (
+                place
+                for place in some
+                if place[1] + len(prompt) <= len(tokens[place[0]]) and place[2] < MAX_SEGMENTS
+            ),
+            None,
         )
         if found is None:
             width = max(least, padding.bucket(len(prompt), limit))
             found = [len(tokens), 0, 0]
             some.append(found)
             tokens.append(np.zeros(width, np.int32))
-            owner.append(np.zeros(width, np.int32))
-        number, start, before = found
+            segment_ids.append(np.zeros(width, np.int32))
+        index, start, held = found
         here = slice(start, start + len(prompt))
-        tokens[number][here], owner[number][here] = prompt, before + 1
-        found[1:] = start + len(prompt), before + 1
+        tokens[index][here], segment_ids[index][here] = prompt, held + 1
+        found[1:] = start + len(prompt), held + 1
         for row in its_rows:
-            lane[row], member[row] = number, before + 1
-    return Lanes(tokens=tokens, owner=owner, lane=lane, member=member)
+            sequence[row], segment[row] = index, held + 1
+    return PackedPrompts(tokens=tokens, segment_ids=segment_ids, sequence=sequence, segment=segment)
 
 
-def alone(prompts: Sequence[Sequence[int]], width: int) -> Lanes:
-    """Each prompt in a lane of that width of its own, left-padded; the same ones in the same."""
-    numbers: dict[tuple[int, ...], int] = {}
-    lane = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    tokens, real = padding.left_pad([list(prompt) for prompt in numbers], width)
-    return Lanes(
-        tokens=list(tokens), owner=list(real.astype(np.int32)), lane=lane, member=[1] * len(lane)
+def one_each(prompts: Sequence[Sequence[int]], width: int) -> PackedPrompts:
+    """Each prompt left-padded in a sequence of its own; equal prompts share one."""
+    index: dict[tuple[int, ...], int] = {}
+    sequence = [index.setdefault(tuple(prompt), len(index)) for prompt in prompts]
+    tokens, real = padding.left_pad([list(prompt) for prompt in index], width)
+    return PackedPrompts(
+        tokens=list(tokens),
+        segment_ids=list(real.astype(np.int32)),
+        sequence=sequence,
+        segment=[1] * len(sequence),
     )

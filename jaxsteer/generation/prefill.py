@@ -1,19 +1,20 @@
-"""Prefill in segments: a few layers at a time over a batch of prompts, each from a parent's stream.
+"""Prefill: programs that read a batch of packed prompts, a group of layers at a time.
 
-    embed -> segment (layers 0 to 2) -> segment (3 to 5) -> ... -> finish (logits, first token)
+    embed -> layers 0 to 2 -> layers 3 to 5 -> ... -> the first token of each reply
 
-A segment is a program that knows its layers only by what it is given: their parameters, what is
-done in them, what came out of the layers before. So all segments of a model are one compiled
-program, and prompts that have been the same so far can be one entry of a batch until they part
-(`depth` says which). An entry is a lane of prompts side by side (`lanes`). On its way a row passes
-through other batches at other places: `parent` says where each entry goes on from, and `finish`
-puts together what a row left behind: its own tokens right after its beginning, and its reply right
-after them. With parts of 4, a beginning of 3 tokens and a prompt of 5 that its lane has at 2:
+A program knows its layers only by its arguments: their parameters, what is done in them, and what
+came out of the layers before. So all layer groups of a model are one compiled program, and rows
+that have been the same so far can be one entry of a batch until they differ (`layer_sharing` says
+which). An entry is a packed sequence (`packing`). From group to group a row may be part of other
+entries: `parent` says from which entry of the group before each entry goes on. At the end a row's
+keys and values are gathered from all groups: its own tokens directly after its prefix, and room for
+its reply. With chunks of 4, a prefix of 3 tokens and a prompt of 5 that starts at 2 in its packed
+sequence:
 
-    lane         p  q  a  b  c  d  e  x
-    cache        .  h  i  j  a  b  c  d  e  x  0  0  0  0  0  0     the reply begins at 12
+    packed       p  q  a  b  c  d  e  x
+    cache        .  h  i  j  a  b  c  d  e  x  0  0  0  0  0  0     the reply starts at 12
 
-What is there of its neighbours is not held, so that nobody sees it.
+Slots that hold a neighbouring prompt's tokens are masked out.
 """
 
 from __future__ import annotations
@@ -29,373 +30,318 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxsteer.generation.generate import Decoding, Sampling, choose, ends
-from jaxsteer.generation.packing import MEMBERS
+from jaxsteer.generation.decode import CHUNK, DecodeState
+from jaxsteer.generation.packing import MAX_SEGMENTS
 from jaxsteer.generation.prefix import Prefix
+from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
+from jaxsteer.model import decoder, sharding
 from jaxsteer.model.arrays import AnyArray
-from jaxsteer.model.decoder import (
-    Blocks,
-    Cache,
-    Decoder,
-    Params,
-    Past,
-    Realised,
-    Steering,
-    Taps,
-    bind,
-    empty_cache,
-    run_blocks,
-)
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.model.masks import causal_mask, positions
 
-# A cache is written in parts this long (`slots`): a reply begins with one.
-PART = 8
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceBatch:
+    """Packed sequences to be run through some layers; every leaf has a leading axis of entries.
 
-def stages(n_layers: int) -> list[tuple[int, int]]:
-    """First and last + 1 of each segment's layers: at most ten segments, of one size if it goes.
-
-    More would share more layers, and cost more calls than that saves.
-
-    >>> stages(32)[:2], len(stages(32)), len(stages(30))
-    ([(0, 4), (4, 8)], 8, 10)
-    >>> stages(31)[-2:]
-    [(24, 28), (28, 31)]
+    Attributes:
+      parent: the entry of the layers before from which each goes on.
+      segment_ids: the prompt of each token; 0 is padding.
+      prefix: each entry's prefix in these layers; None for none.
+      interventions: one entry each, of these layers (`Interventions.layers`).
     """
-    least = -(-n_layers // 10)
-    size = next((s for s in range(least, 2 * least) if n_layers % s == 0), least)
-    return [(first, min(first + size, n_layers)) for first in range(0, n_layers, size)]
 
-
-def part(params: Params, first: int, last: int) -> Params:
-    """The parameters of layers `first` to `last` - 1, which then count from 0."""
-    return {"layers": {str(i - first): params["layers"][str(i)] for i in range(first, last)}}
+    parent: Int[AnyArray, " *entry"]
+    segment_ids: Int[AnyArray, "*entry token"]
+    prefix: Prefix | None
+    interventions: Interventions
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Level:
-    """What one segment leaves; every leaf has a leading axis of entries, or is one entry's.
+class LayerOutput:
+    """What the embedding or a group of layers leaves; every leaf has a leading axis of entries.
 
     Attributes:
-      stream: the residual stream after its layers.
-      cache: keys and values of its layers, of the prompt's own tokens.
-      realised: what was changed in its layers, [entry, layer, prompt of the lane, ...].
+      stream: the residual stream after them.
+      cache: keys and values of these layers, of the packed sequence's tokens.
+      realised: realised change in these layers per tap, [entry, layer, segment, ...].
     """
 
     stream: Float[Array, "*entry token d_model"]
-    cache: Cache
-    realised: dict[str, Realised]
+    cache: decoder.Cache = dataclasses.field(metadata=sharding.KEYS_AND_VALUES)
+    realised: dict[str, decoder.Realised]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefilled:
-    """Rows whose prompts have been read; every leaf has a leading row axis, or is one row's.
+class PromptBatch:
+    """Rows whose prompts have been through all layers; leaves lead with rows, but for `outputs`.
 
     Attributes:
-      token: the first token of the reply.
-      live: whether the reply goes on, so that token is part of it.
-      stopped: whether that token ended it.
-      logits: what it was chosen from; no column unless `Decoding.keep_logits`.
-      cache: keys and values per layer, shared beginning first, with room for the reply.
-      held: which cache slots hold a real token.
-      start: the cache slot of the reply's first token.
-      realised: change over the prompt, per tap and layer.
+      outputs: of the embedding and of each layer group, in order; by their own entries.
+      entry: the entry of each output that a row was part of.
+      segment: the row's segment id, from 1.
+      real: which tokens of the packed sequence are the row's.
+      prefix: each row's prefix; None for none.
       interventions: one entry per row.
-      ids: a stable number per row.
+      ids: a stable number per row, for sampling.
     """
 
-    token: Int[Array, " *row"]
-    live: Bool[Array, " *row"]
-    stopped: Bool[Array, " *row"]
-    logits: Float[Array, "*row kept"]
-    cache: Cache
-    held: Bool[Array, "*row slot"]
-    start: Int[Array, " *row"]
-    realised: dict[str, Realised]
+    outputs: list[LayerOutput]
+    entry: Int[AnyArray, "row output"]
+    segment: Int[AnyArray, " row"]
+    real: Bool[AnyArray, "row token"]
+    prefix: Prefix | None
     interventions: Interventions
-    ids: UInt32[Array, " *row"]
+    ids: UInt32[AnyArray, " row"]
 
 
-def _steering(interventions: Interventions, owner: Array, probes: Array) -> Steering:
-    return Steering(
+def _taps(interventions: Interventions, segment_ids: Array, probes: Array) -> decoder.Taps:
+    steering = decoder.Steering(
         interventions=interventions,
-        steered=(owner > 0) & interventions.on_prompt,
-        real=owner == jnp.arange(1, MEMBERS + 1)[:, None],
+        steered=(segment_ids > 0) & interventions.on_prompt,
+        real=segment_ids == jnp.arange(1, MAX_SEGMENTS + 1)[:, None],
         probes=probes,
     )
+    return decoder.Taps(steering, None)
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))
 def embed(
-    definition: nnx.GraphDef[Decoder],
-    params: Params,
+    definition: nnx.GraphDef[decoder.Decoder],
+    params: decoder.Params,
     tokens: Int[AnyArray, "entry token"],
-    owner: Int[AnyArray, "entry token"],
+    segment_ids: Int[AnyArray, "entry token"],
     interventions: Interventions,
-) -> Level:
-    """The residual stream where it begins, steered there if a condition asks.
+) -> LayerOutput:
+    """The residual stream before the first layer, after the tap `embed`.
 
     Args:
-      definition: from `model.graph`; static.
+      definition: from `decoder.graph`; static.
       params: the model's parameters.
-      tokens: ids of the prompts' own tokens.
-      owner: which of a lane's prompts each is of; 0 is padding.
-      interventions: one entry per lane.
+      tokens: ids, by packed sequence.
+      segment_ids: the prompt of each token; 0 is padding.
+      interventions: one entry per packed sequence.
     """
-    model = bind(definition, params)
+    model = decoder.bind(definition, params)
 
-    def one(tokens: Array, owner: Array, interventions: Interventions) -> Level:
-        nothing = jnp.zeros((1, 0, model.config.d_model))
-        taps = Taps(_steering(interventions, owner, nothing), None)
+    def one(tokens: Array, segment_ids: Array, interventions: Interventions) -> LayerOutput:
+        taps = _taps(interventions, segment_ids, jnp.zeros((1, 0, model.config.d_model)))
         stream = model.embedded(tokens, taps)
-        return Level(stream=stream, cache=[], realised=taps.results()[1])
+        return LayerOutput(stream=stream, cache=[], realised=taps.results()[1])
 
-    return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(owner), interventions)
+    return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(segment_ids), interventions)
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))
-def segment(
-    definition: nnx.GraphDef[Blocks],
-    params: Params,
+def run_layers(
+    definition: nnx.GraphDef[decoder.Blocks],
+    params: decoder.Params,
     stream: Float[Array, "above token d_model"],
-    parent: Int[AnyArray, " entry"],
-    owner: Int[AnyArray, "entry token"],
-    prefix: Prefix | None,
-    interventions: Interventions,
+    batch: SequenceBatch,
     probes: Float[AnyArray, "layer probe d_model"],
-) -> Level:
-    """Run some layers over prompts.
+) -> LayerOutput:
+    """Run packed sequences through some layers.
 
     Args:
-      definition: from `model.blocks_graph`; static.
-      params: of these layers (`part`).
+      definition: from `decoder.blocks_graph`; static.
+      params: of these layers (`group_params`).
       stream: what came out of the layers before, by their own entries.
-      parent: which of those each entry goes on from.
-      owner: which of a lane's prompts each token is of; 0 is padding.
-      prefix: each entry's beginning, already run, of these layers; None for none.
-      interventions: one entry per lane, of these layers (`Interventions.layers`).
+      batch: the packed sequences.
       probes: unit directions whose projections are recorded, of these layers.
     """
-    blocks = bind(definition, params)
+    blocks = decoder.bind(definition, params)
 
-    def one(
-        stream: Array, owner: Array, prefix: Prefix | None, interventions: Interventions
-    ) -> Level:
+    def one(stream: Array, entry: SequenceBatch) -> LayerOutput:
+        segment_ids, prefix = jnp.asarray(entry.segment_ids), entry.prefix
         before = jnp.zeros((0,), bool) if prefix is None else jnp.asarray(prefix.real)
-        taps = Taps(_steering(interventions, owner, jnp.asarray(probes)), None)
-        after, written = run_blocks(
+        taps = _taps(entry.interventions, segment_ids, jnp.asarray(probes))
+        after, written = decoder.run_blocks(
             blocks.config,
             blocks.layers,
             stream,
-            positions(owner, before),
-            causal_mask(owner, before),
-            empty_cache(blocks.config, len(blocks.layers), owner.shape[0], stream.dtype),
+            positions(segment_ids, before),
+            causal_mask(segment_ids, before),
+            decoder.empty_cache(
+                blocks.config, len(blocks.layers), segment_ids.shape[0], stream.dtype
+            ),
             jnp.int32(0),
             taps,
             None if prefix is None else prefix.cache,
         )
-        return Level(stream=after, cache=written, realised=taps.results()[1])
+        return LayerOutput(stream=after, cache=written, realised=taps.results()[1])
 
-    from_parents = stream[jnp.asarray(parent)]
-    return jax.vmap(one)(from_parents, jnp.asarray(owner), prefix, interventions)
+    return jax.vmap(one)(stream[jnp.asarray(batch.parent)], batch)
+
+
+def no_probes(n_layers: int, d_model: int) -> Float[np.ndarray, "layer probe d_model"]:
+    """The empty set of probe directions."""
+    return np.zeros((n_layers, 0, d_model), np.float32)
+
+
+def group_params(params: decoder.Params, first: int, last: int) -> decoder.Params:
+    """The parameters of layers `first` to `last` - 1, which then count from 0."""
+    return {"layers": {str(i - first): params["layers"][str(i)] for i in range(first, last)}}
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))
 def gather(
-    level: Level,
-    at: Int[AnyArray, " row"],
-    member: Int[AnyArray, " row"],
+    output: LayerOutput,
+    entry: Int[AnyArray, " row"],
+    segment: Int[AnyArray, " row"],
     real: Bool[AnyArray, "row token"],
-    begun: Past | None,
+    prefix: decoder.Past | None,
     slots: int,
-) -> tuple[Cache, dict[str, Realised]]:
-    """What rows left at one level: keys and values of its layers, and what was changed there.
+) -> tuple[decoder.Cache, dict[str, decoder.Realised]]:
+    """What some layers left of each row: keys and values, and the realised change.
 
-    One level is one program, as a segment is: the whole model's would take ten times as long to
-    compile.
+    One program per layer group: one of the whole model would take ten times as long to compile.
 
     Args:
-      level: of `embed` or a segment.
-      at: the entry of each row's lane.
-      member: which of the lane's prompts each row's is, from 1.
-      real: which tokens of the lane are each row's; its cache takes the lane from there on.
-      begun: keys and values of each row's beginning in these layers; None for none.
-      slots: how long the cache is to be; static.
+      output: of the embedding or of a layer group.
+      entry: the entry of the output that each row was part of.
+      segment: the row's segment id, from 1.
+      real: which tokens of the packed sequence are the row's; its cache takes the packed sequence
+        from the first of them on.
+      prefix: keys and values of each row's prefix in these layers; None for none.
+      slots: length of the row's cache; static.
     """
-    realised = jax.tree.map(lambda leaf: leaf[at, :, jnp.asarray(member) - 1], level.realised)
+    realised = jax.tree.map(lambda leaf: leaf[entry, :, jnp.asarray(segment) - 1], output.realised)
     # Of [F, T, T, F] it is 1.
     first = jnp.argmax(jnp.asarray(real), axis=1)
 
-    def own(kv: Array, before: Array | None) -> Array:
-        lanes = kv[jnp.asarray(at)]
-        count, heads, _, width = lanes.shape
+    def row_cache(kv: Array, before: Array | None) -> Array:
+        packed = kv[jnp.asarray(entry)]
+        count, heads, _, width = packed.shape
         room = slots - (0 if before is None else before.shape[2])
         # Zeros, joined: XLA on a CPU pads several times slower.
-        longer = jnp.concatenate([lanes, jnp.zeros((count, heads, room, width), kv.dtype)], axis=2)
-        # Lane first, then its part: both at once take a TPU longer.
-        rows = jax.vmap(lambda lane, first: lax.dynamic_slice_in_dim(lane, first, room, axis=1))(
+        longer = jnp.concatenate([packed, jnp.zeros((count, heads, room, width), kv.dtype)], axis=2)
+        # The entry first, then a slice of it: both in one step take a TPU longer.
+        rows = jax.vmap(lambda kv, first: lax.dynamic_slice_in_dim(kv, first, room, axis=1))(
             longer, first
         )
         return rows if before is None else jnp.concatenate([before, rows], axis=2)
 
-    if begun is None:
-        return jax.tree.map(lambda kv: own(kv, None), level.cache), realised
-    return jax.tree.map(own, level.cache, begun), realised
+    if prefix is None:
+        return jax.tree.map(lambda kv: row_cache(kv, None), output.cache), realised
+    return jax.tree.map(row_cache, output.cache, prefix), realised
 
 
-def _gathered(
-    levels: Sequence[Level],
-    places: Int[AnyArray, "level row"],
-    member: Int[AnyArray, " row"],
-    real: Bool[AnyArray, "row token"],
-    prefix: Prefix | None,
-    slots: int,
-) -> tuple[Cache, list[dict[str, Realised]]]:
-    """The cache of all layers, and the changes of every level, by row."""
-    cache: Cache = []
+def _gather_all(
+    batch: PromptBatch, slots: int
+) -> tuple[decoder.Cache, list[dict[str, decoder.Realised]]]:
+    """The rows' cache of all layers, and the realised change of every output."""
+    cache: decoder.Cache = []
     changes = []
-    for level, at in zip(levels, places, strict=True):
-        layers = slice(len(cache), len(cache) + len(level.cache))
-        begun = None if prefix is None else prefix.cache[layers]
-        some, changed = gather(level, at, member, real, begun, slots)
+    for i, output in enumerate(batch.outputs):
+        layers = slice(len(cache), len(cache) + len(output.cache))
+        before = None if batch.prefix is None else batch.prefix.cache[layers]
+        some, change = gather(
+            output, batch.entry[:, i], batch.segment, batch.real, before, slots=slots
+        )
         cache += some
-        changes.append(changed)
+        changes.append(change)
     return cache, changes
 
 
 @jax.jit
-def _stacked(changes: Sequence[dict[str, Realised]]) -> dict[str, Realised]:
-    """Changes of all levels, by tap, layers in order."""
+def _stacked(changes: Sequence[dict[str, decoder.Realised]]) -> dict[str, decoder.Realised]:
+    """The realised change of all layers in order, by tap."""
     found = {}
-    for tap in dict.fromkeys(tap for changed in changes for tap in changed):
-        layers = [changed[tap] for changed in changes if tap in changed]
+    for tap in dict.fromkeys(tap for change in changes for tap in change):
+        layers = [change[tap] for change in changes if tap in change]
         found[tap] = jax.tree.map(lambda *some: jnp.concatenate(some, axis=1), *layers)
     return found
 
 
-def beginnings(
-    levels: Sequence[Level],
-    places: Int[AnyArray, "level row"],
-    member: Int[AnyArray, " row"],
-    real: Bool[AnyArray, "row token"],
-) -> Prefix:
-    """Prompts that have been read, as the beginnings of other prompts; arguments as `finish`."""
-    # Lanes of their own, taken whole.
-    whole = np.ones(real.shape, bool)
-    cache, changes = _gathered(levels, places, member, whole, None, real.shape[1])
-    return Prefix(cache=cache, real=jnp.asarray(real), realised=_stacked(changes))
+def as_prefix(batch: PromptBatch) -> Prefix:
+    """Prompts that have been read, as the prefixes of other prompts; one to a packed sequence."""
+    whole = dataclasses.replace(batch, real=np.ones(batch.real.shape, bool))
+    cache, changes = _gather_all(whole, batch.real.shape[1])
+    return Prefix(cache=cache, real=jnp.asarray(batch.real), realised=_stacked(changes))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "decoding", "slots"))
 def first_token(
-    definition: nnx.GraphDef[Decoder],
+    definition: nnx.GraphDef[decoder.Decoder],
     decoding: Decoding,
-    slots: int,
-    params: Params,
+    params: decoder.Params,
     stream: Float[Array, "entry token d_model"],
-    at: Int[AnyArray, " row"],
-    real: Bool[AnyArray, "row token"],
-    begun: tuple[Bool[Array, "row slot"], dict[str, Realised]] | None,
-    changes: Sequence[dict[str, Realised]],
-    interventions: Interventions,
-    ids: UInt32[AnyArray, " row"],
+    batch: PromptBatch,
+    changes: Sequence[dict[str, decoder.Realised]],
     sampling: Sampling,
-) -> Prefilled:
-    """Choose the first tokens of replies: rows put together, all but their cache.
+    slots: int,
+) -> DecodeState:
+    """Choose the first token of each reply: rows ready to decode, all but their cache.
 
     Args:
-      definition: from `model.graph`; static.
+      definition: from `decoder.graph`; static.
       decoding: static decoding settings.
-      slots: cache slots of each row; static.
       params: the model's parameters.
-      stream: what came out of the last layer.
-      at: the entry of each row's lane.
-      real: which tokens of the lane are each row's.
-      begun: which tokens of each row's beginning are real, and what was changed there.
-      changes: what was changed at every level, by row.
-      interventions: one entry per row.
-      ids: a stable number per row.
+      stream: what came out of the last layers.
+      batch: the rows; its outputs and caches are not read.
+      changes: the realised change of every output, by row.
       sampling: dynamic sampling settings, unread when greedy.
+      slots: length of each row's cache; static.
     """
-    model = bind(definition, params)
+    model = decoder.bind(definition, params)
     kept = model.config.vocab_size if decoding.keep_logits else 0
-    real = jnp.asarray(real)
-    realised = _stacked(changes)
-    before = jnp.zeros((real.shape[0], 0), bool)
-    if begun is not None:
-        before = begun[0]
-        realised = jax.tree.map(jnp.add, realised, begun[1])
+    real, ids = jnp.asarray(batch.real), jnp.asarray(batch.ids)
+    count = real.shape[0]
+    realised, before = _stacked(changes), jnp.zeros((count, 0), bool)
+    if batch.prefix is not None:
+        before = jnp.asarray(batch.prefix.real)
+        realised = jax.tree.map(jnp.add, realised, batch.prefix.realised)
     length = jnp.sum(real, axis=1)
     own = jnp.arange(slots - before.shape[1]) < length[:, None]
+    held = jnp.concatenate([before, own], axis=1)
     # The prompt's last token: of [F, T, T, F] it is 2.
     last = jnp.max(real * jnp.arange(real.shape[1]), axis=1)
-    read = stream[jnp.asarray(at), last][:, None]
+    read = stream[jnp.asarray(batch.entry)[:, -1], last][:, None]
     logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(read)[:, 0]
     pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
-    token = jax.vmap(pick, in_axes=(0, 0, None))(logits, jnp.asarray(ids), jnp.int32(0))
-    is_real = jnp.any(real, axis=1)
-    stopped = is_real & ends(token, decoding)
-    return Prefilled(
-        token=token,
-        live=is_real & ~stopped,
+    token = jax.vmap(pick, in_axes=(0, 0, None))(logits, ids, jnp.int32(0))
+    stopped = ends(token, decoding)
+    tokens = jnp.zeros((count, decoding.max_new_tokens), jnp.int32)
+    kept_logits = jnp.zeros((*tokens.shape, kept))
+    return DecodeState(
+        live=~stopped & (decoding.max_new_tokens > 1),
         stopped=stopped,
-        logits=logits[:, :kept],
+        emitted=jnp.ones((count,), jnp.int32),
+        last=token,
+        position=jnp.sum(held, axis=1).astype(jnp.int32),
+        tokens=tokens.at[:, 0].set(token),
+        logits=kept_logits.at[:, 0].set(logits[:, :kept]),
         cache=[],
-        held=jnp.concatenate([before, own], axis=1),
-        start=before.shape[1] + -(-length // PART) * PART,
-        realised=realised,
-        interventions=jax.tree.map(jnp.asarray, interventions),
-        ids=jnp.asarray(ids),
+        held=held,
+        start=before.shape[1] + -(-length // CHUNK) * CHUNK,
+        prompt=realised,
+        response=jax.tree.map(jnp.zeros_like, realised),
+        interventions=jax.tree.map(jnp.asarray, batch.interventions),
+        ids=ids,
     )
 
 
 def finish(
-    definition: nnx.GraphDef[Decoder],
+    definition: nnx.GraphDef[decoder.Decoder],
     decoding: Decoding,
-    slots: int,
-    params: Params,
-    levels: Sequence[Level],
-    places: Int[AnyArray, "level row"],
-    member: Int[AnyArray, " row"],
-    real: Bool[AnyArray, "row token"],
-    prefix: Prefix | None,
-    interventions: Interventions,
-    ids: UInt32[AnyArray, " row"],
+    params: decoder.Params,
+    batch: PromptBatch,
     sampling: Sampling,
-) -> Prefilled:
-    """Put rows together from what they left at every level, and choose their first tokens.
+    slots: int,
+) -> DecodeState:
+    """Gather what each row left in all layers, and choose the first token of its reply.
 
-    Args:
-      definition: from `model.graph`.
-      decoding: decoding settings.
-      slots: cache slots of each row: the longest prompt and a reply.
-      params: the model's parameters.
-      levels: of `embed` and every segment, in order.
-      places: the entry of each row's lane at each level.
-      member: which of the lane's prompts each row's is, from 1.
-      real: which tokens of the lane are it.
-      prefix: each row's beginning, already run; None for none.
-      interventions: one entry per row.
-      ids: a stable number per row.
-      sampling: sampling settings, unread when greedy.
+    Arguments as for `first_token`; the caches of `batch` are read.
     """
-    cache, changes = _gathered(levels, places, member, real, prefix, slots)
-    begun = None if prefix is None else (prefix.real, prefix.realised)
-    rest = first_token(
-        definition,
-        decoding,
-        slots,
-        params,
-        levels[-1].stream,
-        places[-1],
-        real,
-        begun,
-        changes,
-        interventions,
-        ids,
-        sampling,
+    cache, changes = _gather_all(batch, slots)
+    bare = dataclasses.replace(
+        batch,
+        outputs=[],
+        prefix=batch.prefix and dataclasses.replace(batch.prefix, cache=[]),
     )
-    return dataclasses.replace(rest, cache=cache)
+    stream = batch.outputs[-1].stream
+    state = first_token(definition, decoding, params, stream, bare, changes, sampling, slots)
+    return dataclasses.replace(state, cache=cache)

@@ -1,8 +1,8 @@
-"""The beginning that rows share, run once: a system prompt's cache under each condition.
+"""Shared prefixes: the leading tokens that many prompts have in common, run once.
 
-All prompts of a condition begin with the same system prompt, so its keys and values (steered as
-the condition asks) are computed once (`depth.fill`) and copied into each row, which then brings
-only its own tokens. What comes out is what the whole prompts give.
+All prompts of a condition start with the same system prompt, so its keys and values (steered as the
+condition asks) are computed once (`layer_sharing.run_prefixes`) and copied into each row, which
+then adds only its own tokens. The result is that of whole prompts.
 """
 
 from __future__ import annotations
@@ -11,53 +11,41 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 
 import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
+from jaxsteer.model import sharding
 from jaxsteer.model.arrays import AnyArray
-from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.decoder import Cache, Realised, empty_cache
+from jaxsteer.model.decoder import Cache, Realised
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Beginnings of prompts, run; every leaf has a leading axis of beginnings, or of rows.
+    """Prefixes that have been run; every leaf has a leading axis of prefixes, or of rows.
 
     Attributes:
       cache: keys and values per layer, in the order of the left-padded tokens.
       real: which slots hold a real token.
-      realised: what was changed there, per tap and layer.
+      realised: realised change over the prefix, per tap and layer.
     """
 
-    cache: Cache
+    cache: Cache = dataclasses.field(metadata=sharding.KEYS_AND_VALUES)
     real: Bool[AnyArray, "*lead slot"]
     realised: dict[str, Realised]
+
+    def layers(self, first: int, last: int) -> Prefix:
+        """The keys and values of layers `first` to `last` - 1, without the realised change."""
+        return dataclasses.replace(self, cache=self.cache[first:last], realised={})
 
 
 @jax.jit
 def take(prefix: Prefix, index: Int[AnyArray, " row"]) -> Prefix:
-    """Each row's beginning, by number."""
+    """Each row's prefix, by index."""
     return jax.tree.map(lambda leaf: leaf[index], prefix)
 
 
-def opened(
-    config: ModelConfig, n_layers: int, prefix: Prefix | None, tokens: int, dtype: DTypeLike
-) -> tuple[Cache, Bool[Array, " held"]]:
-    """One row's cache, its beginning in it and room for `tokens` more; which slots are held.
-
-    Without a prefix there is only the room, and no slot before it.
-    """
-    cache = empty_cache(config, n_layers, tokens, dtype)
-    if prefix is None:
-        return cache, jnp.zeros((0,), bool)
-    joined = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=1), prefix.cache, cache)
-    return joined, jnp.asarray(prefix.real)
-
-
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share, each keeping at least its last for itself.
+    """How many leading tokens all prompts share, of each at most all but the last.
 
     [1, 2, 3, 4] and [1, 2, 5] share 2; [1, 2] and [1, 2] share 1.
     """

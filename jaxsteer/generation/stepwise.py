@@ -1,13 +1,22 @@
-"""One prompt read once, then its reply a few tokens at a time: generation for people who watch.
+"""One prompt, then its reply token by token: generation to watch, and the tests' reference.
 
-`generate` serves studies: many rows, nothing comes back before all are done, and it keeps sums.
-Here one row is run so that its next-token logits and the projections of every token at every layer
-are there after the prompt's own forward pass, and the reply follows in chunks. Greedy only; the
-tokens are those of `generate` (a test compares them), and so are the rules of padding: see there.
+`engine` serves studies: it packs prompts, shares work between rows, and keeps sums over tokens.
+Here one row is run plainly, and everything about a forward pass is there as soon as it has run:
+next-token logits, the projections of every token at every layer, the realised change.
 
-Two programs are compiled per prompt bucket, `read_prompt` and `write`. Static: model graph, room
-for the reply, chunk length, end tokens. Dynamic: tokens, interventions, probes; so another
-strength, layer or direction compiles nothing.
+    read(prompt) -> Reading -> reply: Reading, Reading, ...     one forward pass each
+
+A prompt is left-padded, so that all prompts of a bucket run the same program. For 3 real tokens in
+a bucket of 4, and 2 new tokens:
+
+    slot       0    1   2   3   4   5
+    token      pad  a   b   c   x   y
+    position   -    0   1   2   3   4      counted over real tokens
+    visible to x:   a   b   c   x          padding is never visible, never steered
+
+One program is compiled for each prompt bucket and one for a token of its reply. Static: model
+graph, `Decoding`. Dynamic: tokens, interventions, probes, sampling; so another strength, layer or
+direction compiles nothing.
 """
 
 from __future__ import annotations
@@ -20,21 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxsteer.generation import padding
+from jaxsteer.generation import padding, prefill
+from jaxsteer.generation.sampling import Decoding, Sampling, choose
+from jaxsteer.model import decoder
 from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import (
-    Cache,
-    Capture,
-    Decoder,
-    Forward,
-    Params,
-    Steering,
-    bind,
-    empty_cache,
-)
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.model.masks import causal_mask, positions
 
@@ -44,188 +46,129 @@ TAP = "resid_post"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a reply has got to.
+    """One row between two forward passes.
 
     Attributes:
-      cache: keys and values per layer.
-      real: which cache slots hold a real token of the prompt.
-      token: the newest token, not yet read by the model.
-      position: its rotary position.
-      slot: the cache slot its keys and values will take.
-      live: False from the end-of-sequence token on.
+      cache: keys and values per layer: the left-padded prompt, then the reply.
+      held: which cache slots hold a real token.
+      slot: the cache slot of the next pass's first token; 0 before the prompt is read.
+      chosen: how many tokens of the reply have been chosen.
+      interventions: the row's.
+      probes: unit directions per layer whose projections are wanted.
+      row_id: stable number of the row, for sampling.
+      sampling: dynamic sampling settings.
     """
 
-    cache: Cache
-    real: Bool[Array, " slot"]
-    token: Int[Array, ""]
-    position: Int[Array, ""]
-    slot: Int[Array, ""]
-    live: Bool[Array, ""]
+    cache: decoder.Cache
+    held: Bool[AnyArray, " slot"]
+    slot: Int[AnyArray, ""]
+    chosen: Int[AnyArray, ""]
+    interventions: Interventions
+    probes: Float[AnyArray, "layer probe d_model"]
+    row_id: UInt32[AnyArray, ""]
+    sampling: Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What is known once the prompt has been read.
+    """One forward pass: of the prompt, or of a token of the reply.
 
     Attributes:
-      logits: next-token logits after the prompt, float32.
-      projections: of the stream at `resid_post` after interventions onto the probes, one column
-        per prompt token (padding left out), float32.
-      state: where the reply starts.
-    """
-
-    logits: Float[np.ndarray, " vocab"]
-    projections: Float[np.ndarray, "layer token probe"]
-    state: State
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """A few more tokens of the reply.
-
-    Attributes:
-      tokens: ids, without the ending token; empty when the reply ends at once.
-      projections: as in `Reading`, of these tokens, except that a reply's last token is not
-        read by the model and so has none.
-      ended: whether an end-of-sequence token came.
+      tokens: the ids that were read, padding left out.
+      logits: next-token logits after them, float32.
+      next: the token chosen from these.
+      projections: of the stream at `resid_post` after interventions onto the probes, float32.
+      realised: realised change per tap, summed over the tokens; leaves [layer, ...].
+      decoding: the decoding settings.
+      state: what the next pass continues from.
     """
 
     tokens: list[int]
+    logits: Float[np.ndarray, " vocab"]
+    next: int
     projections: Float[np.ndarray, "layer token probe"]
-    ended: bool
+    realised: dict[str, decoder.Realised]
+    decoding: Decoding
+    state: State
 
 
-def _forward(
-    model: Decoder,
-    interventions: Interventions,
-    probes: Array,
-    tokens: Array,
-    at: Array,
-    visible: Array,
-    steered: Array,
-    real: Array,
-    cache: Cache,
-    slot: Array,
-) -> tuple[Forward, Array]:
-    """One pass with every token's projections: [layer, token, probe]."""
-    steering = Steering(
-        interventions=interventions,
-        steered=steered,
-        real=real,
-        probes=jnp.zeros((model.config.n_layers, 0, model.config.d_model)),
-    )
-    everything = Capture(taps=(TAP,), weights=jnp.eye(tokens.shape[0], dtype=jnp.float32))
-    out = model(tokens, at, visible, cache, slot, steering=steering, capture=everything)
-    highest = jax.lax.Precision.HIGHEST
-    return out, jnp.einsum("ltd,lpd->ltp", out.captured[TAP], probes, precision=highest)
-
-
-@functools.partial(jax.jit, static_argnames=("definition", "room"))
-def read_prompt(
-    definition: nnx.GraphDef[Decoder],
-    room: int,
-    params: Params,
+@functools.partial(jax.jit, static_argnames=("definition", "decoding"))
+def forward(
+    definition: nnx.GraphDef[decoder.Decoder],
+    decoding: Decoding,
+    params: decoder.Params,
     tokens: Int[AnyArray, " token"],
     real: Bool[AnyArray, " token"],
-    interventions: Interventions,
-    probes: Float[AnyArray, "layer probe d_model"],
-) -> tuple[Float[Array, " vocab"], Float[Array, "layer token probe"], State]:
-    """Read a left-padded prompt.
+    state: State,
+) -> tuple[State, tuple[Array, Array, Array, dict[str, decoder.Realised]]]:
+    """Read some tokens and choose the next.
 
     Args:
-      definition: from `model.graph`; static.
-      room: cache slots kept for the reply; static.
+      definition: from `decoder.graph`; static.
+      decoding: static decoding settings.
       params: the model's parameters.
-      tokens: left-padded ids of one row.
-      real: which are real.
-      interventions: one row's arrays (no leading axis).
-      probes: unit directions per layer.
+      tokens: a left-padded prompt, or one token of its reply.
+      real: which of them are real.
+      state: the row so far.
 
     Returns:
-      Next-token logits, projections of every column (padding too), and the reply's start.
+      The row's new state; then next-token logits, the chosen token, projections of all tokens
+      (padding too) and the realised change.
     """
-    model = bind(definition, params)
-    tokens, real = jnp.asarray(tokens), jnp.asarray(real)
-    dtype = model.embed.embedding[...].dtype
-    cache = empty_cache(model.config, model.config.n_layers, tokens.shape[0], dtype)
-    out, projections = _forward(
-        model,
-        interventions,
-        jnp.asarray(probes),
+    model = decoder.bind(definition, params)
+    tokens, real, held, slot = map(jnp.asarray, (tokens, real, state.held, state.slot))
+    earlier = jnp.broadcast_to(held, (tokens.shape[0], held.shape[0]))
+    asked, probes = state.interventions, jnp.asarray(state.probes)
+    out = model(
         tokens,
-        positions(real),
-        causal_mask(real),
-        real & interventions.on_prompt,
-        real,
-        cache,
-        jnp.int32(0),
+        positions(real, held),
+        lax.dynamic_update_slice_in_dim(earlier, causal_mask(real), slot, axis=1),
+        state.cache,
+        slot,
+        steering=decoder.Steering(
+            interventions=asked,
+            steered=real & jnp.where(slot == 0, asked.on_prompt, asked.on_response),
+            real=real,
+            probes=probes,
+        ),
+        capture=decoder.Capture(taps=(TAP,), weights=jnp.eye(tokens.shape[0])),
+    )
+    projections = jnp.einsum(
+        "ltd,lpd->ltp", out.captured[TAP], probes, precision=lax.Precision.HIGHEST
     )
     logits = model.logits(out.hidden[-1:])[0]
-    space = [(0, 0), (0, room), (0, 0)]
-    state = State(
-        cache=[(jnp.pad(k, space), jnp.pad(v, space)) for k, v in out.cache],
-        real=jnp.pad(real, (0, room)),
-        token=jnp.argmax(logits).astype(jnp.int32),
-        position=jnp.sum(real).astype(jnp.int32),
-        slot=jnp.int32(tokens.shape[0]),
-        live=jnp.bool_(True),
+    chosen, row_id = jnp.asarray(state.chosen), jnp.asarray(state.row_id)
+    token = choose(logits, row_id, chosen, state.sampling, decoding.sample)
+    after = dataclasses.replace(
+        state,
+        cache=out.cache,
+        held=lax.dynamic_update_slice_in_dim(held, real, slot, axis=0),
+        slot=slot + tokens.shape[0],
+        chosen=chosen + 1,
     )
-    return logits, projections, state
+    return after, (logits, token, projections, out.realised)
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "count", "eos", "room"))
-def write(
-    definition: nnx.GraphDef[Decoder],
-    count: int,
-    eos: tuple[int, ...],
-    room: int,
-    params: Params,
-    state: State,
-    interventions: Interventions,
-    probes: Float[AnyArray, "layer probe d_model"],
-) -> tuple[State, Int[Array, " new"], Bool[Array, " new"], Float[Array, "layer new probe"]]:
-    """Emit `count` tokens: each is the state's token, read to find the next one.
-
-    Returns:
-      The new state, the tokens, which of them belong to the reply (False from the ending token
-      on), and their projections.
-    """
-    model = bind(definition, params)
-    index = jnp.arange(state.real.shape[0])
-    start = state.real.shape[0] - room
-
-    def step(state: State, _: None) -> tuple[State, tuple[Array, Array, Array]]:
-        live = state.live & ~jnp.any(state.token == jnp.asarray(eos, jnp.int32))
-        visible = state.real | ((index >= start) & (index <= state.slot))
-        out, projections = _forward(
-            model,
-            interventions,
-            jnp.asarray(probes),
-            state.token[None],
-            state.position[None],
-            visible[None],
-            (live & interventions.on_response)[None],
-            live[None],
-            state.cache,
-            state.slot,
-        )
-        token = jnp.argmax(model.logits(out.hidden)[0]).astype(jnp.int32)
-        following = dataclasses.replace(
-            state,
-            cache=out.cache,
-            token=token,
-            position=state.position + 1,
-            slot=state.slot + 1,
-            live=live,
-        )
-        return following, (state.token, live, projections[:, 0])
-
-    state, (tokens, live, projections) = jax.lax.scan(step, state, None, length=count)
-    return state, tokens, live, jnp.swapaxes(projections, 0, 1)
+def _read(
+    model: ChatModel, decoding: Decoding, tokens: Sequence[int], width: int, state: State
+) -> Reading:
+    """Read tokens, left-padded to a width."""
+    padded, real = padding.left_pad([list(tokens)], width)
+    after, found = forward(model.definition, decoding, model.params, padded[0], real[0], state)
+    logits, token, projections, realised = jax.device_get(found)
+    return Reading(
+        tokens=list(tokens),
+        logits=logits,
+        next=int(token),
+        projections=projections[:, width - len(tokens) :],
+        realised=realised,
+        decoding=decoding,
+        state=after,
+    )
 
 
 def only(interventions: Interventions, condition: int) -> Interventions:
-    """One condition of a stacked intervention, its leading axis dropped."""
+    """One condition of stacked interventions, its leading axis dropped."""
     return jax.tree.map(lambda a: np.asarray(a[condition]), interventions)
 
 
@@ -233,9 +176,11 @@ def read(
     model: ChatModel,
     prompt: Sequence[int],
     interventions: Interventions,
-    probes: Float[np.ndarray, "layer probe d_model"],
+    decoding: Decoding,
     *,
-    room: int,
+    probes: Float[np.ndarray, "layer probe d_model"] | None = None,
+    sampling: Sampling | None = None,
+    row_id: int = 0,
     width: int = 0,
 ) -> Reading:
     """Read one prompt under one intervention.
@@ -244,52 +189,40 @@ def read(
       model: a loaded model.
       prompt: token ids.
       interventions: one condition's arrays, see `only`.
-      probes: unit directions per layer whose projections are wanted.
-      room: most tokens the reply may have.
+      decoding: decoding settings, of the reply too.
+      probes: unit directions whose projections are wanted; None for none.
+      sampling: sampling settings, unread when greedy.
+      row_id: stable number of the row, folded into the sampling seed.
       width: pad to at least this many tokens, so that prompts shorter than it share a program.
 
     Raises:
       UserError: the prompt and its reply do not fit the model's context.
     """
-    limit = model.config.max_position - room
+    config, room = model.config, decoding.max_new_tokens
+    limit = config.max_position - room
     padded = padding.bucket(max(len(prompt), min(width, limit)), limit)
-    tokens, real = padding.left_pad([list(prompt)], padded)
-    logits, projections, state = read_prompt(
-        model.definition, room, model.params, tokens[0], real[0], interventions, probes
+    dtype = model.params["embed"]["embedding"].dtype
+    begin = State(
+        cache=decoder.empty_cache(config, config.n_layers, padded + room, dtype),
+        held=np.zeros(padded + room, bool),
+        slot=np.array(0, np.int32),
+        chosen=np.array(0, np.int32),
+        interventions=interventions,
+        probes=prefill.no_probes(config.n_layers, config.d_model) if probes is None else probes,
+        row_id=np.array(row_id, np.uint32),
+        sampling=sampling or Sampling(),
     )
-    return Reading(
-        logits=np.asarray(logits),
-        projections=np.asarray(projections)[:, padded - len(prompt) :],
-        state=state,
-    )
+    return _read(model, decoding, prompt, padded, begin)
 
 
-def reply(
-    model: ChatModel,
-    reading: Reading,
-    interventions: Interventions,
-    probes: Float[np.ndarray, "layer probe d_model"],
-    *,
-    room: int,
-    chunk: int = 4,
-) -> Iterator[Chunk]:
-    """Yield the greedy reply in chunks, until an end token or until `room` is used up.
+def reply(model: ChatModel, reading: Reading) -> Iterator[Reading]:
+    """Yield the reply of a prompt that was read, until an end token or `max_new_tokens` tokens.
 
-    `room` and the interventions are those the prompt was read with. A reply of `room` tokens comes
-    in ceil(room / chunk) chunks; every chunk but a cut last one runs the same program.
+    Every token is read, the last one too, so each has its projections.
     """
-    state, done = reading.state, 0
-    while done < room:
-        count = min(chunk, room - done)
-        state, tokens, live, projections = write(
-            model.definition, count, model.eos, room, model.params, state, interventions, probes
-        )
-        kept = int(np.asarray(live).sum())
-        done += count
-        yield Chunk(
-            tokens=[int(t) for t in np.asarray(tokens)[:kept]],
-            projections=np.asarray(projections)[:, :kept],
-            ended=kept < count,
-        )
-        if kept < count:
+    decoding = reading.decoding
+    for _ in range(decoding.max_new_tokens):
+        if reading.next in decoding.eos:
             return
+        reading = _read(model, decoding, [reading.next], 1, reading.state)
+        yield reading

@@ -28,7 +28,7 @@ from jaxtyping import Float
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine, padding
-from jaxsteer.generation.generate import Decoding
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import compile_conditions

@@ -1,22 +1,24 @@
-"""Several devices: a `data` x `model` mesh, and one table of how every array lies on it.
+"""Several devices: a `data` x `model` mesh, and how every array is sharded over it.
 
-Rows are spread over `data`; the model's heads, MLP and vocabulary over `model` (q, k, v, gate and
-up by columns, o and down by rows, so that a block adds up across devices twice and no more: Shoeybi
-et al. 2019). Nothing else is needed: inputs carry these shardings, and `jax.jit` carries them on
-through the program. What the `model` axis does not divide lies whole on every device, and `notes`
-says so.
+Rows are split over `data`; the model's heads, MLP and vocabulary over `model` (q, k, v, gate and up
+by columns, o and down by rows, so that a block is summed across devices only twice: Shoeybi et al.
+2019). Arrays name their dimensions by letters, parameters in a table here, keys and values in the
+metadata of the dataclass field that holds them; `SPLIT` maps letters to mesh axes. Only the inputs
+of programs are placed: `jax.jit` propagates their shardings. A dimension that the `model` axis does
+not divide is replicated, and `notes` says so.
 
-On a mesh data=2,model=4, a cache [row, kv_head, slot, head_dim] of 64 rows and 8 key-value heads
-lies as 8 pieces of 32 rows and 2 heads. Without a mesh everything is on one device, as ever.
+On a mesh data=2,model=4, a cache [row, kv_head, slot, head_dim] of 64 rows and 8 key-value heads is
+split into 8 pieces of 32 rows and 2 heads. Without a mesh everything is on one device.
 
-The mesh spans the devices of this process. Processes share a study by its rows, not by the mesh.
+The mesh spans the devices of this process. Processes divide the rows of a study, not the mesh.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,15 +27,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.errors import UserError
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.decoder import Params
 from jaxsteer.model.weights import param_shapes
 
 AXES = ("data", "model")
 # Prompts are read this many at a time: the data axis divides it.
-TOGETHER = 16
+PROMPT_BATCH = 16
 
-# Dimension letters of every parameter, by its path (below layers/N): see `model`. A kernel's N and
-# K are heads times head_dim, and are split between heads only.
+# Dimension letters of every parameter, by its path (below layers/N): see `decoder`. A kernel's N
+# and K are heads times head_dim, and are split between heads only.
 PARAMETERS: Mapping[str, str] = {
     "embed/embedding": "VD",
     "head/kernel": "DV",
@@ -51,11 +52,13 @@ PARAMETERS: Mapping[str, str] = {
     "mlp/up/kernel": "DF",
     "mlp/down/kernel": "FD",
 }
-# B is the row of a batch; what follows it in arrays other than the cache is never split.
-CACHE = "BKSH"
+# Arrays of a batch: B is the row, and the dimensions after it are never split.
 ROWS = "B"
+CACHE = "BKSH"
+# For `dataclasses.field(metadata=...)`: the field holds keys and values of a batch.
+KEYS_AND_VALUES: Mapping[str, str] = {"dimensions": CACHE}
 
-# Which axis of the mesh splits a dimension; every other dimension is whole everywhere.
+# Which axis of the mesh splits a dimension; every other dimension is replicated.
 SPLIT: Mapping[str, str] = {"B": "data", "N": "model", "K": "model", "F": "model", "V": "model"}
 
 
@@ -68,7 +71,7 @@ def parse(text: str) -> dict[str, int]:
     {'data': 1, 'model': 8}
 
     Raises:
-      UserError: anything else, or a data axis that does not divide `TOGETHER`.
+      UserError: anything else, or a data axis that does not divide `PROMPT_BATCH`.
     """
     sizes = dict.fromkeys(AXES, 1)
     seen = []
@@ -79,10 +82,10 @@ def parse(text: str) -> dict[str, int]:
             raise UserError(f"mesh {text!r} is not understood; write it as data=2,model=4")
         seen.append(name)
         sizes[name] = size
-    if TOGETHER % sizes["data"]:
+    if PROMPT_BATCH % sizes["data"]:
         raise UserError(
-            f"mesh {text}: prompts are read {TOGETHER} at a time, which data={sizes['data']} does "
-            "not divide; make data 1, 2, 4, 8 or 16"
+            f"mesh {text}: prompts are read {PROMPT_BATCH} at a time, which data={sizes['data']} "
+            "does not divide; make data 1, 2, 4, 8 or 16"
         )
     return sizes
 
@@ -97,7 +100,7 @@ def written(sizes: Mapping[str, int]) -> str:
 
 
 def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that `--mesh` asks for.
+    """The mesh of the option `--mesh`.
 
     Args:
       text: as `parse` reads it.
@@ -115,16 +118,16 @@ def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
             f"mesh {text} needs {needed} devices and there "
             f"{'is' if len(found) == 1 else 'are'} {len(found)} ({kind}); ask for a smaller --mesh"
         )
-    shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * 2
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * 2
     try:
-        return jax.make_mesh(shape, AXES, kinds, devices=found[:needed])
+        return jax.make_mesh(shape, AXES, types, devices=found[:needed])
     except (AssertionError, NotImplementedError):
-        # Of TPU chips JAX makes whole rectangles only, such as neither 3 of 8 chips nor 16 x 4 of
-        # 8 x 8 have. Any order is right, if not as near.
-        return Mesh(np.array(found[:needed]).reshape(shape), AXES, axis_types=kinds)
+        # JAX makes only meshes that are a rectangle of TPU chips, which neither 3 of 8 chips nor
+        # 16 x 4 of 8 x 8 are. Any order of devices is correct, if slower.
+        return Mesh(np.array(found[:needed]).reshape(shape), AXES, axis_types=types)
 
 
-def _whole(config: ModelConfig, model: int) -> dict[str, str]:
+def _replicated(config: ModelConfig, model: int) -> dict[str, str]:
     """Dimensions that a model axis of this size does not divide, each with its length in words."""
     c = config
     lengths = {
@@ -133,32 +136,32 @@ def _whole(config: ModelConfig, model: int) -> dict[str, str]:
         "F": (c.d_ff, f"an MLP width of {c.d_ff}"),
         "V": (c.vocab_size, f"a vocabulary of {c.vocab_size}"),
     }
-    return {letter: said for letter, (length, said) in lengths.items() if length % model}
+    return {letter: words for letter, (length, words) in lengths.items() if length % model}
 
 
 def spec(dimensions: str, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
-    """How an array with these dimension letters is split; later dimensions are whole."""
-    whole = _whole(config, mesh.shape["model"])
-    return PartitionSpec(*(None if d in whole else SPLIT.get(d) for d in dimensions))
+    """How an array with these dimension letters is split; later dimensions are replicated."""
+    replicated = _replicated(config, mesh.shape["model"])
+    return PartitionSpec(*(None if d in replicated else SPLIT.get(d) for d in dimensions))
 
 
 def notes(config: ModelConfig, mesh: Mesh) -> list[str]:
     """What the model axis cannot split, a sentence each; empty when it splits everything."""
     model = mesh.shape["model"]
-    held = {
+    arrays = {
         "N": "q and o projections are",
         "K": "k and v projections and the cache are",
         "F": "MLP kernels are",
         "V": "the token table and the head are",
     }
     return [
-        f"{said} cannot be split in {model}: {held[letter]} whole on every device"
-        for letter, said in _whole(config, model).items()
+        f"{words} cannot be split in {model}: {arrays[letter]} whole on every device"
+        for letter, words in _replicated(config, model).items()
     ]
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each parameter lies, by path."""
+    """The sharding of each parameter, by path."""
     shardings = {}
     for path in param_shapes(config):
         below = path.split("/", 2)[2] if path.startswith("layers/") else path
@@ -166,19 +169,24 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]
     return shardings
 
 
-def shardings(tree: Any, config: ModelConfig, mesh: Mesh) -> list[NamedSharding]:
-    """Where the leaves of a pytree lie that all have a leading row axis, in their order.
+def _dimensions(tree: Any, letters: str = ROWS) -> Iterator[str]:
+    """Dimension letters of every leaf in order, as the dataclass fields around it declare them."""
+    for node in jax.tree.leaves(tree, is_leaf=dataclasses.is_dataclass):
+        if not dataclasses.is_dataclass(node):
+            yield letters
+            continue
+        for field in dataclasses.fields(node):
+            declared = field.metadata.get("dimensions", letters)
+            yield from _dimensions(getattr(node, field.name), declared)
 
-    Rows are split; what is found under a field named `cache` is keys and values, whose heads are
-    split too. For rows ready to run, interventions of rows, shared beginnings and slots.
-    """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    in_cache = [any(getattr(key, "name", None) == "cache" for key in path) for path in paths]
-    return [NamedSharding(mesh, spec(CACHE if is_kv else ROWS, config, mesh)) for is_kv in in_cache]
+
+def shardings(tree: Any, config: ModelConfig, mesh: Mesh) -> list[NamedSharding]:
+    """The sharding of each leaf, in order, of a pytree whose leaves have a leading row axis."""
+    return [NamedSharding(mesh, spec(letters, config, mesh)) for letters in _dimensions(tree)]
 
 
 def place(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
-    """Put a pytree of row-leading arrays on the mesh; without a mesh it stays as it is.
+    """Put a pytree of row-leading arrays on the mesh; without a mesh it is returned as it is.
 
     Raises:
       UserError: the data axis does not divide the number of rows.
@@ -191,6 +199,19 @@ def place(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
     return jax.tree.unflatten(structure, jax.device_put(leaves, shardings(tree, config, mesh)))
 
 
+def constrain(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
+    """Inside a jitted function: give row-leading arrays the shardings that `place` gives them.
+
+    For arrays made there. The shardings of inputs are propagated, but zeros have none, and would be
+    whole on every device.
+    """
+    if mesh is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    constrained = jax.lax.with_sharding_constraint(leaves, shardings(tree, config, mesh))
+    return jax.tree.unflatten(structure, constrained)
+
+
 def nbytes(tree: Any) -> int:
     """Bytes on one device of arrays that have a shape, a type and a sharding."""
     return sum(
@@ -198,27 +219,7 @@ def nbytes(tree: Any) -> int:
     )
 
 
-def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that a model's parameters are spread over; None for one device."""
-    sharding = params["embed"]["embedding"].sharding
-    found = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return found if isinstance(found, Mesh) else None
-
-
-def keep(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
-    """Inside a jitted function: have a pytree of row-leading arrays lie as `place` puts it.
-
-    For what begins there: jit carries the shardings of inputs on by itself, but zeros have none,
-    and would be made whole on every device.
-    """
-    if mesh is None:
-        return tree
-    leaves, structure = jax.tree.flatten(tree)
-    lies = shardings(tree, config, mesh)
-    return jax.tree.unflatten(structure, jax.lax.with_sharding_constraint(leaves, lies))
-
-
-def data_of(mesh: Mesh | None) -> int:
+def data_size(mesh: Mesh | None) -> int:
     """Size of the data axis; 1 without a mesh."""
     return 1 if mesh is None else mesh.shape["data"]
 
@@ -229,7 +230,7 @@ def check_batch(batch: int, mesh: Mesh | None) -> None:
     Raises:
       UserError: the data axis does not divide it.
     """
-    data = data_of(mesh)
+    data = data_size(mesh)
     if batch % data:
         raise UserError(
             f"a batch of {batch} rows cannot be split over data={data}; make the batch a multiple "

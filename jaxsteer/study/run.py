@@ -31,7 +31,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json
 from jaxsteer.generation import engine
 from jaxsteer.generation.distributed import ALONE, Hosts
-from jaxsteer.generation.generate import Decoding, Sampling
+from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.progress import Progress
@@ -165,7 +165,7 @@ def _finish(
     asked = rows.requests(run.study, model, run.conditions, planned)
     # Rows of one packed sequence stay together: they share work.
     packed = engine.pack(asked, model.config.max_position - decoding.max_new_tokens)
-    share = hosts.share([f"lane {lane}" for lane in packed.lane])
+    share = hosts.share([f"lane {n}" for n in packed.sequence])
     probed = [name for name in PROBES if name in prepared.directions]
     # Never a single one: a matrix times a vector, whose sums a CPU orders by the row's slot.
     columns = 2 if len(probed) == 1 else len(probed)

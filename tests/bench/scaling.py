@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxsteer.generation import engine
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.generate import Decoding
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import Add, compile_conditions

@@ -15,7 +15,8 @@ import scipy.stats
 from rich.console import Console
 
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.generate import Decoding, no_probes
+from jaxsteer.generation.prefill import no_probes
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Operation, Project, everywhere

@@ -36,7 +36,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxsteer.errors import UserError
 from jaxsteer.generation import decode, prefill
 from jaxsteer.generation.engine import cache_slots
-from jaxsteer.generation.generate import Decoding, Sampling
+from jaxsteer.generation.layer_sharing import layer_groups
+from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model import sharding
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.decoder import Realised, blocks_graph, graph
@@ -145,21 +146,23 @@ class Sweep:
 
     def prefill(self, width: int) -> tuple[Any, ...]:
         """The program that reads a batch of packed prompts in a group of layers."""
-        first, last = prefill.stages(self.config.n_layers)[0]
-        count = sharding.TOGETHER
+        first, last = layer_groups(self.config.n_layers)[0]
+        count = sharding.PROMPT_BATCH
         return (
-            prefill.segment,
+            prefill.run_layers,
             blocks_graph(self.config, last - first, jnp.bfloat16),
-            prefill.part(self.params, first, last),
+            prefill.group_params(self.params, first, last),
             self.array(jnp.bfloat16, count, width, self.config.d_model),
-            self.array(jnp.int32, count),
-            self.array(jnp.int32, count, width),
-            None,
-            self.intervened(count, last - first),
+            prefill.SequenceBatch(
+                parent=self.array(jnp.int32, count),
+                segment_ids=self.array(jnp.int32, count, width),
+                prefix=None,
+                interventions=self.intervened(count, last - first),
+            ),
             self.probes(last - first),
         )
 
-    def state(self, count: int) -> decode.Slots:
+    def state(self, count: int) -> decode.DecodeState:
         """The rows that decode together, with room for the longest prompt and its reply."""
         c, slots = self.config, cache_slots(0, LONGEST, NEW_TOKENS)
         kv_shape = (count, c.n_kv_heads, slots, c.head_dim)
@@ -171,20 +174,21 @@ class Sweep:
             **dict.fromkeys(("change", "norm"), norms),
             **dict.fromkeys(("before", "after"), probed),
         )
-        numbers = ("emitted", "length", "last", "position", "start")
-        return decode.Slots(
+        numbers = ("emitted", "last", "position", "start")
+        return decode.DecodeState(
             **dict.fromkeys(("live", "stopped"), self.array(bool, count)),
             **dict.fromkeys(numbers, self.array(jnp.int32, count)),
             tokens=self.array(jnp.int32, count, NEW_TOKENS),
             logits=self.array(jnp.float32, count, NEW_TOKENS, 0),
             cache=[(kv, kv)] * c.n_layers,
             held=self.array(bool, count, slots),
+            prompt={"resid_post": realised},
             response={"resid_post": realised},
             interventions=self.intervened(count, c.n_layers),
             ids=self.array(jnp.uint32, count),
         )
 
-    def decode(self, state: decode.Slots) -> tuple[Any, ...]:
+    def decode(self, state: decode.DecodeState) -> tuple[Any, ...]:
         """The program that runs a chunk of steps."""
         definition, probes = graph(self.config, jnp.bfloat16), self.probes(self.config.n_layers)
         return decode.advance, definition, self.decoding, self.params, state, probes, Sampling()
@@ -208,7 +212,7 @@ def mesh_for(config: ModelConfig, slice_: str, mesh: str | None) -> Mesh:
     except (KeyError, RuntimeError) as error:
         raise UserError(f"no slice such as {SLICES[0]}, or no libtpu ({error})") from None
     model = max(m for m in (1, 2, 4) if len(found) % m == 0 and config.n_kv_heads % m == 0)
-    default = {"data": math.gcd(len(found) // model, sharding.TOGETHER), "model": model}
+    default = {"data": math.gcd(len(found) // model, sharding.PROMPT_BATCH), "model": model}
     return sharding.mesh(mesh or sharding.written(default), found)
 
 
@@ -243,7 +247,7 @@ def check(config: ModelConfig, mesh: Mesh, chip: Chip, rows: int) -> Check:
       UserError: what the compiler refuses, or the mesh cannot split the rows.
     """
     sharding.check_batch(rows, mesh)
-    sweep, groups = Sweep(config, mesh), len(prefill.stages(config.n_layers))
+    sweep, groups = Sweep(config, mesh), len(layer_groups(config.n_layers))
     state, read = sweep.state(rows), compiled(*sweep.prefill(LONGEST))
     decoded = compiled(*sweep.decode(state))
     weights = sharding.nbytes(sweep.params)
@@ -251,12 +255,13 @@ def check(config: ModelConfig, mesh: Mesh, chip: Chip, rows: int) -> Check:
         "weights": weights,
         "decoding rows": sharding.nbytes(state),
         # Outputs of all layer groups, and the rows that are gathered from them.
-        "prompts in flight": groups * read.made + sharding.nbytes(sweep.state(sharding.TOGETHER)),
+        "prompts in flight": groups * read.made
+        + sharding.nbytes(sweep.state(sharding.PROMPT_BATCH)),
         "temporaries": max(decoded.memory, read.memory),
     }
     step = decoded.seconds(chip, weights + sharding.nbytes(state.cache))
     group = read.seconds(chip, weights // groups)
-    calls = groups * math.ceil(ROWS * USUAL / (sharding.TOGETHER * LONGEST))
+    calls = groups * math.ceil(ROWS * USUAL / (sharding.PROMPT_BATCH * LONGEST))
     steps = math.ceil(ROWS / rows) * NEW_TOKENS
     return Check(
         memory=memory,

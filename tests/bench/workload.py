@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.generate import Decoding
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model import weights
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig, to_hf

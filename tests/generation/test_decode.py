@@ -1,4 +1,4 @@
-"""Rows that decode in slots give what the plain path gives, token for token."""
+"""Rows that decode in slots give what the stepwise path gives, token for token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsteer.generation import decode, engine, layer_sharing, padding, prefill
+from jaxsteer.generation import engine, layer_sharing
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.generate import Decoding, Rows, Sampling, generate, no_probes
+from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
-from tests import tiny
+from tests import compiles, reference, tiny
 from tests.conftest import chats
 
 START = [4, 9, 33, 7, 12]
@@ -24,7 +24,7 @@ PROMPTS = [[*START, *tail] for tail in ([41], [*range(5, 40)], [8, 8, 9], [50], 
 
 @pytest.fixture(scope="module", params=[tiny.llama, tiny.qwen2], ids=["llama", "qwen2"])
 def model(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slots")
+    folder = tmp_path_factory.mktemp("decode")
     return ChatModel.load(
         convert(tiny.save(request.param(), folder / "hf"), folder / "out", "float32")
     )
@@ -54,20 +54,6 @@ def stack(model, made, scope):
     )
 
 
-def plain(model, requests, stacked, decoding, probes, sampling):
-    """All rows in one batch of `generate`, nothing shared."""
-    prompts = [list(request.tokens) for request in requests]
-    width = padding.bucket(max(map(len, prompts)), model.config.max_position)
-    tokens, real = padding.left_pad(prompts, width)
-    batch = Rows(
-        tokens=tokens,
-        real=real,
-        interventions=stacked.rows(np.array([request.condition for request in requests])),
-        ids=np.array([request.row_id for request in requests], np.uint32),
-    )
-    return generate(model.definition, decoding, model.params, batch, probes, sampling)
-
-
 def compare(
     model, prompts, made, *, scope="all", sample=False, shared=0, batch=3, new=12, eos=None
 ):
@@ -84,25 +70,26 @@ def compare(
     probes = probes.astype(np.float32)
     decoding = Decoding(max_new_tokens=new, eos=eos or model.eos, sample=sample)
     sampling = Sampling(seed=3, temperature=0.8, top_p=0.9)
-    expected = plain(model, requests, stacked, decoding, probes, sampling)
+    expected = reference.replies(
+        model, requests, stacked, decoding, probes=probes, sampling=sampling
+    )
     found = engine.run(
         model, requests, stacked, decoding, probes=probes, sampling=sampling, batch=batch
     )
     replies = sorted((reply for some in found for reply in some), key=lambda r: r.index)
     assert [reply.index for reply in replies] == list(range(len(requests)))
-    for i, reply in enumerate(replies):
-        length = int(expected.length[i])
-        np.testing.assert_array_equal(reply.tokens, expected.tokens[i, :length])
-        assert reply.stopped == bool(expected.stopped[i])
-        for ours, theirs in ((reply.prompt, expected.prompt), (reply.response, expected.response)):
+    for reply, same in zip(replies, expected, strict=True):
+        assert reply.tokens.tolist() == same.tokens
+        assert reply.stopped == same.stopped
+        for ours, theirs in ((reply.prompt, same.prompt), (reply.response, same.response)):
             assert ours.keys() == theirs.keys()
             for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-                np.testing.assert_allclose(x, y[i], rtol=5e-4, atol=5e-4)
+                np.testing.assert_allclose(x, y, rtol=5e-4, atol=5e-4)
     return [len(reply.tokens) for reply in replies]
 
 
 @pytest.mark.parametrize("scope", ["all", "prompt", "response"])
-def test_greedy_rows_are_those_of_the_plain_path_at_every_tap(model, rng, scope):
+def test_greedy_rows_are_those_of_the_stepwise_path_at_every_tap(model, rng, scope):
     # Some replies end early: slots are refilled in the middle of others' replies.
     lengths = compare(model, PROMPTS, conditions(model, rng), scope=scope, eos=(3, 11, 22, 40))
     assert len(set(lengths)) > 3
@@ -114,7 +101,7 @@ def test_what_is_shared_and_the_number_of_slots_change_no_token(model, rng, shar
     compare(model, PROMPTS, made, shared=shared, batch=batch, eos=(3, 11, 22, 40))
 
 
-def test_sampled_rows_are_those_of_the_plain_path(model, rng):
+def test_sampled_rows_are_those_of_the_stepwise_path(model, rng):
     eos = (3, 11, 22, 40)
     lengths = compare(model, PROMPTS, conditions(model, rng), sample=True, shared=5, eos=eos)
     assert len(set(lengths)) > 3
@@ -135,7 +122,7 @@ def test_nothing_of_an_earlier_row_is_left_in_its_slot(model):
     np.testing.assert_array_equal(both[1].tokens, alone.tokens)
 
 
-def test_a_prompt_that_overflows_harms_nobody_in_its_lane(model):
+def test_a_prompt_that_overflows_changes_no_other_of_its_packed_sequence(model):
     table = np.array(model.params["embed"]["embedding"])
     table[60] = np.inf
     broken = dataclasses.replace(
@@ -158,18 +145,16 @@ def test_a_prompt_that_overflows_harms_nobody_in_its_lane(model):
             np.testing.assert_array_equal(x, y)
 
 
-def test_logits_of_a_slot_are_those_of_the_plain_path(model, rng):
+def test_logits_of_a_slot_are_those_of_the_stepwise_path(model, rng):
     stacked = stack(model, conditions(model, rng), "all")
     decoding = Decoding(max_new_tokens=6, eos=model.eos, keep_logits=True)
     requests = [Request(tokens=p, condition=c) for c in range(6) for p in PROMPTS]
-    probes = no_probes(model.config.n_layers, model.config.d_model)
-    expected = plain(model, requests, stacked, decoding, probes, Sampling())
+    expected = reference.replies(model, requests, stacked, decoding)
     for reply in (r for b in engine.run(model, requests, stacked, decoding, batch=4) for r in b):
-        theirs = expected.logits[reply.index, : len(reply.logits)]
-        np.testing.assert_allclose(reply.logits, theirs, atol=2e-4)
+        np.testing.assert_allclose(reply.logits, expected[reply.index].logits, atol=2e-4)
 
 
-def test_a_row_has_the_same_bits_whoever_is_beside_it(model, rng):
+def test_a_row_has_the_same_bits_beside_other_rows(model, rng):
     stacked = stack(model, conditions(model, rng), "all")
     decoding = Decoding(max_new_tokens=20, eos=(3, 11, 22, 40), keep_logits=True)
     requests = [Request(tokens=p, condition=c, shared=3) for c in range(6) for p in PROMPTS]
@@ -186,27 +171,30 @@ def test_a_row_has_the_same_bits_whoever_is_beside_it(model, rng):
 
 
 def test_neither_more_conditions_nor_other_layers_compile_anything(model, rng):
-    programs = (prefill.embed, prefill.segment, prefill.gather, prefill.first_token)
-    programs += (decode.empty, decode._put, decode._put_opening, decode.advance)
     vectors = rng.standard_normal((model.config.n_layers, model.config.d_model))
     decoding = Decoding(max_new_tokens=4, eos=model.eos)
-    counts = []
-    for n, layer in ((3, 1), (30, 1), (5, 0), (5, 2)):
+
+    def compiled(n, layer):
         made = [[Add(direction=vectors, layers=(layer,), scale=float(c))] for c in range(n)]
         requests = [Request(tokens=p, condition=c, shared=5) for c in range(n) for p in PROMPTS[2:]]
-        list(engine.run(model, requests, stack(model, made, "all"), decoding, batch=4))
-        counts.append([program._cache_size() for program in programs])
-    assert counts == [counts[0]] * 4 and min(counts[0]) > 0
+        with compiles.counted() as found:
+            list(engine.run(model, requests, stack(model, made, "all"), decoding, batch=4))
+        return {name: found[name] for name in compiles.ENGINE if found[name]}
+
+    jax.clear_caches()
+    assert compiled(3, 1).keys() == set(compiles.ENGINE)
+    for n, layer in ((30, 1), (5, 0), (5, 2)):
+        assert compiled(n, layer) == {}
 
 
-def test_a_batch_smaller_than_the_prefill_batch_takes_its_rows_in_turns(model):
+def test_fewer_slots_than_a_prefill_batch_take_its_rows_a_few_at_a_time(model):
     requests = [Request(tokens=[5 + i, 9]) for i in range(layer_sharing.BATCH + 2)]
     decoding = Decoding(max_new_tokens=3, eos=(63,))
     found = list(engine.run(model, requests, stack(model, [[]], "all"), decoding, batch=2))
     assert sorted(r.index for b in found for r in b) == list(range(len(requests)))
 
 
-def test_the_real_models_rows_are_those_of_the_plain_path(smollm2, rng):
+def test_the_real_models_rows_are_those_of_the_stepwise_path(smollm2, rng):
     shape = (smollm2.config.n_layers, smollm2.config.d_model)
     a = rng.standard_normal(shape).astype(np.float32)
     made = [

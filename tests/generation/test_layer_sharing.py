@@ -3,10 +3,19 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxsteer.generation import layer_sharing, packing
-from jaxsteer.generation.generate import no_probes
-from jaxsteer.generation.layer_sharing import Work, descend, fill, kinds
+from jaxsteer.generation.engine import Request
+from jaxsteer.generation.layer_sharing import (
+    Prompts,
+    equivalence_classes,
+    layer_groups,
+    read,
+    run_prefixes,
+)
+from jaxsteer.generation.prefill import no_probes
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
@@ -15,7 +24,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("depth")
+    folder = tmp_path_factory.mktemp("sharing")
     return ChatModel.load(
         convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
     )
@@ -37,69 +46,93 @@ def made(model, rng):
 
 
 def test_conditions_part_at_the_layer_where_they_first_differ(model, rng):
-    found = kinds(stacked(model, made(model, rng)))
+    found = equivalence_classes(stacked(model, made(model, rng)))
     assert found == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 2, 1]]
 
 
 def test_conditions_that_leave_prompts_alone_share_all_of_prefill(model, rng):
     scopes = ["response", "response", "response", "all"]
-    found = kinds(stacked(model, made(model, rng), scopes))
+    found = equivalence_classes(stacked(model, made(model, rng), scopes))
     assert found[-1][:3] == [0, 0, 0] and found[-1][3] != 0
-    # Whether a token may be touched is counted, so this tells them apart from the start.
+    # The number of steered tokens is counted, so the scope tells them apart from the start.
     assert found[0] == [0, 0, 0, 1]
 
 
 def test_a_tap_at_the_embedding_parts_conditions_before_the_first_layer(model, rng):
     v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
     both = [[], [Add(direction=v, layers=(0,), scale=1.0, tap="embed")]]
-    assert kinds(stacked(model, both))[0] == [0, 1]
+    assert equivalence_classes(stacked(model, both))[0] == [0, 1]
 
 
-@pytest.mark.parametrize("batch", [2, 5, 16])
-def test_rows_are_one_entry_exactly_as_long_as_they_are_the_same(model, rng, batch):
+@pytest.mark.parametrize("size", [2, 5, 16])
+def test_rows_are_one_entry_exactly_as_long_as_they_are_the_same(model, rng, size):
     interventions = stacked(model, made(model, rng))
-    prompts = [[5, 6], [7, 8, 9], [4]]
+    tokens = [[5, 6], [7, 8, 9], [4]]
     rows = [(c, p) for c in range(4) for p in range(3)]
-    work = Work(
-        definition=model.definition,
-        config=model.config,
-        params=model.params,
+    prompts = Prompts(
+        model=model,
+        requests=[Request(tokens=tokens[p], condition=c) for c, p in rows],
         interventions=interventions,
         probes=no_probes(model.config.n_layers, model.config.d_model),
-        conditions=[c for c, _ in rows],
-        lanes=packing.alone([prompts[p] for _, p in rows], 8),
-        prefix=None,
-        beginning=[],
+        packed=packing.one_each([tokens[p] for _, p in rows], 8),
     )
-    known = kinds(interventions)
-    where, batches = {}, []
-    for done in descend(work, range(len(rows)), 8, batch=batch, together=batch):
-        assert len(done.rows) <= batch
-        for row, places in zip(done.rows, done.places.T, strict=False):
-            # A level's object tells its batch, the place its entry there.
-            where[row] = [(id(level), at) for level, at in zip(done.levels, places, strict=True)]
-        batches.append(done)  # Alive, so that no id is used again for another level.
+    classes = equivalence_classes(interventions)
+    where, kept = {}, []
+    for some, batch in read(prompts, range(len(rows)), size=size):
+        for row, entries in zip(some, batch.entry, strict=False):
+            # An output's object tells its batch, the index its entry there.
+            where[row] = [
+                (id(output), at) for output, at in zip(batch.outputs, entries, strict=True)
+            ]
+        kept.append(batch)  # Alive, so that no id is used again for another output.
     assert sorted(where) == list(range(len(rows)))
-    # This model's segments are its layers: level 0 is the embedding, level n follows layer n.
+    # This model's groups are its layers: output 0 is the embedding, output n follows layer n.
     for row, (condition, prompt) in enumerate(rows):
         for other, (condition2, prompt2) in enumerate(rows):
-            for level in range(4):
-                same = prompt == prompt2 and known[level][condition] == known[level][condition2]
+            for depth in range(4):
+                same = prompt == prompt2 and classes[depth][condition] == classes[depth][condition2]
                 if not same:
-                    assert where[row][level] != where[other][level]
-                elif batch == 16:
-                    assert where[row][level] == where[other][level]
+                    assert where[row][depth] != where[other][depth]
+                elif size == 16:
+                    assert where[row][depth] == where[other][depth]
 
 
-def test_beginnings_come_back_in_the_order_given(model, rng):
+def test_prefixes_come_back_in_the_order_given(model, rng):
     interventions = stacked(model, made(model, rng))
-    probes = no_probes(model.config.n_layers, model.config.d_model)
     tokens = [[5, 6, 7], [8], [], [9, 10], [5, 6, 7]] * 5
     conditions = [c % 4 for c in range(len(tokens))]
-    args = (model.definition, model.config, model.params)
-    together = fill(*args, tokens, conditions, interventions, probes)
-    assert together.real.shape[1] == layer_sharing.STEP
+    together = run_prefixes(model, tokens, conditions, interventions)
+    assert together.real.shape[1] == layer_sharing.PREFIX_MULTIPLE
     for i in (0, 1, 2, 7, 24):
-        alone = fill(*args, [tokens[i]], [conditions[i]], interventions, probes)
+        alone = run_prefixes(model, [tokens[i]], [conditions[i]], interventions)
         for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_array_equal(x[i], y[0])
+
+
+@given(st.integers(1, 200))
+def test_layer_groups_cover_every_layer_once_in_order_and_compile_two_programs_at_most(n_layers):
+    found = layer_groups(n_layers)
+    assert [layer for first, last in found for layer in range(first, last)] == list(range(n_layers))
+    assert len(found) <= 10
+    sizes = [last - first for first, last in found]
+    assert len(set(sizes)) == 1 or sizes[-1] < sizes[0] == max(sizes[:-1]) == min(sizes[:-1])
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "sizes"),
+    [
+        (1, [1]),
+        (11, [2, 2, 2, 2, 2, 1]),
+        # Llama-3.2-1B, Qwen2.5-0.5B, Qwen2.5-7B, SmolLM2-135M, Llama-3.1-8B, Qwen2.5-3B and
+        # Llama-3.1-70B.
+        (16, [2] * 8),
+        (24, [3] * 8),
+        (28, [4] * 7),
+        (30, [3] * 10),
+        (32, [4] * 8),
+        (36, [4] * 9),
+        (80, [8] * 10),
+    ],
+)
+def test_the_layer_groups_of_known_models_are_these(n_layers, sizes):
+    assert [last - first for first, last in layer_groups(n_layers)] == sizes

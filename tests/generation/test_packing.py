@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation.packing import MEMBERS, WIDTH, alone, pack
+from jaxsteer.generation.packing import MAX_SEGMENTS, WIDTH, one_each, pack
 
 PROMPTS = st.lists(
     st.tuples(st.lists(st.integers(1, 99), min_size=1, max_size=200), st.sampled_from("ab")),
@@ -14,29 +14,29 @@ PROMPTS = st.lists(
 )
 
 
-def held(lanes, row):
-    """The tokens that a lane holds for a row, and where they are."""
-    where = np.flatnonzero(lanes.owner[lanes.lane[row]] == lanes.member[row])
-    return lanes.tokens[lanes.lane[row]][where].tolist(), where
+def held(packed, row):
+    """The tokens of a row in its packed sequence, and where they are."""
+    where = np.flatnonzero(packed.segment_ids[packed.sequence[row]] == packed.segment[row])
+    return packed.tokens[packed.sequence[row]][where].tolist(), where
 
 
 @given(PROMPTS)
-def test_every_prompt_is_whole_in_one_lane_of_its_group(rows):
-    lanes = pack([prompt for prompt, _ in rows], [group for _, group in rows], 4096)
+def test_every_prompt_is_whole_in_one_packed_sequence_of_its_group(rows):
+    packed = pack([prompt for prompt, _ in rows], [group for _, group in rows], 4096)
     groups: dict[int, str] = {}
     for row, (prompt, group) in enumerate(rows):
-        tokens, where = held(lanes, row)
+        tokens, where = held(packed, row)
         assert tokens == prompt and (np.diff(where) == 1).all()
-        assert groups.setdefault(lanes.lane[row], group) == group
-        assert 1 <= lanes.member[row] <= MEMBERS
+        assert groups.setdefault(packed.sequence[row], group) == group
+        assert 1 <= packed.segment[row] <= MAX_SEGMENTS
     # Nothing else is in them.
-    assert sum(int((owner > 0).sum()) for owner in lanes.owner) == sum(
+    assert sum(int((ids > 0).sum()) for ids in packed.segment_ids) == sum(
         len(prompt) for prompt, _ in {(tuple(p), g) for p, g in rows}
     )
 
 
 @given(PROMPTS, st.randoms())
-def test_the_order_of_the_rows_changes_no_lane(rows, random):
+def test_the_order_of_the_rows_changes_no_packed_sequence(rows, random):
     other = list(rows)
     random.shuffle(other)
     first, second = (
@@ -47,16 +47,20 @@ def test_the_order_of_the_rows_changes_no_lane(rows, random):
         np.testing.assert_array_equal(here, there)
 
 
-def test_short_prompts_share_a_lane_and_equal_ones_a_place():
-    lanes = pack([[1, 2, 3], [7] * 30, [1, 2, 3], [4, 5]], "aaaa", 4096)
-    assert [len(lane) for lane in lanes.tokens] == [32, 32]
-    assert lanes.lane == [1, 0, 1, 0] and lanes.member == [1, 1, 1, 2]
-    assert lanes.owner[1].tolist() == [1] * 3 + [0] * 29
+def test_short_prompts_are_packed_together_and_equal_ones_share_a_place():
+    packed = pack([[1, 2, 3], [7] * 30, [1, 2, 3], [4, 5]], "aaaa", 4096)
+    assert [len(tokens) for tokens in packed.tokens] == [32, 32]
+    assert packed.sequence == [1, 0, 1, 0] and packed.segment == [1, 1, 1, 2]
+    assert packed.segment_ids[1].tolist() == [1] * 3 + [0] * 29
 
 
-def test_lanes_are_as_wide_as_the_longest_prompt_asks_but_long_ones_do_not_widen_all():
-    assert {len(lane) for lane in pack([[1] * 3, [2] * 70], "ab", 4096).tokens} == {96}
-    assert {len(lane) for lane in pack([[1] * 3, [2] * 500], "ab", 4096).tokens} == {WIDTH, 512}
+def widths(prompts):
+    return {len(tokens) for tokens in pack(prompts, "ab", 4096).tokens}
+
+
+def test_the_longest_prompt_sets_the_width_of_all_but_a_very_long_one_only_its_own():
+    assert widths([[1] * 3, [2] * 70]) == {96}
+    assert widths([[1] * 3, [2] * 500]) == {WIDTH, 512}
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
@@ -64,10 +68,11 @@ def test_a_prompt_that_does_not_fit_is_refused():
         pack([[1] * 21], "a", 20)
 
 
-def test_beginnings_have_a_lane_each_and_end_at_its_last_column():
-    lanes = alone([[1, 2], [3], [1, 2], []], 4)
-    assert [lane.tolist() for lane in lanes.tokens] == [[0, 0, 1, 2], [0, 0, 0, 3], [0] * 4]
-    assert [owner.tolist() for owner in lanes.owner] == [[0, 0, 1, 1], [0, 0, 0, 1], [0] * 4]
-    assert lanes.lane == [0, 1, 0, 2] and lanes.member == [1] * 4
-    tokens, owner = lanes.filled([1], 4, 3)
-    assert tokens.tolist() == [[0, 0, 0, 3], [0] * 4, [0] * 4] and owner.sum() == 1
+def test_one_each_left_pads_every_prompt_in_a_sequence_of_its_own():
+    packed = one_each([[1, 2], [3], [1, 2], []], 4)
+    assert [tokens.tolist() for tokens in packed.tokens] == [[0, 0, 1, 2], [0, 0, 0, 3], [0] * 4]
+    assert [ids.tolist() for ids in packed.segment_ids] == [[0, 0, 1, 1], [0, 0, 0, 1], [0] * 4]
+    assert packed.sequence == [0, 1, 0, 2] and packed.segment == [1] * 4
+    tokens, segment_ids = packed.batch([1, 0])
+    assert tokens.tolist() == [[0, 0, 0, 3], [0, 0, 1, 2]]
+    assert segment_ids.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]

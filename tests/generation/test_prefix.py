@@ -1,4 +1,4 @@
-"""A shared beginning run once gives what whole prompts give."""
+"""A shared prefix run once gives what whole prompts give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine, prefix
-from jaxsteer.generation.generate import Decoding, Sampling
+from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
@@ -76,7 +76,7 @@ def test_samples_equal_those_of_whole_prompts(model, rng):
         np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
-def test_rows_with_and_without_a_shared_beginning_run_together(model, rng):
+def test_rows_with_and_without_a_shared_prefix_run_together(model, rng):
     made = conditions(model, rng)
     stacked = compile_conditions(
         made, ["all"] * 3, n_layers=model.config.n_layers, d_model=model.config.d_model

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
 from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine, padding, stepwise
-from jaxsteer.generation.generate import Decoding
+from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
-from tests import tiny
+from tests import compiles, tiny
 
 ROOM = 8
 PROMPTS = [[3, 9, 33], [5] * 20, list(range(3, 43))]
@@ -18,7 +19,7 @@ PROMPTS = [[3, 9, 33], [5] * 20, list(range(3, 43))]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stream")
+    folder = tmp_path_factory.mktemp("stepwise")
     return ChatModel.load(
         convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
     )
@@ -43,18 +44,18 @@ def unit(vectors):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True))[:, None]
 
 
-def streamed(model, prompt, interventions, probes, *, room=ROOM, chunk=4, width=0):
-    reading = stepwise.read(model, prompt, interventions, probes, room=room, width=width)
-    chunks = list(stepwise.reply(model, reading, interventions, probes, room=room, chunk=chunk))
-    return reading, chunks
+def run(model, prompt, interventions, probes, *, room=ROOM, width=0):
+    decoding = Decoding(max_new_tokens=room, eos=model.eos)
+    prompt = stepwise.read(model, prompt, interventions, decoding, probes=probes, width=width)
+    return prompt, list(stepwise.reply(model, prompt))
 
 
-def tokens_of(chunks):
-    return [token for chunk in chunks for token in chunk.tokens]
+def tokens_of(steps):
+    return [token for step in steps for token in step.tokens]
 
 
 @pytest.mark.parametrize("scope", ["all", "prompt", "response"])
-def test_streamed_tokens_are_those_of_generate_steered_and_not(model, vectors, scope):
+def test_tokens_are_those_of_the_engine_steered_and_not(model, vectors, scope):
     conditions = [[], [Add(direction=vectors, layers=(1,), scale=3.0)]]
     stacked = compiled(model, conditions, scope)
     requests = [engine.Request(tokens=p, condition=c) for p in PROMPTS for c in range(2)]
@@ -66,12 +67,12 @@ def test_streamed_tokens_are_those_of_generate_steered_and_not(model, vectors, s
     }
     for index, request in enumerate(requests):
         row = stepwise.only(stacked, request.condition)
-        _, chunks = streamed(model, request.tokens, row, unit(vectors))
-        assert tokens_of(chunks) == expected[index]
+        _, steps = run(model, request.tokens, row, unit(vectors))
+        assert tokens_of(steps) == expected[index]
     assert any(expected[2 * i] != expected[2 * i + 1] for i in range(len(PROMPTS)))
 
 
-def test_streamed_tokens_of_the_real_model_are_those_of_generate(smollm2):
+def test_tokens_of_the_real_model_are_those_of_the_engine(smollm2):
     shape = (smollm2.config.n_layers, smollm2.config.d_model)
     vectors = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     stacked = compiled(smollm2, [[], [Add(direction=vectors, layers=(14,), scale=1.5)]])
@@ -82,24 +83,14 @@ def test_streamed_tokens_of_the_real_model_are_those_of_generate(smollm2):
     assert list(replies[0].tokens) != list(replies[1].tokens)
     for reply in replies:
         row = stepwise.only(stacked, reply.index)
-        _, chunks = streamed(smollm2, prompt, row, unit(vectors))
-        assert tokens_of(chunks) == list(reply.tokens)
-
-
-@pytest.mark.parametrize("chunk", [1, 50])
-def test_the_chunk_length_does_not_change_the_reply(model, vectors, chunk):
-    row = stepwise.only(compiled(model, [[]]), 0)
-    _, one = streamed(model, PROMPTS[1], row, unit(vectors), chunk=3)
-    _, other = streamed(model, PROMPTS[1], row, unit(vectors), chunk=chunk)
-    assert tokens_of(one) == tokens_of(other)
-    joined = [np.concatenate([c.projections for c in chunks], 1) for chunks in (one, other)]
-    np.testing.assert_allclose(*joined, atol=1e-4)
+        _, steps = run(smollm2, prompt, row, unit(vectors))
+        assert tokens_of(steps) == list(reply.tokens)
 
 
 def test_a_wider_padding_does_not_change_what_is_read(model, vectors):
     row = stepwise.only(compiled(model, [[Add(direction=vectors, layers=(0,), scale=1.0)]]), 0)
-    narrow, a = streamed(model, PROMPTS[0], row, unit(vectors))
-    wide, b = streamed(model, PROMPTS[0], row, unit(vectors), width=96)
+    narrow, a = run(model, PROMPTS[0], row, unit(vectors))
+    wide, b = run(model, PROMPTS[0], row, unit(vectors), width=96)
     np.testing.assert_allclose(narrow.logits, wide.logits, atol=1e-4)
     np.testing.assert_allclose(narrow.projections, wide.projections, atol=1e-4)
     assert tokens_of(a) == tokens_of(b)
@@ -108,8 +99,8 @@ def test_a_wider_padding_does_not_change_what_is_read(model, vectors):
 def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model, vectors):
     row = compiled(model, [[]])
     probes = unit(vectors)
-    reading, chunks = streamed(model, PROMPTS[1], stepwise.only(row, 0), probes)
-    reply = tokens_of(chunks)
+    reading, steps = run(model, PROMPTS[1], stepwise.only(row, 0), probes)
+    reply = tokens_of(steps)
     assert len(reply) == ROOM
     whole = PROMPTS[1] + reply
     tokens, real = padding.left_pad([whole], len(whole))
@@ -118,7 +109,7 @@ def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model
         model.definition, model.params, tokens, real, weights, ("resid_post",), last_only=False
     )
     expected = np.einsum("ltd,lpd->ltp", captured["resid_post"][0], probes)
-    found = np.concatenate([reading.projections, *(c.projections for c in chunks)], axis=1)
+    found = np.concatenate([reading.projections, *(c.projections for c in steps)], axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     np.testing.assert_allclose(reading.logits, logits[0, len(PROMPTS[1]) - 1], atol=1e-3)
 
@@ -127,8 +118,7 @@ def test_an_added_direction_raises_its_own_projection_by_its_strength_at_its_lay
     norms = np.linalg.norm(vectors, axis=1)
     stacked = compiled(model, [[], [Add(direction=vectors, layers=(1,), scale=2.0)]])
     plain, steered = (
-        stepwise.read(model, PROMPTS[0], stepwise.only(stacked, c), unit(vectors), room=ROOM)
-        for c in range(2)
+        run(model, PROMPTS[0], stepwise.only(stacked, c), unit(vectors))[0] for c in range(2)
     )
     change = (steered.projections - plain.projections)[..., 0]
     np.testing.assert_allclose(change[0], 0, atol=1e-5)
@@ -138,32 +128,44 @@ def test_an_added_direction_raises_its_own_projection_by_its_strength_at_its_lay
 
 def test_the_reply_stops_before_the_end_token(model, vectors):
     row = stepwise.only(compiled(model, [[]]), 0)
-    _, chunks = streamed(model, PROMPTS[0], row, unit(vectors))
-    free = tokens_of(chunks)
+    _, steps = run(model, PROMPTS[0], row, unit(vectors))
+    free = tokens_of(steps)
     ending = ChatModel(**{**vars(model), "eos": (free[5],)})
-    _, cut = streamed(ending, PROMPTS[0], row, unit(vectors))
+    _, cut = run(ending, PROMPTS[0], row, unit(vectors))
     assert tokens_of(cut) == free[: free.index(free[5])]
-    assert cut[-1].ended and not any(chunk.ended for chunk in cut[:-1])
+    assert cut[-1].next == free[5]
 
 
 def test_another_strength_layer_or_direction_compiles_nothing(model, vectors):
-    stepwise.read_prompt.clear_cache()
-    stepwise.write.clear_cache()
+    jax.clear_caches()
+    counts = []
     for scale, layer, direction in ((0.0, 0, vectors), (2.0, 1, vectors), (5.0, 2, -vectors)):
         stacked = compiled(model, [[Add(direction=direction, layers=(layer,), scale=scale)]])
-        streamed(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
-    assert (stepwise.read_prompt._cache_size(), stepwise.write._cache_size()) == (1, 1)
+        with compiles.counted() as found:
+            run(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
+        counts.append(found["forward"])
+    # One program reads the prompt, another each token of the reply.
+    assert counts == [2, 0, 0]
 
 
 def test_a_projection_reads_as_zero_where_it_was_removed(model, vectors):
     stacked = compiled(model, [[Project(directions=(vectors,), layers=(1,))]])
-    reading, chunks = streamed(model, PROMPTS[1], stepwise.only(stacked, 0), unit(vectors))
+    reading, steps = run(model, PROMPTS[1], stepwise.only(stacked, 0), unit(vectors))
     assert np.abs(reading.projections[1]).max() < 1e-4
-    assert max(np.abs(c.projections[1]).max() for c in chunks) < 1e-4
+    assert max(np.abs(c.projections[1]).max() for c in steps) < 1e-4
     assert np.abs(reading.projections[0]).min() > 0
 
 
 def test_a_prompt_without_room_for_its_reply_is_refused(model, vectors):
     row = stepwise.only(compiled(model, [[]]), 0)
     with pytest.raises(UserError, match="tokens"):
-        stepwise.read(model, [3] * 505, row, unit(vectors), room=ROOM)
+        run(model, [3] * 505, row, unit(vectors))
+
+
+def test_the_realised_change_is_counted_in_every_pass(model, vectors):
+    stacked = compiled(model, [[Add(direction=vectors, layers=(1,), scale=1.0)]], "response")
+    prompt, steps = run(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
+    assert prompt.realised["resid_post"].change.tolist() == [0, 0, 0]
+    for step in steps:
+        expected = [0, np.linalg.norm(vectors[1]), 0]
+        np.testing.assert_allclose(step.realised["resid_post"].change, expected, rtol=1e-4)

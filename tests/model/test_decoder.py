@@ -86,7 +86,7 @@ OTHER_SHAPES = {
 }  # fmt: skip
 TESTED_ELSEWHERE = {
     "architecture": "test_weights: only Llama's GGUFs have q and k permuted",
-    "max_position": "test_generate: a prompt beyond the context is refused",
+    "max_position": "test_sampling: a prompt beyond the context is refused",
 }
 
 

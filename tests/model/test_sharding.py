@@ -74,26 +74,29 @@ def mesh_of(data, model):
     )
 
 
-@pytest.mark.parametrize(
-    ("family", "shape"), [*(("qwen2", shape) for shape in MESHES), ("llama", "data=2,model=4")]
-)
-def test_every_mesh_gives_the_tokens_of_one_device(runs, family, shape):
-    one, spread = runs[f"{family} "]["plain"], runs[f"{family} {shape}"]["plain"]
-    np.testing.assert_array_equal(spread["tokens"], one["tokens"])
-    np.testing.assert_allclose(spread["logits"], one["logits"], atol=1e-4)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_mesh_gives_the_replies_of_one_device(runs, family, shape):
+    one, spread = runs[f"{family} "]["replies"], runs[f"{family} {shape}"]["replies"]
+    assert spread["tokens"] == one["tokens"]
+    for ours, theirs in zip(spread["logits"], one["logits"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
     # The rows differ, so that a row in another's place would be seen.
     assert len({tuple(row) for row in one["tokens"]}) > 15
 
 
-@pytest.mark.parametrize(
-    ("family", "shape"), [*(("llama", shape) for shape in MESHES), ("qwen2", "data=2,model=4")]
-)
-def test_every_mesh_runs_a_study_to_the_replies_of_one_device(runs, family, shape):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_replies_of_one_device_are_those_of_the_stepwise_path(runs, family):
     one = runs[f"{family} "]
-    assert runs[f"{family} {shape}"]["replies"] == one["replies"]
-    # And those are the plain path's tokens, up to the one that ends a reply.
-    plain = one["plain"]["tokens"]
-    assert one["replies"] == [row[: row.index(63)] if 63 in row else row for row in plain]
+    assert one["replies"]["tokens"] == one["stepwise"]
+
+
+def test_the_slots_are_split_by_rows_and_their_cache_by_heads_too(runs):
+    # 8 slots, caches of 2 key-value heads, replies of 6 tokens.
+    found = runs["llama data=4,model=2"]["replies"]["shards"]
+    assert [shape for shape in found if len(shape) < 4] == [[2], [2, 6]]
+    ((rows, heads, _, width),) = [shape for shape in found if len(shape) == 4]
+    assert (rows, heads, width) == (2, 1, 12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

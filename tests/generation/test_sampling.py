@@ -7,17 +7,16 @@ import torch
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
-from jaxsteer.generation.generate import Decoding, Sampling, highest
+from jaxsteer.generation.sampling import Decoding, Sampling, highest
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions, everywhere
-from jaxsteer.model.masks import causal_mask, positions
 from tests import oracle, tiny
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generate")
+    folder = tmp_path_factory.mktemp("sampling")
     return ChatModel.load(
         convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
     )
@@ -41,26 +40,6 @@ def run(model, requests, conditions, *, scope="all", sample=None, batch=4, eos=(
         model, requests, compiled(model, conditions, scope), decoding, sampling=sample, batch=batch
     )
     return sorted((r for b in batches for r in b), key=lambda r: r.index)
-
-
-def test_masks_hide_padding_and_count_positions_over_real_tokens():
-    real = jnp.array([False, True, True])
-    expected = [[False, False, False], [False, True, False], [False, True, True]]
-    np.testing.assert_array_equal(causal_mask(real), expected)
-    np.testing.assert_array_equal(positions(real), [0, 0, 1])
-
-
-def test_prompts_in_one_lane_do_not_see_each_other_and_count_on_their_own():
-    owner, before = jnp.array([1, 1, 2, 0]), jnp.array([False, True])
-    none, begun = [False, False, False, False], [False, True]
-    expected = [
-        [*begun, True, False, False, False],
-        [*begun, True, True, False, False],
-        [*begun, False, False, True, False],
-        [*begun, *none],
-    ]
-    np.testing.assert_array_equal(causal_mask(owner, before), expected)
-    np.testing.assert_array_equal(positions(owner, before)[:3], [1, 2, 1])
 
 
 def test_a_row_stops_at_the_end_token_and_does_not_keep_it(model):
