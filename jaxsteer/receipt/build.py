@@ -333,20 +333,16 @@ def _samples(found: Results, table: str, n: int) -> statement.Samples:
     def rank(row: dict[str, Any]) -> str:
         return sha256_bytes(f"{table}:{row['row_id']}".encode())
 
-    chosen = sorted(found.rows.iter_rows(named=True), key=rank)[:n]
+    shown = ("condition", "prompt_id", "family", "label", "judge")
     return statement.Samples(
         rule=RULE,
         rows=[
             statement.Sample(
-                condition=row["condition"],
-                prompt_id=row["prompt_id"],
-                family=row["family"],
-                label=row["label"],
-                judge=row["judge"],
+                **{name: row[name] for name in shown},
                 response_sha256=response_sha256(row["response"]),
                 excerpt=excerpt(row["response"], row["family"], row["label"]),
             )
-            for row in chosen
+            for row in sorted(found.rows.iter_rows(named=True), key=rank)[:n]
         ],
     )
 
