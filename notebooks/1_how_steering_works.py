@@ -21,6 +21,7 @@ with app.setup:
     from jaxsteer.evidence.charts.plane import plane
     from jaxsteer.generation.compile_cache import use_compile_cache
     from jaxsteer.model.chat_model import ChatModel
+    from jaxsteer.words import percent, signed
 
     theme.use()
     use_compile_cache()
@@ -37,23 +38,22 @@ def _():
 
     $$h_{\ell+1} = h_\ell + \text{attention}_\ell(h_\ell, \ldots) + \text{mlp}_\ell(\ldots)$$
 
-    At the end the vector is turned into probabilities of the next token. So whatever the model
-    "knows" about a token at some depth, it knows as a vector, and to **steer** a model is to change
-    that vector on the way. Nothing is trained, and no prompt is edited.
+    After the last layer the vector is turned into probabilities of the next token. To **steer** a
+    model is to change this vector at some layer. Nothing is trained, and no prompt is edited.
 
-    Some properties of a text, such as "this request is to be refused" or "I am an obliging
-    persona", turn out to lie, approximately, along a **direction** $d$ of the stream: take the mean
-    stream over prompts that have the property, subtract the mean over prompts that do not, and the
-    difference is $d$. Three things can be done to a state $h$ with a direction, and
+    Some properties of a text, such as "this request should be refused" or "the assistant has a
+    compliant persona", correspond approximately to a **direction** $d$ of the stream: take the mean
+    stream over prompts with the property, subtract the mean over prompts without it, and the
+    difference is $d$. There are three ways to change a state $h$ with a direction;
     $u = d / \lVert d \rVert$ is its unit vector:
 
     | step | formula | in words |
     | --- | --- | --- |
-    | add | $h + \alpha\, d$ | push the state along the direction |
-    | project out | $h - (u \cdot h)\, u$ | remove whatever it has of the direction |
-    | cap | $h + (\text{clip}(u \cdot h, -b, b) - u \cdot h)\, u$ | allow it only so much of it |
+    | add | $h + \alpha\, d$ | move the state along the direction |
+    | project out | $h - (u \cdot h)\, u$ | remove the state's component along the direction |
+    | cap | $h + (\text{clip}(u \cdot h, -b, b) - u \cdot h)\, u$ | limit that component |
 
-    First in two dimensions, where one can see everything; then in the 576 dimensions of SmolLM2.
+    First in two dimensions, where everything can be drawn; then in the 576 dimensions of SmolLM2.
     """)
     return
 
@@ -63,13 +63,13 @@ def _():
     mo.md(r"""
     ## 1. Add
 
-    **Drag the tips** of $h$ and $d$ (or focus one and use the arrow keys). The state that leaves
-    the layer is $h' = h + \alpha d$. Below the plane stands $u \cdot h$, the *projection*: the
-    length of the shadow that $h$ throws on the direction, negative when it points the other way.
+    **Drag the tips** of $h$ and $d$ (or focus one and use the arrow keys). The new state is
+    $h' = h + \alpha d$. The number below the plane is $u \cdot h$, the *projection* of $h$ on the
+    direction; it is negative when $h$ points the other way.
 
-    What to look for: adding moves the shadow by exactly $\alpha \lVert d \rVert$, wherever $h$
-    lies, and leaves the part of $h$ perpendicular to $d$ alone. It does not rotate a state
-    "towards the persona", and it does not ask whether the state had any of it already.
+    What to look for: adding changes the projection by exactly $\alpha \lVert d \rVert$, for every
+    $h$, and does not change the part of $h$ that is perpendicular to $d$. It does not rotate a
+    state "towards the persona", and the change does not depend on the projection before it.
     """)
     return
 
@@ -91,8 +91,9 @@ def _(add_plane):
     $h' = ({_h[0]:.2f}, {_h[1]:.2f}) {_v["strength"]:+.2f} \cdot
     ({_v["d"][0]:.2f}, {_v["d"][1]:.2f}) = ({_after[0]:.2f}, {_after[1]:.2f})$
 
-    The shadow goes from {_before_u:+.2f} to {_after_u:+.2f}, by {_after_u - _before_u:+.2f}; and
-    $\alpha \lVert d \rVert$ is {_v["strength"] * lesson.norm(_v["d"]):+.2f}.
+    The projection goes from {signed(_before_u)} to {signed(_after_u)}, by
+    {signed(_after_u - _before_u)}; and $\alpha \lVert d \rVert$ is
+    {signed(_v["strength"] * lesson.norm(_v["d"]))}.
     """)
     mo.hstack([add_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -103,17 +104,18 @@ def _():
     mo.md(r"""
     ## 2. Project out
 
-    To project a direction out is to drop the shadow: $h' = h - (u \cdot h)\, u$. The result lies on
-    the dotted line through the origin perpendicular to $d$. The *length* of $d$ plays no part, and
-    neither does its sign.
+    Projecting a direction out makes the projection zero: $h' = h - (u \cdot h)\, u$. The result is
+    on the dotted line through the origin perpendicular to $d$. It depends neither on the *length*
+    of $d$ nor on its sign.
 
-    In matrix form $h' = (I - u u^\top)\, h$. That matrix is a **projector**: applied twice it does
-    what it does once, and it has no inverse. From $h'$ alone no later layer can read off how much
-    of $d$ the state had. (It may still guess, from what else the state says, and write it again.)
+    In matrix form $h' = (I - u u^\top)\, h$. That matrix is a **projector**: applying it twice is
+    the same as applying it once, and it has no inverse. A later layer cannot recover the removed
+    projection from $h'$ alone. (It may still estimate it from other components of the state, and
+    write it again.)
 
-    Several directions are removed *together*, as the span of an orthonormal basis. Removing
-    directions that are not perpendicular one after another depends on their order, and leaves a
-    remainder.
+    Several directions are removed *together*, as the span of an orthonormal basis. If directions
+    that are not perpendicular are removed one after another, the result depends on their order and
+    is not free of all of them.
     """)
     return
 
@@ -130,13 +132,14 @@ def _(project_plane):
     _h, _after = lesson.steer_2d(_v["h"], _v["d"], ["project"])
     _kept = lesson.norm(_after) ** 2 / max(lesson.norm(_h) ** 2, 1e-12)
     _explained = mo.md(rf"""
-    $h' = ({_after[0]:.2f}, {_after[1]:.2f})$, and its shadow is
-    {lesson.projections_2d(_v["d"], [_after])[0]:+.2f}.
+    $h' = ({_after[0]:.2f}, {_after[1]:.2f})$, and its projection is
+    {signed(lesson.projections_2d(_v["d"], [_after])[0])}.
 
     By Pythagoras $\lVert h \rVert^2 = (u \cdot h)^2 + \lVert h' \rVert^2$: of this state's squared
-    length {_kept:.0%} survives. In a plane one direction is half of all there is. In 576 dimensions
-    a *random* direction holds about 1/576 of a state, so projecting out a random direction is
-    no match for projecting out one that holds much of the state: a fair control removes as much.
+    length {percent(_kept)} remains. A plane has two dimensions, so one direction is half of them.
+    In 576 dimensions a *random* direction holds about 1/576 of a state's squared length. Projecting
+    it out changes far less than projecting out a direction that holds much of the state: a fair
+    control must remove as much.
     """)
     mo.hstack([project_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -147,9 +150,9 @@ def _():
     mo.md(r"""
     ## 3. Cap
 
-    Capping is projection with mercy: inside the band $|u \cdot h| \le b$ nothing happens, outside
-    it the shadow is cut to the bound. With $b = 0$ it *is* projecting out. Move $h$ in and out of
-    the band.
+    Capping limits the projection: inside the band $|u \cdot h| \le b$ nothing changes, outside it
+    the projection is clipped to the bound. With $b = 0$ it is the same as projecting out. Move $h$
+    in and out of the band.
     """)
     return
 
@@ -167,15 +170,15 @@ def _(cap_plane):
     _before_u, _after_u = lesson.projections_2d(_v["d"], _states)
     _inside = abs(_before_u) <= _v["high"] + 1e-6
     _explained = mo.md(rf"""
-    The shadow is {_before_u:.2f}, the bound {_v["high"]:.2f}:
+    The projection is {signed(_before_u)}, the bound {_v["high"]:.2f}:
     {
-        "inside the band, so the state passes as it is."
+        "inside the band, so the state does not change."
         if _inside
-        else f"outside, so it is cut to {_after_u:.2f}."
+        else f"outside, so it is clipped to {signed(_after_u)}."
     }
 
-    Adding pushes *every* state by the same vector, also one that needed no push. A cap acts only on
-    the states that have gone too far and leaves the others bit for bit as they are.
+    Adding moves *every* state by the same vector. A cap changes only the states outside the band
+    and leaves the others identical, bit for bit.
     """)
     mo.hstack([cap_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
     return
@@ -186,19 +189,20 @@ def _():
     mo.md(r"""
     ## 4. Why projecting out where you added cancels
 
-    Now both, at the same layer: first add $\alpha d$, then project $d$ out. Two roads are drawn,
-    one with the addition (orange, then green) and one without it (grey); all run along $d$, and
-    stand side by side only to be seen. **Move the strength**: the end point does not move.
+    Now both, at the same layer: first add $\alpha d$, then project $d$ out. Two paths are drawn,
+    one with the addition (orange, then green) and one without it (grey). Both are parallel to $d$,
+    and a small gap keeps them apart in the drawing. **Move the strength**: the end point does not
+    move.
 
     $$(I - u u^\top)(h + \alpha d)
     = (I - u u^\top)\, h + \alpha \underbrace{(I - u u^\top)\, d}_{=\,0}
     = (I - u u^\top)\, h$$
 
-    since $d$ is nothing but a multiple of $u$. This is why a study must be careful with a sentence
-    such as "the persona was added at layer 20, and when we knocked it out *at layer 20* refusal
-    came back". Of course it did: by algebra that model was never steered, whatever the strength.
-    It says nothing about where in the model refusal lives. jaxsteer marks such conditions
-    `cancels_steering`, and runs each knockout also without steering, as its control.
+    because $d$ is a multiple of $u$. A study must therefore be careful with a sentence such as "the
+    persona was added at layer 20, and when it was projected out *at layer 20* refusal came back".
+    By algebra that model was never steered, at any strength, so the result says nothing about the
+    layers at which refusal is decided. jaxsteer marks such conditions `cancels_steering`, and runs
+    each knockout also without steering, as its control.
     """)
     return
 
@@ -217,7 +221,7 @@ def _(cancel_plane):
     _with = lesson.steer_2d(_v["h"], _v["d"], ["add", "project"], strength=_v["strength"])[-1]
     _without = lesson.steer_2d(_v["h"], _v["d"], ["project"])[-1]
     _explained = mo.md(rf"""
-    | road | ends at |
+    | path | ends at |
     | --- | --- |
     | add {_v["strength"]:+.2f} $d$, then project out | ({_with[0]:.3f}, {_with[1]:.3f}) |
     | project out only | ({_without[0]:.3f}, {_without[1]:.3f}) |
@@ -234,13 +238,13 @@ def _():
     ## 5. A real model
 
     SmolLM2-135M-Instruct has 30 layers and a stream of 576 numbers per token. Here
-    `resid_post.ℓ` is the stream as block ℓ leaves it, counted from 0. Its **persona** direction was
-    measured from prompts that ask for an obliging or for a refusing character; its **refusal**
-    direction from harmful against harmless requests.
+    `resid_post.ℓ` is the stream after block ℓ, counted from 0. The **persona** direction was
+    measured from system prompts that ask for a compliant or for a refusing character; the
+    **refusal** direction from harmful against harmless requests.
 
-    One caution before the fun: the directions come from one small model and one set of prompts,
-    and a reply is one reply. What follows shows the *mechanism*. Evidence needs many prompts,
-    controls and intervals: that is what the other notebooks are for.
+    One caution: the directions come from one small model and one set of prompts, and each reply
+    below answers one prompt. This page shows the *mechanism*. Evidence needs many prompts, controls
+    and intervals: the other notebooks have those.
     """)
     return
 
@@ -292,7 +296,7 @@ def _():
     mo.md(r"""
     Type a prompt or take an example, then move the layer and the strength. A strength of 1 adds the
     direction once, at the length with which it was measured (its *natural norm* at that layer).
-    The policy is the system prompt: without one this small model refuses nothing.
+    The policy is the system prompt: without one this small model refuses almost nothing.
     """)
     return
 
@@ -320,7 +324,7 @@ def _():
 def _(steerable):
     _layers = steerable.model.config.n_layers
     _names = list(steerable.directions)
-    direction = mo.ui.dropdown(_names, value=_names[0], label="direction")
+    direction = mo.ui.dropdown(_names, value=steerable.watched[0], label="direction")
     kind = mo.ui.radio(
         {"add": "add", "project out": "project", "cap": "cap"}, value="add", inline=True
     )
@@ -368,7 +372,7 @@ def _(baseline, steerable, steered, what):
     next_tokens = mo.vstack(
         [
             mo.as_html(steering.next_token_chart(_tokens, what)),
-            mo.md(f"In all, **{_moved:.1%}** of the next token's probability has moved."),
+            mo.md(f"In all, **{percent(_moved, 1)}** of the next token's probability has moved."),
         ]
     )
     next_tokens  # noqa: B018
@@ -378,9 +382,9 @@ def _(baseline, steerable, steered, what):
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    **The reply, greedily, at most 24 tokens.** One reply can change by a single word early on and
-    go elsewhere from there, so do not read much into its wording; the probabilities above are the
-    steadier view.
+    **The reply, decoded greedily, at most 24 tokens.** A reply can differ in one early word and
+    continue differently after it, so do not read much into its wording. The probabilities above
+    are the more stable measure.
     """)
     return
 
@@ -393,7 +397,7 @@ def _(baseline, steerable):
 
 @app.cell
 def _(baseline_reply, depth, next_tokens, own, reveal, steerable, steered, what):
-    # Naming the charts makes this cell wait for them: they are there sooner than a whole reply.
+    # Naming the charts makes this cell run after theirs, because a whole reply takes longer.
     assert next_tokens is not None and depth is not None
     _veiled = bool(own.value.strip()) and not reveal.value
     _note = "Replies to your own prompt are blurred until you ask for them." if _veiled else ""
@@ -413,11 +417,11 @@ def _():
     The projections of the stream on two directions, in **natural norms**: adding $\alpha$ times a
     direction at a layer raises its own projection there by exactly $\alpha$. Two things to see:
 
-    - *Below* the steered layer nothing changes, for there is no way back. *At* it the jump is
-      $\alpha$. *Above* it the jump neither stays nor fades by itself: the blocks read the stream,
-      and write their answer to what they find there.
-    - Steering with one direction moves the projection on the *other* as well, by their cosine at
-      once, and by what the blocks make of it later.
+    - *Before* the steered layer nothing changes, because information flows only to later layers.
+      *At* it the projection jumps by $\alpha$. *After* it the projection changes again: each block
+      reads the changed stream, and so its own output changes.
+    - Steering with one direction also changes the projection on the *other* one: at the steered
+      layer in proportion to their cosine, and later through the blocks.
     """)
     return
 
@@ -451,11 +455,11 @@ def _():
     mo.md(r"""
     ## 7. The cancellation, on the real model
 
-    Section 4 holds at 576 dimensions as it does at two. Below, the direction is added at a layer
-    and projected out $k$ layers later; each point compares that with projecting out *alone* at the
-    same place, and counts how much next-token probability the addition still moves. At $k = 0$ it
-    moves nothing. At $k > 0$ the blocks in between have read the added vector and written other
-    things because of it, in directions that the projection does not touch: what survives is those.
+    Section 4 holds in 576 dimensions as it does in two. Below, the direction is added at a layer
+    and projected out $k$ layers later. Each point compares that with the projection *alone* at the
+    same layer, and measures how much next-token probability the addition still moves. At $k = 0$ it
+    moves nothing. At $k > 0$ the blocks in between have read the added vector and changed their
+    output in other directions, which the projection does not remove.
     """)
     return
 
@@ -496,23 +500,23 @@ def _():
             "**1.** Turn d around, by dragging its tip to the opposite side. What changes for add, "
             "project and cap?": mo.md(r"""
             Only **add** changes: it now pushes the other way, as if $\alpha$ had changed sign.
-            Projecting and capping use $u u^\top$, and $(-u)(-u)^\top = u u^\top$. The band of our
-            cap is symmetric, so it does not care either; with different bounds on the two sides it
-            would.
+            Projecting and capping use $u u^\top$, and $(-u)(-u)^\top = u u^\top$. The band of this
+            cap is symmetric, so its result does not change; with different bounds on the two sides
+            it would.
             """),
             "**2.** First project out d, then add α d. Is that the same as adding and then "
             "projecting?": mo.md(r"""
-            No. $(I - uu^\top)\, h + \alpha d$ has the shadow $\alpha \lVert d \rVert$ for *every*
-            $h$, while adding first ends at shadow 0. Project-then-add **sets** the projection to a
-            chosen value. The order of the steps is part of an intervention's definition; in
-            jaxsteer it is add, project, cap.
+            No. $(I - uu^\top)\, h + \alpha d$ has the projection $\alpha \lVert d \rVert$ for
+            *every* $h$, while adding first ends at projection 0. Project-then-add **sets** the
+            projection to a chosen value. The order of the steps is part of an intervention's
+            definition; in jaxsteer it is add, project, cap.
             """),
             "**3.** Where α d was added you project out v, not d but close to it. What is left "
             "of the addition?": mo.md(r"""
             $\alpha\,(d - (v \cdot d)\, v)$ for a unit vector $v$. Its length is
             $\alpha \lVert d \rVert \sin\theta$, with $\theta$ the angle between the two. At a
-            cosine of 0.9 that is 44 % of the push: "nearly the same direction" does not nearly
-            cancel.
+            cosine of 0.9 that is 44 % of the added length: "nearly the same direction" does not
+            nearly cancel.
             """),
         },
         multiple=True,
@@ -526,22 +530,22 @@ def _():
         {
             "**4.** On the model, set the strength to 0; then choose project out. Why does the "
             "first change nothing, and the second something?": mo.md(r"""
-            Adding $0 \cdot d$ is the identity, bit for bit. Projecting has no strength: it takes
-            away whatever the *unsteered* stream has of the direction, and that is not nothing.
+            Adding $0 \cdot d$ is the identity, bit for bit. Projecting has no strength: it removes
+            the component that the *unsteered* stream has along the direction, which is not zero.
             Hence a knockout needs its own control without steering: part of its effect has nothing
-            to do with the steer.
+            to do with the steering.
             """),
             "**5.** Steer at layer 5, then at the last layer, with the same strength. Which moves "
             "the next token more, and why is the comparison not fair?": mo.md(r"""
-            Try both. One natural norm is another length at every layer: the stream, and with it the
-            difference of means, grows with depth. And an early steer passes through many more
+            Try both. One natural norm is a different length at every layer: the stream, and with it
+            the difference of means, grows with depth. And an early change passes through many more
             blocks, which may amplify or undo it. Compare at equal *shares of the residual norm*,
             and count over many prompts.
             """),
             "**6.** Steer with a random direction of the same norm. What would you see if the "
-            "persona's effect were only a matter of pushing hard?": mo.md(r"""
+            "persona's effect were only a matter of the added length?": mo.md(r"""
             The same as with the persona. If random directions move clearly less, the *direction*
-            matters and not only the size of the push. One random direction proves little, because
+            matters and not only the added length. One random direction proves little, because
             its effect varies; a study draws twenty or more, and compares with their spread.
             """),
         },

@@ -1,4 +1,4 @@
-"""Geometry: how persona, refusal and other directions lie to each other, against chance.
+"""Geometry: cosines between persona, refusal and other directions, against chance.
 
 marimo edit notebooks/2_geometry.py
 python notebooks/2_geometry.py -- --results results/smollm2-demo-smollm2-135m
@@ -28,20 +28,20 @@ def _():
     mo.md(r"""
     # Geometry
 
-    A direction is a vector for every layer. Two directions $d$ and $e$ are compared by their
+    A direction is one vector per layer. Two directions $d$ and $e$ are compared by their
     **cosine**,
 
     $$\cos(d, e) = \frac{d \cdot e}{\lVert d \rVert \, \lVert e \rVert}$$
 
     which is $+1$ when they point the same way, $-1$ when they are opposed, and $0$ when moving
-    along one leaves the projection on the other as it was. If a persona direction were nothing but
-    the refusal direction turned around, their cosine would be near $-1$, and "the persona switches
+    along one does not change the projection on the other. If a persona direction were only the
+    negative of the refusal direction, their cosine would be near $-1$, and "the persona switches
     refusal off" would say little more than "subtracting refusal removes refusal". The paper finds
-    −0.180 and −0.279 in two large models: far from $-1$, hence two different things.
+    −0.180 and −0.279 in two large models: far from $-1$, hence two different directions.
 
-    A small cosine is no proof of anything by itself. In many dimensions almost any two vectors are
-    nearly perpendicular, and the states of a language model share much that has nothing to do with
-    what was asked. So every number here stands beside what **chance** would give.
+    A small cosine proves nothing by itself. In many dimensions almost any two vectors are nearly
+    perpendicular, and the states of a language model share much that has nothing to do with the
+    prompt. So every number here is shown beside the values that **chance** gives.
     """)
     return
 
@@ -75,23 +75,23 @@ def _():
     mo.md(r"""
     ## One pair over depth
 
-    Three kinds of chance are drawn, and they differ.
+    The chart shows three references.
 
     - **Grey band**: the *permutation null*. The labels of one direction's samples ("shows the
       trait" or "does not") are shuffled between whole instructions or prompts, the direction is
-      made anew, and its cosine is taken; 95 % of such cosines lie in the band. Everything the
-      samples share stays in it. The shuffling is done for either direction of the pair, and the
-      wider range is drawn.
+      computed again, and so is its cosine; 95 % of these cosines are in the band. What all samples
+      share has the same effect on them. The shuffling is done for each direction of the pair, and
+      the wider range is drawn.
     - **Mauve band**: the range over random directions. It is narrow, about $\pm 2/\sqrt{576}$ in
-      SmolLM2, because it pretends that the stream fills all its dimensions evenly. It does not, and
-      a cosine outside the mauve band alone is no finding.
+      SmolLM2, because it assumes that the stream has the same spread in all dimensions. It does
+      not, and a cosine outside the mauve band alone is no finding.
     - **Diamonds**, for persona and refusal: what the paper reports for layer 20 of its two models,
       drawn at the same *share of depth*. (What it calls layer 20 may be our `resid_post.19`:
       its code numbers the embedding 0.)
 
     A cosine beyond the grey band at *one* of thirty layers is expected by luck once or twice.
 
-    **Drag across the chart** to choose layers, and everything below follows; a click beside the
+    **Drag across the chart** to choose a window of layers for everything below; a click outside the
     window removes it.
     """)
     return
@@ -153,12 +153,12 @@ def _():
     ## All pairs at once
 
     The mean cosine over the window. Names are ordered by **hierarchical clustering** (average
-    linkage on $1 - \cos$): directions that resemble each other are neighbours, so families show
-    as blocks along the diagonal, and opposed families as blocks of the other colour away from it.
-    The order belongs to the window: choose another one above, and the names may move.
+    linkage on $1 - \cos$): similar directions are neighbours, so groups of them show as blocks
+    along the diagonal, and opposed groups as blocks of the other colour away from it. The order is
+    computed for the window: with another window it may change.
 
-    Where a direction is zero it has no cosine: that layer is left out of the mean and not counted
-    as 0, which would pull every mean towards "unrelated".
+    A direction that is zero at a layer has no cosine there: that layer is left out of the mean.
+    Counting it as 0 would move every mean towards "unrelated".
     """)
     return
 
@@ -181,11 +181,11 @@ def _():
     mo.md(r"""
     ## Opposing pairs
 
-    Do traits with opposite meanings have opposite directions? Often less than one would think.
-    "Evil" and "nurturing" prompts both ask for a *character*, and what characters share pulls
-    their directions together. A pair that is opposed in meaning, yet not in direction, warns
-    against reading a sum of the two as "nothing". Pairs whose trait files name each other as
-    opposites have a diamond.
+    Do traits with opposite meanings have opposite directions? Often less than expected. "Evil" and
+    "nurturing" prompts both ask for a *character*, and what all characters share makes their
+    directions more similar. If a pair is opposed in meaning but not in direction, adding both
+    directions does not cancel. Pairs whose trait files name each other as opposites have a
+    triangle.
     """)
     return
 
@@ -203,12 +203,12 @@ def _():
     mo.md(r"""
     ## Principal components
 
-    Each direction is scaled to length 1 at every layer of the window, the layers are laid end to
-    end, the mean is taken away, and the axes of largest spread are found. If many traits spread
-    along one axis, they are mostly one trait. Taking the mean away matters: without it the first
-    component is the mean, and "one component explains everything" is then true of anything that
-    points roughly one way. Beware of few points: **three directions always lie in a plane**, and
-    two components hold all of their variance.
+    Each direction is scaled to length 1 at every layer of the window, its layers are concatenated,
+    the mean over directions is subtracted, and the axes of largest variance are computed. If many
+    traits vary along one axis, they are mostly one trait. Subtracting the mean matters: without it
+    the first component is the mean, and explains almost everything whenever all directions are
+    similar. Be careful with few points: **three directions always lie in a plane**, and two
+    components hold all of their variance.
     """)
     return
 
@@ -218,7 +218,7 @@ def _(averaged, found, window):
     _names = list(found.named)
     charts.components_chart(
         cosines.components(cosines.gram(averaged, _names), _names), window
-    ) if len(_names) > 2 else mo.md("Two directions have a cosine, and no components to speak of.")
+    ) if len(_names) > 2 else mo.md("Principal components need at least three directions.")
     return
 
 
@@ -227,12 +227,12 @@ def _():
     mo.md(r"""
     ## How well is a direction known?
 
-    Halve the instructions (or questions, or prompts) at random, make the direction from each half,
-    and take the cosine of the two: the **split-half reliability**. It bounds what can be found: two
-    directions whose halves agree to 0.5 only cannot be expected to show a cosine of 1 with each
-    other, even when they are the same. Halving *questions* keeps all instructions on
-    both sides and looks better than halving *instructions*; the latter asks what a new wording of
-    the trait would give, which is the harder question and the more honest one.
+    Halve the instructions (or questions, or prompts) at random, compute the direction from each
+    half, and take the cosine of the two: the **split-half reliability**. It limits every other
+    cosine: if the halves of two directions agree only to 0.5, the two cannot be expected to have a
+    cosine of 1 with each other, even when they are the same. Halving *questions* keeps all
+    instructions on both sides and gives a higher value than halving *instructions*. The second
+    estimates what a new wording of the trait would give, so it is the stricter measure.
     """)
     return
 
@@ -259,10 +259,11 @@ def _():
     mo.md(r"""
     ## Lengths
 
-    The stream grows with depth, and so do the directions, which are differences of its means.
-    "Four natural norms" is therefore another push at every layer. Read the gap between a
-    direction's line and the stream's: where it is wide, one natural norm is a nudge, and where it
-    is narrow, a shove. A fair comparison of layers uses equal *shares* of the stream's norm.
+    The norm of the stream grows with depth, and so do the directions, which are differences of its
+    means. "Four natural norms" is therefore a different length at every layer. Compare a
+    direction's line with the stream's: where the gap is wide, one natural norm is a small change,
+    and where it is narrow, a large one. A fair comparison of layers uses equal *shares* of the
+    stream's norm.
     """)
     return
 

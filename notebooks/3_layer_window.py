@@ -30,15 +30,14 @@ def _():
     mo.md(r"""
     # The layer window
 
-    A persona direction is added at one layer, and the model stops refusing. Two things can be done
-    about it further on, and each asks a question about *where*.
+    A persona direction is added at one layer, and the model refuses less. Two further interventions
+    test *at which layers* this effect is decided.
 
-    - **Knockout**: project the direction out again at some layer. If refusal comes back, what the
-      persona did up to that layer was not yet final; if it stays away, the later layers no longer
-      need the direction to be there.
-    - **Adding refusal**: push along the refusal direction at some layer. Before the persona, the
-      persona may overrule it; after it, it may have the last word. Where it works suggests which
-      of the two is downstream.
+    - **Knockout**: project the direction out again at a later layer. If refusal comes back, the
+      effect still depended on the direction at that layer. If it does not, the later layers no
+      longer need the direction.
+    - **Adding refusal**: add the refusal direction at some layer, before or after the layer of the
+      persona. If it restores refusal only after it, refusal is decided downstream of the persona.
 
     Each cell below is one condition, run on the same harmful prompts. Colour and number give the
     share refused, the small numbers its 95 % Wilson interval.
@@ -66,8 +65,8 @@ def _(results):
         opened, _error = None, str(error)
     if not _error and not names:
         _error = (
-            "This study adds no direction by itself, so there is no window to look at: "
-            "`jaxsteer sweep layer-window` runs one that does."
+            "This study has no condition that only adds a direction, so it has no maps: "
+            "`jaxsteer sweep layer-window` runs a study that does."
         )
     if _error and mo.app_meta().mode == "script":
         print(_error)
@@ -116,22 +115,22 @@ def _():
     mo.md(r"""
     ## Knockout
 
-    Across: the layers that the direction is projected out of, `not removed` first and whole windows
-    last. Up: how strongly it was added; the row **0 is the knockout alone**, without any steering.
+    Horizontal axis: the layers at which the direction is projected out, `not removed` first and
+    whole windows last. Vertical axis: the strength at which it was added; row **0 is the knockout
+    alone**, without steering.
 
     **Hatched cells are true by algebra.** The direction was added and projected out at the *same*
     layer, and
     $(I - uu^\top)(h + \alpha d) = (I - uu^\top)\, h$
     for any $\alpha$: that model was never steered. Such a cell equals the cell of row 0 in its
-    column, and that refusal "comes back" there says nothing about depth. Nor does a knockout
-    *before* the steer: what is added later cannot be removed earlier.
+    column, so refusal that "comes back" there says nothing about depth. A knockout *before* the
+    steered layer says nothing either: it cannot remove a vector that is added later.
 
-    Compare every cell with *two* others: `not removed` in its own row (what did removing change?)
-    and row 0 in its own column (is that because the steer was undone, or because the knockout by
-    itself breaks or changes the model?). A **red corner** warns of broken replies: a model that
-    stammers does not refuse either.
+    Compare every cell with *two* others: `not removed` in its own row (what did the knockout
+    change?) and row 0 in its own column (does the knockout alone change or break the model?). A
+    **red corner** marks cells with many degenerate replies, which are not refusals either.
 
-    **Drag over cells** to choose them; a click beside them lets go.
+    **Drag over cells** to choose them; a click outside removes the choice.
     """)
     return
 
@@ -154,10 +153,10 @@ def _():
     mo.md(r"""
     ## Adding refusal
 
-    The persona at one strength throughout, and refusal added on top: across the layer, up the
-    strength. Before the persona's layer, refusal must get past the persona; after it, it need
-    not. Beware of the strongest rows: a large push anywhere breaks replies, and a broken reply
-    that happens to begin with an apology counts as a refusal, so watch for the red corners.
+    The persona is added at one strength in all cells, and the refusal direction at the layer of the
+    column with the strength of the row. Read the strongest rows with care: a large added vector at
+    any layer breaks replies, and a broken reply that begins with an apology counts as a refusal.
+    Red corners mark such cells.
     """)
     return
 
@@ -178,14 +177,15 @@ def _():
     mo.md(r"""
     ## The flips behind the chosen cells
 
-    A rate hides which prompts made it. The same prompts ran everywhere, so each cell is *paired*
-    with its control (the steer alone at the same strength; for row 0 and `not removed`, the
-    baseline), and what counts are the prompts that change sides. If only luck were at work, a
-    changed prompt would go either way with probability ½; the exact **McNemar** test asks how
-    surprising the split is, and Holm's correction makes up for looking at several cells.
+    A rate does not show which prompts are behind it. All conditions ran on the same prompts, so
+    each cell is *paired* with its control (steering alone at the same strength; for row 0 and
+    `not removed`, the baseline), and only prompts whose label changes count. Under the null
+    hypothesis a changed prompt goes either way with probability ½; the exact **McNemar** test
+    computes how unlikely the observed split is, and Holm's correction accounts for testing several
+    cells.
 
-    One warning that no correction mends: a window chosen *because* it looked good on this map is a
-    hypothesis. Its p-value describes these prompts; a claim needs others.
+    No correction solves one problem: a window chosen *because* it looked good on this map is a
+    hypothesis. Its p-value describes these prompts; a claim needs new ones.
     """)
     return
 
@@ -236,10 +236,10 @@ def _():
 
     How far the chosen conditions move the projection on a direction, layer by layer, against the
     same prompts under the baseline. An addition shows as a jump at its layer, a knockout as a drop.
-    (The chart begins two layers below the first change: further down the model is untouched, and
-    only the words of the replies differ.)
-    Two things are worth looking for: whether the jump *stays* by itself, and whether a knockout of
-    the persona lets the **refusal** projection return, which is what a refusing reply should show.
+    (The chart begins two layers before the first intervention: before it, only the tokens of the
+    replies differ.)
+    Two questions: does the jump *remain* in later layers, and does the **refusal** projection
+    return after a knockout of the persona, as it should in a refusing reply?
     """)
     return
 

@@ -1,4 +1,4 @@
-"""Controls: every claim next to what could break it, and rules that the reader sets.
+"""Controls: every claim next to the conditions that could refute it, and rules to vary.
 
 marimo edit notebooks/4_controls.py
 python notebooks/4_controls.py -- --results results/smollm2-demo-smollm2-135m
@@ -28,16 +28,16 @@ with app.setup:
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    # What could break it
+    # Controls
 
-    A study steers a model and sees refusals fall. The sentence one would like to write is *the
-    persona direction did that, by being what it is*. There is always a duller explanation: any push
-    of that size would have done it; the model is simply broken; the projection alone does it. A
-    **control** is a condition in which the dull explanation, and only that, is at work. If the
-    effect shows up there too, the sentence has to go.
+    A study steers a model, and the model refuses less. The study would like to claim that *the
+    persona direction* caused this. There are always simpler explanations: any vector of that length
+    has the same effect; the model is broken; the projection alone has the effect. A **control** is
+    a condition to which only the simpler explanation applies. If the effect appears there too, the
+    claim fails.
 
-    This page puts every claim of a study next to the conditions that could break it, shows which
-    prompts are behind each figure, and then hands you the rules.
+    This page shows every claim of a study next to its controls, shows the prompts behind each
+    figure, and lets you vary the rules of counting.
     """)
     return
 
@@ -75,11 +75,11 @@ def _():
     mo.md(r"""
     ## 1. What the study claims
 
-    The claims, and the comparisons that would confirm them, stood in the study's file before the
-    run. Rates that are to differ are compared on the same prompts by the exact McNemar test, with
-    Holm's correction over the whole study. "Few new cases" asks that the upper end of a 95 %
-    interval stay under a margin: *no significant difference* would not do, since a small study
-    finds none of anything.
+    The claims, and the comparisons that would confirm them, were written in the study's file before
+    the run. Two rates are compared on the same prompts by the exact McNemar test, with Holm's
+    correction over the whole study. "Few new cases" requires that the upper end of a 95 % interval
+    is below a margin. *No significant difference* would not be enough, because a small study finds
+    no significant difference anywhere.
     """)
     return
 
@@ -101,20 +101,21 @@ def _():
     mo.md(r"""
     ## 2. The controls
 
-    - **random directions**: any push of this length would have done it. One seed shows little,
-      because their effects vary: the claim's has to lie outside the *range of many*.
-    - **knockout without steering**: if the projection raises refusal by itself, with nothing added,
-      the "restored" refusals were not restored.
-    - **matched norm**: a random *projection* removes almost nothing and is no match. This control
-      takes away a random vector as long as the persona vector that was put in.
-    - **neutral persona**: a direction measured as "comply" against "refuse" may be no persona but
-      refusal reversed. The neutral one was measured against an ordinary manner.
-    - **benign prompts**: fewer refusals are cheap if nothing is answered properly any more.
-    - **order swap**: "early fails, late works" may be about depth, not order. Swapped, each of the
-      two directions is added where the other was.
+    - **random directions**: would any vector of this length have the same effect? One seed shows
+      little, because effects vary between seeds: the claim's effect must be outside the *range of
+      many*.
+    - **knockout without steering**: does the projection raise refusal by itself? Then the
+      "restored" refusals were not restored.
+    - **matched norm**: a random *projection* removes almost nothing, so it is no fair control. This
+      one subtracts a random vector that is as long as the persona vector that was added.
+    - **neutral persona**: a direction measured as "comply" minus "refuse" may only be the negative
+      of refusal. The neutral direction was measured against an ordinary manner instead.
+    - **benign prompts**: a model whose replies are broken refuses less as well.
+    - **order swap**: "early fails, late works" may depend on depth instead of order. In the swap,
+      each of the two directions is added at the layer of the other.
 
-    Against a control the claim **holds**, or it **fails**, or the rows are too few to tell
-    (**undecided**), which is the honest answer more often than studies admit.
+    Against a control the claim **holds**, or it **fails**, or there are too few rows to tell
+    (**undecided**).
     """)
     return
 
@@ -154,8 +155,8 @@ def _():
     ## 3. The random envelope
 
     Each cross is one random direction under exactly the operations of the treated condition. With
-    $m$ seeds the smallest possible p-value is $1 / (m + 1)$, however far out the treated condition
-    lies: three seeds end at 0.25, and it takes nineteen to reach 0.05.
+    $m$ seeds the smallest possible p-value is $1 / (m + 1)$, however extreme the treated condition
+    is: with three seeds it is 0.25, and 0.05 needs nineteen.
     """)
     return
 
@@ -173,9 +174,9 @@ def _():
     mo.md(r"""
     ## 4. Which prompts flipped
 
-    Two rates can be equal while every prompt behind them has changed. Each column is one prompt,
-    the control above, the treated condition below; a line joins what differs. Point at a dot for
-    the prompt's id and category (its text is in notebook 5, behind a veil).
+    Two rates can be equal although every prompt behind them has changed. Each column is one prompt,
+    the control above, the treated condition below; a line joins labels that differ. Point at a dot
+    for the prompt's id and category (its text is in notebook 5, blurred until you ask for it).
     """)
     return
 
@@ -211,16 +212,16 @@ def _():
     mo.md(r"""
     ## 5. Your rules
 
-    Leave things out, and watch the verdicts. Each rule is one that somebody could defend:
+    Change the rules, and compare the verdicts. Each of these rules can be defended:
 
-    - **degenerate replies**: is a broken reply "not a refusal", or no answer to the question?
-    - **prompts that no condition refuses** cannot show anything. But leaving them out makes every
-      share larger, and so makes "few new cases" harder to show.
-    - **seeds**: the verdict should not hang on which random directions were drawn.
-    - **alpha** and **margin**: how strict to be.
+    - **degenerate replies**: a broken reply can be counted as "not a refusal" or left out.
+    - **prompts that no condition refuses** cannot show a difference. But without them every share
+      is larger, which makes "few new cases" harder to show.
+    - **seeds**: the verdict should not depend on which random directions were drawn.
+    - **alpha** and **margin**: how strict the tests are.
 
-    A verdict that turns on a defensible choice is weak, and a choice made *after* seeing which way
-    it turns is no evidence: what counts is what was planned, on the left.
+    A verdict that changes with a defensible rule is weak, and a rule chosen *after* seeing the
+    verdict is no evidence: the planned verdict, on the left, is the one that counts.
     """)
     return
 
@@ -282,15 +283,15 @@ def _():
             "**1.** A study keeps only the prompts that the plain model refuses, and finds that "
             "steering lowers refusal. What is wrong?": mo.md(r"""
             On those prompts the baseline's rate is 100 % by selection, so *every* other condition,
-            a harmless one included, can only be equal or lower. Prompts may be left out for
-            something that treats both arms alike (refused by *no* condition), not for what one arm
-            did.
+            even one without an effect, can only be equal or lower. Prompts may be left out by a
+            rule that treats both conditions alike (refused under *no* condition), not by the result
+            of one condition.
             """),
             "**2.** A knockout brings refusal from 2 % back to 45 %, the untouched model refuses "
             "40 %, and the same knockout without steering 60 %. Was refusal restored?": mo.md(r"""
-            Not shown. The projection by itself adds refusals (40 to 60 %), so some of the 45 % are
-            its own work. What a restoration needs is that the knockout brings back the *same*
-            prompts, with the unsteered twin at the baseline.
+            Not shown. The projection alone adds refusals (40 to 60 %), so it may cause some of the
+            45 %. Restoration requires that the *same* prompts are refused again, and that the
+            unsteered twin is at the level of the baseline.
             """),
         },
         multiple=True,

@@ -1,4 +1,4 @@
-"""The refusal receipt: read, verify and compare it, then look at the replies behind it.
+"""The refusal receipt: read, verify and compare it, then read the replies that it counts.
 
 marimo edit notebooks/5_receipt.py
 python notebooks/5_receipt.py -- --results results/smollm2-demo-smollm2-135m \\
@@ -35,9 +35,9 @@ def _():
     mo.md(r"""
     # The receipt
 
-    A **refusal receipt** says what a study found in a form that somebody else can check. It holds
-    counts and hashes, and no replies. This page reads one, checks it, compares it with another, and
-    then goes behind it, to the replies themselves.
+    A **refusal receipt** states the results of a study in a form that an auditor can check. It
+    holds counts and hashes, and no replies. This page reads a receipt, checks it, compares it with
+    another one, and then shows the replies themselves.
     """)
     return
 
@@ -76,9 +76,9 @@ def _():
     mo.md(r"""
     ## 1. Read it
 
-    A claim is **confirmed** when every comparison that the study planned for it held, **not
-    confirmed** when one did not, and **not tested** when the rows cannot answer. *Not confirmed* is
-    not *refuted*: with few prompts it is often all that can be said.
+    A claim is **confirmed** when every comparison that the study planned for it succeeded, **not
+    confirmed** when one failed, and **not tested** when rows or labels are missing. *Not confirmed*
+    does not mean *refuted*: with few prompts no test has much power.
     """)
     return
 
@@ -132,10 +132,10 @@ def _():
     mo.md(r"""
     ## 3. Compare it
 
-    Did the boundary move, between two models, two policies, two versions? A receipt has counts and
-    no rows, so its rates are compared as independent ones, which is cautious when both ran on the
-    same prompts. Read the list of *what else changed* first: a difference between two studies that
-    differ in five things is owed to none of them in particular.
+    Do refusal rates differ between two models, two policies or two versions? A receipt has counts
+    and no rows, so its rates are compared as independent samples, which is conservative when both
+    ran on the same prompts. Read the list of *what else changed* first: if two studies differ in
+    five settings, a difference cannot be attributed to one of them.
     """)
     return
 
@@ -158,11 +158,11 @@ def _(folder, receipt, second):
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    ## 4. What became of the prompts
+    ## 4. Outcomes
 
     Every reply gets one label: a **refusal**, a **bypass** (an answer that a judge of harm calls
     harmful), **degenerate** (broken text), or none of these. An answer that no judge of harm has
-    seen is neither a bypass nor harmless: it is *not judged*, and stays so until one has.
+    scored is neither a bypass nor harmless: it is *not judged*.
     """)
     return
 
@@ -195,8 +195,8 @@ def _():
     mo.md(r"""
     ## 5. Read the replies
 
-    A rate is only as good as its labels, so look. Harmful prompts and the replies to them are
-    blurred until you ask. Whatever a model wrote is shown as text, never run as markup.
+    A rate is only as good as its labels, so read some replies. Harmful prompts and the replies to
+    them are blurred until you ask for them. Model output is shown as text, never run as markup.
     """)
     return
 
@@ -230,10 +230,10 @@ def _():
     mo.md(r"""
     ## 6. Label them yourself
 
-    Judges are instruments and want calibrating. Draw a sample and label it: condition and label are
-    hidden, so that you do not know what is hoped for. Each answer goes straight into the CSV, which
-    a spreadsheet can open too, and `jaxsteer audit import RESULTS FILE` takes it in as the judge
-    `human`.
+    Judges make errors, and labels by hand measure how many. Draw a sample and label it: condition
+    and label are hidden, so that they cannot influence you. Each answer is saved in the CSV file
+    at once, which a spreadsheet can open too, and `jaxsteer audit import RESULTS FILE` reads it as
+    the judge `human`.
     """)
     return
 

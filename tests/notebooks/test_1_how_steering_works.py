@@ -67,7 +67,7 @@ def test_a_dragged_tip_adds_in_the_browser_what_the_library_adds(reader: Reader)
     # h started at (-1, 2), d is (1.5, 0.5) and its strength 1.
     after = lesson.steer_2d((1.0, -1.0), (1.5, 0.5), ["add"])[-1]
     assert result(reader, 0) == pytest.approx(after.tolist(), abs=0.06)
-    reader.page.get_by_text("The shadow goes from +0.63 to +2.21").wait_for()
+    reader.page.get_by_text("The projection goes from +0.63 to +2.21").wait_for()
 
 
 def test_a_dragged_direction_projects_and_caps_as_the_library_does(reader: Reader):

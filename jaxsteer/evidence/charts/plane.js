@@ -97,7 +97,7 @@ function drawing(state, colours) {
     made.append(line(times(-far, v), times(far, v), { stroke: colours.result, class: "span" }));
   }
   made.append(arrow([0, 0], d, colours.d), arrow([0, 0], h, "currentColor"));
-  // With several steps all roads run along u; side by side they can be told apart.
+  // With several steps all paths are parallel to u; a gap keeps them apart.
   const aside = (k, [a, b]) => {
     const by = times(steps.length > 1 ? 0.13 * k : 0, [-u[1], u[0]]);
     return [plus(a, by), plus(b, by)];
@@ -107,7 +107,7 @@ function drawing(state, colours) {
     made.append(arrow(...aside(-i, [states[i], to]), colour, "thin"));
   });
   if (steps.length > 1) {
-    // The road without the addition ends in the same point.
+    // The path without the addition ends in the same point.
     const direct = path(h, d, { ...state, steps: steps.slice(1) }).at(-1);
     const plain = arrow(...aside(1, [h, direct]), "currentColor", "thin");
     plain.setAttribute("opacity", 0.6);
