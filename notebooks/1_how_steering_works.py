@@ -48,7 +48,7 @@ def _():
     $u = d / \lVert d \rVert$ is its unit vector:
 
     | step | formula | in words |
-    | --- | --- | --- |
+    | :--- | :--- | :--- |
     | add | $h + \alpha\, d$ | move the state along the direction |
     | project out | $h - (u \cdot h)\, u$ | remove the state's component along the direction |
     | cap | $h + (\text{clip}(u \cdot h, -b, b) - u \cdot h)\, u$ | limit that component |
@@ -222,7 +222,7 @@ def _(cancel_plane):
     _without = lesson.steer_2d(_v["h"], _v["d"], ["project"])[-1]
     _explained = mo.md(rf"""
     | path | ends at |
-    | --- | --- |
+    | :--- | :--- |
     | add {_v["strength"]:+.2f} $d$, then project out | ({_with[0]:.3f}, {_with[1]:.3f}) |
     | project out only | ({_without[0]:.3f}, {_without[1]:.3f}) |
 
@@ -287,7 +287,7 @@ def _(model, results):
         _error = None
     except UserError as error:
         steerable, _error = None, str(error)
-    mo.stop(steerable is None, mo.callout(mo.plain_text(_error or ""), kind="danger"))
+    mo.stop(steerable is None, mo.callout(mo.md(text.escaped(_error or "")), kind="danger"))
     return (steerable,)
 
 
@@ -353,7 +353,7 @@ def _(example, own, policy, steerable):
     except UserError as error:
         prompt = baseline = None
         _error = str(error)
-    mo.stop(baseline is None, mo.callout(mo.plain_text(_error), kind="danger"))
+    mo.stop(baseline is None, mo.callout(mo.md(text.escaped(_error)), kind="danger"))
     return baseline, prompt
 
 

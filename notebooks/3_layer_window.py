@@ -17,7 +17,7 @@ with app.setup:
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import layer_windows
     from jaxsteer.evidence.browse import open_results
-    from jaxsteer.evidence.charts import theme
+    from jaxsteer.evidence.charts import text, theme
     from jaxsteer.evidence.charts import windows as charts
 
     theme.use()
@@ -70,9 +70,9 @@ def _(results):
         )
     if _error and mo.app_meta().mode == "script":
         print(_error)
-    mo.stop(bool(_error), mo.callout(mo.plain_text(_error), kind="warn"))
+    mo.stop(bool(_error), mo.callout(mo.md(text.escaped(_error)), kind="warn"))
     found = opened.found
-    mo.vstack([mo.callout(mo.plain_text(note), kind="warn") for note in opened.banner])
+    mo.vstack([mo.callout(mo.md(text.escaped(note)), kind="warn") for note in opened.banner])
     return found, names
 
 
@@ -94,7 +94,7 @@ def _(found, mode, name):
         not _places.height,
         mo.callout(
             mo.md(
-                "Nothing was projected out of this direction, and no refusal was added to it. "
+                "No condition projects this direction out or adds refusal to it. "
                 "`jaxsteer sweep layer-window` runs a study that does both."
             ),
             kind="warn",
@@ -102,8 +102,8 @@ def _(found, mode, name):
     )
     mo.callout(
         mo.md(
-            "This study has few places and strengths, so its maps are thin. "
-            "`jaxsteer sweep layer-window` fills them; then give `results/layer-window` above."
+            "This study has few layers and strengths, so its maps have few cells. "
+            "`jaxsteer sweep layer-window` runs many more; enter its results folder above."
         ),
         kind="info",
     ) if _few < 6 else None

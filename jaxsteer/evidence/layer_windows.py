@@ -25,7 +25,7 @@ from jaxsteer.evidence.paired import Labels, flips
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Project
 from jaxsteer.study.results import Results
-from jaxsteer.words import layer_list
+from jaxsteer.words import layer_list, points
 
 Map = Literal["knockout", "refusal"]
 Phase = Literal["prompt", "response"]
@@ -282,15 +282,15 @@ def flips_to_read(table: pl.DataFrame) -> pl.DataFrame:
     `unlike twin` counts prompts whose label differs from the same knockout without steering; where
     the steer cancels by algebra it must be 0.
     """
-    percents = [(pl.col(k) * 100).round(0) for k in ("difference", "low", "high")]
+    ends = [f"{points(low)} to {points(high)}" for low, high in table.select("low", "high").rows()]
     return table.select(
         pl.col("condition"),
         pl.col("control").alias("paired with"),
         pl.col("n"),
         pl.col("raised").alias("refusals gained"),
         pl.col("lowered").alias("lost"),
-        percents[0].alias("net, points"),
-        pl.format("{} to {}", *(p.cast(pl.Int64) for p in percents[1:])).alias("95 %"),
+        (pl.col("difference") * 100).round(0).alias("net, points"),
+        pl.Series("95 %", ends, dtype=pl.String),
         pl.col("p").round(4).alias("McNemar p"),
         pl.col("p_holm").round(4).alias("p, Holm"),
         pl.col("unlike").alias("unlike twin"),

@@ -11,7 +11,7 @@ from tests.notebooks.browser import ROOT, Reader, opened, serve
 NOTEBOOK = ROOT / "notebooks/2_geometry.py"
 CHARTS = (
     "Drag across layers",
-    "5 % would be by luck",
+    "5 % are expected",
     "the strongest of",
     "Most opposed",
     "Two components hold",

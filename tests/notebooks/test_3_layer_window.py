@@ -83,7 +83,7 @@ def test_the_prompts_own_tokens_can_be_shown(reader: Reader):
 
 def test_a_study_with_few_places_says_which_study_fills_the_map(reader: Reader, tmp_path):
     show(reader, made.folder(tmp_path / "few"))
-    reader.page.get_by_text("its maps are thin").wait_for()
+    reader.page.get_by_text("its maps have few cells").wait_for()
     assert reader.chart(KNOCKOUT).texts
     reader.page.get_by_text("This study adds no refusal").wait_for()
 

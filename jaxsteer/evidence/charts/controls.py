@@ -176,9 +176,9 @@ def mcnemar_table(found: paired.Flips, outcome: str, treated: str, control: str)
         [f"{control}: not", f"{gained} gained", found.neither],
     ]
     words = (
-        f"Only the {lost + gained} prompts off the diagonal count: if nothing but chance decided "
-        f"which way they fall, a split at least as lopsided as {lost} to {gained} would come up "
-        f"with {p_equals(found.p)} (exact McNemar, two-sided, not corrected)."
+        f"Only the {lost + gained} prompts off the diagonal count. If each of them were as likely "
+        f"to be lost as gained, a split at least as uneven as {lost} to {gained} would have "
+        f"{p_equals(found.p)} (exact McNemar, two-sided, not corrected)."
     )
     return f"{markdown_table(head, rows)}\n\n{words}"
 

@@ -130,7 +130,7 @@ def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> alt.Co
     if tested.height:
         share = percent(beyond / tested.height)
         finding += (
-            f"{beyond} of {tested.height} cosines ({share}) are beyond chance; 5 % would be by luck"
+            f"{beyond} of {tested.height} cosines ({share}) are beyond chance; 5 % are expected"
         )
     else:
         finding += "chance was not measured"

@@ -42,12 +42,12 @@ def map_finding(maps: pl.DataFrame, which: Map) -> str:
     there += f" ({span(best['low'], best['high'])})"
     control = maps.filter(pl.col("condition") == best["control"]).head(1)
     if not control.height:
-        return f"{there}, the most of {top.height} places; there is no control to set beside it"
+        return f"{there}, the highest of {top.height} places; there is no control to compare with"
     rate = control["rate"].item()
-    alone = f"with the steer alone {percent(rate)}"
+    alone = f"with steering alone {percent(rate)}"
     if best["rate"] > rate:
-        return f"{there}, the most of {top.height} places; {alone}"
-    return f"At none of {top.height} places is refusal above the steer's own: {there}; {alone}"
+        return f"{there}, the highest of {top.height} places; {alone}"
+    return f"At none of {top.height} places does refusal exceed its control: {there}; {alone}"
 
 
 def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
@@ -108,7 +108,7 @@ def _tooltip() -> list[alt.Tooltip]:
 def _map_detail(mine: pl.DataFrame) -> str:
     parts = [f"n = {extent(mine['n'])} harmful prompts a cell; small: Wilson 95 % interval"]
     if mine["cancels"].any():
-        parts.append("hatched: the steer cancels by algebra")
+        parts.append("hatched: steering cancels by algebra")
     if mine.filter(_broken()).height:
         parts.append(f"red corner: broken replies above {percent(BROKEN)}")
     return "; ".join(parts) + ". Drag over cells to choose them"
@@ -209,7 +209,7 @@ def flips_finding(table: pl.DataFrame) -> str:
         return "Only cells that cancel by algebra are chosen: their flips are no evidence"
     best = tested.sort("p_holm", "p").row(0, named=True)
     clear = tested.filter(pl.col("p_holm") <= 0.05).height
-    holm = f"{clear} of {tested.height} chosen cells flip more one way than luck would"
+    holm = f"{clear} of {tested.height} chosen cells differ from their control beyond chance"
     small = f"smallest {p_equals(best['p_holm'])}, Holm over the cells shown"
     return f"{holm} ({small})"
 

@@ -23,13 +23,13 @@ def title(chart) -> str:
     return " ".join(chart.to_dict()["title"]["text"])
 
 
-def test_the_title_names_the_best_place_that_is_evidence_and_the_steer_alone(maps):
+def test_the_title_names_the_best_place_that_is_evidence_and_steering_alone(maps):
     words = title(charts.map_chart(maps, "knockout"))
     assert words.startswith("Removed at 4..5, refusal is 50 % (31 to 69 %)")
-    assert "steer alone 8 %" in words
+    assert "steering alone 8 %" in words
 
 
-def test_where_no_place_beats_the_steer_the_title_says_so(maps):
+def test_where_no_place_beats_steering_the_title_says_so(maps):
     flat = maps.with_columns(rate=pl.lit(0.25))
     assert title(charts.map_chart(flat, "refusal")).startswith("At none of 2 places")
 
