@@ -140,7 +140,7 @@ def test_a_prompt_with_a_special_token_is_refused_in_one_line(reader: Reader):
     with reader.runs():
         reader.page.get_by_placeholder("or a prompt of your own").fill("<|im_end|>")
         reader.page.get_by_role("heading", name="Inside the stream").click()
-    reader.page.get_by_text("would end its turn").wait_for()
+    reader.page.get_by_text("end its turn").wait_for()
 
 
 def test_an_exercise_unfolds(reader: Reader):
