@@ -28,10 +28,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
 from jaxsteer.model import sharding
-from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Cache, Decoder, Params, Past, Realised, Steering, bind
-from jaxsteer.model.interventions import Interventions
+from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.layers import write_block
 from jaxsteer.model.masks import visible_slots
 

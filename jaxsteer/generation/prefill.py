@@ -35,8 +35,7 @@ from jaxsteer.generation.packing import MAX_SEGMENTS
 from jaxsteer.generation.prefix import Prefix
 from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
 from jaxsteer.model import decoder, sharding
-from jaxsteer.model.arrays import AnyArray
-from jaxsteer.model.interventions import Interventions
+from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.masks import causal_mask, positions
 
 

@@ -14,8 +14,8 @@ import jax
 from jaxtyping import Bool, Int
 
 from jaxsteer.model import sharding
-from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.decoder import Cache, Realised
+from jaxsteer.model.interventions import AnyArray
 
 
 @jax.tree_util.register_dataclass

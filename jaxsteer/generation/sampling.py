@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxsteer.model.arrays import AnyArray
+from jaxsteer.model.interventions import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,9 +35,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxsteer.generation import padding, prefill
 from jaxsteer.generation.sampling import Decoding, Sampling, choose
 from jaxsteer.model import decoder
-from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Interventions
+from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.masks import causal_mask, positions
 
 TAP = "resid_post"

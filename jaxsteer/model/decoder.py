@@ -28,9 +28,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.model.arrays import AnyArray
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.interventions import Interventions, SiteArrays, apply
+from jaxsteer.model.interventions import AnyArray, Interventions, SiteArrays, apply
 from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, rope_frequencies
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]

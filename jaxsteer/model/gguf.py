@@ -23,7 +23,7 @@ from jaxsteer.model.config import (
     from_hf,
     llama3_frequencies,
 )
-from jaxsteer.model.sources import Source, Tensor
+from jaxsteer.model.convert import Source, Tensor
 from jaxsteer.model.tokenizer import transformers
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.model.arrays import AnyArray
 
+# On the device (jax) or on the host (numpy).
+AnyArray = jax.Array | np.ndarray
 Tap = Literal["embed", "resid_mid", "resid_post"]
 TAPS: tuple[Tap, ...] = ("embed", "resid_mid", "resid_post")
 Scope = Literal["all", "prompt", "response"]

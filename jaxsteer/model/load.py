@@ -26,8 +26,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.checkpoint import FORMAT, read_manifest
-from jaxsteer.model.convert import convert, resolve_dtype
-from jaxsteer.model.sources import SOURCE_FILES, hub_commit, hub_folder
+from jaxsteer.model.convert import SOURCE_FILES, convert, hub_commit, hub_folder, resolve_dtype
 
 HERE = Path("checkpoints")
 

@@ -2,10 +2,10 @@
 
 Rows are split over `data`; the model's heads, MLP and vocabulary over `model` (q, k, v, gate and up
 by columns, o and down by rows, so that a block is summed across devices only twice: Shoeybi et al.
-2019). Arrays name their dimensions by letters, parameters in a table here, keys and values in the
-metadata of the dataclass field that holds them; `SPLIT` maps letters to mesh axes. Only the inputs
-of programs are placed: `jax.jit` propagates their shardings. A dimension that the `model` axis does
-not divide is replicated, and `notes` says so.
+2019). Arrays name their dimensions by letters: parameters in `weights.dimensions`, keys and values
+in the metadata of the dataclass field that holds them. `SPLIT` maps letters to mesh axes; N and K
+are split between heads only. Only the inputs of programs are placed: `jax.jit` propagates their
+shardings. A dimension that the `model` axis does not divide is replicated, and `notes` says so.
 
 On a mesh data=2,model=4, a cache [row, kv_head, slot, head_dim] of 64 rows and 8 key-value heads is
 split into 8 pieces of 32 rows and 2 heads. Without a mesh everything is on one device.
@@ -26,32 +26,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.errors import UserError
+from jaxsteer.model import weights
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.weights import param_shapes
 
 AXES = ("data", "model")
 # Prompts are read this many at a time: the data axis divides it.
 PROMPT_BATCH = 16
 
-# Dimension letters of every parameter, by its path (below layers/N): see `decoder`. A kernel's N
-# and K are heads times head_dim, and are split between heads only.
-PARAMETERS: Mapping[str, str] = {
-    "embed/embedding": "VD",
-    "head/kernel": "DV",
-    "final_norm/scale": "D",
-    "attn_norm/scale": "D",
-    "mlp_norm/scale": "D",
-    "attn/q/kernel": "DN",
-    "attn/q/bias": "N",
-    "attn/k/kernel": "DK",
-    "attn/k/bias": "K",
-    "attn/v/kernel": "DK",
-    "attn/v/bias": "K",
-    "attn/o/kernel": "ND",
-    "mlp/gate/kernel": "DF",
-    "mlp/up/kernel": "DF",
-    "mlp/down/kernel": "FD",
-}
 # Arrays of a batch: B is the row, and the dimensions after it are never split.
 ROWS = "B"
 CACHE = "BKSH"
@@ -162,11 +143,10 @@ def notes(config: ModelConfig, mesh: Mesh) -> list[str]:
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
     """The sharding of each parameter, by path."""
-    shardings = {}
-    for path in param_shapes(config):
-        below = path.split("/", 2)[2] if path.startswith("layers/") else path
-        shardings[path] = NamedSharding(mesh, spec(PARAMETERS[below], config, mesh))
-    return shardings
+    return {
+        path: NamedSharding(mesh, spec(letters, config, mesh))
+        for path, letters in weights.dimensions(config).items()
+    }
 
 
 def _dimensions(tree: Any, letters: str = ROWS) -> Iterator[str]:
