@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import io
-import json
 
-import numpy as np
 from rich.console import Console
 
 from jaxsteer import terminal
-from jaxsteer.directions import persona_shift
-from jaxsteer.directions.persona_shift import Shift
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]x[/red]\r\u202e<script>\u0085"
 
@@ -50,13 +46,7 @@ def test_modes_are_shown_against_the_policy_alone_with_intervals():
 
 
 def test_a_mode_seen_on_one_prompt_has_no_interval_and_no_modes_make_no_table():
-    one = Shift(
-        mode="kind",
-        direction="persona",
-        n=1,
-        mean=np.array([0.25, 0.5]),
-        half_width=np.array([np.inf, np.inf]),
-    )
-    (line,) = json.loads(json.dumps(persona_shift.record([one], 1), allow_nan=False))
+    line = {"mode": "kind", "direction": "persona", "at": "resid_post.3", "n": 1}
+    line |= {"shift": 0.5, "low": None, "high": None}
     assert "+0.50 (one prompt)" in printed(terminal.modes_table([line], "t"))
     assert printed(terminal.modes_table([], "t")).startswith("t: no shift by mode")

@@ -21,16 +21,7 @@ from jaxsteer.generation.layer_sharing import run_prefixes
 from jaxsteer.generation.prefix import Prefix, take
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import (
-    Cache,
-    Capture,
-    Decoder,
-    Params,
-    Past,
-    Steering,
-    bind,
-    empty_cache,
-)
+from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind, empty_cache
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.model.masks import causal_mask, positions
 
@@ -74,9 +65,11 @@ def read(
     dtype = model.embed.embedding[...].dtype
 
     def one(tokens, real, weights, interventions, prefix):
-        room = empty_cache(model.config, n_layers, tokens.shape[0], dtype)
-        cache, before = _after_prefix(prefix, room)
-        steering = None
+        cache = empty_cache(model.config, n_layers, tokens.shape[0], dtype)
+        before, steering = jnp.zeros((0,), bool), None
+        if prefix is not None:
+            cache = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=1), prefix.cache, cache)
+            before = jnp.asarray(prefix.real)
         if interventions is not None:
             steering = Steering(
                 interventions=interventions,
@@ -96,14 +89,6 @@ def read(
         return out.captured, model.logits(out.hidden[-1:] if last_only else out.hidden)
 
     return jax.vmap(one)(tokens, real, weights, interventions, prefix)
-
-
-def _after_prefix(prefix: Prefix | None, room: Cache) -> tuple[Past, Bool[Array, " filled"]]:
-    """One row's cache, its prefix first; which slots of the prefix hold a real token."""
-    if prefix is None:
-        return room, jnp.zeros((0,), bool)
-    joined = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=1), prefix.cache, room)
-    return joined, jnp.asarray(prefix.real)
 
 
 def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int, list[int]]]:

@@ -8,10 +8,9 @@ with a vector.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
@@ -25,23 +24,27 @@ from jaxsteer.progress import Progress
 Z95 = 1.959964
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Shift:
-    """One mode along one direction, in natural norms of the direction.
+class Shift(msgspec.Struct, frozen=True, kw_only=True):
+    """One mode along one direction, in natural norms of the direction: an entry of modes.json.
 
     Attributes:
       mode: the mode's name in the study: a shipped name, or the path of a file.
       direction: the direction's name.
-      n: number of prompts, each its own pair.
-      mean: per layer, the mean shift against the policy alone.
-      half_width: per layer, half of its 95 % interval (normal, over prompts); infinite for one.
+      n: number of prompts.
+      at: the layer of the next three, such as `resid_post.21`.
+      shift: the mean over prompts.
+      low, high: its 95 % interval (normal, over prompts); None for a single prompt.
+      by_layer: the mean at every layer.
     """
 
     mode: str
     direction: str
     n: int
-    mean: Float[np.ndarray, " n_layers"]
-    half_width: Float[np.ndarray, " n_layers"]
+    at: str
+    shift: float
+    low: float | None
+    high: float | None
+    by_layer: list[float]
 
 
 def shifts(
@@ -50,6 +53,7 @@ def shifts(
     policy: str,
     prompts: Sequence[Prompt],
     directions: Mapping[str, Direction],
+    layer: int,
 ) -> list[Shift]:
     """Measure every mode along every direction; a mode without text is left out, as it is zero.
 
@@ -59,6 +63,7 @@ def shifts(
       policy: the system prompt that follows a mode's text, and that the mode is compared with.
       prompts: the user's messages.
       directions: by name.
+      layer: the layer to give with its interval.
     """
     texts = {name: mode.with_policy(policy) for name, mode in modes.items() if mode.text}
     with Progress("modes", (1 + len(texts)) * len(prompts), unit="prompts") as progress:
@@ -66,21 +71,26 @@ def shifts(
         found = []
         for name, system in texts.items():
             moved = _last_states(model, system, prompts, progress) - plain
-            found += [_shift(name, direction, moved) for direction in directions.values()]
+            found += [_shift(name, direction, moved, layer) for direction in directions.values()]
     return found
 
 
 def _shift(
-    mode: str, direction: Direction, moved: Float[np.ndarray, "prompt n_layers d_model"]
+    mode: str, direction: Direction, moved: Float[np.ndarray, "prompt n_layers d_model"], layer: int
 ) -> Shift:
-    norms = np.maximum(np.linalg.norm(direction.vectors, axis=1), 1e-30)
-    along, n = np.einsum("pld,ld->pl", moved, direction.unit()) / norms, len(moved)
+    norms, n = np.maximum(np.linalg.norm(direction.vectors, axis=1), 1e-30), len(moved)
+    along = np.einsum("pld,ld->pl", moved, direction.unit()) / norms
+    mean = along.mean(axis=0)
+    half = Z95 * along.std(axis=0, ddof=1)[layer] / np.sqrt(n) if n > 1 else None
     return Shift(
         mode=mode,
         direction=direction.name,
         n=n,
-        mean=along.mean(axis=0),
-        half_width=Z95 * along.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else np.inf * norms,
+        at=f"resid_post.{layer}",
+        shift=float(mean[layer]),
+        low=None if half is None else float(mean[layer] - half),
+        high=None if half is None else float(mean[layer] + half),
+        by_layer=[round(float(value), 5) for value in mean],
     )
 
 
@@ -94,27 +104,3 @@ def _last_states(
         states[i] = state[:, 0]
         progress.advance(1)
     return states
-
-
-def record(found: Sequence[Shift], layer: int) -> list[dict[str, Any]]:
-    """The shifts in the form of modes.json: at one layer, and at each.
-
-    JSON has no infinity, so the interval of a single prompt is null.
-    """
-
-    def finite(value: float) -> float | None:
-        return float(value) if np.isfinite(value) else None
-
-    return [
-        {
-            "mode": s.mode,
-            "direction": s.direction,
-            "n": s.n,
-            "at": f"resid_post.{layer}",
-            "shift": float(s.mean[layer]),
-            "low": finite(s.mean[layer] - s.half_width[layer]),
-            "high": finite(s.mean[layer] + s.half_width[layer]),
-            "by_layer": [round(float(value), 5) for value in s.mean],
-        }
-        for s in found
-    ]

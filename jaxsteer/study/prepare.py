@@ -73,16 +73,6 @@ class Setup:
     directions: dict[str, Direction]
     record: Record
 
-    @property
-    def layers(self) -> dict[str, int]:
-        """Layer numbers by name."""
-        return self.record.layers
-
-    @property
-    def dose(self) -> float:
-        """The persona's strength in natural norms."""
-        return self.record.dose
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
@@ -213,11 +203,8 @@ def extraction_settings(spec: StudySpec) -> Settings:
     """What the study's directions have in common: its system prompt and its refusal prompts."""
     if spec.selection is None:
         return Settings(policy=spec.system)
-    return Settings(
-        policy=spec.system,
-        refusal_prompts=spec.selection.refusal_train,
-        skipped=spec.selection.refusal_validation,
-    )
+    train, validation = spec.selection.refusal_train, spec.selection.refusal_validation
+    return Settings(policy=spec.system, refusal_prompts=train, skipped=validation)
 
 
 def selection_of(spec: StudySpec, what: str) -> SelectionSpec:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars as pl
 
@@ -27,6 +28,7 @@ from jaxsteer import tables
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import persona_shift
+from jaxsteer.directions.persona_shift import Shift
 from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json
 from jaxsteer.generation import engine
@@ -78,13 +80,14 @@ def run_study(
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         prepared = _prepared(spec, model, out, families, hosts)
         size = {"n_layers": model.config.n_layers, "d_model": model.config.d_model}
-        found = conditions.conditions(spec, prepared.layers, prepared.dose, model.config.n_layers)
+        layers, dose = prepared.record.layers, prepared.record.dose
+        found = conditions.conditions(spec, layers, dose, model.config.n_layers)
         arrays = conditions.stacked(found, prepared.directions, **size)
         run = record.make(
             {
                 **record.asked(spec, model, families),
-                "layers": prepared.layers,
-                "dose": prepared.dose,
+                "layers": layers,
+                "dose": dose,
                 "directions": prepare.hashes(prepared.directions),
                 "conditions": conditions.mark_cancelling(found, arrays),
             }
@@ -107,7 +110,8 @@ def run_study(
         _check_changes(table, run)
         tables.write(out / "responses.parquet", table)
         if spec.modes and not (out / "modes.json").is_file():
-            write_json(out / "modes.json", _mode_shifts(spec, model, prepared, families))
+            shifts = _mode_shifts(spec, model, prepared, families)
+            write_json(out / "modes.json", msgspec.to_builtins(shifts))
         return results.refresh_summary(out)
 
 
@@ -223,16 +227,16 @@ def _mode_shifts(
     model: ChatModel,
     prepared: Setup,
     families: Mapping[str, Sequence[Prompt]],
-) -> list[dict[str, Any]]:
+) -> list[Shift]:
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
-    found = persona_shift.shifts(
+    return persona_shift.shifts(
         model,
         {name: data.mode(name) for name in spec.modes},
         data.policy(spec.system).text,
         [prompt for asked in families.values() for prompt in asked],
         probed,
+        prepared.record.layers.get("steer", model.config.n_layers // 2),
     )
-    return persona_shift.record(found, prepared.layers.get("steer", model.config.n_layers // 2))
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

@@ -59,7 +59,8 @@ def demo(model: ChatModel, results: Path) -> Workload:
     """
     study = spec.load(spec.STUDIES / "smollm2-demo.toml")
     prepared = prepare.prepare(study, model, results)
-    compiled = conditions(study, prepared.layers, prepared.dose, model.config.n_layers)
+    chosen = prepared.record
+    compiled = conditions(study, chosen.layers, chosen.dose, model.config.n_layers)
     crossed = rows.cross(compiled, rows.prompts(study))
     requests = rows.requests(study, model, compiled, crossed)
     probed = [name for name in run.PROBES if name in prepared.directions]

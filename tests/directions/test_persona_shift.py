@@ -36,20 +36,16 @@ def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, mo
     ]
     mode = data.Mode(name="loud", version="1", text="w20 w21")
     vectors = rng.standard_normal((3, 32)).astype(np.float32) * 5
-    found = persona_shift.shifts(
-        model,
-        {"none": data.mode("none"), "loud": mode},
-        POLICY,
-        prompts,
-        {"v": Direction(name="v", vectors=vectors, provenance={})},
-    )
+    direction = Direction(name="v", vectors=vectors, provenance={})
+
+    def measured(prompts, layer):
+        modes = {"none": data.mode("none"), "loud": mode}
+        return persona_shift.shifts(model, modes, POLICY, prompts, {"v": direction}, layer)
 
     def state(system, text, layer):
         ids = torch.tensor([model.tokenizer.chat(text, system)])
         return hf(ids, output_hidden_states=True).hidden_states[layer + 1][0, -1].numpy()
 
-    (shift,) = found
-    assert (shift.mode, shift.direction, shift.n) == ("loud", "v", 3)
     # The last entry of hidden_states is after the final norm, so the last layer is not compared.
     for layer in range(2):
         unit = vectors[layer] / np.linalg.norm(vectors[layer])
@@ -58,9 +54,15 @@ def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, mo
             for p in prompts
         ]
         norm = np.linalg.norm(vectors[layer])
-        assert shift.mean[layer] == pytest.approx(np.mean(along) / norm, abs=1e-5)
+        (shift,) = measured(prompts, layer)
+        assert (shift.mode, shift.direction, shift.n) == ("loud", "v", 3)
+        assert shift.at == f"resid_post.{layer}" and len(shift.by_layer) == 3
+        assert shift.shift == pytest.approx(np.mean(along) / norm, abs=1e-5)
         half = 1.959964 * np.std(along, ddof=1) / np.sqrt(3) / norm
-        assert shift.half_width[layer] == pytest.approx(half, abs=1e-5)
+        assert shift.low == pytest.approx(shift.shift - half, abs=1e-5)
+        assert shift.high == pytest.approx(shift.shift + half, abs=1e-5)
+    (alone,) = measured(prompts[:1], 1)
+    assert (alone.n, alone.low, alone.high) == (1, None, None)
 
 
 def test_a_study_with_modes_runs_every_condition_under_each_and_records_the_shifts(model, tmp_path):

@@ -31,7 +31,7 @@ def test_a_setup_goes_on_where_it_stopped(model, study, tmp_path):
     written = (out / "directions.safetensors").stat().st_mtime_ns
     again = prepare.prepare(study, model, out)
     assert (out / "directions.safetensors").stat().st_mtime_ns == written
-    assert again.record == made.record and again.layers == {"steer": 1, "late": 2}
+    assert again.record == made.record and again.record.layers == {"steer": 1, "late": 2}
 
 
 PERSONA = 'persona = { kind = "trait", trait = "compliant" }\n'
@@ -126,7 +126,7 @@ def test_another_process_reads_a_setup_only_when_it_is_complete(model, study, tm
     assert prepare.read(study, model, out) is None
     made = prepare.prepare(study, model, out)
     read = prepare.read(study, model, out)
-    assert read.record == made.record and read.layers == made.layers and read.dose == made.dose
+    assert read.record == made.record
     assert prepare.hashes(read.directions) == prepare.hashes(made.directions)
     (out / "directions.safetensors").unlink()
     assert prepare.read(study, model, out) is None
@@ -149,7 +149,8 @@ OPEN = [
 def test_scores_of_candidates_are_kept_when_a_setup_is_stopped(model, tmp_path, monkeypatch):
     study = spec.load(tiny.study_file(tmp_path, *OPEN))
     whole = prepare.prepare(study, model, tmp_path / "whole")
-    assert whole.layers == {"late": 2, "refusal": 1, "steer": 1} and whole.dose == 1.0
+    assert whole.record.layers == {"late": 2, "refusal": 1, "steer": 1}
+    assert whole.record.dose == 1.0
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
