@@ -27,7 +27,7 @@ import numpy as np
 from jaxsteer.directions import activations
 from jaxsteer.generation import decode
 from jaxsteer.generation.engine import Request, run
-from jaxsteer.generation.prefix import Prefix
+from jaxsteer.generation.prefill import Prefix
 from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel

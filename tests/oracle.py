@@ -1,7 +1,7 @@
 """The independent side of parity: HF transformers on torch, steered by forward hooks.
 
-Nothing here calls jaxsteer's arithmetic. It reads what an `Add`, a `Project` or a `Cap` asks for
-and does it once more, in torch, where the tap lies in HF's modules.
+Nothing here calls jaxsteer's arithmetic. An `Add`, a `Project` or a `Cap` is computed again, in
+torch, at the place of its tap in HF's modules.
 
 One trick saves most of the time. HF's greedy choice at step j, given our first j tokens, is the
 argmax of one uncached pass over prompt + reply; when it is our token j at every j, then by

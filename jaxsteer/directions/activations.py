@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.generation import padding
 from jaxsteer.generation.layer_sharing import run_prefixes
-from jaxsteer.generation.prefix import Prefix, take
+from jaxsteer.generation.prefill import Prefix, take
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind, empty_cache

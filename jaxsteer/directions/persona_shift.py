@@ -17,7 +17,7 @@ from jaxtyping import Float
 from jaxsteer.data.prompts import Mode, Prompt
 from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
-from jaxsteer.generation.prefix import shared_length
+from jaxsteer.generation.requests import shared_length
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.progress import Progress
 

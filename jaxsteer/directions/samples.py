@@ -18,7 +18,7 @@ from jaxsteer.directions.activations import Position
 from jaxsteer.errors import UserError
 from jaxsteer.files import stable_id
 from jaxsteer.generation import engine
-from jaxsteer.generation.prefix import shared_lengths
+from jaxsteer.generation.requests import shared_lengths
 from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Layers, compile_conditions

@@ -11,10 +11,10 @@
                       |  slots are free        v  advance a chunk of steps
                       +------------------  rows that ended  --emit-->  replies
 
-That is one loop, drawn forward by whoever iterates over `run`; a CPU runs two of them side by side,
-each with half of the rows (`workers`). All sizes follow from the whole list of rows, never from
-which are left or run beside each other, so an interrupted run continues with the same programs and
-ends in the same results.
+That is one loop, and iterating over `run` drives it. A CPU runs two of them in threads, each with
+half of the rows (`interleave`). All sizes follow from the whole list of rows, never from which are
+left or run beside each other, so an interrupted run continues with the same programs and ends in
+the same results.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import decode, layer_sharing, packing, padding, prefill, workers
+from jaxsteer.generation import decode, layer_sharing, packing, padding, prefill
 from jaxsteer.generation.decode import DecodeState
 from jaxsteer.generation.layer_sharing import Prompts
 from jaxsteer.generation.packing import PackedPrompts
@@ -38,10 +39,15 @@ from jaxsteer.generation.requests import Request as Request
 from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.decoder import Params
 from jaxsteer.model.interventions import Interventions
 
 # Cache slots are a multiple of this: a TPU copies a cache of other lengths at every step.
 SLOT_MULTIPLE = 16
+# Fewest slots of one of two loops.
+LEAST_SLOTS = 16
+
+Loop = Generator[list[Reply], None, None]
 
 
 def cache_slots(prefix: int, longest: int, new_tokens: int) -> int:
@@ -71,6 +77,20 @@ def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
     while (half := -(-batch // (2 * multiple)) * multiple) >= rows and half < batch:
         batch = half
     return batch
+
+
+def count_loops(slots: int, params: Params) -> int:
+    """How many loops share the slots: two on a CPU, unless each would have few slots.
+
+    A program of a few rows leaves cores idle: between matrix products it has stretches of small
+    operations that only one core works on. While the program of one loop is in such a stretch, the
+    products of the other use the idle core. An accelerator is busy with one loop, and would read
+    its weights twice for two. A mesh has one, since programs that exchange arrays must reach all
+    devices in one order. Of 256 slots on a CPU it is 2, of 16 slots 1.
+    """
+    devices = params["embed"]["embedding"].devices()
+    one_cpu = len(devices) == 1 and next(iter(devices)).platform == "cpu"
+    return 2 if one_cpu and slots % 2 == 0 and slots // 2 >= LEAST_SLOTS else 1
 
 
 def pack(requests: Sequence[Request], limit: int) -> PackedPrompts:
@@ -126,7 +146,7 @@ def run(
     sampling: Sampling | None = None,
     batch: int = 32,
     skip: Collection[int] = (),
-) -> Generator[list[Reply], None, None]:
+) -> Loop:
     """Yield the rows that ended in each chunk of steps; see `Reply.index`.
 
     Args:
@@ -154,7 +174,7 @@ def run(
     prefix = 0 if prompts.prefixes is None else prompts.prefixes.real.shape[1]
     longest = max(len(request.own) for request in requests)
     batch = slots_for(batch, len(requests), sharding.data_size(model.mesh))
-    count = workers.count(batch, model.params)
+    count = count_loops(batch, model.params)
     job = _Job(
         prompts=prompts,
         decoding=decoding,
@@ -164,7 +184,7 @@ def run(
     )
     # An interrupted run may have few rows left: an empty slot costs as much as a full one.
     shares = _shares(prompts, todo, min(count, -(-len(todo) // job.slots)))
-    running = workers.interleave([_loop(job, rows) for rows in shares])
+    running = interleave([_loop(job, rows) for rows in shares])
     with contextlib.closing(running):
         for replies in running:
             if replies:
@@ -228,7 +248,7 @@ def _shares(prompts: Prompts, rows: Sequence[int], count: int) -> list[list[int]
     return [order[len(order) * n // count : len(order) * (n + 1) // count] for n in range(count)]
 
 
-def _loop(job: _Job, rows: Sequence[int]) -> Generator[list[Reply], None, None]:
+def _loop(job: _Job, rows: Sequence[int]) -> Loop:
     """The loop of the module's picture, over some rows.
 
     Yields after every step, a batch of prompts read or a chunk decoded, the rows that ended in it:
@@ -308,6 +328,28 @@ def _emit(job: _Job, state: DecodeState, occupied: dict[int, int]) -> list[Reply
             )
         )
     return replies
+
+
+def interleave(loops: Sequence[Loop]) -> Loop:
+    """Yield what the loops yield, as it comes; each takes its next step while the caller works.
+
+    An exception of a loop reaches the caller. Then, and when the caller closes this generator, the
+    other loops end their current step and are closed.
+    """
+    try:
+        with ThreadPoolExecutor(len(loops)) as pool:
+            running: dict[Future[list[Reply] | None], Loop] = {
+                pool.submit(next, loop, None): loop for loop in loops
+            }
+            while running:
+                done = next(iter(wait(running, return_when=FIRST_COMPLETED).done))
+                loop, step = running.pop(done), done.result()
+                if step is not None:
+                    running[pool.submit(next, loop, None)] = loop
+                    yield step
+    finally:
+        for loop in loops:
+            loop.close()
 
 
 def check_finite(reply: Reply, what: str) -> None:

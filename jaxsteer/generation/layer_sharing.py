@@ -29,8 +29,7 @@ from jaxtyping import Float
 
 from jaxsteer.generation import packing, prefill
 from jaxsteer.generation.packing import PackedPrompts
-from jaxsteer.generation.prefill import LayerOutput, PromptBatch, SequenceBatch
-from jaxsteer.generation.prefix import Prefix, take
+from jaxsteer.generation.prefill import LayerOutput, Prefix, PromptBatch, SequenceBatch, take
 from jaxsteer.generation.requests import Request
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel

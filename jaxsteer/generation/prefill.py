@@ -32,11 +32,36 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsteer.generation.decode import CHUNK, DecodeState
 from jaxsteer.generation.packing import MAX_SEGMENTS
-from jaxsteer.generation.prefix import Prefix
 from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
 from jaxsteer.model import decoder, sharding
 from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.masks import causal_mask, positions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Leading tokens that prompts share, run once; leaves lead with prefixes, or with rows.
+
+    Attributes:
+      cache: keys and values per layer, in the order of the left-padded tokens.
+      real: which slots hold a real token.
+      realised: realised change over the prefix, per tap and layer.
+    """
+
+    cache: decoder.Cache = dataclasses.field(metadata=sharding.KEYS_AND_VALUES)
+    real: Bool[AnyArray, "*lead slot"]
+    realised: dict[str, decoder.Realised]
+
+    def layers(self, first: int, last: int) -> Prefix:
+        """The keys and values of layers `first` to `last` - 1, without the realised change."""
+        return dataclasses.replace(self, cache=self.cache[first:last], realised={})
+
+
+@jax.jit
+def take(prefix: Prefix, index: Int[AnyArray, " row"]) -> Prefix:
+    """Each row's prefix, by index."""
+    return jax.tree.map(lambda leaf: leaf[index], prefix)
 
 
 @jax.tree_util.register_dataclass

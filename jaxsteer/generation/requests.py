@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -62,3 +62,26 @@ class Reply:
     prompt: dict[str, Realised]
     response: dict[str, Realised]
     logits: Float[np.ndarray, "chosen vocab"] | None = None
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts share, of each at most all but the last.
+
+    [1, 2, 3, 4] and [1, 2, 5] share 2; [1, 2] and [1, 2] share 1.
+    """
+    if not prompts:
+        return 0
+    first, limit = prompts[0], min(map(len, prompts)) - 1
+    for i in range(limit):
+        if any(prompt[i] != first[i] for prompt in prompts):
+            return i
+    return max(limit, 0)
+
+
+def shared_lengths(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable]) -> list[int]:
+    """`shared_length` of each prompt's group: prompts of one system prompt, say."""
+    members: dict[Hashable, list[Sequence[int]]] = {}
+    for prompt, group in zip(prompts, groups, strict=True):
+        members.setdefault(group, []).append(prompt)
+    lengths = {group: shared_length(some) for group, some in members.items()}
+    return [lengths[group] for group in groups]

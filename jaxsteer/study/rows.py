@@ -15,7 +15,7 @@ from jaxsteer.data.prompts import Prompt
 from jaxsteer.files import stable_id
 from jaxsteer.generation import engine
 from jaxsteer.generation.engine import Reply, Request
-from jaxsteer.generation.prefix import shared_lengths
+from jaxsteer.generation.requests import shared_lengths
 from jaxsteer.judges.labels import label
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.study.conditions import system_prompts

@@ -17,7 +17,7 @@ from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
-from jaxsteer.generation.prefix import shared_length
+from jaxsteer.generation.requests import shared_length
 from jaxsteer.generation.sampling import Decoding
 from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal

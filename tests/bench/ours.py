@@ -21,7 +21,7 @@ from tests.bench.workload import Workload
 
 
 class Ours:
-    """`rows.run` over rows of the demo study; writes the job for the peers when it is made.
+    """`engine.run` over rows of the demo study; writes the job for the peers when it is made.
 
     Attributes:
       programs: made since then, or read from the cache of compiled ones.
@@ -70,10 +70,10 @@ def replies(
 def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> dict[str, Any]:
     """Tokens and best-of-three seconds of prefill alone and of decode alone, all slots full.
 
-    The rows share nothing: one condition that acts before the first block, prompts of their own.
-    They are as long as what the study's rows have of their own, by quantiles, so that lanes fill
-    as they do in the study. With no token that ends a reply, runs of more and of fewer new tokens
-    differ by decode steps and nothing else.
+    The rows share nothing: one condition that acts before the first block, different prompts. Their
+    lengths are quantiles of the lengths of the study's rows without prefixes, so they are packed as
+    in the study. With no token that ends a reply, runs of more and of fewer new tokens differ only
+    by decode steps.
     """
     work, batch = ours.work, batch or ours.work.batch
     number = next(
@@ -90,7 +90,7 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
     alone = dataclasses.replace(work, requests=plain)
     counts = sorted({1, *new_tokens})
     times: dict[int, list[float]] = {count: [] for count in counts}
-    # In turns, the first of which compiles: what disturbs one length then disturbs all.
+    # Round by round, the first of which compiles: a disturbance then affects all lengths alike.
     for _ in range(4):
         for count in counts:
             start = time.perf_counter()
@@ -99,7 +99,7 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
     seconds = {count: min(some[1:]) for count, some in times.items()}
     few, many = new_tokens
     total = sum(lengths)
-    # The mean length that a token finds: a long prompt has more of them.
+    # The mean length of the prompt around a token: a long prompt has more tokens.
     found = sum(length**2 for length in lengths) / total
     return {
         "slots": batch,
@@ -120,5 +120,5 @@ def phases(ours: Ours, batch: int, new_tokens: tuple[int, int] = (17, 49)) -> di
 
 
 def versions() -> dict[str, str]:
-    """What it stands on."""
+    """Versions of the packages that decide speed."""
     return {name: importlib.metadata.version(name) for name in ("jaxsteer", "jax", "jaxlib")}

@@ -29,7 +29,7 @@ from tests.bench.job import Job, Site
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A study ready for `rows.run`.
+    """A study ready for `engine.run`.
 
     Attributes:
       names: of the conditions, in order.

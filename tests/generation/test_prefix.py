@@ -8,7 +8,8 @@ import pytest
 
 from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine, prefix
+from jaxsteer.generation import engine
+from jaxsteer.generation.requests import shared_length, shared_lengths
 from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
@@ -135,7 +136,7 @@ def test_a_prompt_that_does_not_fit_says_its_whole_length(model):
 
 
 def test_shared_length_leaves_each_prompt_a_token_of_its_own():
-    assert prefix.shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
-    assert prefix.shared_length([[1, 2], [1, 2]]) == 1
-    assert prefix.shared_length([[7]]) == 0
-    assert prefix.shared_lengths([[1, 2, 3], [9], [1, 2, 4]], ["a", "b", "a"]) == [2, 0, 2]
+    assert shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert shared_length([[1, 2], [1, 2]]) == 1
+    assert shared_length([[7]]) == 0
+    assert shared_lengths([[1, 2, 3], [9], [1, 2, 4]], ["a", "b", "a"]) == [2, 0, 2]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsteer.data.wheels import cache_dir
 from jaxsteer.errors import UserError
-from jaxsteer.generation.prefix import Prefix
+from jaxsteer.generation.prefill import Prefix
 from jaxsteer.model import sharding as parallel
 from jaxsteer.model.config import ModelConfig, RopeConfig
 from jaxsteer.model.convert import convert

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsteer.generation import decode, engine, workers
+from jaxsteer.generation import decode, engine
 from jaxsteer.generation.engine import Request
 from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
@@ -21,7 +21,7 @@ BATCH = 32
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("workers")
+    folder = tmp_path_factory.mktemp("loops")
     return ChatModel.load(
         convert(tiny.save(tiny.llama(), folder / "hf"), folder / "out", "float32")
     )
@@ -79,7 +79,7 @@ def threads(monkeypatch):
 )
 def test_only_one_cpu_device_has_two_loops(platforms, batch, expected):
     table = SimpleNamespace(devices=lambda: [SimpleNamespace(platform=p) for p in platforms])
-    assert workers.count(batch, {"embed": {"embedding": table}}) == expected
+    assert engine.count_loops(batch, {"embed": {"embedding": table}}) == expected
 
 
 def test_two_loops_share_the_rows_and_return_each_once(model, rng, threads):
@@ -174,7 +174,7 @@ def test_loops_take_a_step_while_the_caller_works_and_no_more():
             taken.append(step)
             yield step
 
-    running = workers.interleave([steps()])
+    running = engine.interleave([steps()])
     assert next(running) == 0
     running.close()
     assert taken == [0, 1]
@@ -182,7 +182,7 @@ def test_loops_take_a_step_while_the_caller_works_and_no_more():
 
 def test_every_step_of_every_loop_is_yielded_and_the_loops_are_closed():
     closed = []
-    found = list(workers.interleave([counting_up(n, closed) for n in (5, 0, 3)]))
+    found = list(engine.interleave([counting_up(n, closed) for n in (5, 0, 3)]))
     assert sorted(found) == [0, 0, 1, 1, 2, 2, 3, 4]
     assert sorted(closed) == [0, 3, 5]
 
@@ -195,5 +195,5 @@ def test_all_loops_are_closed_when_one_of_them_fails():
         raise RuntimeError("lost")
 
     with pytest.raises(RuntimeError, match="lost"):
-        list(workers.interleave([counting_up(10**6, closed), failing()]))
+        list(engine.interleave([counting_up(10**6, closed), failing()]))
     assert closed == [10**6]
