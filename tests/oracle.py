@@ -72,7 +72,7 @@ class Hooked:
         start = self.seen.get((tap, layer), 0)
         self.seen[tap, layer] = start + h.shape[1]
         index = torch.arange(start, start + h.shape[1])
-        touched = {
+        steered = {
             "all": index >= 0,
             "prompt": index < self.n_prompt,
             "response": index >= self.n_prompt,
@@ -94,7 +94,7 @@ class Hooked:
             unit = vector / vector.norm()
             at = new @ unit
             new = new + (at.clamp(operation.low, operation.high) - at)[..., None] * unit
-        return torch.where(touched[None, :, None], new.to(h.dtype), h)
+        return torch.where(steered[None, :, None], new.to(h.dtype), h)
 
     def __enter__(self) -> Hooked:
         return self
