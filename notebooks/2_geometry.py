@@ -89,7 +89,7 @@ def _():
       drawn at the same *share of depth*. (What it calls layer 20 may be our `resid_post.19`:
       its code numbers the embedding 0.)
 
-    A cosine beyond the grey band at *one* of thirty layers is expected by luck once or twice.
+    By chance alone, one or two of thirty layers have a cosine outside the grey band.
 
     **Drag across the chart** to choose a window of layers for everything below; a click outside the
     window removes it.

@@ -155,13 +155,13 @@ def band(
 ) -> alt.Chart:
     """The area between a table's columns `low` and `high`, on the axes of the line within it."""
     shade = alt.value(colour) if isinstance(colour, str) else colour
-    area = alt.Chart(table).mark_area(opacity=0.2)
+    area = alt.Chart(table).mark_area(opacity=0.27)
     return area.encode(x=x, y=on_axis(y, "low"), y2="high:Q", color=shade, **encodings)
 
 
 def range_bar(table: pl.DataFrame, x: alt.X, y: alt.Y, colour: str) -> alt.Chart:
     """A pale bar from a table's column `low` to `high` in each row, behind the row's marks."""
-    bar = alt.Chart(table).mark_bar(color=colour, opacity=0.2, cornerRadius=2)
+    bar = alt.Chart(table).mark_bar(color=colour, opacity=0.27, cornerRadius=2)
     return bar.encode(x=on_axis(x, "low"), x2="high:Q", y=y)
 
 

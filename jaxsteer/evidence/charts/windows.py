@@ -14,7 +14,7 @@ from jaxsteer.words import extent, p_equals, percent, signed, span
 WIDE, HIGH = 66, 46
 BROKEN = 0.1  # cells with more degenerate replies are marked
 AXES: dict[Map, tuple[str, str]] = {
-    "knockout": ("layers the direction is projected out of (resid_post)", "steer, natural norms"),
+    "knockout": ("layers the direction is projected out of (resid_post)", "added, natural norms"),
     "refusal": ("layer refusal is added at (resid_post)", "refusal added, natural norms"),
 }
 COLUMNS: dict[Map, str] = {"knockout": "not removed", "refusal": "not added"}
