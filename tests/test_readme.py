@@ -14,13 +14,13 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_example_runs_and_is_short(smollm2, monkeypatch, capsys):
     # The fixture makes sure that the model is there.
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code.count("\n") <= 20
+    assert code.count("\n") <= 10
     if not (ROOT / "checkpoints/smollm2-135m/manifest.json").is_file():
         pytest.fail("no checkpoints/smollm2-135m; run `make model`")
     monkeypatch.chdir(ROOT)
     exec(compile(code, "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["plain", "steered", "restored"]
+    shown = capsys.readouterr().out
+    assert all(f"│ {name} " in shown for name in ("plain", "steered", "restored"))
 
 
 def test_every_make_target_it_names_exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +11,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.generation.compile_cache import use_compile_cache
 
 if TYPE_CHECKING:
-    from jaxsteer.model.chat_model import ChatModel
+    from jaxsteer.api import Model
 
 __all__ = [
     "DEMO_MODEL",
@@ -31,8 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-DEMO_MODEL = Path("checkpoints/smollm2-135m")
-ModelOption = Annotated[Path, typer.Option(help="A converted checkpoint.")]
+DEMO_MODEL = "smollm2-135m"
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="Checkpoint folder, shipped name, Hugging Face folder, .gguf file or hub id; what is "
+        "no checkpoint yet is converted once and kept."
+    ),
+]
 MeshOption = Annotated[
     str | None,
     typer.Option(help="Spread model and rows over this machine's devices: data=2,model=4."),
@@ -58,18 +63,15 @@ def check_device() -> None:
         ) from None
 
 
-def open_model(folder: Path, mesh: str | None) -> ChatModel:
-    """Load a checkpoint, onto a mesh if one is asked for; what that cannot split is said."""
+def open_model(source: str, mesh: str | None) -> Model:
+    """Load a model, onto a mesh if one is asked for, and say what the mesh cannot split."""
+    from jaxsteer import api
     from jaxsteer.model import sharding
-    from jaxsteer.model.chat_model import ChatModel
 
-    if folder == DEMO_MODEL and not (folder / "manifest.json").is_file():
-        raise UserError(f"no checkpoint {folder} here; make it with `jaxsteer prepare`")
     check_device()
-    if mesh is None:
-        return ChatModel.load(folder)
-    spread = sharding.mesh(mesh)
-    loaded = ChatModel.load(folder, mesh=spread)
-    for note in sharding.notes(loaded.config, spread):
-        typer.echo(f"mesh {mesh}: {note}", err=True)
+    use_compile_cache()
+    loaded = api.load(source, mesh=mesh)
+    if loaded.mesh is not None:
+        for note in sharding.notes(loaded.config, loaded.mesh):
+            typer.echo(f"mesh {mesh}: {note}", err=True)
     return loaded

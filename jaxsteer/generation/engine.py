@@ -352,17 +352,17 @@ def interleave(loops: Sequence[Loop]) -> Loop:
             loop.close()
 
 
-def check_finite(reply: Reply, what: str) -> None:
+def check_finite(change: float, what: str) -> None:
     """Refuse a reply whose residual stream was NaN or infinite: its tokens mean nothing.
 
     Args:
-      reply: a row's result.
+      change: the realised change of the reply, which then is not finite either.
       what: the row, in words, for the message.
 
     Raises:
       UserError: it was.
     """
-    if not np.isfinite(total_change(reply)):
+    if not np.isfinite(change):
         raise UserError(
             f"{what}: the residual stream left the range of numbers (NaN or infinite); lower the "
             "strength, or convert the model again if it happens without any"

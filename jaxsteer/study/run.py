@@ -211,7 +211,9 @@ def _finish(
                 for batch in replies:
                     for reply in batch:
                         condition, _ = planned[reply.index]
-                        engine.check_finite(reply, f"condition {condition.name!r}")
+                        engine.check_finite(
+                            engine.total_change(reply), f"condition {condition.name!r}"
+                        )
                     ended += batch
                     if len(ended) >= decoding.batch or time.monotonic() - written > OFTEN:
                         keep()
