@@ -27,7 +27,6 @@ import msgspec
 import numpy as np
 
 from jaxsteer.data import prompts
-from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import direction, samples
 from jaxsteer.directions.activations import Position
 from jaxsteer.directions.direction import Direction
@@ -36,7 +35,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
 
-# HarmBench and our harmless prompts are ranked by this seed and taken from the front.
+# HarmBench and our harmless prompts are ranked by this seed and taken from the first on.
 SPLIT_SEED = 11
 
 
@@ -110,7 +109,7 @@ class Settings:
       policy: name of the system prompt under which refusal is extracted.
       seed: of sampled replies.
       refusal_prompts: number of harmful prompts of the refusal direction, and of harmless ones.
-      skipped: harmless prompts that are left out, because the layer of refusal is selected on them.
+      skipped: the first harmless prompts, which are left out to select the layer of refusal on.
     """
 
     policy: str = "safety-v2"
@@ -134,7 +133,9 @@ def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
         case UserPersona():
             made = user_contrast(prompts.trait(kind.trait), kind.position)
         case Refusal():
-            harmful, harmless = refusal_prompts(settings.refusal_prompts, settings.skipped)
+            n, skipped = settings.refusal_prompts, settings.skipped
+            harmful = prompts.sample(prompts.harmbench(), n, SPLIT_SEED)
+            harmless = prompts.sample(prompts.harmless(), 0, SPLIT_SEED)[skipped : skipped + n]
             sides = [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]
             made = prompt_contrast(*sides, prompts.policy(settings.policy).text)
         case AssistantAxis():
@@ -325,15 +326,6 @@ def axis_contrast(
         position=position,
         max_new_tokens=48,
     )
-
-
-def refusal_prompts(count: int, skip: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The harmful and harmless prompts of the refusal direction: `count` of each.
-
-    The first `skip` harmless ones are left out: the layer of refusal is selected on them.
-    """
-    harmful = prompts.sample(prompts.harmbench(), count, SPLIT_SEED)
-    return harmful, prompts.sample(prompts.harmless(), 0, SPLIT_SEED)[skip : skip + count]
 
 
 def _crossed(groups: Sequence[Sequence[str]], questions: Sequence[str]) -> list[Chat]:
