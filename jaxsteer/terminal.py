@@ -1,20 +1,20 @@
-"""Show results on a terminal: tables, and model text with its control characters defused."""
+"""The terminal: model text with its control characters defused, and progress.
+
+Progress is a live bar on a terminal, and a line every ten seconds in a log.
+"""
 
 from __future__ import annotations
 
+import sys
+import time
 import unicodedata
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
-from jaxsteer.words import percent, signed, span
-
-if TYPE_CHECKING:
-    # Typing only: it would have every command import JAX, --help among them.
-    from jaxsteer.study.cost import Plan
+console = Console(stderr=True)
 
 
 def plain(text: str) -> str:
@@ -24,67 +24,67 @@ def plain(text: str) -> str:
     )
 
 
-def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
-    """The study's table: one line per condition and prompt family."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "refused with Wilson 95 % interval; complied = neither, and not scored for harm"
-    for name in ("condition", "prompts"):
-        table.add_column(name)
-    for name in ("n", "refused", "95 %", "degenerate", "complied"):
-        table.add_column(name, justify="right")
-    for row in summary:
-        mark = " (cancels steering)" if row["cancels_steering"] else ""
-        table.add_row(
-            Text(plain(row["condition"]) + mark),
-            row["family"],
-            str(row["n"]),
-            percent(row["refusal"]),
-            span(row["refusal_low"], row["refusal_high"]),
-            percent(row["degenerate"]),
-            percent(row["complied"]),
-        )
-    return table
+class Progress:
+    """Counts rows of one phase: `with Progress("study", 100) as p: p.advance(4, tokens=160)`.
 
+    `quiet` counts and says nothing, in a process whose rows another one reports.
+    """
 
-def plan_table(plan: Plan, title: str) -> Table:
-    """A study's cost, one line a figure."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    megabytes = 1 / 2**20
-    for name, value in (
-        ("conditions (controls included)", f"{plan.conditions}"),
-        ("rows", f"{plan.rows}"),
-        ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.own_tokens:,} not in a shared prefix)"),
-        ("new tokens, at most", f"{plan.new_tokens:,}"),
-        ("weights", f"{plan.weights_bytes * megabytes:,.0f} MiB"),
-        ("cache of a batch", f"{plan.cache_bytes * megabytes:,.0f} MiB"),
-        ("time of the rows here, rough", f"{plan.seconds / 60:,.1f} min"),
-        ("still to choose", ", ".join(plan.open_choices) or "nothing"),
+    def __init__(
+        self, title: str, total: int, done: int = 0, unit: str = "rows", *, quiet: bool = False
     ):
-        table.add_row(name, value)
-    return table
+        self.title, self.total, self.done, self.unit, self.quiet = title, total, done, unit, quiet
+        self.fresh, self.tokens = 0, 0
+        self.started = self.said = time.monotonic()
+        self.live = sys.stderr.isatty() and not quiet
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit + " {task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
 
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.bar.start()
+            self.task = self.bar.add_task(
+                self.title, total=self.total, completed=self.done, speed="(compiling)"
+            )
+        elif not self.quiet:
+            print(
+                f"{self.title}: {self.done}/{self.total} {self.unit}", file=sys.stderr, flush=True
+            )
+        return self
 
-def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> RenderableType:
-    """How far each persona mode moves the last prompt token along each direction."""
-    if not shifts:
-        return Text(f"{title}: no shift by mode, for want of a direction or of a mode with a text")
-    table = Table(title=f"{title}: shift by mode at {shifts[0]['at']}", title_justify="left")
-    table.caption = (
-        "in natural norms of the direction, against the policy alone, with 95 % interval"
-    )
-    names = list(dict.fromkeys(shift["direction"] for shift in shifts))
-    table.add_column("mode")
-    for name in names:
-        table.add_column(name, justify="right")
-    cells = {(shift["mode"], shift["direction"]): shift for shift in shifts}
-    for mode in dict.fromkeys(shift["mode"] for shift in shifts):
-        table.add_row(Text(plain(mode)), *(_shift(cells[mode, name]) for name in names))
-    return table
+    def advance(self, count: int, tokens: int = 0) -> None:
+        """Report `count` more finished items, and the tokens they generated."""
+        self.done += count
+        self.fresh += count
+        self.tokens += tokens
+        now = time.monotonic()
+        elapsed = max(now - self.started, 1e-6)
+        speed = f"{self.tokens / elapsed:.0f} tokens/s" if self.tokens else ""
+        if self.live:
+            self.bar.update(self.task, completed=self.done, speed=speed)
+        elif not self.quiet and (now - self.said > 10 or self.done == self.total):
+            self.said = now
+            left = ""
+            if self.fresh:
+                left = f"{(self.total - self.done) * elapsed / self.fresh:.0f} s left"
+            parts = [f"{self.done}/{self.total} {self.unit}", speed, left]
+            print(
+                f"{self.title}: {', '.join(part for part in parts if part)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
-
-def _shift(found: dict[str, Any]) -> str:
-    if found["low"] is None:
-        return f"{signed(found['shift'])} (one prompt)"
-    return f"{signed(found['shift'])} ({signed(found['low'])} to {signed(found['high'])})"
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.live:
+            self.bar.stop()

@@ -20,7 +20,7 @@ FILES = 80
 
 # A module may import from its own group and from those above it.
 GROUPS = (
-    ("errors", "files", "stats", "words", "tables", "terminal", "progress"),
+    ("errors", "files", "stats", "words", "tables", "terminal"),
     ("data",),
     ("model",),
     ("generation",),
@@ -29,6 +29,7 @@ GROUPS = (
     ("study",),
     ("evidence",),
     ("receipt",),
+    ("api",),
     ("cli",),
 )
 RANK = {name: rank for rank, group in enumerate(GROUPS) for name in group}

@@ -19,7 +19,7 @@ from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
 from jaxsteer.generation.requests import shared_length
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.progress import Progress
+from jaxsteer.terminal import Progress
 
 Z95 = 1.959964
 

@@ -21,10 +21,10 @@ from jaxsteer.directions.samples import Samples, gather
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_json
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.progress import Progress
 from jaxsteer.study import prepare, results
 from jaxsteer.study.record import Count, Sha256
 from jaxsteer.study.spec import StudySpec
+from jaxsteer.terminal import Progress
 
 FORMAT: Final = "jaxsteer-geometry-1"
 FILE = "geometry.json"

@@ -26,11 +26,11 @@ from jaxsteer.directions.extraction import FromChats, InStudy, Random, Settings
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.progress import Progress
 from jaxsteer.study import selection
 from jaxsteer.study.layer_expr import depth
 from jaxsteer.study.selection import DoseCandidate, RefusalCandidate
 from jaxsteer.study.spec import SelectionSpec, StudySpec
+from jaxsteer.terminal import Progress
 
 VERSION = "2"
 

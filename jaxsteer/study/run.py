@@ -36,11 +36,11 @@ from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.progress import Progress
 from jaxsteer.study import conditions, prepare, record, results, rows, store, validate
 from jaxsteer.study.prepare import Setup
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
+from jaxsteer.terminal import Progress
 
 PROBES = ("persona", "refusal", "assistant-axis")
 # Seconds after which rows that have ended are written, however few they are.

@@ -23,7 +23,7 @@ from jaxsteer.judges.degenerate import is_degenerate
 from jaxsteer.judges.keyword import is_refusal
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Operation, compile_conditions, everywhere
-from jaxsteer.progress import Progress
+from jaxsteer.terminal import Progress
 from jaxsteer.words import percent
 
 
