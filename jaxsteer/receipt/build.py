@@ -198,10 +198,10 @@ def _direction(found: directions.Direction) -> statement.Direction:
 def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:
     leaked = _leaked(found)
     changes = {
-        name: statement.Change(touched=n, mean=total / max(n, 1), rows_unchanged=unchanged)
+        name: statement.Change(steered_tokens=n, mean=total / max(n, 1), rows_unchanged=unchanged)
         for name, n, total, unchanged in found.rows.group_by("condition")
         .agg(
-            pl.col("touched").sum(),
+            pl.col("steered_tokens").sum(),
             pl.col("change").sum(),
             unchanged=(pl.col("change") == 0).sum(),
         )
@@ -211,7 +211,7 @@ def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statemen
         statement.Condition(
             **msgspec.structs.asdict(condition),
             change=changes.get(
-                condition.name, statement.Change(touched=0, mean=0.0, rows_unchanged=0)
+                condition.name, statement.Change(steered_tokens=0, mean=0.0, rows_unchanged=0)
             ),
             outcomes={
                 family: outcomes(

@@ -155,12 +155,12 @@ class Change(Part, frozen=True):
     """What the interventions did to the residual stream.
 
     Attributes:
-      touched: tokens times sites at which something changed, over all rows.
-      mean: mean norm of the change per touched token and site.
+      steered_tokens: tokens times sites at which something changed, over all rows.
+      mean: mean norm of the change per steered token and site.
       rows_unchanged: rows in which nothing changed.
     """
 
-    touched: Annotated[int, Meta(ge=0)]
+    steered_tokens: Annotated[int, Meta(ge=0)]
     mean: float
     rows_unchanged: Count
 

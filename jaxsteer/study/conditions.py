@@ -1,9 +1,9 @@
 """From a study's spec to its conditions: layers resolved, repeats and unsteered twins made.
 
-Two things are done for the author. A projection that contains the vector just added at the same
-tap gives exactly what projecting without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such
-a condition is marked `cancels_steering`. And every knockout gets its twin without steering, named
-`NAME, unsteered`, because only the difference between the two is evidence.
+A projection that contains the vector just added at the same tap gives exactly what projecting
+without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such a condition is marked
+`cancels_steering`. Every knockout (a condition that adds and projects) gets its twin without
+steering, named `NAME, unsteered`, because only the difference between the two is evidence.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def conditions(
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"study {spec.name}: {min(twice)!r} repeats a seed, scale or mode")
     twins = _twins(found)
-    # By their repeats' names as well as by the name that claims use for all of them.
+    # Claims name all repeats of a condition by its base name, so that must be unique too.
     taken = {*names, *(condition.base for condition in found)}
     for twin in twins:
         for name in taken & {twin.name, twin.base}:

@@ -57,7 +57,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     asked = validate.study(spec, model, rows.prompts(spec, limit))
     batch = engine.slots_for(spec.decoding.batch, len(asked))
     leaves = jax.tree.leaves(model.params)
-    own = sum(len(request.tokens) - request.shared for request in asked)
+    own = sum(len(request.own) for request in asked)
     longest = max((len(request.tokens) for request in asked), default=0)
     # Keys and values of one token.
     token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * leaves[0].itemsize

@@ -1,8 +1,8 @@
 """The run record: what was run, with every operation of every condition, as written to run.json.
 
-A run writes its record once; everything that reads results reads this. Each operation is a value
-(what is done, with which direction, at which layers), and code compares operations, never the
-words that `describe` makes of them for people.
+A run writes its record once, and everything that reads results reads this. Each operation is a
+value (what is done, with which direction, at which layers). Code compares operations; the words
+that `describe` makes of them are for people only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from jaxsteer.words import layer_list
 FILE = "run.json"
 FORMAT: Final = "jaxsteer-run-2"
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
-# No study has more rows or layers: a larger number is damage, and looping over it never ends.
+# No study has more rows or layers; a loop over a larger, damaged number would never end.
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Layers = tuple[Count, ...]
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of what a receipt shows too: there, an unknown key is an error."""
+    """Base of the structs that a receipt holds too; an unknown key is an error."""
 
 
 class Add(Part, frozen=True, tag_field="operation", tag="add"):
@@ -47,9 +47,9 @@ class Add(Part, frozen=True, tag_field="operation", tag="add"):
       layers: 0-based blocks.
       scale: multiples of the natural norm; negative subtracts.
       tap: where in the block.
-      measured_at: the layer whose vector is used at all layers; null takes each layer's own.
+      measured_at: the layer whose vector is used at all layers; null uses each layer's own.
       norm_of: the direction whose norm the vector was given first, or null.
-      norm_at: the layer of that norm; null takes each layer's own.
+      norm_at: the layer of that norm; null uses each layer's own.
     """
 
     direction: str
@@ -127,7 +127,7 @@ class Condition(Part, frozen=True):
 
 
 class Source(Part, frozen=True):
-    """Where the checkpoint was converted from, with the sha256 of each file."""
+    """What the checkpoint was converted from, with the sha256 of each file."""
 
     kind: str
     name: str
@@ -228,7 +228,7 @@ def asked(
 
 
 def make(identity: Mapping[str, Any]) -> RunRecord:
-    """The record of a run: its fields without format, key and environment, and those."""
+    """The record of a run from the fields that identify it; adds format, key and environment."""
     key = sha256_bytes(canonical_json(msgspec.to_builtins(identity)).encode())
     return RunRecord(format=FORMAT, key=key, environment=environment(), **identity)
 
@@ -256,7 +256,8 @@ def read(folder: Path) -> RunRecord | None:
     """The record in a folder's run.json, or None when there is no such file.
 
     Raises:
-      UserError: of another format, a field is missing or mistyped, or two conditions have one name.
+      UserError: the format differs, a field is missing or mistyped, or two conditions have one
+        name.
     """
     path, again = folder / FILE, "run the study again"
     try:

@@ -29,13 +29,13 @@ from jaxsteer.study import record
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
 
-# The columns that readers rely on, and the ones of them that may be empty.
+# The columns that readers rely on, and those that may have null cells.
 SCHEMA = {
     "row_id": pl.String, "condition": pl.String, "base": pl.String, "seed": pl.Int64,
     "scale": pl.Float64, "mode": pl.String, "prompt_id": pl.String, "family": pl.String,
     "category": pl.String, "response": pl.String, "n_tokens": pl.Int64, "stopped": pl.Boolean,
-    "label": pl.String, "judge": pl.String, "cancels_steering": pl.Boolean, "touched": pl.Int64,
-    "change": pl.Float64,
+    "label": pl.String, "judge": pl.String, "cancels_steering": pl.Boolean,
+    "steered_tokens": pl.Int64, "change": pl.Float64,
 }  # fmt: skip
 MAY_BE_NULL = {"seed", "scale"}
 
@@ -48,7 +48,7 @@ class Results:
       folder: where it is.
       run: what was run.
       rows: responses.parquet with the labels that all verdicts so far give.
-      verdicts: by judge, what it said of each row it has seen.
+      verdicts: by judge, a line for each row it has judged.
     """
 
     folder: Path
@@ -88,10 +88,10 @@ def _fault(rows: pl.DataFrame, run: RunRecord) -> str:
         if column is None or column.dtype != kind:
             return f"column {name} is missing or of another type than {kind}"
         if column.null_count() and name not in MAY_BE_NULL:
-            return f"column {name} has empty cells"
-    counts = pl.min_horizontal("touched", "n_tokens") >= 0
+            return f"column {name} has null cells"
+    counts = pl.min_horizontal("steered_tokens", "n_tokens") >= 0
     if not rows.select((counts & pl.col("change").is_finite()).all()).item():
-        return "column touched, n_tokens or change holds an impossible number"
+        return "column steered_tokens, n_tokens or change holds an impossible number"
     if rows["row_id"].n_unique() != rows.height:
         return "two lines have the same row id"
     if not (rows["condition"] + "/" + rows["prompt_id"] == rows["row_id"]).all():
@@ -109,7 +109,7 @@ def _fault(rows: pl.DataFrame, run: RunRecord) -> str:
 def relabelled(rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """The rows with `label` and `judge` as the verdicts give them; as they are without any.
 
-    What the run itself said stays in `run_label` and `run_judge`: two judges' verdicts are in it.
+    The run's own labels, which two rules gave, stay in `run_label` and `run_judge`.
     """
     if not verdicts:
         return rows
@@ -154,7 +154,8 @@ def summarise(rows: pl.DataFrame) -> list[dict[str, Any]]:
                 "benign_answer": share["benign-answer"],
                 "unscored": share["complied-unscored"],
                 "cancels_steering": bool(group["cancels_steering"][0]),
-                "mean_change": float(group["change"].sum()) / max(int(group["touched"].sum()), 1),
+                "mean_change": float(group["change"].sum())
+                / max(int(group["steered_tokens"].sum()), 1),
             }
         )
     return summary

@@ -23,8 +23,8 @@ from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import StudySpec
 
 Row = tuple[Condition, Prompt]
-# Columns whose type the lines of one batch may not show.
-TYPES = {"touched": pl.Int64, "seed": pl.Int64, "scale": pl.Float64}
+# Columns that may be null in every line of a shard.
+TYPES = {"steered_tokens": pl.Int64, "seed": pl.Int64, "scale": pl.Float64}
 
 
 def prompts(spec: StudySpec, limit: int | None = None) -> dict[str, list[Prompt]]:
@@ -86,9 +86,8 @@ def requests(
 def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
     """A finished row's line in the table.
 
-    Besides who, what and which label: the projections of the stream on the probed directions
-    before and after the operations at each `resid_post`, as means over the tokens of the prompt
-    and of the reply.
+    For each probed direction it has the projections of the residual stream before and after the
+    operations at every `resid_post`, as means over the tokens of the prompt and of the reply.
     """
     condition, prompt = row
     given, judge = label(reply.text, prompt.family)
@@ -110,10 +109,12 @@ def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
         "judge": judge,
         "cancels_steering": condition.cancels_steering,
         # Tokens times sites where something changed, and the summed norm of the change there.
-        "touched": sum(int(realised.steered[realised.change > 0].sum()) for realised in both),
+        "steered_tokens": sum(
+            int(realised.steered[realised.change > 0].sum()) for realised in both
+        ),
         "change": engine.total_change(reply),
     }
-    # The last generated token is emitted but never read, unless the row went on to an end token.
+    # The model reads all generated tokens but the last, and that one too before an end token.
     read = len(reply.tokens) - (0 if reply.stopped else 1)
     for phase, realised, tokens in (
         ("prompt", reply.prompt, reply.n_prompt),

@@ -1,13 +1,13 @@
 """Run a study: prepare it, then every (condition, prompt) row in one program, then the table.
 
     prepare    directions, layers and dose               setup.json, directions.safetensors
-    record     what is run, down to the last hash        run.json
-    rows       replies, as they end, in shards           shards/
+    record     what is run, with all hashes              run.json
+    rows       replies, in shards as they finish         shards/
     table      all rows in order, and their summary      responses.parquet, summary.json
 
-Rows that are in a shard are not run again, and batches are cut from the list of rows the same way
-every time, so an interrupted run that goes on ends in the table an uninterrupted one gives. A
-folder that belongs to another run is refused, naming what differs.
+Rows that are in a shard are not run again, and a row's reply does not depend on which rows run
+beside it. So an interrupted run, continued by the same command, gives the table of an uninterrupted
+one. A folder that belongs to another run is refused with what differs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from jaxsteer.study.spec import StudySpec
 from jaxsteer.terminal import Progress
 
 PROBES = ("persona", "refusal", "assistant-axis")
-# Seconds after which rows that have ended are written, however few they are.
+# Seconds after which finished rows are written, however few they are.
 OFTEN = 10
 
 
@@ -66,15 +66,15 @@ def run_study(
       model: the model to run it on.
       out: results folder; finished rows in it are kept.
       limit: number of StrongREJECT prompts instead of the spec's; 0 is all.
-      fresh: forget what `out` holds.
+      fresh: delete what `out` holds first.
       hosts: the processes that run this study together, all with the same arguments.
 
     Raises:
-      UserError: this model cannot run the study, `out` belongs to another run or is in use, or an
-        intervention changed nothing, or too much for numbers to hold.
+      UserError: the model cannot run the study, `out` belongs to another run or is in use, or a
+        condition changed nothing or made the residual stream overflow.
     """
     families = rows.prompts(spec, limit)
-    # A run with a record has passed, with the layers it chose and not only their candidates.
+    # With a record, the layers are chosen, and their other candidates no longer matter.
     if fresh or not (out / record.FILE).is_file():
         validate.study(spec, model, families)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
@@ -104,8 +104,8 @@ def run_study(
         table = hosts.seen(lambda: store.table(out / "shards", run.key, names))
         if table is None:
             raise UserError(
-                f"{out} lacks rows that other processes finished; is it one folder that all hosts "
-                "share? Run the same command again to go on"
+                f"{out} lacks rows that other processes finished; give an --out that all hosts "
+                "share, and run the same command again to continue"
             )
         _check_changes(table, run)
         tables.write(out / "responses.parquet", table)
@@ -120,7 +120,7 @@ def _held(out: Path, fresh: bool) -> Iterator[None]:
     """Hold the results folder, emptied if `fresh`."""
     names = {path.name for path in out.glob("[!.]*")}
     if names and not names & {"setup.json", record.FILE}:
-        raise UserError(f"{out} holds something else than results; choose another --out")
+        raise UserError(f"{out} is not a results folder; choose another --out")
     with locked(out):
         if fresh:
             for path in out.glob("[!.]*"):
@@ -146,7 +146,7 @@ def _prepared(
             )
         return prepared
     store.check(out, record.asked(spec, model, families))
-    # Also made from what the study only names: the texts of traits and roles, and which prompts.
+    # The setup also depends on what the study only names, such as the texts of traits.
     made = prepare.read_record(out)
     if made and made.key != prepare.key(spec, model) and record.read(out):
         store.refuse(out, ["directions"])
@@ -167,11 +167,11 @@ def _finish(
     done = {i for i, row in enumerate(planned) if rows.name(row) in finished}
     decoding = run.study.decoding
     asked = rows.requests(run.study, model, run.conditions, planned)
-    # Rows of one packed sequence stay together: they share work.
+    # Rows of one packed sequence run in one process, because they share work.
     packed = engine.pack(asked, model.config.max_position - decoding.max_new_tokens)
-    share = hosts.share([f"lane {n}" for n in packed.sequence])
+    share = hosts.share([f"sequence {n}" for n in packed.sequence])
     probed = [name for name in PROBES if name in prepared.directions]
-    # Never a single one: a matrix times a vector, whose sums a CPU orders by the row's slot.
+    # At least two: a CPU sums a product with a single vector in an order that depends on the slot.
     columns = 2 if len(probed) == 1 else len(probed)
     probes = np.zeros((model.config.n_layers, columns, model.config.d_model), np.float32)
     for p, name in enumerate(probed):
@@ -206,7 +206,7 @@ def _finish(
             ended.clear()
 
         try:
-            # Closed here, not when it is forgotten: what a signal raises then would be lost.
+            # Closed here, because an error raised in a generator's deletion would be lost.
             with contextlib.closing(replies):
                 for batch in replies:
                     for reply in batch:
@@ -219,7 +219,7 @@ def _finish(
                         keep()
                         written = time.monotonic()
         finally:
-            # Also when it is stopped: a row that has ended is not run again.
+            # After an error or a stop signal too: a finished row is not run again.
             if ended:
                 keep()
 
@@ -242,7 +242,7 @@ def _mode_shifts(
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:
-    """Refuse a run in which something was asked for and nothing changed: a silent no-op."""
+    """Refuse a run with a condition that has operations and changed nothing."""
     changed = dict(table.group_by("condition").agg(pl.col("change").sum()).iter_rows())
     for condition in run.conditions:
         if condition.operations and not changed.get(condition.name, 0.0) > 0:

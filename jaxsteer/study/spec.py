@@ -1,8 +1,8 @@
-"""What a study file may say: the structs behind the TOML, and its loading.
+"""A study file: the structs behind its TOML, and loading it.
 
-The structs state the form (keys, types, ranges), and `_problems` what holds between the parts of a
-file. What needs the model, such as whether a layer exists, `validate` checks. See
-`data/studies/smollm2-demo.toml` for a study with every part explained.
+The structs give keys, types and ranges. `load` also checks that the parts of a file fit together;
+`validate` checks what depends on the model, such as whether a layer exists. The file
+`data/studies/smollm2-demo.toml` is a study with every part explained.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
 # A single layer: neither a window nor a list.
 Layer = Annotated[str, Meta(pattern="^[^.,]+$")]
-# JAX makes its random keys from 32 bits.
+# JAX makes random keys from 32 bits.
 Seed = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
-# The table of replies holds these in 64 bits.
+# The table of replies stores these in 64 bits.
 RandomSeed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 NORM_KEYS = {"norm_of": "direction", "norm_at": "at"}
 
@@ -42,8 +42,8 @@ class DataSpec(Spec, frozen=True, kw_only=True):
     """Which prompts are reported on.
 
     Attributes:
-      harmful: number of StrongREJECT prompts, chosen by hash rank; 0 takes all 313.
-      benign: number of our benign prompts, likewise chosen; 0 takes none.
+      harmful: number of StrongREJECT prompts, chosen by hash rank; 0 is all 313.
+      benign: number of our benign prompts, chosen in the same way; 0 is none.
       seed: of the choice.
     """
 
@@ -53,7 +53,7 @@ class DataSpec(Spec, frozen=True, kw_only=True):
 
 
 class SelectionSpec(Spec, frozen=True, kw_only=True):
-    """The selection rules' inputs; every prompt they see is HarmBench or our harmless set.
+    """What the selection rules choose from; they use HarmBench and our harmless prompts only.
 
     Attributes:
       prompts: HarmBench prompts on which the persona's layer and strength are chosen.
@@ -260,7 +260,7 @@ def load(source: str | Path) -> StudySpec:
 
 
 def _typed(written: Any) -> Any:
-    """A TOML study with its operations as the structs have them; other values as they are."""
+    """A decoded TOML study with its operations in the form of the structs."""
     if isinstance(written, list):
         return [_typed(item) for item in written]
     if not isinstance(written, dict):
@@ -273,7 +273,7 @@ def _typed(written: Any) -> Any:
 
 
 def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
-    """An operation whose kind and direction TOML gives in one key, such as add = "persona"."""
+    """An operation in the form of its struct; in TOML one key gives its kind and its direction."""
     found = dict(written)
     kinds = [kind for kind in ("add", "project") if kind in found]
     if len(kinds) != 1:
@@ -285,12 +285,14 @@ def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
         found["at"] = None
     if isinstance(scale := found.get("scale"), str):
         found |= {"scale": -1.0 if scale[:1] == "-" else 1.0, "unit": scale.removeprefix("-")}
-    norm = {to: found.pop(key) for key, to in NORM_KEYS.items() if key in found}
-    return {**found, "norm": norm} if norm else found
+    given = NORM_KEYS.keys() & found.keys()
+    if "add" in kinds and given:
+        found["norm"] = {NORM_KEYS[key]: found.pop(key) for key in given}
+    return found
 
 
 def _problems(spec: StudySpec) -> Iterator[str]:
-    """What holds between the parts of a study, and does not here; one sentence each."""
+    """How parts of a study do not fit together, one sentence each."""
     names = [condition.name for condition in spec.condition]
     for group, found in (("condition", names), ("claim", [claim.name for claim in spec.claim])):
         for name in found:
@@ -299,19 +301,19 @@ def _problems(spec: StudySpec) -> Iterator[str]:
     for name in spec.layers:
         if not re.fullmatch(LAYER_NAME, name) or re.search(r"-\d+$", name) or name == "last":
             yield (
-                f"layers: {name!r} is no name for a layer; take letters, digits, _ and -, a letter "
-                "first, and not `last` or what reads as an offset, such as steer-2"
+                f"layers: {name!r} cannot name a layer; use letters, digits, _ and -, beginning "
+                "with a letter, but not `last` and no end that reads as an offset (steer-2)"
             )
     order = list(spec.directions)
     for name, direction in spec.directions.items():
         if re.fullmatch(r"random(-\d+)?", name):
-            yield f"directions.{name}: that name is of the random controls; choose another"
+            yield f"directions.{name}: this name is kept for the random controls; choose another"
         # They are made in the order of the file.
         for other in direction.of if isinstance(direction, Minus | Without) else ():
             if other not in spec.directions:
-                yield f"directions.{name}.of names {other!r}, which is no direction here"
+                yield f"directions.{name}.of names {other!r}, which the study does not have"
             if other not in order[: order.index(name)]:
-                yield f"directions.{name}.of names {other!r}, which is not before it; list it first"
+                yield f"directions.{name}.of names {other!r}, which comes later; list it first"
     for condition in spec.condition:
         for problem in _condition_problems(spec, condition):
             yield f"condition {condition.name!r} {problem}"
@@ -328,16 +330,16 @@ def _condition_problems(spec: StudySpec, condition: ConditionSpec) -> Iterator[s
             there = ", ".join(spec.directions)
             yield f"names {name!r}, an unknown direction; the study has {there}"
         if name == "random" and not (condition.random_seeds and spec.directions):
-            yield "names `random`, which needs random_seeds, and a direction to take norms from"
-    # Repeats that differ in name only would be reported as different strengths or seeds.
+            yield "names `random`, which needs random_seeds, and a direction to take its norm from"
+    # Otherwise repeats with equal operations would be reported as different strengths or seeds.
     if bool(condition.scales) != any(op.unit == "each" for op in added):
-        yield 'needs scales together with an operation that adds with scale = "each"'
+        yield 'needs both scales and an addition with scale = "each", or neither'
     if condition.random_seeds and "random" not in named:
-        yield 'has random_seeds and no operation with "random"; add one, or drop random_seeds'
+        yield "has random_seeds and no operation with `random`; add one, or drop random_seeds"
 
 
 def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
-    # A claim that no rows could decide would be reported as "not tested" when all rows have run.
+    # A claim that no row can decide would be "not tested" only after the whole run.
     if not claim.tests:
         yield "has no tests; add one, or remove it"
     benign = {condition.name: condition.benign for condition in spec.condition}

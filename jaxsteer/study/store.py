@@ -1,7 +1,7 @@
-"""The finished rows of a run on disk, and whose a results folder is.
+"""The finished rows of a run on disk, and the check that a folder belongs to a run.
 
-Each batch of finished rows is one Parquet shard, written aside, synced and renamed, so a process
-may be killed at any moment and loses only the rows in flight. A shard's name is the hash of its
+Each batch of finished rows is one Parquet shard, which is written aside, synced and renamed. So a
+process that is killed loses only the rows it had not finished. A shard's name holds the hash of its
 content, so several processes can write to one folder.
 """
 
@@ -35,14 +35,14 @@ def read(folder: Path, key: str) -> list[pl.DataFrame]:
     """Every shard of the run `key`.
 
     Raises:
-      UserError: a shard whose bytes are not what its name says, or that is no Parquet.
+      UserError: a shard is not Parquet, or its content does not match its name.
     """
     found = []
     for path in sorted(folder.glob(f"{key[:16]}-*.parquet")):
         try:
             data = path.read_bytes()
             if sha256_bytes(data)[:16] != path.stem[-16:]:
-                raise OSError("its bytes have changed")
+                raise OSError("its content does not match its name")
             found.append(pl.read_parquet(io.BytesIO(data)))
         except (pl.exceptions.PolarsError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}); remove it, its rows run again") from None
@@ -54,7 +54,7 @@ def table(folder: Path, key: str, names: Sequence[str]) -> pl.DataFrame | None:
     found = read(folder, key)
     if not found:
         return None
-    # A row is there twice if a process of an earlier, broken run was still at it: both are equal.
+    # A row may have been run twice, by a process of an interrupted run; both are equal.
     rows = pl.concat(found).unique("row_id")
     if set(names) - set(rows["row_id"]):
         return None
@@ -87,7 +87,7 @@ def claim(folder: Path, run: RunRecord, hosts: Hosts) -> None:
 
 
 def check(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse a folder whose record has other values; one without a record is free.
+    """Refuse a folder whose record has other values; a folder without a record passes.
 
     Args:
       folder: the results folder.

@@ -1,4 +1,4 @@
-"""Whether a model can run a study to its end, asked before anything is run or replaced.
+"""Whether a model can run a study to its end, checked before anything is run or deleted.
 
 Prompts are tokenised for real, and nothing is computed on the model. A layer that is still to be
 chosen is taken once as its deepest candidate and once as its shallowest one: an expression such as
@@ -24,11 +24,11 @@ from jaxsteer.study.spec import StudySpec
 def study(
     spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
 ) -> list[Request]:
-    """Every row of the study, as it will be asked of the model.
+    """Check the study; returns what each of its rows will ask of the model.
 
     Raises:
-      UserError: as preparing and running the study would, for what is wrong in the spec, with what
-        it names, or with its prompts.
+      UserError: the errors that preparing and running the study would raise, for what is wrong in
+        the spec, with what it names, or with its prompts.
     """
     prepare.key(spec, model)  # Reads the policy and the traits.
     _check_selection(spec, model)

@@ -58,7 +58,7 @@ def folder(path: Path, **sizes: int) -> Path:
         base="condition",
         seed=pl.lit(None, pl.Int64),
         scale=pl.lit(None, pl.Float64),
-        touched=pl.lit(0, pl.Int64),
+        steered_tokens=pl.lit(0, pl.Int64),
     )
     conditions = [
         ConditionSpec(name=name, benign=True)

@@ -219,12 +219,12 @@ def rows(
                         "label": given,
                         "judge": judge,
                         "cancels_steering": condition["cancels_steering"],
-                        "touched": 20 if condition["operations"] else 0,
+                        "steered_tokens": 20 if condition["operations"] else 0,
                         "change": 20.0 + i if condition["operations"] else 0.0,
                         "persona_before_prompt": [0.1 * i] * LAYERS,
                     }
                 )
-    schema = {"seed": pl.Int64, "scale": pl.Float64, "touched": pl.Int64}
+    schema = {"seed": pl.Int64, "scale": pl.Float64, "steered_tokens": pl.Int64}
     return pl.DataFrame(lines, schema_overrides=schema)
 
 

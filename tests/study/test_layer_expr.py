@@ -35,12 +35,12 @@ def test_a_layer_may_have_any_name_that_a_study_may_give_it(name, offset, expect
     "text",
     ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3", "²", "9" * 5000, "last-²"],
 )
-def test_layers_that_are_not_there_are_refused(text):
+def test_layers_that_do_not_exist_are_refused(text):
     with pytest.raises(UserError, match="test"):
         resolve_layers(text, NAMED, L, "test")
 
 
 @pytest.mark.parametrize("text", ["2-4", "1,2-4"])
-def test_a_window_written_with_a_dash_is_told_how_to_write_it(text):
+def test_a_window_written_with_a_hyphen_is_refused_with_the_right_spelling(text):
     with pytest.raises(UserError, match=r"write a window as 2\.\.4$"):
         resolve_layers(text, NAMED, L, "test")

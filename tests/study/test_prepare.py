@@ -116,7 +116,7 @@ def test_directions_without_a_setup_are_kept(model, study, tmp_path, fresh):
     prepare.prepare(study, model, out)
     (out / "setup.json").unlink()
     held = (out / "directions.safetensors").read_bytes()
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="is not a results folder"):
         run.run_study(study, model, out, fresh=fresh)
     assert (out / "directions.safetensors").read_bytes() == held
 

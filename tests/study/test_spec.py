@@ -87,16 +87,16 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             'refusal_openings = ["I", ""]\nallow_near_miss',
             "openings",
         ),
-        ("early = 0.3", "early = 0.3, early-2 = 4", "'early-2' is no name for a layer"),
-        ("early = 0.3", "early = 0.3, last = 4", "'last' is no name for a layer"),
-        ("early = 0.3", "early = 0.3, 20 = 4", "'20' is no name for a layer"),
-        ("early = 0.3", "early = 0.3, 'a,b' = 4", "'a,b' is no name for a layer"),
+        ("early = 0.3", "early = 0.3, early-2 = 4", "'early-2' cannot name a layer"),
+        ("early = 0.3", "early = 0.3, last = 4", "'last' cannot name a layer"),
+        ("early = 0.3", "early = 0.3, 20 = 4", "'20' cannot name a layer"),
+        ("early = 0.3", "early = 0.3, 'a,b' = 4", "'a,b' cannot name a layer"),
         ("seeds = [1, 2, 3]", "seeds = [1, -2]", r"random_seeds\[1\]"),
         ("seeds = [1, 2, 3]", "seeds = [1, 9223372036854775808]", "random_seeds"),
         (
             'refusal = { kind = "refusal" }',
             'it = { kind = "minus", of = ["persona", "refusal"] }\nrefusal = { kind = "refusal" }',
-            r"directions\.it\.of names 'refusal', which is not before it",
+            r"directions\.it\.of names 'refusal', which comes later",
         ),
         ("neutral =", "random-1 =", r"directions\.random-1.* random controls"),
         ("neutral =", "random =", r"directions\.random: .* random controls"),
@@ -117,16 +117,16 @@ def test_a_malformed_study_names_the_key(tmp_path, old, new, message):
         ("", '{ add = "persona", project = "persona", at = "3" }', "'c': .* exactly one of add"),
         ("", '{ add = "persona" }', "missing required field `at`"),
         ("", '{ add = "persona", at = "3", scale = "much" }', "'much' - at"),
-        ("", '{ add = "persona", at = "3", scale = "each" }', "'c' needs scales together"),
+        ("", '{ add = "persona", at = "3", scale = "each" }', "'c' needs both scales"),
         ("", '{ add = "random", at = "3" }', "'c' names `random`, which needs random_seeds"),
         ("", '{ add = "persona", everywhere = true }', "'c': everywhere goes with project"),
         ("", '{ project = "persona", everywhere = true, at = "3" }', "'c': everywhere .* of at"),
         ("", '{ project = "persona", at = "3", scale = 2.0 }', "unknown field `scale`"),
-        ("", '{ project = "persona", at = "3", norm_of = "refusal" }', "unknown field `norm`"),
+        ("", '{ project = "persona", at = "3", norm_of = "refusal" }', "unknown field `norm_of`"),
         ("", '{ add = "persona", at = "3", norm_at = "3" }', "missing required field `direction`"),
         ("", '{ add = "persona", at = "3", measured_at = "4,5" }', r"ops\[0\]\.measured_at"),
         ("", '{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }', "norm.at"),
-        ("scales = [1.0]", '{ project = "persona", at = "3" }', "'c' needs scales together"),
+        ("scales = [1.0]", '{ project = "persona", at = "3" }', "'c' needs both scales"),
         (
             "random_seeds = [1]",
             '{ add = "persona", at = "steer", norm_of = "random" }',
@@ -171,7 +171,7 @@ def test_random_seeds_need_a_direction_to_take_norms_from(tmp_path):
         'decoding = { max_new_tokens = 8 }\n[[condition]]\nname = "c"\nrandom_seeds = [1]\n'
         'ops = [{ add = "random", at = "1" }]\n'
     )
-    with pytest.raises(UserError, match="a direction to take norms from"):
+    with pytest.raises(UserError, match="a direction to take its norm from"):
         spec.load(path)
 
 

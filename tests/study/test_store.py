@@ -41,7 +41,7 @@ def test_every_damaged_shard_is_named(tmp_path, rng, count):
             store.read(tmp_path, KEY)
 
 
-def test_the_table_is_there_when_every_row_is_and_in_the_order_asked_for(tmp_path):
+def test_the_table_needs_every_row_and_has_the_order_asked_for(tmp_path):
     names = ["x/2", "x/1", "x/3"]
     assert store.table(tmp_path, KEY, names) is None
     store.write(tmp_path, KEY, ROWS)

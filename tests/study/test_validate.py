@@ -58,7 +58,7 @@ WRONG = {
         [*chosen("[0.5]", "[0.0, 0.5]"), ('at = "late"', 'at = "steer-1"')],
         r"'persona, out'.*resid_post\.-1 ",
     ),
-    "a layer nobody chooses": (
+    "a layer that is not chosen": (
         [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm") + SELECTION)]
         + [('"persona", at', '"charm", at')] * 3,
         "cannot read layer 'steer'",
