@@ -82,12 +82,11 @@ class Hosts:
             order[size * self.process // self.count : size * (self.process + 1) // self.count]
         )
 
-    def meet(self, place: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def meet(self, place: str) -> None:
         """Wait until every process has called this.
 
         Args:
           place: a name for the barrier, the same in every process.
-          meanwhile: called every `EVERY` seconds of the wait, to report progress.
         """
         if self.count == 1:
             return
@@ -96,7 +95,7 @@ class Hosts:
         # All processes reach the same barriers in the same order, and each needs a name of its own.
         key = f"jaxsteer-{next(_barriers)}-{place}"
         barrier = orbax.checkpoint.multihost.get_barrier_sync_fn()
-        _interruptibly(lambda: barrier(key=key, timeout_ms=_MONTH), meanwhile)
+        _interruptibly(lambda: barrier(key=key, timeout_ms=_MONTH))
 
     def seen(self, find: Callable[[], Found | None]) -> Found | None:
         """What `find` returns; with several hosts, retried until their files must be visible."""
@@ -146,7 +145,7 @@ def join(address: str, processes: int | None = None, process: int | None = None)
     return Hosts(process=jax.process_index(), count=jax.process_count())
 
 
-def _interruptibly(wait: Callable[[], None], meanwhile: Callable[[], None] = lambda: None) -> None:
+def _interruptibly(wait: Callable[[], None]) -> None:
     """Wait in a thread: Python runs signal handlers only while its main thread is in Python."""
     failed: list[Exception] = []
 
@@ -160,7 +159,6 @@ def _interruptibly(wait: Callable[[], None], meanwhile: Callable[[], None] = lam
     thread.start()
     while thread.is_alive():
         thread.join(EVERY)
-        meanwhile()
     if failed:
         raise failed[0]
 
