@@ -35,7 +35,7 @@ HEARTBEAT = 20
 # Seconds until a file that one host wrote is visible on another: NFS and mounted buckets both look
 # again after 60.
 VISIBLE = 120
-# Seconds between two reports while a process waits.
+# Seconds after which a waiting main thread looks again whether the wait is over.
 EVERY = 5
 # A barrier has to have a time limit. JAX notices lost processes, so a slow one may take a month.
 _MONTH = 30 * 24 * 3600 * 1000
