@@ -10,7 +10,7 @@ SWEEP = $(BIN)/jaxsteer sweep "$(1)" $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FU
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 17
 
 .venv/made: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "jaxsteer needs Python 3.11 to 3.13: install one, or give PYTHON=/path/to/python"; exit 2; }

@@ -44,15 +44,18 @@ def counted() -> dict[Path, int]:
 
 
 def test_the_core_is_within_its_budget(counted):
-    assert weigh.core_lines(counted) <= CORE, weigh.table(counted)
+    lines = weigh.core_lines(counted)
+    assert lines <= CORE, weigh.table(counted)
 
 
 def test_the_package_is_within_its_budget(counted):
-    assert sum(counted.values()) <= WHOLE, weigh.table(counted)
+    lines = sum(counted.values())
+    assert lines <= WHOLE, weigh.table(counted)
 
 
 def test_the_package_has_few_files(counted):
-    assert len(counted) <= FILES
+    files = len(counted)
+    assert files <= FILES, weigh.table(counted)
 
 
 def test_no_module_is_long(counted):
