@@ -36,7 +36,7 @@ from tests.bench.workload import Workload
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured; by default what a device of this kind is for.
+    """What is measured; by default sizes that suit a GPU or TPU.
 
     Attributes:
       batches: slots for the demo study, one run each.
@@ -45,7 +45,7 @@ class Sizes:
       config: of the large model, whose weights are random.
       prompts: of the table.
       conditions: of the table.
-      beginning: tokens of the system prompt that the table's rows share.
+      prefix: tokens of the system prompt that the table's rows share.
       new_tokens: of each of the table's replies.
       slots: for the table.
     """
@@ -56,7 +56,7 @@ class Sizes:
     config: ModelConfig = dataclasses.field(default_factory=lambda: tpu.config_of("llama-3.1-8b"))
     prompts: int = 313
     conditions: int = 11
-    beginning: int = 48
+    prefix: int = 48
     new_tokens: int = 150
     slots: int = 256
 
@@ -128,15 +128,15 @@ def table(model: ChatModel, sizes: Sizes) -> dict[str, Any]:
     for c in range(1, sizes.conditions):
         at = middle + c % (config.n_layers - middle)
         conditions.append([Add(direction=direction, layers=(at,), scale=0.1)])
-    beginning = draw.integers(3, config.vocab_size, sizes.beginning).tolist()
+    prefix = draw.integers(3, config.vocab_size, sizes.prefix).tolist()
     # About as long as harmful requests are.
     own = [draw.integers(3, config.vocab_size, n) for n in draw.integers(12, 100, sizes.prompts)]
     requests = [
         Request(
-            tokens=beginning + prompt.tolist(),
+            tokens=prefix + prompt.tolist(),
             condition=c,
             row_id=c * sizes.prompts + i,
-            shared=sizes.beginning,
+            shared=sizes.prefix,
         )
         for c in range(len(conditions))
         for i, prompt in enumerate(own)

@@ -285,7 +285,7 @@ SMALL = accelerator.Sizes(
     config=dataclasses.replace(tiny_config(), vocab_size=1000),
     prompts=5,
     conditions=3,
-    beginning=7,
+    prefix=7,
     new_tokens=6,
     slots=4,
 )

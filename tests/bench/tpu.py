@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from jaxsteer.model.interventions import Project, compile_conditions
 from jaxsteer.model.weights import nest, param_shapes
 
 GIB = 2**30
+DTYPE = jnp.bfloat16
 # Tokens of a system prompt and the longest prompt of StrongREJECT together, and of a usual prompt.
 LONGEST, USUAL = 304, 112
 ROWS, NEW_TOKENS = 313 * 11, 150
@@ -66,7 +66,7 @@ class Chip:
     hbm: float
     bandwidth: float
     peak: float
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 CHIPS = {
@@ -123,16 +123,16 @@ class Sweep:
         self.decoding = Decoding(max_new_tokens=NEW_TOKENS, eos=(0, 1))
         shardings = sharding.param_shardings(config, mesh)
         self.params = nest(
-            (path, jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=shardings[path]))
+            (path, jax.ShapeDtypeStruct(shape, DTYPE, sharding=shardings[path]))
             for path, shape in param_shapes(config).items()
         )
         size = {"n_layers": config.n_layers, "d_model": config.d_model}
         project = Project(directions=(np.ones(tuple(size.values()), np.float32),), layers=(0,))
         self.interventions = compile_conditions([[project]], ["all"], **size)
 
-    def array(self, dtype: Any, *shape: int, dimensions: str = sharding.ROWS) -> Any:
+    def array(self, dtype: Any, *shape: int, letters: str = sharding.ROWS) -> Any:
         """An array with the sharding of a run, by its dimension letters; of rows by default."""
-        split = sharding.spec(dimensions, self.config, self.mesh)
+        split = sharding.spec(letters, self.config, self.mesh)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, split))
 
     def intervened(self, count: int, layers: int) -> Any:
@@ -140,57 +140,50 @@ class Sweep:
         some = self.interventions.layers(0, layers)
         return jax.tree.map(lambda leaf: self.array(leaf.dtype, count, *leaf.shape[1:]), some)
 
-    def probes(self, layers: int) -> Any:
-        """One probe direction in each of some layers, on every device."""
-        return self.array(jnp.float32, layers, 1, self.config.d_model, dimensions="")
-
     def prefill(self, width: int) -> tuple[Any, ...]:
         """The program that reads a batch of packed prompts in a group of layers."""
         first, last = layer_groups(self.config.n_layers)[0]
         count = sharding.PROMPT_BATCH
         return (
             prefill.run_layers,
-            blocks_graph(self.config, last - first, jnp.bfloat16),
+            blocks_graph(self.config, last - first, DTYPE),
             prefill.group_params(self.params, first, last),
-            self.array(jnp.bfloat16, count, width, self.config.d_model),
+            self.array(DTYPE, count, width, self.config.d_model),
             prefill.SequenceBatch(
                 parent=self.array(jnp.int32, count),
                 segment_ids=self.array(jnp.int32, count, width),
                 prefix=None,
                 interventions=self.intervened(count, last - first),
             ),
-            self.probes(last - first),
+            self.array(jnp.float32, last - first, 1, self.config.d_model, letters=""),
         )
 
     def state(self, count: int) -> decode.DecodeState:
         """The rows that decode together, with room for the longest prompt and its reply."""
         c, slots = self.config, cache_slots(0, LONGEST, NEW_TOKENS)
-        kv_shape = (count, c.n_kv_heads, slots, c.head_dim)
-        kv = self.array(jnp.bfloat16, *kv_shape, dimensions=sharding.CACHE)
-        norms = self.array(jnp.float32, count, c.n_layers)
-        probed = self.array(jnp.float32, count, c.n_layers, 1)
+        kv = self.array(DTYPE, count, c.n_kv_heads, slots, c.head_dim, letters=sharding.CACHE)
         realised = Realised(
             steered=self.array(jnp.int32, count, c.n_layers),
-            **dict.fromkeys(("change", "norm"), norms),
-            **dict.fromkeys(("before", "after"), probed),
+            **dict.fromkeys(("change", "norm"), self.array(jnp.float32, count, c.n_layers)),
+            **dict.fromkeys(("before", "after"), self.array(jnp.float32, count, c.n_layers, 1)),
         )
-        numbers = ("emitted", "last", "position", "start")
+        by_tap = {"resid_post": realised}
         return decode.DecodeState(
             **dict.fromkeys(("live", "stopped"), self.array(bool, count)),
-            **dict.fromkeys(numbers, self.array(jnp.int32, count)),
+            **dict.fromkeys(("emitted", "last", "position", "start"), self.array(jnp.int32, count)),
             tokens=self.array(jnp.int32, count, NEW_TOKENS),
             logits=self.array(jnp.float32, count, NEW_TOKENS, 0),
             cache=[(kv, kv)] * c.n_layers,
             held=self.array(bool, count, slots),
-            prompt={"resid_post": realised},
-            response={"resid_post": realised},
+            **dict.fromkeys(("prompt", "response"), by_tap),
             interventions=self.intervened(count, c.n_layers),
             ids=self.array(jnp.uint32, count),
         )
 
     def decode(self, state: decode.DecodeState) -> tuple[Any, ...]:
         """The program that runs a chunk of steps."""
-        definition, probes = graph(self.config, jnp.bfloat16), self.probes(self.config.n_layers)
+        definition, layers = graph(self.config, DTYPE), self.config.n_layers
+        probes = self.array(jnp.float32, layers, 1, self.config.d_model, letters="")
         return decode.advance, definition, self.decoding, self.params, state, probes, Sampling()
 
 
