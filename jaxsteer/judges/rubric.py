@@ -255,6 +255,12 @@ async def ask_all(
         for item in waiting:
             keep([(item.row_id, await ask_one(rubric, client, item))])
 
+    def logged(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        # A stop signal ends one worker and the loop; asyncio would print a traceback of both.
+        if not isinstance(context.get("exception"), SystemExit):
+            loop.default_exception_handler(context)
+
+    asyncio.get_running_loop().set_exception_handler(logged)
     async with client:
         # An error that stops one worker cancels the others.
         try:
