@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +35,31 @@ def test_every_make_target_it_names_exists():
 def test_every_local_link_and_picture_exists():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
+
+
+# The README's lines, and the conditions of the demo that they are about.
+LINES = {
+    "policy alone": "baseline",
+    "+ persona direction at `resid_post.17`, x4": "persona",
+    "+ persona measured against an ordinary manner": "neutral persona",
+    "persona, projected out two layers later": "persona, out two layers later",
+    "that projection alone, without steering": "persona, out two layers later, unsteered",
+    "persona, projected out of the whole late window": "persona, out over late window",
+    "persona, refusal direction added late": "persona, refusal added late",
+}
+
+
+@pytest.mark.slow
+def test_its_table_is_that_of_the_demo():
+    command = [sys.executable, "-m", "jaxsteer.cli", "sweep", "smollm2-demo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = ROOT / "results/smollm2-demo-smollm2-135m"
+    summary = json.loads((folder / "summary.json").read_text())
+    rates = {r["condition"]: r for r in summary if r["family"] == "strongreject"}
+    cells = dict(re.findall(r"^\| (.+?) \| (\d+ % \| \d+ to \d+) \|$", README, re.MULTILINE))
+    for line, condition in LINES.items():
+        row = rates[condition]
+        rate, low, high = (round(100 * row[f"refusal{end}"]) for end in ("", "_low", "_high"))
+        assert cells[line] == f"{rate} % | {low} to {high}", line
+    assert len(cells) == len(LINES)

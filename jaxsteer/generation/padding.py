@@ -24,7 +24,7 @@ def bucket(length: int, limit: int) -> int:
             return size
     most = max(0, min(limit, BUCKETS[-1]))
     # A limit is the model's context, less what the reply may take.
-    mend = "shorten it" if most else "max_new_tokens takes the whole context, lower it"
+    mend = "shorten it" if most else "max_new_tokens leaves no room for the prompt; lower it"
     raise UserError(f"a prompt has {length} tokens and at most {most} fit; {mend}")
 
 

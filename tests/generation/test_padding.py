@@ -22,7 +22,7 @@ def test_a_prompt_beyond_the_limit_or_the_largest_bucket_is_refused(length, limi
 
 @pytest.mark.parametrize("limit", [0, -99488])
 def test_a_reply_that_takes_the_whole_context_is_what_to_shorten(limit):
-    with pytest.raises(UserError, match="at most 0 fit; max_new_tokens takes the whole context"):
+    with pytest.raises(UserError, match="at most 0 fit; max_new_tokens leaves no room"):
         padding.bucket(6, limit)
 
 
