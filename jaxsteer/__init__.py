@@ -1,4 +1,4 @@
-"""Activation-steering experiments on chat models, in JAX, with the residual stream in the open.
+"""Activation-steering experiments on chat models, in JAX, with named taps on the residual stream.
 
     import jaxsteer as js
 

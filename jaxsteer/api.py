@@ -181,8 +181,8 @@ class Model(ChatModel):
     ) -> Iterator[Piece]:
         """Reply greedily to one prompt, token by token, under one condition after the other.
 
-        The tokens are those of `generate`; this is for people who watch. Arguments and errors are
-        those of `generate`.
+        The tokens are those of `generate`; use this to show tokens as they come. Arguments and
+        errors are those of `generate`.
         """
         asked = {"plain": []} if conditions is None else conditions
         stacked = self._compiled(asked, scope)

@@ -1,4 +1,4 @@
-"""The one error users see: what is wrong, where, and how to mend it.
+"""The error that users see: what is wrong, where, and how to correct it.
 
 The command line prints it as a single line and exits with code 2; notebooks can catch it.
 """

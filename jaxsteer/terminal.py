@@ -1,4 +1,4 @@
-"""The terminal: model text with its control characters defused, and progress.
+"""The terminal: model text with its control characters made visible, and progress.
 
 Progress is a live bar on a terminal, and a line every ten seconds in a log.
 """

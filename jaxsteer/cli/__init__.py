@@ -1,6 +1,6 @@
-"""The command line: every command is a call into the library that a notebook could make too.
+"""The command line: each command calls library functions that a notebook can call too.
 
-Heavy imports happen inside the commands, so that `--help` answers at once.
+Slow imports happen inside the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from jaxsteer.cli import (  # noqa: F401 (each registers itself)
+from jaxsteer.cli import (  # noqa: F401 (importing registers the commands)
     judges,
     models,
     receipts,
@@ -21,21 +21,21 @@ from jaxsteer.errors import UserError
 from jaxsteer.generation.distributed import leave
 from jaxsteer.terminal import plain
 
-# Commands of which another run goes on where one was stopped.
+# Commands that continue a stopped run when they are run again.
 GO_ON = {"prepare", "sweep", "judge"}
 
 
 class Stopped(SystemExit):
-    """A signal asked us to end (Ctrl-C, or a machine taken away): unwind, then say how to go on.
+    """A stop signal arrived (Ctrl-C, or a preemption): unwind, then say how to continue.
 
-    A `SystemExit`, because asyncio logs any other exception of a handler and goes on.
+    It is a `SystemExit`, because asyncio logs any other exception of a handler and continues.
     """
 
     def __init__(self, number: int):
         self.number = number
 
 
-# Signals that asked.
+# The stop signals received so far.
 _asked: list[int] = []
 
 
@@ -45,21 +45,21 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _while_stopping(error: BaseException | None) -> bool:
-    """Whether it is of what was done on account of a stop, so that not all may have been kept."""
+    """True if the error was raised while handling a stop, so the last rows may not be saved."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error is not None
 
 
 def _say_stopped(number: int) -> NoReturn:
-    # A second Ctrl-C would land in what Python does at its end, and show as a traceback.
+    # A second Ctrl-C would interrupt Python's own shutdown and print a traceback.
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     kept = ""
     if GO_ON.intersection(sys.argv[1:2]):
-        # The very same command would begin anew. What is kept may still be the rows of before.
+        # The same command, with --fresh, would start again from no rows.
         fresh = "--fresh" in sys.argv
-        again = "run again without --fresh to go on with it" if fresh else "run again to go on"
+        again = "run again without --fresh to continue it" if fresh else "run again to continue"
         kept = f"; what is finished is kept, {again}"
     print(f"jaxsteer: stopped{kept}", file=sys.stderr)
     leave(128 + number)
@@ -73,17 +73,17 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        # A message may quote names from files, which must not drive the terminal.
+        # A message may quote names from files; their control characters must not be printed.
         print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
         leave(2)
     except Stopped as stopped:
         _say_stopped(stopped.number)
     except Exception as error:
         if _asked and not _while_stopping(error):
-            # Native code that was calling Python made an error of its own of it.
+            # Native code that called Python turned the stop into an error of its own.
             _say_stopped(_asked[0])
         if isinstance(error, OSError) and error.filename is not None:
-            # The system's own word on a path that a person gave: too long a name, no permission.
+            # The system rejects a path that the user gave: name too long, no permission.
             print(f"jaxsteer: {plain(str(error.filename))}: {error.strerror}", file=sys.stderr)
             leave(2)
         traceback.print_exc()

@@ -34,18 +34,18 @@ DEMO_MODEL = "smollm2-135m"
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Checkpoint folder, shipped name, Hugging Face folder, .gguf file or hub id; what is "
-        "no checkpoint yet is converted once and kept."
+        help="Checkpoint folder, shipped name, Hugging Face folder, .gguf file or hub id; a source "
+        "that is not a checkpoint is converted once and kept."
     ),
 ]
 MeshOption = Annotated[
     str | None,
-    typer.Option(help="Spread model and rows over this machine's devices: data=2,model=4."),
+    typer.Option(help="Split model and rows over this machine's devices: data=2,model=4."),
 ]
 
 
 def check_device() -> None:
-    """Refuse a machine on which JAX has nothing to run on, before anything is read.
+    """Check that JAX has a device to run on, before any file is read.
 
     Raises:
       UserError: naming what JAX_PLATFORMS asks for.
@@ -55,7 +55,7 @@ def check_device() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        # For a GPU that is not there JAX only asserts, and says nothing.
+        # For a missing GPU, JAX raises an AssertionError without a message.
         reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "there is none"
         raise UserError(
             f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
@@ -64,7 +64,7 @@ def check_device() -> None:
 
 
 def open_model(source: str, mesh: str | None) -> Model:
-    """Load a model, onto a mesh if one is asked for, and say what the mesh cannot split."""
+    """Load a model, onto a mesh if one is given, and print what the mesh cannot split."""
     from jaxsteer import api
     from jaxsteer.model import sharding
 

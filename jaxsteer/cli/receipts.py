@@ -1,4 +1,4 @@
-"""Commands about what results say: receipt (build, verify, diff) and geometry."""
+"""Commands that evaluate results: receipt (build, verify, schema, diff) and geometry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxsteer.cli.common import (
 
 
 class BuildUnlessNamed(TyperGroup):
-    """A group in which `receipt RESULTS` means `receipt build RESULTS`."""
+    """A command group in which `receipt RESULTS` means `receipt build RESULTS`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -47,7 +47,7 @@ def _console() -> Console:
 def build(
     results: Annotated[Path, typer.Argument(help="Results folder.")],
     samples: Annotated[int, typer.Option(min=0, help="Redacted openings to show.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder to write into; default RESULTS.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: RESULTS.")] = None,
 ) -> None:
     """Write receipt.json and receipt.html of a results folder, and print its claims.
 
@@ -109,7 +109,7 @@ def diff(
     mode_a: Annotated[str, typer.Option(help="Persona mode of the first receipt.")] = "",
     mode_b: Annotated[str, typer.Option(help="Persona mode of the second receipt.")] = "",
 ) -> None:
-    """Show which boundary moved between two receipts; exit 1 when a gate fires.
+    """Show which rates moved between two receipts; exit 1 when a gate fires.
 
     METRIC is refusal, bypass, degenerate, leakage or benign-refusal; a drop is first minus second.
 
@@ -141,11 +141,11 @@ def geometry(
         int, typer.Option(min=2, max=10_000, help="Random halves per direction.")
     ] = 100,
     draws: Annotated[
-        int, typer.Option(min=10, max=1_000_000, help="Shufflings of the labels.")
+        int, typer.Option(min=10, max=1_000_000, help="Permutations of the labels.")
     ] = 1000,
     mesh: MeshOption = None,
 ) -> None:
-    """Measure how well a study's directions are known, and their cosines against chance.
+    """Measure how reliable a study's directions are, and compare their cosines with chance.
 
     Example: jaxsteer geometry results/smollm2-demo-smollm2-135m
     """
@@ -155,4 +155,4 @@ def geometry(
     use_compile_cache()
     found = reliability.measure(results, open_model(model, mesh), halves=halves, draws=draws)
     _console().print(geometry_table(found))
-    typer.echo(f"wrote {results / reliability.FILE}; build the receipt again to have it there")
+    typer.echo(f"wrote {results / reliability.FILE}; build the receipt again to include it")

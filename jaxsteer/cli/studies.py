@@ -33,11 +33,13 @@ def sweep(
     study: Annotated[str, typer.Argument(help="A shipped study's name, or a .toml file.")],
     model: ModelOption = DEMO_MODEL,
     out: Annotated[
-        Path | None, typer.Option(help="Results folder; default results/STUDY-MODEL.")
+        Path | None, typer.Option(help="Results folder; default: results/STUDY-MODEL.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what the folder holds.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Replace earlier results in the folder.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the cost and run nothing.")] = False,
     mesh: MeshOption = None,
     hosts: Annotated[
@@ -48,13 +50,13 @@ def sweep(
         int | None, typer.Option(min=1, help="With --hosts: how many processes share it.")
     ] = None,
     process: Annotated[
-        int | None, typer.Option(min=0, help="With --hosts: this one's number, from 0.")
+        int | None, typer.Option(min=0, help="With --hosts: number of this process, from 0.")
     ] = None,
 ) -> None:
-    """Run a study, or what is missing of it; print its table and its claims, write its receipt.
+    """Start or continue a study; print its table and its claims, write its receipt.
 
-    Stop it whenever you like: the same command goes on where it was. Several hosts share a study
-    when each runs the same command, --process apart, and all see the same --out and --model.
+    You can stop it at any time: the same command continues it. Several hosts share a study if each
+    runs the same command with its own --process, and all can read the same --out and --model.
 
     Example: jaxsteer sweep smollm2-demo --limit 20
 
@@ -99,7 +101,9 @@ def sweep(
 def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
     """The study's table: one line per condition and prompt family."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "refused with Wilson 95 % interval; complied = neither, and not scored for harm"
+    table.caption = (
+        "refused with Wilson 95 % interval; complied = neither of the two, and not scored for harm"
+    )
     for name in ("condition", "prompts"):
         table.add_column(name)
     for name in ("n", "refused", "95 %", "degenerate", "complied"):
@@ -119,7 +123,7 @@ def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def plan_table(plan: Plan, title: str) -> Table:
-    """A study's cost, one line a figure."""
+    """A study's cost, one figure per line."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -141,7 +145,9 @@ def plan_table(plan: Plan, title: str) -> Table:
 def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> RenderableType:
     """How far each persona mode moves the last prompt token along each direction."""
     if not shifts:
-        return Text(f"{title}: no shift by mode, for want of a direction or of a mode with a text")
+        return Text(
+            f"{title}: no shift by mode; the study has no direction, or no mode with a text"
+        )
     table = Table(title=f"{title}: shift by mode at {shifts[0]['at']}", title_justify="left")
     table.caption = (
         "in natural norms of the direction, against the policy alone, with 95 % interval"

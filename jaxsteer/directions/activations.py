@@ -123,7 +123,7 @@ def position_weights(
         if position == "prompt_end":
             weights[i, start - 1] = 1
         elif not response:
-            raise UserError(f"position {position} needs a response, and one row's is empty")
+            raise UserError(f"position {position} needs a response; one row has none")
         elif position == "response_start":
             weights[i, start] = 1
         else:

@@ -230,8 +230,8 @@ def read_name(text: str, position: Position = "prompt_end") -> tuple[str, InStud
     name = prompts.trait(text).name
     if not re.fullmatch(direction.NAME, name):
         raise UserError(
-            f"{text}: the trait's name {name!r} would be its direction's; give it letters, digits "
-            "and . _ - only"
+            f"{text}: a direction cannot be named {name!r}; in the trait's name, use only letters, "
+            "digits and . _ -"
         )
     return name, Trait(trait=text, position=position)
 

@@ -1,9 +1,9 @@
 """How well directions are known, and whether two of them are more aligned than chance allows.
 
 A direction is a difference of two means over samples. Samples share instructions and questions, so
-they are not independent, and a null that ignores this calls everything significant. So halves and
-relabellings consist of whole *units*: an instruction with all its questions, a question with all
-its instructions, or a prompt.
+they are not independent, and a null that ignores this finds nearly everything significant. So
+halves and relabellings consist of whole *units*: an instruction with all its questions, a question
+with all its instructions, or a prompt.
 
     reliability  cosine of the directions of two random halves of the units, repeated
     null         cosine with another direction after the units' labels are shuffled
@@ -48,7 +48,7 @@ def split_half(
     ids = samples.units[unit]
     up, down = np.unique(ids[samples.positive]), np.unique(ids[~samples.positive])
     if min(len(up), len(down)) < 2:
-        raise UserError(f"one {unit} a side cannot be halved; use another unit")
+        raise UserError(f"one {unit} on each side cannot be halved; use another unit")
     sides = [up] if np.array_equal(up, down) else [up, down]
     generator = np.random.Generator(np.random.PCG64(seed))
     first = np.zeros((halves, len(ids)), bool)

@@ -70,7 +70,7 @@ def open_results(folder: Path) -> Opened:
     found = results.load(folder) if finished else _so_far(folder, run)
     if found.rows.is_empty():
         raise UserError(
-            f"{folder} holds no rows yet: run the same `jaxsteer sweep` again to go on, then "
+            f"{folder} holds no rows yet: run the same `jaxsteer sweep` again to continue, then "
             "open this page again."
         )
     return Opened(found=found, banner=tuple(_banner(found)))

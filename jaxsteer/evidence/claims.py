@@ -424,7 +424,7 @@ def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]
     names = ["keyword", "strongreject-rubric"] if rubric else ["keyword"]
     if test.outcome != "refusal":
         names.append("llama-guard")
-    # A reply without sense is no refusal, whatever the rubric says.
+    # An incoherent reply is not a refusal, even if the rubric says so.
     if test.outcome == "degenerate" or rubric:
         names += ["coherence", "degenerate"]
     return [name for name in names if name in verdicts]

@@ -42,7 +42,7 @@ class Geometry:
       random: random controls, by name.
       measured: geometry.json, or None.
       n_layers: number of blocks.
-      notes: what is missing or does not fit, and how to mend it, for a banner.
+      notes: what is missing or does not fit, and how to correct it, for a banner.
     """
 
     named: Mapping[str, Direction]

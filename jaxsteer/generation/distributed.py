@@ -7,7 +7,7 @@ Each process has its own copy of the model on its own devices; the list of rows 
     every process        reads the setup, runs its share of the rows, writes their shards
 
 When a process ends early, JAX ends the others within `HEARTBEAT` seconds with a non-zero exit code
-and a message of its own. The same command, with any number of processes, continues from the shards.
+and its own message. The same command, with any number of processes, continues from the shards.
 
 The folder must be mounted on all hosts. It needs no lock between hosts and no order between files:
 a whole file that appears under its final name is enough, even if it appears late. NFS and a mounted

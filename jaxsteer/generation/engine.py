@@ -364,8 +364,8 @@ def check_finite(change: float, what: str) -> None:
     """
     if not np.isfinite(change):
         raise UserError(
-            f"{what}: the residual stream left the range of numbers (NaN or infinite); lower the "
-            "strength, or convert the model again if it happens without any"
+            f"{what}: the residual stream contains NaN or infinity; lower the strength, or, if "
+            "nothing is steered, convert the model again"
         )
 
 

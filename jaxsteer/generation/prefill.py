@@ -6,10 +6,10 @@ A program knows its layers only by its arguments: their parameters, what is done
 came out of the layers before. So all layer groups of a model are one compiled program, and rows
 that have been the same so far can be one entry of a batch until they differ (`layer_sharing` says
 which). An entry is a packed sequence (`packing`). From group to group a row may be part of other
-entries: `parent` says from which entry of the group before each entry goes on. At the end a row's
-keys and values are gathered from all groups: its own tokens directly after its prefix, and room for
-its reply. With chunks of 4, a prefix of 3 tokens and a prompt of 5 that starts at 2 in its packed
-sequence:
+entries: `parent` gives the entry of the previous group that each entry continues. At the end a
+row's keys and values are gathered from all groups: its own tokens directly after its prefix, and
+room for its reply. With chunks of 4, a prefix of 3 tokens and a prompt of 5 that starts
+at 2 in its packed sequence:
 
     packed       p  q  a  b  c  d  e  x
     cache        .  h  i  j  a  b  c  d  e  x  0  0  0  0  0  0     the reply starts at 12
@@ -70,7 +70,7 @@ class SequenceBatch:
     """Packed sequences to be run through some layers; every leaf has a leading axis of entries.
 
     Attributes:
-      parent: the entry of the layers before from which each goes on.
+      parent: the entry of the previous layers that each continues.
       segment_ids: the prompt of each token; 0 is padding.
       prefix: each entry's prefix in these layers; None for none.
       interventions: one entry each, of these layers (`Interventions.layers`).

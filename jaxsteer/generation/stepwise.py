@@ -1,7 +1,7 @@
 """One prompt, then its reply token by token: generation to watch, and the tests' reference.
 
 `engine` serves studies: it packs prompts, shares work between rows, and keeps sums over tokens.
-Here one row is run plainly, and everything about a forward pass is there as soon as it has run:
+Here one row runs alone, and all results of a forward pass are available directly after it:
 next-token logits, the projections of every token at every layer, the realised change.
 
     read(prompt) -> Reading -> reply: Reading, Reading, ...     one forward pass each

@@ -180,7 +180,7 @@ class Client:
         await self.openai.close()
 
     async def _space(self, request: object) -> None:
-        """Let calls go one by one, at most `rate` per minute."""
+        """Delay calls so that at most `rate` per minute are made."""
         if self.endpoint.rate:
             async with self.next_call:
                 await asyncio.sleep(60.0 / self.endpoint.rate)
@@ -209,8 +209,8 @@ class Client:
             self.failed_in_a_row += 1
             if self.failed_in_a_row >= GIVE_UP:
                 raise UserError(
-                    f"{self.url}: {GIVE_UP} rows in a row got no reply ({error}); mend that and "
-                    "run again, verdicts so far are kept"
+                    f"{self.url}: {GIVE_UP} rows in a row got no reply ({error}); solve that and "
+                    "run again; the verdicts so far are kept"
                 ) from None
             raise
         self.failed_in_a_row = 0

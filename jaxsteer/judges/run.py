@@ -203,7 +203,7 @@ def _by_guard(options: Options) -> tuple[JudgeRecord, Judge]:
 
 def _by_rubric(asked: rubric.Rubric, options: Options) -> tuple[JudgeRecord, Judge]:
     if options.endpoint is None:
-        raise UserError(f"judge {asked.name} asks an endpoint; give --base-url and --judge-model")
+        raise UserError(f"judge {asked.name} needs an endpoint; give --base-url and --judge-model")
     client = Client(options.endpoint)
 
     def run(items: Sequence[Item], keep: Keep) -> None:

@@ -9,7 +9,7 @@
         judge_sha256        hash of the judge's model, prompts and settings
         response_sha256     hash of the reply's text, so a verdict on another text is never reused
 
-What the judge was, in words, is in the file's metadata (`provenance`). A file is written aside and
+A description of the judge is in the file's metadata (`provenance`). A file is written aside and
 renamed, so a reader always finds it complete.
 """
 

@@ -126,7 +126,7 @@ def save(
       UserError: `out` exists and is not a checkpoint, or the disk is full or read-only.
     """
     if out.exists() and not (out / "manifest.json").is_file():
-        raise UserError(f"{out} exists and is no checkpoint; remove it or choose another --out")
+        raise UserError(f"{out} exists and is not a checkpoint; remove it or choose another --out")
     try:
         with _beside(out) as folder:
             tokenizer = folder / "made/tokenizer"

@@ -206,7 +206,7 @@ def _rope(read: _Reader) -> RopeConfig:
     # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` + `rope_scaling`.
     scaling = read.values.get("rope_parameters") or read.values.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
-        raise UserError(f"{read.where}: rope scaling {scaling!r} is no table of keys and values")
+        raise UserError(f"{read.where}: rope scaling {scaling!r} is not a table of keys and values")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise UserError(

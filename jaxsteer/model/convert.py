@@ -302,7 +302,7 @@ def _shards(folder: Path) -> list[Path]:
     missing = sorted(name for name in names if not (folder / name).is_file())
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if missing and pickles:
-        raise UserError(f"{pickles[0]} is a pickle, which is not read; get safetensors or GGUF")
+        raise UserError(f"{pickles[0]} is a pickle file, not supported; get safetensors or GGUF")
     if missing:
         raise UserError(f"{folder / missing[0]} is missing; download the model again")
     return sorted(folder / name for name in names)

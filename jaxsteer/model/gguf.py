@@ -78,7 +78,7 @@ def read(path: Path) -> Source:
     except Exception as error:
         # The reader raises whatever numpy does on short data.
         raise UserError(
-            f"{path} is damaged, truncated or no GGUF ({error}); get it again"
+            f"{path} is damaged, truncated or not a GGUF file ({error}); download it again"
         ) from None
     config = configuration(fields, reader.tensors, path.name)
     tokenizer = _tokenizer(fields, path.name)
@@ -169,7 +169,7 @@ def _llama3_rope(config: ModelConfig, factors: np.ndarray, where: str) -> RopeCo
     expected = frequency / llama3_frequencies(rope, frequency)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise UserError(
-            f"{where}: its {ROPE_FACTORS} is not Llama 3's scaling of the published models; "
+            f"{where}: its {ROPE_FACTORS} differs from that of the published Llama 3 models; "
             "convert the Hugging Face weights instead"
         )
     return rope
@@ -200,7 +200,7 @@ def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
         if f"tokenizer.ggml.{name}" not in fields:
             raise UserError(f"{where}: metadata tokenizer.ggml.{name} is missing")
     if "tokenizer.chat_template" not in fields:
-        raise UserError(f"{where}: it carries no chat template; convert a chat model")
+        raise UserError(f"{where}: it has no chat template; convert a chat model")
     split = fields.get("tokenizer.ggml.pre")
     if fields["tokenizer.ggml.model"] == "gpt2" and split not in SPLITS:
         raise UserError(

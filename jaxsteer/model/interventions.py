@@ -216,7 +216,7 @@ def _check(operation: Operation, n_layers: int, d_model: int) -> None:
                 f"{operation.tap}.{last} (layers count from 0; negative numbers are not supported)"
             )
     if operation.measured_at is not None and not 0 <= operation.measured_at < n_layers:
-        raise UserError(f"measured_at={operation.measured_at} is no layer of 0 to {n_layers - 1}")
+        raise UserError(f"measured_at={operation.measured_at} is not in 0 to {n_layers - 1}")
     if isinstance(operation, Cap) and operation.low > operation.high:
         raise UserError(f"cap has low {operation.low} above high {operation.high}; swap them")
 

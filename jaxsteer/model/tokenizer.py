@@ -60,7 +60,7 @@ class Tokenizer:
             # For a damaged file, transformers and tokenizers raise many types of error.
             raise UserError(
                 f"{folder}/tokenizer.json cannot be read with the files beside it "
-                f"({one_line(error)}); get the tokenizer again"
+                f"({one_line(error)}); download the tokenizer again"
             ) from None
         if not hf.chat_template:
             raise UserError(f"the tokenizer in {folder} has no chat template; convert a chat model")
@@ -124,7 +124,7 @@ class Tokenizer:
             )
         except TemplateError as error:
             raise UserError(
-                f"the chat template takes no such conversation: {one_line(error)}"
+                f"the chat template rejects this conversation: {one_line(error)}"
             ) from None
 
     def _check(self, *texts: tuple[str, str]) -> None:

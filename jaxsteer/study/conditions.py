@@ -107,7 +107,7 @@ def conditions(
     for twin in twins:
         for name in taken & {twin.name, twin.base}:
             raise UserError(
-                f"study {spec.name}: {name!r} is the name of the automatic twin without steering "
+                f"study {spec.name}: {name!r} is the name of the automatic unsteered twin "
                 f"of {twin.unsteered_twin_of!r}; rename the condition"
             )
     return found + twins

@@ -1,7 +1,7 @@
 """What a study needs before its rows run: directions, layers and the persona's strength.
 
 Layers and strength are selected on HarmBench and our harmless prompts, never on a prompt that is
-reported on. Each step is saved when it is done, so an interrupted setup goes on:
+reported on. Each step is saved when it is done, so an interrupted setup continues:
 
     directions.safetensors  the directions so far, with provenance
     setup.json              the candidates so far with their scores, then the choices
@@ -257,8 +257,8 @@ def openings(study: str, chosen: SelectionSpec, model: ChatModel) -> list[int]:
         tokens = model.tokenizer.hf.encode(text, add_special_tokens=False)
         if not tokens:
             raise UserError(
-                f"study {study}: selection.refusal_openings holds {text!r}, which is no token of "
-                f"{model.name}; remove it"
+                f"study {study}: selection.refusal_openings holds {text!r}, which is not a token "
+                f"of {model.name}; remove it"
             )
         first.append(tokens[0])
     return first

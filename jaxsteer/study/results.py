@@ -6,7 +6,7 @@ directions.safetensors  directions with provenance
 responses.parquet       one line per row, as the run labelled it
 judges/JUDGE.parquet    later verdicts, one line per judged row
 summary.json            rates per condition and prompt family
-shards/                 finished batches, from which an interrupted run goes on
+shards/                 finished batches, from which an interrupted run continues
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def load(folder: Path) -> Results:
         raise UserError(f"{folder} holds no run.json; run `jaxsteer sweep` first")
     path = folder / "responses.parquet"
     if not path.is_file():
-        raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to go on")
+        raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to continue")
     rows = tables.read(path, "remove it and run again")
     if fault := _fault(rows, run):
         raise UserError(f"{path}: {fault}; run the study again")

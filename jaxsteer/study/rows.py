@@ -1,4 +1,4 @@
-"""The rows of a study: each condition with its prompts, and what becomes of a row.
+"""The rows of a study: each condition with its prompts, and the table line of each.
 
 A row asks the model for one reply (`requests`), and leaves one line in the table (`line`).
 """

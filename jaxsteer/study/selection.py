@@ -161,7 +161,7 @@ def choose_refusal(
     shown = "; ".join(f"resid_post.{c.layer}: {', '.join(c.reasons)}" for c in nearest[:3])
     raise UserError(
         f"no refusal direction passes the selection; the nearest are {shown}. "
-        "Raise kl_limit, or set allow_near_miss = true to take the first and have it recorded"
+        "Raise kl_limit, or set allow_near_miss = true to take and record the first"
     )
 
 

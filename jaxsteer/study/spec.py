@@ -281,7 +281,7 @@ def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
     found |= {"operation": kinds[0], "direction": found.pop(kinds[0])}
     if found.pop("everywhere", False):
         if "add" in kinds or "at" in found:
-            raise msgspec.ValidationError(f"{where}: everywhere goes with project, in place of at")
+            raise msgspec.ValidationError(f"{where}: everywhere goes with project, and replaces at")
         found["at"] = None
     if isinstance(scale := found.get("scale"), str):
         found |= {"scale": -1.0 if scale[:1] == "-" else 1.0, "unit": scale.removeprefix("-")}

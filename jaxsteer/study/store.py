@@ -45,7 +45,7 @@ def read(folder: Path, key: str) -> list[pl.DataFrame]:
                 raise OSError("its content does not match its name")
             found.append(pl.read_parquet(io.BytesIO(data)))
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it, its rows run again") from None
+            raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
     return found
 
 
@@ -81,7 +81,7 @@ def claim(folder: Path, run: RunRecord, hosts: Hosts) -> None:
 
     if not hosts.seen(same):
         raise UserError(
-            f"process {hosts.process} was asked for another run than process 0 claims in "
+            f"process {hosts.process} was started for another run than process 0 recorded in "
             f"{folder / record.FILE}; give all processes the same command"
         )
 

@@ -34,13 +34,13 @@ def stop(monkeypatch, *arguments):
 @pytest.mark.parametrize("command", ["sweep", "judge", "prepare"])
 def test_a_command_that_goes_on_where_it_was_says_so(monkeypatch, capsys, command):
     assert stop(monkeypatch, command, "x") == 130
-    said = "jaxsteer: stopped; what is finished is kept, run again to go on\n"
+    said = "jaxsteer: stopped; what is finished is kept, run again to continue\n"
     assert capsys.readouterr().err == said
 
 
 def test_a_command_that_would_throw_away_what_is_kept_says_how_not_to(monkeypatch, capsys):
     assert stop(monkeypatch, "sweep", "x", "--fresh") == 130
-    again = "run again without --fresh to go on with it"
+    again = "run again without --fresh to continue it"
     assert capsys.readouterr().err == f"jaxsteer: stopped; what is finished is kept, {again}\n"
 
 
@@ -61,7 +61,7 @@ def test_a_stop_that_native_code_turned_into_an_error_is_a_stop(monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 130
-    assert capsys.readouterr().err.endswith("run again to go on\n")
+    assert capsys.readouterr().err.endswith("run again to continue\n")
 
 
 def test_an_error_while_stopping_is_told_and_nothing_is_promised(monkeypatch, capsys):

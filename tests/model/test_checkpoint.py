@@ -118,7 +118,7 @@ def test_an_array_is_known_by_its_type_shape_and_bytes():
 def test_a_folder_that_is_no_checkpoint_is_refused_and_kept(saved, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("precious")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         convert(tmp_path / "hf", tmp_path / "mine", "float32")
     assert (tmp_path / "mine/notes.txt").read_text() == "precious"
     with pytest.raises(UserError, match=r"no manifest\.json"):

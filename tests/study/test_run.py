@@ -275,7 +275,7 @@ def test_an_intervention_that_changes_nothing_is_an_error(model, tmp_path):
 def test_a_stream_that_overflows_is_an_error_of_its_own(model, tmp_path, scale):
     strong = spec.load(tiny.study_file(tmp_path, ("scale = 4.0", f"scale = {scale}")))
     out = tmp_path / "results"
-    with pytest.raises(UserError, match=r"'random #[12]': the residual stream left the range"):
+    with pytest.raises(UserError, match=r"'random #[12]': the residual stream contains NaN"):
         run.run_study(strong, model, out)
     kept = [row for shard in (out / "shards").glob("*") for row in pl.read_parquet(shard)["change"]]
     assert all(map(math.isfinite, kept))
@@ -288,7 +288,7 @@ def test_weights_that_are_not_numbers_are_an_error(model, study, tmp_path):
     broken["layers"]["1"]["mlp_norm"]["scale"] = scale.at[3].set(jnp.nan)
     for shard in (tmp_path / "results/shards").glob("*"):
         shard.unlink()
-    with pytest.raises(UserError, match=r"convert the model again if it happens without any"):
+    with pytest.raises(UserError, match=r"if nothing is steered, convert the model again"):
         run.run_study(study, dataclasses.replace(model, params=broken), tmp_path / "results")
 
 
@@ -327,7 +327,7 @@ def test_a_process_without_rows_leaves_the_results_alone(model, first, tmp_path)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("scale = 4.0", "scale = 5.0", "asked for another run than process 0"),
+        ("scale = 4.0", "scale = 5.0", "started for another run than process 0"),
         ("dose = 3.0", "dose = 2.0", "does not find in .* what process 0 prepared"),
     ],
 )

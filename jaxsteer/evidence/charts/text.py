@@ -1,4 +1,4 @@
-"""Model text in a page: escaped, its control characters visible, veiled where it may harm.
+"""Model text in a page: escaped, its control characters visible, blurred where it may be harmful.
 
 Model output and prompts are hostile text. These functions are the only way a notebook shows them:
 the result is HTML in which nothing of the text is markup, markdown or a formula.
