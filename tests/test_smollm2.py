@@ -12,6 +12,9 @@ from jaxsteer.model.interventions import Add, Cap, Project
 from tests import oracle as torch_side
 from tests.conftest import chats
 
+# The short tests compare tiny models with torch; reading the real one there takes a minute.
+pytestmark = pytest.mark.slow
+
 
 def test_logits_of_a_padded_batch_of_16_chats_equal_hf(smollm2, oracle):
     prompts = chats(smollm2, 16)

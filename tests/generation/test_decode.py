@@ -194,6 +194,7 @@ def test_fewer_slots_than_a_prefill_batch_take_its_rows_a_few_at_a_time(model):
     assert sorted(r.index for b in found for r in b) == list(range(len(requests)))
 
 
+@pytest.mark.slow
 def test_the_real_models_rows_are_those_of_the_stepwise_path(smollm2, rng):
     shape = (smollm2.config.n_layers, smollm2.config.d_model)
     a = rng.standard_normal(shape).astype(np.float32)

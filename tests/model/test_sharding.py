@@ -74,6 +74,7 @@ def mesh_of(data, model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", MESHES)
 def test_every_mesh_gives_the_replies_of_one_device(runs, family, shape):
@@ -85,12 +86,14 @@ def test_every_mesh_gives_the_replies_of_one_device(runs, family, shape):
     assert len({tuple(row) for row in one["tokens"]}) > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_replies_of_one_device_are_those_of_the_stepwise_path(runs, family):
     one = runs[f"{family} "]
     assert one["replies"]["tokens"] == one["stepwise"]
 
 
+@pytest.mark.slow
 def test_the_slots_are_split_by_rows_and_their_cache_by_heads_too(runs):
     # 8 slots, caches of 2 key-value heads, replies of 6 tokens.
     found = runs["llama data=4,model=2"]["replies"]["shards"]
@@ -99,6 +102,7 @@ def test_the_slots_are_split_by_rows_and_their_cache_by_heads_too(runs):
     assert (rows, heads, width) == (2, 1, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_read_a_part_of_the_rows_on_each_device(runs, family):
     one, spread = (runs[f"{family} {shape}"]["captured"] for shape in ("", "data=4,model=2"))
@@ -106,6 +110,7 @@ def test_activations_are_read_a_part_of_the_rows_on_each_device(runs, family):
     np.testing.assert_allclose(spread["streams"], one["streams"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_mesh_cannot_split_is_whole_on_several_devices(runs):
     one, split, twice = (
         runs[f"llama {shape}"]["memory"] for shape in ("", "data=4,model=2", "data=2,model=4")
@@ -115,6 +120,7 @@ def test_what_a_mesh_cannot_split_is_whole_on_several_devices(runs):
     assert split[0] > 4 * one[0]
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
     # 4 heads of 12, 2 key-value heads, MLP 48, vocabulary 64, width 32, on data=4,model=2.
     pieces = runs["llama data=4,model=2"]["pieces"]
@@ -136,6 +142,7 @@ def test_a_parameter_that_is_split_is_whole_on_no_device(runs):
         assert pieces[path] == [[device, list(shape)] for device in range(8)], path
 
 
+@pytest.mark.slow
 def test_heads_are_split_between_heads_only(runs):
     # 4 query heads in 4, 2 key-value heads not in 4, nothing of either in 8; biases as kernels.
     pieces = runs["qwen2 data=2,model=4"]["pieces"]
@@ -148,6 +155,7 @@ def test_heads_are_split_between_heads_only(runs):
     assert {tuple(shape) for _, shape in pieces["layers/0/mlp/gate/kernel"]} == {(32, 6)}
 
 
+@pytest.mark.slow
 def test_what_is_not_split_is_said(runs):
     assert runs["llama data=4,model=2"]["notes"] == []
     assert runs["llama data=2,model=4"]["notes"] == [
