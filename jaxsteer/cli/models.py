@@ -68,15 +68,12 @@ def extract(
     ],
     model: ModelOption = DEMO_MODEL,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Directions file to add to; default: the model's file in the cache."),
+        Path | None, typer.Option(help="File to add to; default: the model's file in the cache.")
     ] = None,
     position: Annotated[
         str, typer.Option(help="For traits: prompt_end, response_start or response_avg.")
     ] = "prompt_end",
-    policy: Annotated[
-        str, typer.Option(help="For refusal: the policy used as system prompt.")
-    ] = "safety-v2",
+    policy: Annotated[str, typer.Option(help="For refusal: the system prompt.")] = "safety-v2",
     seed: Annotated[
         int, typer.Option(min=-(2**31), max=2**31 - 1, help="Seed of sampled replies.")
     ] = 0,
@@ -140,9 +137,7 @@ def generate(
     ] = None,
     directions_file: Annotated[
         Path | None,
-        typer.Option(
-            "--directions", help="Directions file; default: the model's file in the cache."
-        ),
+        typer.Option("--directions", help="Directions file; default: the model's in the cache."),
     ] = None,
     scope: Annotated[str, typer.Option(help="all, prompt or response.")] = "all",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,

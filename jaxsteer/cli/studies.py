@@ -37,9 +37,7 @@ def sweep(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
     full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Replace earlier results in the folder.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace earlier results.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the cost and run nothing.")] = False,
     mesh: MeshOption = None,
     hosts: Annotated[
@@ -101,9 +99,7 @@ def sweep(
 def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
     """The study's table: one line per condition and prompt family."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = (
-        "refused with Wilson 95 % interval; complied = neither of the two, and not scored for harm"
-    )
+    table.caption = "refused with Wilson 95 % interval; complied = neither, not scored for harm"
     for name in ("condition", "prompts"):
         table.add_column(name)
     for name in ("n", "refused", "95 %", "degenerate", "complied"):
@@ -145,9 +141,7 @@ def plan_table(plan: Plan, title: str) -> Table:
 def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> RenderableType:
     """How far each persona mode moves the last prompt token along each direction."""
     if not shifts:
-        return Text(
-            f"{title}: no shift by mode; the study has no direction, or no mode with a text"
-        )
+        return Text(f"{title}: no shift by mode; there is no direction, or no mode with a text")
     table = Table(title=f"{title}: shift by mode at {shifts[0]['at']}", title_justify="left")
     table.caption = (
         "in natural norms of the direction, against the policy alone, with 95 % interval"

@@ -239,7 +239,7 @@ def _decoded(path: Path, kind: type[T], name: str) -> T:
         return msgspec.toml.decode(path.read_bytes(), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         fields = ", ".join(kind.__struct_fields__)
-        raise UserError(f"cannot read {path}: {error}; the keys are {fields}") from None
+        raise UserError(f"cannot read {path}: {error}; a {name} has keys {fields}") from None
 
 
 def sample(prompts: Sequence[Prompt], n: int, seed: int) -> list[Prompt]:

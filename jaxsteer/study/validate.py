@@ -44,9 +44,8 @@ def study(
                     resolve_layers(test.at, layers, n_layers, where)
             elif missing := {test.treated, test.control} - names:
                 raise UserError(
-                    f"{where}: there is no condition {min(missing)!r}; only a "
-                    "condition that adds and projects has an unsteered twin, unless the study has "
-                    "an equal one"
+                    f"{where}: there is no condition {min(missing)!r}; only a condition that "
+                    "adds and projects has an unsteered twin, unless the study has an equal one"
                 )
     asked = rows.requests(spec, model, found[0], rows.cross(found[0], families))
     room = model.config.max_position - spec.decoding.max_new_tokens
