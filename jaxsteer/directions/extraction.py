@@ -32,7 +32,7 @@ from jaxsteer.directions.activations import Position
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.samples import Chat, Contrast, Mean
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.files import canonical_json, check_writable, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
 
 # HarmBench and our harmless prompts are ranked by this seed and taken from the first on.
@@ -246,28 +246,60 @@ def find_or_extract(
 ) -> dict[str, Direction]:
     """The directions of a file, with the missing ones extracted and saved in it.
 
+    A direction of the file that was made from other texts, at another token or with another
+    tokenizer than is asked for is extracted again.
+
     Args:
       model: the model they belong to.
-      names: what is needed: names in the file, or what `read_name` reads.
+      names: what is needed, as `read_name` reads it. `random-SEED` has the norms of the first
+        other one.
       path: the directions file, which need not exist.
       settings: of the directions that are extracted.
       say: called with one line before each extraction.
 
     Raises:
-      UserError: a file of another model, or as `read_name` and `extract`.
+      UserError: a file of another model or that cannot be written, or as `read_name` and `extract`.
     """
     found = direction.load(path) if path.is_file() else {}
     for known in found.values():
         direction.check_model(known, model, str(path))
-    for text in names:
-        if text in found:
-            continue
-        name, kind = read_name(text)
-        if name not in found:
+    asked = dict(_wanted(text, found) for text in names)
+    real = [name for name, kind in asked.items() if not isinstance(kind, Random)]
+    # Random ones last, since they take the norms of another; they cost nothing and are not kept.
+    for name in [*real, *(asked.keys() - set(real) - found.keys())]:
+        kind = asked[name]
+        if isinstance(kind, Random):
+            kind = msgspec.structs.replace(kind, norms_of=real[0] if real else "")
+            found[name] = extract(model, name, kind, found=found if real else {})
+        elif name not in found or _outdated(found[name], model, kind, settings):
+            check_writable(path)
             say(f"extracting {name}; it is kept in {path}")
+            assert kind is not None
             found[name] = extract(model, name, kind, found=found, settings=settings)
             direction.save(path, list(found.values()))
     return found
+
+
+def _wanted(text: str, found: Mapping[str, Direction]) -> tuple[str, InStudy | Random | None]:
+    """As `read_name`; None is the kind of a direction that only its file knows."""
+    try:
+        return read_name(text)
+    except UserError:
+        if text not in found:
+            raise
+        return text, None
+
+
+def _outdated(known: Direction, model: ChatModel, kind: Kind | None, settings: Settings) -> bool:
+    if not isinstance(kind, FromChats):
+        return False
+    made_of = contrast(kind, settings)
+    wanted = {
+        "source_sha256": made_of.source_sha256,
+        "position": made_of.position,
+        "tokenizer_sha256": model.tokenizer_sha256,
+    }
+    return any(known.provenance.get(key) != value for key, value in wanted.items())
 
 
 def trait_contrast(trait: prompts.Trait, position: Position = "prompt_end") -> Contrast:
