@@ -90,8 +90,9 @@ def locked(folder: Path) -> Iterator[None]:
             f"cannot write or lock {folder}: {error.strerror}; choose another --out"
         ) from error
     with held:
-        for stale in folder.rglob(".*.*"):
-            stale.unlink()
+        # Not in judges/, which has a lock of its own.
+        for stale in (*folder.glob(".*.*"), *(folder / "shards").glob(".*.*")):
+            stale.unlink(missing_ok=True)
         yield
 
 

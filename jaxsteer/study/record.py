@@ -259,7 +259,7 @@ def read(folder: Path) -> RunRecord | None:
       UserError: the format differs, a field is missing or mistyped, or two conditions have one
         name.
     """
-    path, again = folder / FILE, "run the study again"
+    path, again = folder / FILE, "run the study with --fresh, or choose another --out"
     try:
         found = msgspec.json.decode(path.read_bytes(), type=RunRecord)
     except FileNotFoundError:

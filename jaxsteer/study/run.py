@@ -115,15 +115,27 @@ def run_study(
         return results.refresh_summary(out)
 
 
+# Files that mark a results folder, and all that a run and what follows it leave there.
+MARKS = (record.FILE, "setup.json")
+OURS = {
+    *MARKS, "directions.safetensors", "responses.parquet", "summary.json", "modes.json",
+    "geometry.json", "receipt.json", "receipt.html", "judges", "shards",
+}  # fmt: skip
+
+
 @contextlib.contextmanager
 def _held(out: Path, fresh: bool) -> Iterator[None]:
     """Hold the results folder, emptied if `fresh`."""
     names = {path.name for path in out.glob("[!.]*")}
-    if names and not names & {"setup.json", record.FILE}:
-        raise UserError(f"{out} is not a results folder; choose another --out")
+    if names and not names & set(MARKS) and not (fresh and names <= OURS):
+        raise UserError(
+            f"{out} is not a results folder; choose another --out, or give --fresh to replace what "
+            "is left of one"
+        )
     with locked(out):
         if fresh:
-            for path in out.glob("[!.]*"):
+            # The marks last: a deletion that was stopped can then be continued.
+            for path in sorted(out.glob("[!.]*"), key=lambda path: path.name in MARKS):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
 

@@ -256,6 +256,14 @@ def test_a_folder_of_something_else_is_kept(model, study, tmp_path):
     assert (tmp_path / "mine/notes.txt").read_text() == "precious"
 
 
+def test_fresh_replaces_what_an_interrupted_deletion_left(model, study, tmp_path):
+    (tmp_path / "results/shards").mkdir(parents=True)
+    (tmp_path / "results/directions.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="give --fresh"):
+        run.run_study(study, model, tmp_path / "results")
+    assert run.run_study(study, model, tmp_path / "results", fresh=True)
+
+
 def test_a_file_of_something_else_among_a_runs_own_is_kept(model, study, tmp_path):
     (tmp_path / "mine/shards").mkdir(parents=True)
     (tmp_path / "mine/.DS_Store").touch()
