@@ -119,8 +119,8 @@ class Model(ChatModel):
     ) -> Replies:
         """Reply to every prompt under every condition, all of them in one compiled program.
 
-        A reply does not depend on the other prompts and conditions. Another condition compiles
-        nothing.
+        Apart from rounding, since sizes follow from the whole list, a reply does not depend on the
+        other prompts and conditions. Another condition compiles nothing.
 
         Args:
           prompts: the user's turns.
@@ -181,8 +181,8 @@ class Model(ChatModel):
     ) -> Iterator[Piece]:
         """Reply greedily to one prompt, token by token, under one condition after the other.
 
-        The tokens are those of `generate`; use this to show tokens as they come. Arguments and
-        errors are those of `generate`.
+        Apart from rounding, the tokens are those of `generate`; use this to show tokens as they
+        come. Arguments and errors are those of `generate`.
         """
         asked = {"plain": []} if conditions is None else conditions
         stacked = self._compiled(asked, scope)
@@ -225,10 +225,10 @@ def _check_changes(
     """Refuse replies from numbers that are not finite, and an intervention without effect."""
     for change in changes:
         engine.check_finite(change, f"condition {condition!r}")
-    if operations and not any(change > 0 for change in changes):
+    if operations and changes and not any(change > 0 for change in changes):
         raise UserError(
-            f"condition {condition!r} changed nothing in the residual stream; raise its strength "
-            "or widen its scope"
+            f"condition {condition!r} changed nothing in the residual stream: its strength is 0, "
+            "or no token of its scope was read"
         )
 
 
@@ -272,13 +272,13 @@ def directions_file(model: ChatModel) -> Path:
 def direction(model: ChatModel, what: str | Path, *, name: str = "") -> Direction:
     """A direction of a model: float32 [n_layers, d_model], one vector per block at `resid_post`.
 
-    A trait, `refusal`, `assistant-axis` or `random-SEED` is extracted the first time and kept in
+    A trait, `refusal` or `assistant-axis` is extracted the first time and kept in
     `directions_file`; one line on stderr says so. Its natural norm is that of the difference of
     means (Chen et al. 2025, section 2.2; Arditi et al. 2024, section 2.3).
 
     Args:
       model: from `load`.
-      what: a shipped trait such as `compliant`, `refusal`, `assistant-axis`, `random-SEED`, the
+      what: a shipped trait such as `compliant`, `refusal`, `assistant-axis`, the
         path of a trait's .toml, or a .safetensors file of `jaxsteer extract`.
       name: which direction of a .safetensors file that holds several.
 
