@@ -15,8 +15,8 @@ from tests import weigh
 # Code lines. The aim is a core of 4,500, a package of 11,500 and 80 files; these numbers are what
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
-CORE = 5160
-WHOLE = 12120
+CORE = 5175
+WHOLE = 12140
 MODULE = 350
 FILES = 110
 

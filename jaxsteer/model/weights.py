@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxsteer.model.config import ModelConfig
 
@@ -132,20 +133,9 @@ def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
 
 def nest(flat: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat:
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+    return unflatten_dict(dict(flat), sep="/")
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `nest`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
-    return flat
+    return flatten_dict(tree, sep="/")
