@@ -118,7 +118,7 @@ def test_a_folder_without_tokenizer_or_template_is_refused(folder, tmp_path):
 def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, tmp_path):
     text = (folder / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace("WordLevel", "Damaged"))
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read [^\n]*; get"):
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read [^\n]*; download"):
         Tokenizer.load(tmp_path)
 
 

@@ -177,7 +177,7 @@ name = "out, unsteered"
 ops = [{{ project = "persona", at = "{layer}" }}]
 """
     if taken:
-        with pytest.raises(UserError, match=r"'out, unsteered' is .* twin .* of 'out'"):
+        with pytest.raises(UserError, match=r"'out, unsteered' is .* twin of 'out'"):
             compiled(tmp_path, text)
     else:
         assert list(compiled(tmp_path, text)) == ["out", "out, unsteered"]
@@ -193,7 +193,7 @@ ops = [{ add = "persona", at = "5", scale = "each" }, { project = "persona", at 
 name = "out, unsteered"
 ops = [{ project = "persona", at = "7" }]
 """
-    with pytest.raises(UserError, match=r"'out, unsteered' is .* twin .* of 'out x1'"):
+    with pytest.raises(UserError, match=r"'out, unsteered' is .* twin of 'out x1'"):
         compiled(tmp_path, text)
 
 

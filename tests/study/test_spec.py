@@ -120,7 +120,11 @@ def test_a_malformed_study_names_the_key(tmp_path, old, new, message):
         ("", '{ add = "persona", at = "3", scale = "each" }', "'c' needs both scales"),
         ("", '{ add = "random", at = "3" }', "'c' names `random`, which needs random_seeds"),
         ("", '{ add = "persona", everywhere = true }', "'c': everywhere goes with project"),
-        ("", '{ project = "persona", everywhere = true, at = "3" }', "'c': everywhere .* of at"),
+        (
+            "",
+            '{ project = "persona", everywhere = true, at = "3" }',
+            "'c': everywhere .* replaces at",
+        ),
         ("", '{ project = "persona", at = "3", scale = 2.0 }', "unknown field `scale`"),
         ("", '{ project = "persona", at = "3", norm_of = "refusal" }', "unknown field `norm_of`"),
         ("", '{ add = "persona", at = "3", norm_at = "3" }', "missing required field `direction`"),
