@@ -54,7 +54,7 @@ def test_a_trait_or_a_file_that_will_not_do_is_refused_before_a_model_is_loaded(
     assert "no trait compliantt" in bad("extract", "refusal", "compliantt", *nowhere, *fine)
     text = (prompts.HERE / "traits/evil.toml").read_text(encoding="utf-8")
     (tmp_path / "mine.toml").write_text(text.replace('"evil"', '"my evil"', 1))
-    assert "name 'my evil'" in bad("extract", tmp_path / "mine.toml", *nowhere, *fine)
+    assert "cannot be named 'my evil'" in bad("extract", tmp_path / "mine.toml", *nowhere, *fine)
     (tmp_path / "file").touch()
     said = bad("extract", "refusal", *nowhere, "--out", tmp_path / "file/d.safetensors")
     assert "file/d.safetensors" in said and "choose another --out" in said

@@ -173,5 +173,5 @@ def test_an_architecture_after_a_large_array_is_left_to_the_full_reader(tmp_path
 @pytest.mark.parametrize("data", [b"", b"not a GGUF at all, but long enough", b"GGUF\3\0\0\0"])
 def test_a_file_that_is_no_gguf_is_named(tmp_path, data):
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(UserError, match=r"m\.gguf is damaged, truncated or no GGUF"):
+    with pytest.raises(UserError, match=r"m\.gguf is damaged, truncated or not a GGUF file"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")

@@ -109,15 +109,14 @@ def test_a_run_that_lost_its_setup_makes_it_again(model, study, tmp_path):
     assert (out / "setup.json").read_bytes() == made
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_directions_without_a_setup_are_kept(model, study, tmp_path, fresh):
+def test_directions_without_a_setup_are_kept(model, study, tmp_path):
     # `jaxsteer extract` writes such a file too.
     out = tmp_path / "results"
     prepare.prepare(study, model, out)
     (out / "setup.json").unlink()
     held = (out / "directions.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is not a results folder"):
-        run.run_study(study, model, out, fresh=fresh)
+    with pytest.raises(UserError, match=r"is not a results folder.* give --fresh"):
+        run.run_study(study, model, out)
     assert (out / "directions.safetensors").read_bytes() == held
 
 
