@@ -12,7 +12,7 @@ NAMES = ("STUDY=my study.toml", "MODEL=my model", "OUT=a b")
 
 def words(target: str, *variables: str) -> list[str]:
     done = subprocess.run(
-        ["make", "-n", target, *NAMES, *variables],
+        ["make", "-n", "--no-print-directory", target, *NAMES, *variables],
         cwd=ROOT,
         capture_output=True,
         text=True,

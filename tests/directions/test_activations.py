@@ -36,5 +36,5 @@ def test_position_weights_of_the_documented_row():
     weights = activations.position_weights([7, 8], [5, 6], 5, activations.POSITIONS)
     expected = [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0.5, 0.5]]
     np.testing.assert_array_equal(weights, expected)
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="needs a response"):
         activations.position_weights([7, 8], [], 5, ["response_avg"])

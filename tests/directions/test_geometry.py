@@ -91,7 +91,7 @@ def test_reliability_over_questions_hides_what_reliability_over_instructions_sho
 
 
 def test_one_unit_a_side_cannot_be_halved(rng):
-    with pytest.raises(UserError, match="one instruction a side"):
+    with pytest.raises(UserError, match="one instruction on each side"):
         geometry.split_half(instructed(rng, instructions=1), "instruction")
 
 

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections import Counter
 
-import orbax.checkpoint
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,22 +43,6 @@ def test_one_process_has_all_rows_and_does_not_wait():
     assert distributed.ALONE.share(["a", "b", "a"]) == {0, 1, 2}
     distributed.ALONE.meet("anywhere")
     assert distributed.ALONE.seen(lambda: None) is None
-
-
-def test_a_waiting_process_reports_progress(monkeypatch):
-    monkeypatch.setattr(distributed, "EVERY", 0.001)
-    reports, enough = [], threading.Event()
-    monkeypatch.setattr(
-        orbax.checkpoint.multihost, "get_barrier_sync_fn", lambda: lambda **_: enough.wait()
-    )
-
-    def report():
-        reports.append(len(reports))
-        if len(reports) == 3:
-            enough.set()
-
-    Hosts(process=0, count=2).meet("rows", report)
-    assert reports[:3] == [0, 1, 2]
 
 
 def test_what_another_host_wrote_is_looked_for_until_it_is_visible():
