@@ -17,13 +17,13 @@ with app.setup:
     from jaxsteer.data import prompts
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import lesson
-    from jaxsteer.evidence.charts import steering, text, theme
-    from jaxsteer.evidence.charts.plane import plane
+    from jaxsteer.evidence.charts import marks, steering
+    from jaxsteer.evidence.charts.steering import plane
     from jaxsteer.generation.compile_cache import use_compile_cache
     from jaxsteer.model.chat_model import ChatModel
     from jaxsteer.words import percent, signed
 
-    theme.use()
+    marks.use()
     use_compile_cache()
     ROOT = Path(__file__).resolve().parent.parent
 
@@ -287,7 +287,7 @@ def _(model, results):
         _error = None
     except UserError as error:
         steerable, _error = None, str(error)
-    mo.stop(steerable is None, mo.callout(mo.md(text.escaped(_error or "")), kind="danger"))
+    mo.stop(steerable is None, mo.callout(mo.md(marks.escaped(_error or "")), kind="danger"))
     return (steerable,)
 
 
@@ -353,7 +353,7 @@ def _(example, own, policy, steerable):
     except UserError as error:
         prompt = baseline = None
         _error = str(error)
-    mo.stop(baseline is None, mo.callout(mo.md(text.escaped(_error)), kind="danger"))
+    mo.stop(baseline is None, mo.callout(mo.md(marks.escaped(_error)), kind="danger"))
     return baseline, prompt
 
 
@@ -401,10 +401,10 @@ def _(baseline_reply, depth, next_tokens, own, reveal, steerable, steered, what)
     assert next_tokens is not None and depth is not None
     _veiled = bool(own.value.strip()) and not reveal.value
     _note = "Replies to your own prompt are blurred until you ask for them." if _veiled else ""
-    _before = text.card("baseline", baseline_reply, "baseline", veiled=_veiled)
+    _before = marks.card("baseline", baseline_reply, "baseline", veiled=_veiled)
     for _reply in steerable.replies(steered):
-        _after = text.card(what, _reply, "persona", veiled=_veiled)
-        replies = mo.Html(text.cards(_before, _after, note=_note))
+        _after = marks.card(what, _reply, "persona", veiled=_veiled)
+        replies = mo.Html(marks.cards(_before, _after, note=_note))
         mo.output.replace(replies)
     return
 

@@ -17,9 +17,9 @@ with app.setup:
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import cosines
     from jaxsteer.evidence.charts import geometry as charts
-    from jaxsteer.evidence.charts import text, theme
+    from jaxsteer.evidence.charts import marks
 
-    theme.use()
+    marks.use()
     ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,8 +65,8 @@ def _(results):
         found, _error = None, str(error)
     if found is None and mo.app_meta().mode == "script":
         print(_error)
-    mo.stop(found is None, mo.callout(mo.md(text.escaped(_error)), kind="warn"))
-    mo.vstack([mo.callout(mo.md(text.escaped(note)), kind="warn") for note in found.notes])
+    mo.stop(found is None, mo.callout(mo.md(marks.escaped(_error)), kind="warn"))
+    mo.vstack([mo.callout(mo.md(marks.escaped(note)), kind="warn") for note in found.notes])
     return (found,)
 
 
@@ -248,7 +248,7 @@ def _(found, window):
             else mo.callout(
                 mo.md("Not measured. Run `jaxsteer geometry RESULTS --model DIR`."), kind="warn"
             ),
-            mo.md(text.escaped("Not halved: " + "; ".join(_missing))) if _missing else mo.md(""),
+            mo.md(marks.escaped("Not halved: " + "; ".join(_missing))) if _missing else mo.md(""),
         ]
     )
     return

@@ -17,10 +17,10 @@ with app.setup:
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import layer_windows
     from jaxsteer.evidence.browse import open_results
-    from jaxsteer.evidence.charts import text, theme
+    from jaxsteer.evidence.charts import marks
     from jaxsteer.evidence.charts import windows as charts
 
-    theme.use()
+    marks.use()
     ROOT = Path(__file__).resolve().parent.parent
     MOST = 5  # conditions whose projections can be told apart in one chart
 
@@ -70,9 +70,9 @@ def _(results):
         )
     if _error and mo.app_meta().mode == "script":
         print(_error)
-    mo.stop(bool(_error), mo.callout(mo.md(text.escaped(_error)), kind="warn"))
+    mo.stop(bool(_error), mo.callout(mo.md(marks.escaped(_error)), kind="warn"))
     found = opened.found
-    mo.vstack([mo.callout(mo.md(text.escaped(note)), kind="warn") for note in opened.banner])
+    mo.vstack([mo.callout(mo.md(marks.escaped(note)), kind="warn") for note in opened.banner])
     return found, names
 
 

@@ -16,12 +16,12 @@ with app.setup:
     import marimo as mo
 
     from jaxsteer.errors import UserError
-    from jaxsteer.evidence import claims, findings, paired, sensitivity
+    from jaxsteer.evidence import claims, findings, paired
     from jaxsteer.evidence.browse import open_results
     from jaxsteer.evidence.charts import controls as charts
-    from jaxsteer.evidence.charts import text, theme
+    from jaxsteer.evidence.charts import marks
 
-    theme.use()
+    marks.use()
     ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -61,11 +61,11 @@ def _(results):
         opened, _problem = None, str(error)
     if _problem and mo.app_meta().mode == "script":
         print(_problem)
-    mo.stop(opened is None, mo.callout(mo.md(text.escaped(_problem)), kind="warn"))
+    mo.stop(opened is None, mo.callout(mo.md(marks.escaped(_problem)), kind="warn"))
     found = opened.found
-    _banner = [mo.callout(mo.md(text.escaped(line)), kind="warn") for line in opened.banner]
+    _banner = [mo.callout(mo.md(marks.escaped(line)), kind="warn") for line in opened.banner]
     mo.vstack(
-        [*_banner, mo.md(f"**{text.escaped(found.spec.name)}**: {found.rows.height:,} rows.")]
+        [*_banner, mo.md(f"**{marks.escaped(found.spec.name)}**: {found.rows.height:,} rows.")]
     )
     return (found,)
 
@@ -90,7 +90,7 @@ def _(found):
         planned, _problem = claims.evaluate(found), ""
     except UserError as error:
         planned, _problem = None, str(error)
-    mo.stop(planned is None, mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
+    mo.stop(planned is None, mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
     mo.stop(not planned, mo.callout(mo.md("This study plans no claim."), kind="warn"))
     mo.md(charts.claims_table(planned))
     return (planned,)
@@ -126,12 +126,12 @@ def _(found, planned):
         made, _problem = findings.evaluate(found) if planned else [], ""
     except UserError as error:
         made, _problem = [], str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
+    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
     mo.stop(not made, mo.callout(mo.md(findings.headline([]) + "."), kind="warn"))
     _alone, _absent = findings.alone(found, made), findings.absent(made)
     _notes = f"Kinds of control that this study does not have: {', '.join(_absent) or 'none'}. "
     _notes += f"Claims with no control beside them: {', '.join(_alone) or 'none'}."
-    mo.vstack([mo.as_html(charts.findings_chart(made)), mo.md(text.escaped(_notes))])
+    mo.vstack([mo.as_html(charts.findings_chart(made)), mo.md(marks.escaped(_notes))])
     return (made,)
 
 
@@ -228,7 +228,7 @@ def _():
 
 @app.cell
 def _(found):
-    _seeds = [str(seed) for seed in sensitivity.seeds(found)]
+    _seeds = [str(seed) for seed in findings.seeds(found)]
     degenerate = mo.ui.switch(label="leave out pairs with a degenerate reply")
     never = mo.ui.switch(label="leave out prompts that no condition refuses")
     seeds = mo.ui.multiselect(_seeds, value=_seeds, label="random seeds")
@@ -256,12 +256,12 @@ def _(found):
 @app.cell
 def _(degenerate, found, never, seeds):
     _kept = frozenset(map(int, seeds.value))
-    rules = sensitivity.Rules(
+    rules = findings.Rules(
         drop_degenerate=degenerate.value,
         drop_never_refused=never.value,
-        seeds=None if len(_kept) == len(sensitivity.seeds(found)) else _kept,
+        seeds=None if len(_kept) == len(findings.seeds(found)) else _kept,
     )
-    counts = sensitivity.counted(found, rules)
+    counts = findings.counted(found, rules)
     return counts, rules
 
 
@@ -269,9 +269,11 @@ def _(degenerate, found, never, seeds):
 def _(alpha, counts, found, margin, own_margin, planned, rules):
     _margin = None if own_margin.value else margin.value
     _rules = dataclasses.replace(rules, alpha=alpha.value, margin=_margin)
-    yours = sensitivity.judged(found, counts, _rules)
-    _kind = "warn" if sensitivity.changed(planned, yours) else "neutral"
-    _said = mo.callout(mo.md(text.escaped(sensitivity.summary(planned, yours, _rules))), kind=_kind)
+    yours = findings.judged(found, counts, _rules)
+    _kind = "warn" if findings.changed(planned, yours) else "neutral"
+    _said = mo.callout(
+        mo.md(marks.escaped(findings.effect_of_rules(planned, yours, _rules))), kind=_kind
+    )
     mo.vstack([_said, mo.md(charts.verdicts_table(planned, yours))])
     return
 

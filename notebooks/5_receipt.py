@@ -18,15 +18,14 @@ with app.setup:
 
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import browse as browsing
-    from jaxsteer.evidence import outcomes
-    from jaxsteer.evidence.charts import controls as tables
-    from jaxsteer.evidence.charts import outcomes as charts
-    from jaxsteer.evidence.charts import text, theme
+    from jaxsteer.evidence import paired
+    from jaxsteer.evidence.charts import controls as charts
+    from jaxsteer.evidence.charts import marks
     from jaxsteer.judges import human
     from jaxsteer.receipt import canonical, compare, verify
     from jaxsteer.receipt import charts as receipts
 
-    theme.use()
+    marks.use()
     ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -62,11 +61,11 @@ def _(results):
         opened, _problem = None, str(error)
     if _problem and mo.app_meta().mode == "script":
         print(_problem)
-    mo.stop(opened is None, mo.callout(mo.md(text.escaped(_problem)), kind="warn"))
+    mo.stop(opened is None, mo.callout(mo.md(marks.escaped(_problem)), kind="warn"))
     rows = opened.found.rows
-    _banner = [mo.callout(mo.md(text.escaped(line)), kind="warn") for line in opened.banner]
+    _banner = [mo.callout(mo.md(marks.escaped(line)), kind="warn") for line in opened.banner]
     mo.vstack(
-        [*_banner, mo.md(f"**{text.escaped(opened.found.spec.name)}**: {rows.height:,} rows.")]
+        [*_banner, mo.md(f"**{marks.escaped(opened.found.spec.name)}**: {rows.height:,} rows.")]
     )
     return folder, opened, rows
 
@@ -92,8 +91,8 @@ def _(folder, results):
         receipt, _problem = None, str(error)
     if not _path.is_file():
         _problem = f"There is no receipt yet: run `jaxsteer receipt {results.value}`."
-    mo.stop(receipt is None, mo.callout(mo.md(text.escaped(_problem)), kind="warn"))
-    mo.md(f"{receipts.facts_table(receipt)}\n\n{tables.claims_table(receipt.claims)}")
+    mo.stop(receipt is None, mo.callout(mo.md(marks.escaped(_problem)), kind="warn"))
+    mo.md(f"{receipts.facts_table(receipt)}\n\n{charts.claims_table(receipt.claims)}")
     return (receipt,)
 
 
@@ -122,7 +121,7 @@ def _(folder, receipt, rows):
         )
     except UserError as error:
         _checks, _said, _kind = [], str(error), "danger"
-    _callout = mo.callout(mo.md(text.escaped(_said)), kind=_kind)
+    _callout = mo.callout(mo.md(marks.escaped(_said)), kind=_kind)
     mo.vstack([_callout, mo.md(receipts.checks_table(_checks))])
     return
 
@@ -150,7 +149,7 @@ def _(folder, receipt, second):
         _problem = "" if compared.lines else "They have no figure in common."
     except UserError as error:
         _problem = str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
+    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
     mo.vstack([mo.as_html(receipts.diff_chart(compared)), mo.md(receipts.changed_table(compared))])
     return
 
@@ -182,9 +181,9 @@ def _(family, of, rows):
     _asked = rows.filter(pl.col("family") == family.value)
     _one = _asked.filter(pl.col("condition") == of.value)
     _what = f"{family.value} prompts"
-    _charts = [charts.stacked_chart(outcomes.shares(_asked, "condition"), "condition", _what)]
+    _charts = [charts.stacked_chart(paired.shares(_asked, "condition"), "condition", _what)]
     if not _one.is_empty():
-        _shares = outcomes.shares(_one, "category")
+        _shares = paired.shares(_one, "category")
         _charts.append(charts.stacked_chart(_shares, "category", f"{_what} under {of.value}"))
     mo.vstack([*map(mo.as_html, _charts)])
     return
@@ -213,7 +212,7 @@ def _(rows):
     reveal = mo.ui.switch(label="show what may harm")
     texts, _problem = browsing.known_texts()
     _bar = mo.hstack([*browse.values(), at, reveal], justify="start", gap=2, wrap=True)
-    mo.vstack([_bar, mo.md(text.escaped(_problem))])
+    mo.vstack([_bar, mo.md(marks.escaped(_problem))])
     return at, browse, reveal, texts
 
 
@@ -259,7 +258,7 @@ def _(draw, file, opened, rows, size, texts):
         _problem = "" if _path.is_file() else f"{_path} is not there yet: draw a sample."
     except UserError as error:
         _problem = str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="neutral"))
+    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="neutral"))
     sample = _path
     return (sample,)
 
@@ -271,7 +270,7 @@ def _(sample, turn):
         _entries, _problem = human.entries(sample), ""
     except UserError as error:
         _entries, _problem = [], str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(text.escaped(_problem)), kind="danger"))
+    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
     _open = [entry for entry in _entries if not entry.label]
     _said = f"{len(_entries) - len(_open)} of {len(_entries)} replies have a label."
     mo.stop(not _open, mo.callout(mo.md(f"{_said} Done."), kind="success"))

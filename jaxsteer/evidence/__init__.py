@@ -1,10 +1,10 @@
 """What a study's rows show: its claims, the controls that could break them, and tables to draw.
 
 A results folder comes in, read by `study.results`; verdicts, measured controls and small tables
-go out, to the receipt and the notebooks. `paired` compares two conditions prompt by prompt, and
-`claims` judges the planned comparisons with it. `pairing` finds the controls of a condition by its
-operations, `controls` measures them, and `findings` puts them next to the claims. `sensitivity`
-judges again under other rules, `layer_windows` and `outcomes` tabulate the rows, `reliability` and
+go out, to the receipt and the notebooks. `paired` counts labels and compares two conditions
+prompt by prompt, and `claims` judges the planned comparisons with it. `controls` finds the controls
+of a condition by its operations and measures them; `findings` puts them next to the claims, and
+judges the claims again under other rules. `layer_windows` tabulates the rows, `reliability` and
 `cosines` the directions; `browse` and `lesson` serve the notebooks, and `charts` draws. Begin
 reading with `paired`, then `claims`.
 """

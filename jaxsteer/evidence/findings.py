@@ -1,7 +1,7 @@
 """Each claim of a study next to the controls that could break it.
 
 A control asks whether something other than what the claim says would have had the same effect.
-`pairing` finds the controls of a condition:
+`controls` finds the controls of a condition:
 
 random     the condition against its random controls, one per seed
 unsteered  the projection of a knockout alone, against the untouched model
@@ -12,6 +12,10 @@ swapped    the same two additions in the other order of depth
 
 These comparisons are made to look for weak points. Their p-values are not corrected and confirm
 nothing; what was planned is in the claims.
+
+The second half judges the claims again under `Rules` that the reader sets: what is left out, and
+how strict to be. That answers one question: does a verdict depend on a choice? A verdict that does
+is weaker than it looks, and a verdict found by trying rules is no evidence.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import msgspec
 import polars as pl
 
 from jaxsteer import stats
-from jaxsteer.evidence import paired, pairing
-from jaxsteer.evidence.claims import ALPHA, Claim, CosineAbove
+from jaxsteer.evidence import claims, controls, paired
+from jaxsteer.evidence.claims import ALPHA, Claim, CosineAbove, Draft
 from jaxsteer.evidence.controls import RandomControl, random_controls
 from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.study.conditions import unsteered_twin
@@ -244,18 +249,18 @@ def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
 
 def _controls(run: RunRecord, c: Condition) -> Iterator[tuple[Kind, Condition, Condition, Expect]]:
     """(kind, first, second, what the claim expects of first) for one condition of a claim."""
-    plain = pairing.plain(run, c.mode)
+    plain = controls.plain(run, c.mode)
     if plain is None:
         return
     twin = unsteered_twin(run.conditions, c)
     if twin is not None:
         yield "unsteered", twin, plain, "no rise"
     for control in run.conditions:
-        if not control.unsteered_twin_of and pairing.neutral_control_of(run, control) is c:
+        if not control.unsteered_twin_of and controls.neutral_control_of(run, control) is c:
             yield "neutral", control, plain, "lower"
-    for control in pairing.swapped_controls(run, c):
+    for control in controls.swapped_controls(run, c):
         yield "swapped", control, c, "higher"
-    for control, added_alone in pairing.matched_controls(run, c):
+    for control, added_alone in controls.matched_controls(run, c):
         yield "matched", control, added_alone, "no rise"
     if c.benign and c.operations:
         yield "benign", c, plain, "no rise"
@@ -365,3 +370,79 @@ _ENVELOPE = {
     "slot": pl.Int64, "n": pl.Int64,
     "rate": pl.Float64, "low": pl.Float64, "high": pl.Float64,
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the reader asks for; the defaults are the study's own rules.
+
+    Attributes:
+      drop_degenerate: leave a pair out when either reply is degenerate (comparisons that count
+        degenerate replies keep it).
+      drop_never_refused: leave out harmful prompts that no condition refuses.
+      seeds: random seeds kept, or None for all.
+      alpha: adjusted p below which a difference counts.
+      margin: of "few new cases" tests, or None for each test's own.
+    """
+
+    drop_degenerate: bool = False
+    drop_never_refused: bool = False
+    seeds: frozenset[int] | None = None
+    alpha: float = claims.ALPHA
+    margin: float | None = None
+
+
+def seeds(found: Results) -> list[int]:
+    """Every random seed of the run, in order."""
+    return sorted({c.seed for c in found.run.conditions if c.seed is not None})
+
+
+def kept(found: Results, rules: Rules) -> Results:
+    """The results that the rules on seeds and prompts leave; their record asks for no more."""
+    rows, run = found.rows, found.run
+    if rules.seeds is not None:
+        chosen = rules.seeds
+        rows = rows.filter(pl.col("seed").is_null() | pl.col("seed").is_in(list(chosen)))
+        left = [c for c in run.conditions if c.seed is None or c.seed in chosen]
+        run = msgspec.structs.replace(run, conditions=left)
+    if rules.drop_never_refused:
+        never = never_refused(rows)
+        rows = rows.filter(~pl.col("prompt_id").is_in(never.implode()))
+        harmful = run.prompts.get("strongreject")
+        if harmful is not None:
+            fewer = msgspec.structs.replace(harmful, n=harmful.n - len(never))
+            run = msgspec.structs.replace(run, prompts={**run.prompts, "strongreject": fewer})
+    return dataclasses.replace(found, rows=rows, run=run)
+
+
+def never_refused(rows: pl.DataFrame) -> pl.Series:
+    """Ids of harmful prompts that are refused under none of the conditions."""
+    harmful = rows.filter(pl.col("family") != "benign")
+    refused = harmful.group_by("prompt_id").agg((pl.col("label") == "refusal").any())
+    return refused.filter(~pl.col("label"))["prompt_id"].sort()
+
+
+def counted(found: Results, rules: Rules) -> list[list[Draft]]:
+    """Each claim's comparisons counted on what the rules leave; alpha and margin play no part."""
+    return claims.count(kept(found, rules), drop_degenerate=rules.drop_degenerate)
+
+
+def judged(found: Results, drafts: Sequence[Sequence[Draft]], rules: Rules) -> list[Claim]:
+    """The verdicts at the rules' alpha and margin, Holm's correction included."""
+    return claims.judge(found.spec.claim, drafts, alpha=rules.alpha, margin=rules.margin)
+
+
+def changed(before: Sequence[Claim], after: Sequence[Claim]) -> list[str]:
+    """Names of the claims that have another verdict."""
+    return [a.name for a, b in zip(after, before, strict=True) if a.verdict != b.verdict]
+
+
+def effect_of_rules(before: Sequence[Claim], after: Sequence[Claim], rules: Rules) -> str:
+    """What the rules did to the verdicts, in one sentence."""
+    names = changed(before, after)
+    if rules == Rules():
+        return "These are the study's own rules: both columns say the same."
+    if not names:
+        return f"Under your rules all {len(after)} verdicts stay as they were planned."
+    verb = "changes" if len(names) == 1 else "change"
+    return f"Under your rules {len(names)} of {len(after)} verdicts {verb}: {', '.join(names)}."

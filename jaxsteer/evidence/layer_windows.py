@@ -20,7 +20,7 @@ from jaxtyping import Float
 from jaxsteer import stats
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import pairing
+from jaxsteer.evidence import controls
 from jaxsteer.evidence.paired import Labels, flips
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Project
@@ -118,7 +118,7 @@ def cells(found: Results, name: str, mode: str = "") -> list[Cell]:
     # The layer that most conditions steer at; another one would be another map.
     at = Counter(op.layers for c in known for op in _added(c, name)).most_common(1)[0][0]
     alone = {scale: label for (layers, scale), label in steers.items() if layers == at}
-    plain = pairing.plain(found.run, mode)
+    plain = controls.plain(found.run, mode)
     baseline = plain.name if plain else ""
     made = [Cell(map="knockout", condition=baseline)] if baseline else []
     made += [

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import altair as alt
 import polars as pl
 
-from jaxsteer.evidence.charts import marks, theme
-from jaxsteer.evidence.charts.text import markdown_table
+from jaxsteer.evidence.charts import marks
+from jaxsteer.evidence.charts.marks import markdown_table
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.statement import Predicate
 from jaxsteer.receipt.verify import Check
@@ -16,7 +16,7 @@ from jaxsteer.words import extent, points
 
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
 MOST_LINES = 24
-KINDS: dict[str, theme.Role] = {"moved": "persona", "not shown to have moved": "baseline"}
+KINDS: dict[str, marks.Role] = {"moved": "persona", "not shown to have moved": "baseline"}
 
 
 def checks_table(checks: Sequence[Check]) -> str:

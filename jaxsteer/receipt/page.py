@@ -18,7 +18,7 @@ from pathlib import Path
 import jinja2
 
 from jaxsteer.evidence.claims import Claim, Comparison, CosineAbove, FewRaised, NotTested
-from jaxsteer.evidence.outcomes import WORDS
+from jaxsteer.evidence.paired import WORDS
 from jaxsteer.receipt.statement import (
     Condition,
     DoseResponse,

@@ -10,9 +10,9 @@ with app.setup:
     import marimo as mo
     import polars as pl
 
-    from jaxsteer.evidence.charts import theme
+    from jaxsteer.evidence.charts import marks
 
-    theme.use()
+    marks.use()
     TABLE = pl.DataFrame({"x": [0.0, 1.0, 2.0, 3.0], "y": [0.0, 1.0, 4.0, 9.0]})
 
 

@@ -188,7 +188,7 @@ def test_a_condition_that_proves_nothing_is_marked_so(drawn):
 
 
 def test_the_colours_are_those_of_the_charts():
-    from jaxsteer.evidence.charts.theme import PALETTE
+    from jaxsteer.evidence.charts.marks import PALETTE
 
     light = dict(re.findall(r"--(\w+): (#\w+);", page.STYLE.read_text().partition("@media")[0]))
     assert light["refusal"] == PALETTE["refusal"]

@@ -1,4 +1,4 @@
-"""Charts: one theme, a few marks, and the charts of each notebook. Data in, Altair chart out.
+"""Charts: one look (`marks`), and the charts of each notebook. Data in, Altair chart out.
 
 Nothing here computes a result: the numbers come from the rest of the library, and the notebooks
 import both. Needs the `notebooks` extra.

@@ -9,15 +9,15 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from jaxsteer.evidence.charts import marks, theme
+from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.cosines import Components, Window
 from jaxsteer.words import count, layer_list, percent, signed
 
-CHANCE = theme.PALETTE["baseline"]
+CHANCE = marks.PALETTE["baseline"]
 SIGNED = alt.Axis(format="+.1f", tickCount=5)
 PERMUTED = "grey: 95 % of cosines after shuffling labels"
 COLUMNS = 3  # panels to a row
-KINDS: dict[str, theme.Role] = {"named opposites": "persona", "other pairs": "baseline"}
+KINDS: dict[str, marks.Role] = {"named opposites": "persona", "other pairs": "baseline"}
 DASHES = [[1, 0], [6, 4], [2, 3]]
 
 
@@ -59,7 +59,7 @@ def pair_chart(
     ends = [*table["cosine"], *table["low"], *table["high"], *random["low"], *random["high"]]
     ends += [] if paper is None else paper["cosine"].to_list()
     reach = 1.15 * max([abs(v) for v in ends if v is not None] + [0.1])
-    y = alt.Y("cosine:Q", title="cosine", scale=theme.symmetric(reach), axis=SIGNED)
+    y = alt.Y("cosine:Q", title="cosine", scale=marks.symmetric(reach), axis=SIGNED)
     layers = _pair_layers(table, x, y, random)
     layers[-1] = layers[-1].add_params(alt.selection_interval(name="layers", encodings=["x"]))
     if paper is not None:
@@ -84,10 +84,10 @@ def _pair_layers(
     if null.height:
         layers.append(marks.band(null, x, y, CHANCE))
     if random is not None and random.height:
-        layers.append(marks.band(random, x, y, theme.PALETTE["random"]))
+        layers.append(marks.band(random, x, y, marks.PALETTE["random"]))
     chance = {"low": "null, 2.5 %", "high": "null, 97.5 %", "p": "p, this layer alone"}
     shown = marks.tooltip("pair layer", signed="cosine low high", plain="p", titles=chance)
-    colour = theme.colour(table["second"][0])
+    colour = marks.colour(table["second"][0])
     line = alt.Chart(table).mark_line(color=colour, point=alt.OverlayMarkDef(size=30, color=colour))
     return [*layers, line.encode(x=x, y=y, tooltip=shown)]
 
@@ -97,7 +97,7 @@ def _paper_marks(paper: pl.DataFrame, x: alt.X, y: alt.Y, top: float) -> list[al
     heights = [(0.62 + 0.24 * (i % 2)) * top for i in range(paper.height)]
     marked = alt.Chart(paper.with_columns(height=pl.Series(heights))).encode(x=x)
     leader = marked.mark_rule(strokeDash=[2, 3], opacity=0.6).encode(y=y, y2="height:Q")
-    point = marked.mark_point(shape="diamond", size=120, filled=False, stroke=theme.INK)
+    point = marked.mark_point(shape="diamond", size=120, filled=False, stroke=marks.INK)
     above = marked.encode(y=marks.on_axis(y, "height"))
     words = marks.labelled(above, "says", align="right", dx=6, dy=-8, fontWeight="normal")
     return [leader, point.encode(y=y, tooltip=marks.tooltip("says")), words]
@@ -115,7 +115,7 @@ def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> alt.Co
     shown = inside.filter(pl.col("pair").is_in(names))
     reach = shown.select(pl.max_horizontal(pl.col("cosine", "low", "high").abs().max())).item()
     x = marks.layer_axis(*window, ticks=6)
-    y = alt.Y("cosine:Q", scale=theme.symmetric(1.1 * (reach or 1)), axis=SIGNED)
+    y = alt.Y("cosine:Q", scale=marks.symmetric(1.1 * (reach or 1)), axis=SIGNED)
     panels = []
     for i, name in enumerate(names):
         one = shown.filter(pl.col("pair") == name)
@@ -156,14 +156,14 @@ def matrix_chart(
     chance = {"low": "null, low", "high": "null, high"}
     shown = marks.tooltip("row column chance", signed="cosine low high", titles=chance)
     base = alt.Chart(cells).encode(x=x, y=y)
-    colour = alt.Color("cosine:Q", scale=theme.around_zero(limit), legend=legend)
-    rect = base.mark_rect(stroke=theme.INK, strokeOpacity=0.12)
+    colour = alt.Color("cosine:Q", scale=marks.around_zero(limit), legend=legend)
+    rect = base.mark_rect(stroke=marks.INK, strokeOpacity=0.12)
     layers = [rect.encode(color=colour, tooltip=shown)]
     within = cells.filter(pl.col("chance") == "within chance")
     if within.height:
         ring = alt.Chart(within).encode(x=x, y=y)
         mark: dict[str, Any] = {"size": 0.55 * size * size, "filled": False, "strokeDash": [2, 3]}
-        layers.append(ring.mark_point(stroke=theme.INK, opacity=0.6, **mark))
+        layers.append(ring.mark_point(stroke=marks.INK, opacity=0.6, **mark))
     if size >= 32:
         layers.append(base.mark_text().encode(text=alt.Text("cosine:Q", format="+.2f")))
     chart = alt.LayerChart(layer=layers).properties(
@@ -214,8 +214,8 @@ def components_chart(found: Components, window: Window) -> alt.LayerChart:
     n, shares = found.table.height, found.shares
     reach = float(np.abs(found.table.select("x", "y").to_numpy()).max(initial=0)) or 1.0
     first, second = (percent(float(share)) for share in [*shares[:2], 0.0][:2])
-    axis: dict[str, Any] = {"scale": theme.symmetric(1.35 * reach), "axis": SIGNED}
-    roles = {name: theme.role(name) for name in found.table["name"]}
+    axis: dict[str, Any] = {"scale": marks.symmetric(1.35 * reach), "axis": SIGNED}
+    roles = {name: marks.role(name) for name in found.table["name"]}
     encodings = marks.by_role("name", roles, legend=None)
     base = alt.Chart(found.table).encode(
         x=alt.X("x:Q", title=f"component 1 ({first} of variance)", **axis),
@@ -260,7 +260,7 @@ def reliability_chart(table: pl.DataFrame, window: Window) -> alt.ConcatChart:
 
 
 def _reliability_panel(table: pl.DataFrame, x: alt.X, y: alt.Y) -> alt.LayerChart:
-    colour = theme.colour(table["direction"][0])
+    colour = marks.colour(table["direction"][0])
     sizes = dict(table.select("unit", "units").iter_rows())
     dashes = alt.Scale(domain=list(sizes), range=DASHES[: len(sizes)])
     shown = marks.tooltip("direction unit units layer", signed="mean low high")
@@ -289,7 +289,7 @@ def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
         ]
     ).filter(pl.col("norm") > 0)
     names = long["direction"].unique(maintain_order=True).to_list()
-    colours = [CHANCE if name == "residual stream" else theme.colour(name) for name in names]
+    colours = [CHANCE if name == "residual stream" else marks.colour(name) for name in names]
     x = marks.layer_axis(*window)
     y = alt.Y(
         "norm:Q",

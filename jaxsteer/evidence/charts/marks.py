@@ -1,7 +1,22 @@
-"""Marks, axes and words shared by all charts: titles, intervals, bands, tooltips, roles."""
+"""One look for all charts and cards: theme, marks, axes, and model text in a page.
+
+Colours belong to roles, not to positions, so the persona is the same orange in every chart. They
+are chosen so that any two stay apart under the three kinds of colour blindness, and so that each
+has a contrast of at least 3:1 both on white and on marimo's dark page (test_marks_theme.py checks
+both). Everything that is not data - text, axes, grid - is drawn in the page's own ink
+(`currentColor`), which is why charts are SVG on a transparent ground: they follow the reader's
+switch between light and dark without being drawn again.
+
+Colour never carries meaning alone: label marks directly, or give them a shape (`SHAPES`).
+
+Model output and prompts are hostile text. `escaped`, `card` and `markdown_table` are the only way a
+notebook shows them: the result is HTML in which nothing of the text is markup, markdown or a
+formula, control characters are visible, and text that may be harmful is blurred.
+"""
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -10,8 +25,141 @@ import altair as alt
 import polars as pl
 
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.charts import theme
 from jaxsteer.terminal import plain
+
+PAPER = "#ffffff"
+NIGHT = "#181c1a"  # marimo's dark page
+INK = "currentColor"
+FONT = "PT Sans, system-ui, sans-serif"  # marimo's own, which it ships
+MONO = "Fira Mono, ui-monospace, monospace"
+
+Role = Literal["baseline", "persona", "refusal", "axis", "random", "degenerate"]
+PALETTE: dict[Role, str] = {
+    "baseline": "#696978",  # slate: nothing was done
+    "persona": "#e1782d",  # orange: the persona, and steering with it; a bypass
+    "refusal": "#4b5ad2",  # blue: the refusal direction; a refusal
+    "axis": "#3ca587",  # green: the assistant axis, and other named directions
+    "random": "#a587b4",  # mauve: random controls
+    "degenerate": "#c32d3c",  # red: broken replies
+}
+SHAPES: dict[Role, str] = {
+    "baseline": "circle",
+    "persona": "triangle-up",
+    "refusal": "square",
+    "axis": "diamond",
+    "random": "cross",
+    "degenerate": "triangle-down",
+}
+
+PERCENT = ".0%"  # of rates on axes: 42%
+# d3 formats of numbers in tooltips
+FORMATS = {
+    "percent": ".1%",  # rates: 42.5%
+    "tiny": ".3~p",  # probabilities: 0.0123%
+    "signed": "+.2f",  # cosines and changes: +0.18
+    "plain": ".3~g",  # any other number
+}
+
+
+def role(direction: str) -> Role:
+    """The role of a direction, by its name; a trait has the role of the assistant axis.
+
+    `random-3` and the like are random controls.
+    """
+    if direction.startswith("random"):
+        return "random"
+    return direction if direction in PALETTE else "axis"
+
+
+def colour(direction: str) -> str:
+    """The colour of a direction's role."""
+    return PALETTE[role(direction)]
+
+
+def around_zero(limit: float) -> alt.Scale:
+    """A colour scale from blue at -limit to orange at limit; values beyond are drawn as the ends.
+
+    Zero is transparent, so that it has the colour of the page in light and dark.
+    """
+    # Each transparent middle keeps its end's hue, because a blend without one passes through grey.
+    blue, orange, tiny = PALETTE["refusal"], PALETTE["persona"], limit * 1e-6
+    return alt.Scale(
+        domain=[-limit, -tiny, tiny, limit],
+        range=[blue, blue + "00", orange + "00", orange],
+        clamp=True,
+    )
+
+
+def symmetric(reach: float) -> alt.Scale:
+    """A scale from -reach to reach."""
+    return alt.Scale(domain=[-reach, reach], nice=False)
+
+
+@alt.theme.register("jaxsteer", enable=False)
+def config() -> alt.theme.ThemeConfig:
+    """The Altair theme: `use()` enables it."""
+    return {
+        # The page's ink reaches the chart only as SVG; marimo's default is a canvas.
+        "usermeta": {"embedOptions": {"renderer": "svg", "actions": False}},
+        "background": "transparent",
+        "padding": 4,
+        "config": {
+            "font": FONT,
+            "view": {"stroke": "transparent", "continuousWidth": 560, "continuousHeight": 260},
+            "title": {
+                "color": INK,
+                "anchor": "start",
+                "frame": "group",
+                "fontSize": 15,
+                "fontWeight": "bold",
+                "offset": 14,
+                "lineHeight": 19,
+                "subtitleColor": INK,
+                "subtitleFontSize": 12.5,
+                "subtitlePadding": 5,
+                "subtitleLineHeight": 16,
+            },
+            "axis": {
+                "labelFontSize": 12,
+                "labelColor": INK,
+                "labelOpacity": 0.85,
+                "labelPadding": 5,
+                "titleFontSize": 12.5,
+                "titleFontWeight": "normal",
+                "titleColor": INK,
+                "titlePadding": 10,
+                "domain": False,
+                "tickColor": INK,
+                "tickOpacity": 0.25,
+                "tickSize": 4,
+                "gridColor": INK,
+                "gridOpacity": 0.1,
+            },
+            "axisBand": {"grid": False, "ticks": False},
+            "legend": {
+                "labelFontSize": 12,
+                "labelColor": INK,
+                "titleFontSize": 12,
+                "titleFontWeight": "normal",
+                "titleColor": INK,
+                "orient": "top",
+                "direction": "horizontal",
+                "gradientThickness": 8,
+                "symbolStrokeWidth": 2,
+            },
+            "text": {"fontSize": 12.5, "color": INK},
+            "line": {"strokeWidth": 2.25, "strokeCap": "round", "strokeJoin": "round"},
+            "point": {"filled": True, "size": 75, "opacity": 1},
+            "rule": {"color": INK, "opacity": 0.3},
+            "bar": {"cornerRadiusEnd": 2},
+        },
+    }
+
+
+def use() -> None:
+    """Make every chart that is shown from here on look like this module says."""
+    alt.theme.enable("jaxsteer")
+
 
 Chart = TypeVar("Chart", bound=alt.TopLevelMixin)
 Axis = TypeVar("Axis", alt.X, alt.Y)
@@ -41,18 +189,18 @@ def tooltip(
     Args:
       fields: columns that are shown as they are, with spaces between them.
       titles: what a column is called, where its name does not say it.
-      formatted: columns of numbers by their format, a key of `theme.FORMATS`.
+      formatted: columns of numbers by their format, a key of `FORMATS`.
     """
     called = titles or {}
     shown = [alt.Tooltip(field, title=called.get(field, field)) for field in fields.split()]
     return shown + [
-        alt.Tooltip(f"{field}:Q", title=called.get(field, field), format=theme.FORMATS[form])
+        alt.Tooltip(f"{field}:Q", title=called.get(field, field), format=FORMATS[form])
         for form, columns in formatted.items()
         for field in columns.split()
     ]
 
 
-def by_role(field: str, roles: Mapping[str, theme.Role], **options: Any) -> dict[str, Any]:
+def by_role(field: str, roles: Mapping[str, Role], **options: Any) -> dict[str, Any]:
     """The encodings `color` and `shape` for a column whose values have roles.
 
     Args:
@@ -60,8 +208,8 @@ def by_role(field: str, roles: Mapping[str, theme.Role], **options: Any) -> dict
       roles: the role of each value, in the order of the legend.
       options: of both channels; `legend=None` leaves the legend out.
     """
-    colours = alt.Scale(domain=list(roles), range=[theme.PALETTE[r] for r in roles.values()])
-    shapes = alt.Scale(domain=list(roles), range=[theme.SHAPES[r] for r in roles.values()])
+    colours = alt.Scale(domain=list(roles), range=[PALETTE[r] for r in roles.values()])
+    shapes = alt.Scale(domain=list(roles), range=[SHAPES[r] for r in roles.values()])
     return {
         "color": alt.Color(f"{field}:N", title=None, scale=colours, **options),
         "shape": alt.Shape(f"{field}:N", title=None, scale=shapes, **options),
@@ -80,7 +228,7 @@ def share_axis(field: str, title: str, **scale: Any) -> alt.X:
     return alt.X(
         f"{field}:Q",
         title=title,
-        axis=alt.Axis(format=theme.PERCENT, tickCount=6),
+        axis=alt.Axis(format=PERCENT, tickCount=6),
         scale=alt.Scale(**(scale or {"domain": [0, 1]})),
     )
 
@@ -91,7 +239,7 @@ def points_axis(field: str, title: str, values: Iterable[float]) -> alt.X:
         f"{field}:Q",
         title=title,
         axis=alt.Axis(format="+.0%", tickCount=6, labelExpr="replace(datum.label, '%', '')"),
-        scale=theme.symmetric(1.05 * max(0.2, *map(abs, values))),
+        scale=symmetric(1.05 * max(0.2, *map(abs, values))),
     )
 
 
@@ -203,3 +351,59 @@ def token_text(text: str) -> str:
     ('␣Paris', '⏎', '∅')
     """
     return plain(text).replace("\n", "⏎").replace(" ", "␣") or "∅"
+
+
+STYLE = """<style>
+.js-cards { display: flex; flex-wrap: wrap; gap: 14px; }
+.js-card { flex: 1 1 260px; min-width: 0; border-left: 4px solid var(--role);
+  padding: 2px 14px; color: inherit; }
+.js-card h4 { margin: 0 0 4px; font-size: 0.85rem; font-weight: 700; color: var(--role); }
+.js-card p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; min-height: 4.5em; }
+.js-veil { filter: blur(7px); user-select: none; }
+.js-note { opacity: 0.75; font-size: 0.85rem; margin: 6px 0 0 18px; }
+</style>"""
+
+
+def escaped(text: str) -> str:
+    """Text as HTML that shows exactly its characters.
+
+    Markdown and formula marks are escaped too, so that the result may stand in `mo.md`.
+
+    >>> escaped("<b>*x*</b>")
+    '&lt;b&gt;&#42;x&#42;&lt;/b&gt;'
+    """
+    marks = "*_`$\\[]|~#:+-"
+    return "".join(f"&#{ord(c)};" if c in marks else html.escape(c) for c in plain(text))
+
+
+def card(title: str, text: str, role: Role, *, veiled: bool = False) -> str:
+    """One reply as an HTML card in its role's colour; a veiled one is blurred and not selectable.
+
+    A veil is for the eyes: the text is in the page. Ask the reader before lifting it.
+    """
+    veil = ' class="js-veil" aria-hidden="true"' if veiled else ""
+    return (
+        f'<div class="js-card" style="--role: {PALETTE[role]}" data-role="{role}">'
+        f"<h4>{html.escape(plain(title))}</h4><p{veil}>{html.escape(plain(text))}</p></div>"
+    )
+
+
+def cards(*made: str, note: str = "") -> str:
+    """Cards side by side, with a note below; they wrap under each other on a narrow page."""
+    below = f'<p class="js-note">{html.escape(plain(note))}</p>' if note else ""
+    return f'{STYLE}<div class="js-cards">{"".join(made)}</div>{below}'
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose cells are plain text, whatever they hold.
+
+    >>> print(markdown_table(["a"], [["<b>|"]]))
+    | a |
+    | :--- |
+    | &lt;b&gt;&#124; |
+    """
+    lines = [f"| {' | '.join(head)} |", f"|{' :--- |' * len(head)}"]
+    for row in rows:
+        cells = [escaped(str(cell).replace("\n", " ")) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

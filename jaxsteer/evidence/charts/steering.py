@@ -1,15 +1,27 @@
-"""Charts of the first notebook; their tables come from `evidence.lesson`."""
+"""Charts of the first notebook, and its plane; the tables come from `evidence.lesson`.
+
+In the plane a reader drags the state h and the direction d. It is drawn in the browser (plane.js),
+so it moves with the pointer and still works in an exported page without a kernel. The tips come
+back to Python as traits; `lesson.steer_2d` computes the same step with the library's own
+`interventions.apply`, and a browser test compares the two. Tips move by mouse, by touch, and by the
+arrow keys.
+"""
 
 from __future__ import annotations
 
-import altair as alt
-import polars as pl
+from collections.abc import Sequence
+from pathlib import Path
 
-from jaxsteer.evidence.charts import marks, theme
+import altair as alt
+import anywidget
+import polars as pl
+import traitlets
+
+from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.lesson import Step
 from jaxsteer.words import percent, signed
 
-SIDES: dict[str, theme.Role] = {"baseline": "baseline", "steered": "persona"}
+SIDES: dict[str, marks.Role] = {"baseline": "baseline", "steered": "persona"}
 UNIT = "natural norms"
 
 
@@ -51,7 +63,7 @@ def next_token_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
     long = shown.unpivot(
         list(SIDES), index=["row", "label"], variable_name="side", value_name="probability"
     )
-    y = marks.row_axis("row", numbers=True, labelFont=theme.MONO, labelFontSize=12.5)
+    y = marks.row_axis("row", numbers=True, labelFont=marks.MONO, labelFontSize=12.5)
     title = "probability of the first reply token"
     x = marks.share_axis("probability", title, domainMin=0, nice=True)
     link = alt.Chart(shown).mark_rule(strokeWidth=2, opacity=0.35)
@@ -122,7 +134,7 @@ def _depth_panel(table: pl.DataFrame, layer: int, title: str | None) -> alt.Laye
     at = alt.Chart(pl.DataFrame({"layer": [layer]})).mark_rule(strokeDash=[4, 4], opacity=0.6)
     name = table["direction"][0]
     layers = [at.encode(x="layer:Q"), lines, *words]
-    return marks.panel(layers, name, 290, 220, color=theme.colour(name))
+    return marks.panel(layers, name, 290, 220, color=marks.colour(name))
 
 
 def token_map(
@@ -149,7 +161,7 @@ def token_map(
     # colour range is that of the bulk, and its ends are open.
     limit = float(shown[value].abs().quantile(0.98) or 0) or 1.0
     legend = alt.Legend(title=UNIT, orient="right", direction="vertical", format="+.2~g")
-    colour = alt.Color(f"{value}:Q", scale=theme.around_zero(limit), legend=legend)
+    colour = alt.Color(f"{value}:Q", scale=marks.around_zero(limit), legend=legend)
     maps = [
         _map(part.drop("text"), colour, None if i else marks.LAYER)
         for i, part in enumerate(shown.partition_by("direction", maintain_order=True))
@@ -172,7 +184,7 @@ def _map(table: pl.DataFrame, colour: alt.Color, title: str | None) -> alt.Layer
     marked = [layer for layer in table["layer"].unique().sort() if layer % 5 == 0]
     layers = alt.Axis(values=marked, labels=title is not None)
     words = alt.Axis(
-        labelExpr="slice(datum.label, 5)", labelAngle=-90, labelFont=theme.MONO, labelFontSize=10
+        labelExpr="slice(datum.label, 5)", labelAngle=-90, labelFont=marks.MONO, labelFontSize=10
     )
     chart = (
         alt.Chart(table)
@@ -188,7 +200,7 @@ def _map(table: pl.DataFrame, colour: alt.Color, title: str | None) -> alt.Layer
     )
     name, tokens = table["direction"][0], table["label"].n_unique()
     width = max(130, min(620, 12 * tokens))
-    return marks.panel([chart], name, width, 270, color=theme.colour(name))
+    return marks.panel([chart], name, width, 270, color=marks.colour(name))
 
 
 def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
@@ -211,10 +223,10 @@ def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
     y = alt.Y(
         "moved:Q",
         title="next-token probability moved",
-        axis=alt.Axis(format=theme.PERCENT),
+        axis=alt.Axis(format=marks.PERCENT),
         scale=alt.Scale(domain=[0, 1.15 * max(alone, 0.05, *table["moved"].to_list())]),
     )
-    colour = theme.colour("persona")
+    colour = marks.colour("persona")
     base = alt.Chart(table).encode(x=x, y=y, tooltip=marks.tooltip("later layer", tiny="moved"))
     line = base.mark_line(color=colour, point=alt.OverlayMarkDef(size=60, color=colour))
     cancels = base.transform_filter("datum.later == 0").mark_text(
@@ -229,3 +241,47 @@ def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
     chart = alt.LayerChart(layer=layers).properties(width=560, height=220)
     detail = f"{what}; total variation distance, one prompt; unit: share of probability"
     return marks.titled(chart, words, detail)
+
+
+HERE = Path(__file__).parent
+
+
+class Plane(anywidget.AnyWidget):
+    """Drag the tips of h and d; the steps are applied to h in the order given.
+
+    Attributes:
+      h: the state, [x, y] within -4 to 4.
+      d: the direction, [x, y]; its length is its natural norm.
+      strength: multiples of d that `add` adds.
+      high: upper bound of the projection that `cap` keeps; the lower bound is -high.
+      steps: which of add, project and cap are applied, in this order.
+      colours: hex colours of d and of the result.
+    """
+
+    _esm = HERE / "plane.js"
+    _css = HERE / "plane.css"
+    h = traitlets.List(traitlets.Float()).tag(sync=True)
+    d = traitlets.List(traitlets.Float()).tag(sync=True)
+    strength = traitlets.Float(1.0).tag(sync=True)
+    high = traitlets.Float(1.0).tag(sync=True)
+    steps = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    colours = traitlets.Dict().tag(sync=True)
+
+
+def plane(
+    steps: Sequence[Step],
+    *,
+    h: tuple[float, float] = (1.0, 2.0),
+    d: tuple[float, float] = (1.5, 0.5),
+    strength: float = 1.0,
+    high: float = 1.0,
+) -> Plane:
+    """A plane to show with `mo.ui.anywidget`; see `Plane` for the arguments."""
+    return Plane(
+        h=list(h),
+        d=list(d),
+        strength=strength,
+        high=high,
+        steps=list(steps),
+        colours={"d": marks.PALETTE["persona"], "result": marks.PALETTE["axis"]},
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from jaxsteer.evidence.charts import marks, theme
+from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.layer_windows import NONE, Map
 from jaxsteer.words import extent, p_equals, percent, signed, span
 
@@ -19,7 +19,7 @@ AXES: dict[Map, tuple[str, str]] = {
 }
 COLUMNS: dict[Map, str] = {"knockout": "not removed", "refusal": "not added"}
 # How each condition's line is drawn along depth, in order.
-LINES: list[tuple[theme.Role, list[int]]] = [
+LINES: list[tuple[marks.Role, list[int]]] = [
     ("persona", [1, 0]),
     ("refusal", [6, 3]),
     ("axis", [2, 3]),
@@ -71,20 +71,20 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
     x = alt.X("column:N", sort=columns, title=across, axis=axis)
     y = alt.Y("norms:N", sort=norms, title=up)
     # The frame must show on top of filled cells, light and dark.
-    frame = alt.BrushConfig(fill=theme.INK, fillOpacity=0.05, stroke=theme.INK, strokeWidth=2)
+    frame = alt.BrushConfig(fill=marks.INK, fillOpacity=0.05, stroke=marks.INK, strokeWidth=2)
     brush = alt.selection_interval(name="cells", encodings=["x", "y"], mark=frame)
-    blue = theme.PALETTE["refusal"]
+    blue = marks.PALETTE["refusal"]
     scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue + "b0"])
-    legend = alt.Legend(title="refused", format=theme.PERCENT, values=[0, 0.5, 1])
+    legend = alt.Legend(title="refused", format=marks.PERCENT, values=[0, 0.5, 1])
     base = alt.Chart(shown).encode(x=x, y=y)
-    rect = base.mark_rect(stroke=theme.INK, strokeOpacity=0.18, cornerRadius=2).encode(
+    rect = base.mark_rect(stroke=marks.INK, strokeOpacity=0.18, cornerRadius=2).encode(
         color=alt.Color("rate:Q", scale=scale, legend=legend), tooltip=_tooltip()
     )
     rate = base.mark_text(dy=-6, fontWeight="bold", fontSize=13)
     layers = [
         rect.add_params(brush),
         *_marked(shown, x, y),
-        rate.encode(text=alt.Text("rate:Q", format=theme.PERCENT)),
+        rate.encode(text=alt.Text("rate:Q", format=marks.PERCENT)),
         base.mark_text(dy=10, fontSize=10.5, opacity=0.85).encode(text="ends:N"),
     ]
     chart = alt.LayerChart(layer=layers).properties(
@@ -122,14 +122,14 @@ def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """Hatching and corners. A point of size 4 draws its path in pixels around the cell's middle."""
     right, top = WIDE / 2 - 1, 1 - HIGH / 2
     corner = f"M{right - 11},{top}L{right},{top}L{right},{top + 11}Z"
-    red = theme.PALETTE["degenerate"]
+    red = marks.PALETTE["degenerate"]
     drawn: list[tuple[pl.DataFrame, dict[str, Any]]] = [
         (
             shown.filter("cancels"),
             {
                 "shape": hatching(WIDE, HIGH),
                 "filled": False,
-                "stroke": theme.INK,
+                "stroke": marks.INK,
                 "strokeWidth": 1,
                 "opacity": 0.4,
             },
@@ -184,7 +184,7 @@ def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
     )
     base = alt.Chart(shown).encode(y=marks.row_axis("condition"))
     bars = [
-        base.mark_bar(color=theme.colour(role), opacity=0.75, height=15).encode(
+        base.mark_bar(color=marks.colour(role), opacity=0.75, height=15).encode(
             x=marks.on_axis(x, field),
             x2=alt.datum(0),
             tooltip=marks.tooltip("condition control raised lowered n", plain="p p_holm"),
@@ -193,7 +193,7 @@ def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
     ]
     whisker = base.mark_rule(strokeWidth=2, opacity=0.9)
     whisker = whisker.encode(x=marks.on_axis(x, "low"), x2="high:Q")
-    net = base.mark_point(shape="diamond", size=55, color=theme.INK).encode(x=x)
+    net = base.mark_point(shape="diamond", size=55, color=marks.INK).encode(x=x)
     words = base.mark_text(align="left", dx=7).encode(x=marks.on_axis(x, "right"), text="words:N")
     chart = alt.LayerChart(layer=[*bars, whisker, net, words]).properties(
         width=470, height=28 * shown.height
@@ -224,7 +224,7 @@ def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
     """
     names = table["condition"].unique(maintain_order=True).to_list()
     drawn = [LINES[i % len(LINES)] for i in range(len(names))]
-    colours = alt.Scale(domain=names, range=[theme.PALETTE[role] for role, _ in drawn])
+    colours = alt.Scale(domain=names, range=[marks.PALETTE[role] for role, _ in drawn])
     colour = alt.Color("condition:N", scale=colours).legend(
         title=None, orient="bottom", direction="vertical", labelLimit=500, symbolOpacity=1
     )

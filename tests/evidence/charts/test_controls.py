@@ -6,7 +6,7 @@ import pytest
 from jaxsteer.evidence import findings
 from jaxsteer.evidence import paired as flips
 from jaxsteer.evidence.charts import controls as charts
-from jaxsteer.evidence.charts import text
+from jaxsteer.evidence.charts import marks
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -84,7 +84,7 @@ def test_many_pairs_are_reduced_to_those_that_flip(found):
 
 
 def test_cells_of_a_table_are_text_whatever_they_hold():
-    table = text.markdown_table(["a"], [["<img src=x> | **b**\n| c"]])
+    table = marks.markdown_table(["a"], [["<img src=x> | **b**\n| c"]])
     assert table.count("\n") == 2 and "<img" not in table and "**" not in table
     assert table.splitlines()[2].count("|") == 2
 

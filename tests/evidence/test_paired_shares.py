@@ -3,7 +3,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from jaxsteer.evidence import outcomes
+from jaxsteer.evidence import paired
 from jaxsteer.stats import wilson
 from tests.receipt import made
 
@@ -19,7 +19,7 @@ def rows(**labels: list[str]) -> pl.DataFrame:
 
 def test_segments_fill_each_bar_from_end_to_end():
     table = rows(a=["refusal", "bypass", "degenerate", "refusal"], b=["complied-unscored"])
-    shares = outcomes.shares(table, "condition")
+    shares = paired.shares(table, "condition")
     for _, group in shares.group_by("group"):
         assert group["start"][0] == 0 and group["end"][-1] == pytest.approx(1)
         assert group["start"][1:].to_list() == group["end"][:-1].to_list()
@@ -29,11 +29,11 @@ def test_segments_fill_each_bar_from_end_to_end():
 
 
 def test_intervals_lie_around_the_edge_that_their_share_sets():
-    table = outcomes.shares(
+    table = paired.shares(
         rows(a=["refusal"] * 4 + ["complied-unscored"] * 3 + ["bypass"] * 2 + ["degenerate"]),
         "condition",
     )
-    found = {row["label"]: (row["from"], row["to"]) for row in outcomes.whiskers(table).to_dicts()}
+    found = {row["label"]: (row["from"], row["to"]) for row in paired.whiskers(table).to_dicts()}
     assert found["refusal"] == pytest.approx(wilson(4, 10))
     assert found["degenerate"] == pytest.approx(tuple(1 - x for x in reversed(wilson(1, 10))))
     # 90 % of the bar is left before the degenerate part begins.
@@ -41,14 +41,12 @@ def test_intervals_lie_around_the_edge_that_their_share_sets():
 
 
 def test_a_share_of_nothing_has_an_interval_too():
-    table = outcomes.shares(rows(a=["refusal"], b=["degenerate"] * 9), "condition")
-    none = outcomes.whiskers(table).filter(
-        (pl.col("group") == "b") & (pl.col("label") == "refusal")
-    )
+    table = paired.shares(rows(a=["refusal"], b=["degenerate"] * 9), "condition")
+    none = paired.whiskers(table).filter((pl.col("group") == "b") & (pl.col("label") == "refusal"))
     assert none["from"][0] == 0 and none["to"][0] == pytest.approx(wilson(0, 9)[1])
 
 
 def test_only_so_many_groups_are_kept_in_the_tables_order():
     table = made.rows(made.study())
-    groups = outcomes.shares(table, "condition", most=3)["group"].unique(maintain_order=True)
+    groups = paired.shares(table, "condition", most=3)["group"].unique(maintain_order=True)
     assert groups.to_list() == table["condition"].unique(maintain_order=True).head(3).to_list()

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from jaxsteer.evidence.charts import theme
+from jaxsteer.evidence.charts import marks
 
 # Machado, Oliveira and Fernandes 2009, table 1, severity 1.0; they act on linear RGB.
 VISION = {
@@ -96,7 +96,7 @@ def test_the_colour_difference_of_these_tests_is_ciede2000(one, other, expected)
 
 @pytest.mark.parametrize("vision", VISION)
 def test_any_two_colours_stay_apart_under(vision):
-    seen = {k: lab(np.array(VISION[vision]) @ linear(v)) for k, v in theme.PALETTE.items()}
+    seen = {k: lab(np.array(VISION[vision]) @ linear(v)) for k, v in marks.PALETTE.items()}
     apart = {
         pair: ciede2000(seen[pair[0]], seen[pair[1]]) for pair in itertools.combinations(seen, 2)
     }
@@ -105,21 +105,21 @@ def test_any_two_colours_stay_apart_under(vision):
     assert apart[nearest] > 15, f"{nearest}: {apart[nearest]:.1f}"
 
 
-@pytest.mark.parametrize("page", [theme.PAPER, theme.NIGHT])
-@pytest.mark.parametrize("role", theme.PALETTE)
+@pytest.mark.parametrize("page", [marks.PAPER, marks.NIGHT])
+@pytest.mark.parametrize("role", marks.PALETTE)
 def test_every_colour_has_contrast_on_light_and_dark_pages(role, page):
-    assert contrast(theme.PALETTE[role], page) >= 3
+    assert contrast(marks.PALETTE[role], page) >= 3
 
 
 def test_the_dark_page_is_the_one_marimo_draws():
 
     sheets = (Path(marimo.__file__).parent / "_static/assets").glob("*.css")
-    assert any(f"--lightningcss-dark,{theme.NIGHT}" in sheet.read_text() for sheet in sheets)
+    assert any(f"--lightningcss-dark,{marks.NIGHT}" in sheet.read_text() for sheet in sheets)
 
 
 def test_every_role_has_its_own_shape():
-    assert set(theme.SHAPES) == set(theme.PALETTE)
-    assert len(set(theme.SHAPES.values())) == len(theme.SHAPES)
+    assert set(marks.SHAPES) == set(marks.PALETTE)
+    assert len(set(marks.SHAPES.values())) == len(marks.SHAPES)
 
 
 def test_text_and_axes_take_the_colour_of_the_page():
@@ -130,14 +130,14 @@ def test_text_and_axes_take_the_colour_of_the_page():
                     yield key, value
                 yield from colours(value)
 
-    found = dict(colours(theme.config()["config"]))
-    assert len(found) >= 6 and set(found.values()) == {theme.INK}
+    found = dict(colours(marks.config()["config"]))
+    assert len(found) >= 6 and set(found.values()) == {marks.INK}
 
 
 def test_use_puts_the_theme_into_every_chart():
     before = alt.theme.active
     try:
-        theme.use()
+        marks.use()
         table = pl.DataFrame({"x": [1.0]})
         spec = json.loads(alt.Chart(table).mark_point().encode(x="x").to_json())
     finally:
@@ -147,13 +147,13 @@ def test_use_puts_the_theme_into_every_chart():
 
 
 def test_random_directions_share_a_colour_and_unknown_names_have_one():
-    assert theme.colour("random-1") == theme.colour("random-19") == theme.PALETTE["random"]
-    assert theme.colour("evil") == theme.PALETTE["axis"]
-    assert theme.colour("persona") == theme.PALETTE["persona"]
+    assert marks.colour("random-1") == marks.colour("random-19") == marks.PALETTE["random"]
+    assert marks.colour("evil") == marks.PALETTE["axis"]
+    assert marks.colour("persona") == marks.PALETTE["persona"]
 
 
 def test_the_diverging_scale_is_empty_at_zero_and_symmetric():
-    scale = theme.around_zero(3.0).to_dict()
+    scale = marks.around_zero(3.0).to_dict()
     assert scale["domain"] == [-3.0, pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-5), 3.0]
     assert scale["range"][1].endswith("00") and scale["range"][2].endswith("00")
     assert scale["range"][1][:7] == scale["range"][0] and scale["range"][2][:7] == scale["range"][3]

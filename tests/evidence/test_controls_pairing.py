@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from jaxsteer.evidence import pairing
+from jaxsteer.evidence import controls
 from jaxsteer.study import conditions, spec
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf
@@ -20,7 +20,7 @@ def treated(study, control, kind):
     made_run = msgspec.convert(made.run_record(made.study()), RunRecord)
     run = msgspec.structs.replace(made_run, study=study, conditions=compiled(study))
     repeat = next(c for c in run.conditions if c.base == control)
-    find = {"random": pairing.random_control_of, "neutral": pairing.neutral_control_of}[kind]
+    find = {"random": controls.random_control_of, "neutral": controls.neutral_control_of}[kind]
     found = find(run, repeat)
     return found and found.base
 

@@ -6,8 +6,8 @@ import msgspec
 import polars as pl
 import pytest
 
-from jaxsteer.evidence import claims, sensitivity
-from jaxsteer.evidence.sensitivity import Rules
+from jaxsteer.evidence import claims, findings
+from jaxsteer.evidence.findings import Rules
 from jaxsteer.study.results import Results
 from tests.receipt import made
 
@@ -18,7 +18,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def verdicts(found: Results, rules: Rules) -> list[claims.Claim]:
-    return sensitivity.judged(found, sensitivity.counted(found, rules), rules)
+    return findings.judged(found, findings.counted(found, rules), rules)
 
 
 def verdict(judged: list[claims.Claim], name: str) -> claims.Claim:
@@ -40,12 +40,12 @@ def test_the_margin_decides_few_new_cases_and_nothing_else(found: Results):
     before = claims.evaluate(found)
     after = verdicts(found, Rules(margin=0.01))
     few = {c.name for c in before if isinstance(c.comparisons[0], claims.FewRaised)}
-    assert set(sensitivity.changed(before, after)) == few == {"none by random", "benign unharmed"}
+    assert set(findings.changed(before, after)) == few == {"none by random", "benign unharmed"}
 
 
 def test_prompts_that_no_condition_refuses_leave_all_conditions_alike(found: Results):
-    left = sensitivity.kept(found, Rules(drop_never_refused=True))
-    never = set(sensitivity.never_refused(found.rows))
+    left = findings.kept(found, Rules(drop_never_refused=True))
+    never = set(findings.never_refused(found.rows))
     harmful = found.rows.filter(pl.col("family") == "strongreject")
     refused = set(harmful.filter(pl.col("label") == "refusal")["prompt_id"])
     assert never and never == set(harmful["prompt_id"]) - refused
@@ -66,7 +66,7 @@ def test_a_pair_with_a_degenerate_reply_is_left_out_unless_those_are_counted(fou
 
 
 def test_leaving_a_seed_out_leaves_its_comparisons_out(found: Results):
-    assert sensitivity.seeds(found) == [1, 2, 3]
+    assert findings.seeds(found) == [1, 2, 3]
     judged = verdicts(found, Rules(seeds=frozenset({1})))
     assert [c.treated for c in verdict(judged, "none by random").comparisons] == [
         "persona, random out #1"
@@ -85,12 +85,14 @@ def test_what_changed_is_said_in_words(found: Results):
     planned = claims.evaluate(found)
     rules = Rules(margin=0.01)
     yours = verdicts(found, rules)
-    assert sensitivity.summary(planned, planned, Rules()).startswith("These are the study's own")
-    assert "2 of 7 verdicts change: none by random, benign unharmed" in sensitivity.summary(
+    assert findings.effect_of_rules(planned, planned, Rules()).startswith(
+        "These are the study's own"
+    )
+    assert "2 of 7 verdicts change: none by random, benign unharmed" in findings.effect_of_rules(
         planned, yours, rules
     )
     same = dataclasses.replace(rules, margin=0.2)
-    assert "all 7 verdicts stay" in sensitivity.summary(planned, planned, same)
+    assert "all 7 verdicts stay" in findings.effect_of_rules(planned, planned, same)
 
 
 def test_a_large_study_is_judged_by_table_and_not_by_row(found: Results):
