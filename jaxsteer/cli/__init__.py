@@ -1,90 +1,81 @@
 """The command line: each command calls library functions that a notebook can call too.
 
-Slow imports happen inside the commands, so that `--help` is fast.
+This module holds what all commands share: the app, common options, the compilation cache. Slow
+imports happen inside the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
-import signal
-import sys
-import traceback
-from typing import NoReturn
+import os
+from typing import TYPE_CHECKING, Annotated
 
-from jaxsteer.cli import (  # noqa: F401 (importing registers the commands)
-    judges,
-    models,
-    receipts,
-    studies,
-)
-from jaxsteer.cli.common import app
+import typer
+
 from jaxsteer.errors import UserError
-from jaxsteer.generation.distributed import leave
-from jaxsteer.terminal import plain
+from jaxsteer.generation.compile_cache import use_compile_cache
 
-# Commands that continue a stopped run when they are run again.
-GO_ON = {"prepare", "sweep", "judge"}
+if TYPE_CHECKING:
+    from jaxsteer.api import Model
+
+__all__ = [
+    "DEMO_MODEL",
+    "MeshOption",
+    "ModelOption",
+    "app",
+    "check_device",
+    "open_model",
+    "use_compile_cache",
+]
+
+app = typer.Typer(
+    help="Steer chat models at explicit taps of the residual stream, and measure their refusals.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+DEMO_MODEL = "smollm2-135m"
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="Checkpoint folder, shipped name, Hugging Face folder, .gguf file or hub id; a source "
+        "that is not a checkpoint is converted once and kept."
+    ),
+]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(help="Split model and rows over this machine's devices: data=2,model=4."),
+]
 
 
-class Stopped(SystemExit):
-    """A stop signal arrived (Ctrl-C, or a preemption): unwind, then say how to continue.
+def check_device() -> None:
+    """Check that JAX has a device to run on, before any file is read.
 
-    It is a `SystemExit`, because asyncio logs any other exception of a handler and continues.
+    Raises:
+      UserError: naming what JAX_PLATFORMS asks for.
     """
+    import jax
 
-    def __init__(self, number: int):
-        self.number = number
-
-
-# The stop signals received so far.
-_asked: list[int] = []
-
-
-def _stop(number: int, frame: object) -> None:
-    _asked.append(number)
-    raise Stopped(number)
-
-
-def _while_stopping(error: BaseException | None) -> bool:
-    """True if the error was raised while handling a stop, so the last rows may not be saved."""
-    while error is not None and not isinstance(error, Stopped):
-        error = error.__context__
-    return error is not None
-
-
-def _say_stopped(number: int) -> NoReturn:
-    # A second Ctrl-C would interrupt Python's own shutdown and print a traceback.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    kept = ""
-    if GO_ON.intersection(sys.argv[1:2]):
-        # The same command, with --fresh, would start again from no rows.
-        fresh = "--fresh" in sys.argv
-        again = "run again without --fresh to continue it" if fresh else "run again to continue"
-        kept = f"; what is finished is kept, {again}"
-    print(f"jaxsteer: stopped{kept}", file=sys.stderr)
-    leave(128 + number)
-
-
-def main() -> None:
-    """Entry point: user errors become one line on stderr and exit code 2."""
-    _asked.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
-        app()
-    except UserError as error:
-        # A message may quote names from files; their control characters must not be printed.
-        print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
-        leave(2)
-    except Stopped as stopped:
-        _say_stopped(stopped.number)
-    except Exception as error:
-        if _asked and not _while_stopping(error):
-            # Native code that called Python turned the stop into an error of its own.
-            _say_stopped(_asked[0])
-        if isinstance(error, OSError) and error.filename is not None:
-            # The system rejects a path that the user gave: name too long, no permission.
-            print(f"jaxsteer: {plain(str(error.filename))}: {error.strerror}", file=sys.stderr)
-            leave(2)
-        traceback.print_exc()
-        leave(1)
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # For a missing GPU, JAX raises an AssertionError without a message.
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "there is none"
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
+            f"({' '.join(reason.split())[:160]}); install what it needs, or set JAX_PLATFORMS=cpu"
+        ) from None
+
+
+def open_model(source: str, mesh: str | None) -> Model:
+    """Load a model, onto a mesh if one is given, and print what the mesh cannot split."""
+    from jaxsteer import api
+    from jaxsteer.model import sharding
+
+    check_device()
+    use_compile_cache()
+    loaded = api.load(source, mesh=mesh)
+    if loaded.mesh is not None:
+        for note in sharding.notes(loaded.config, loaded.mesh):
+            typer.echo(f"mesh {mesh}: {note}", err=True)
+    return loaded

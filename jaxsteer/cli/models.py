@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from jaxsteer.cli.common import (
+from jaxsteer.cli import (
     DEMO_MODEL,
     MeshOption,
     ModelOption,

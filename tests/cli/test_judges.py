@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from jaxsteer import files
-from jaxsteer.cli.common import app
+from jaxsteer.cli.__main__ import app
 from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.judges import verdicts

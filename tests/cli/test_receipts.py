@@ -13,7 +13,7 @@ import sys
 import msgspec
 import pytest
 
-from jaxsteer.cli import main
+from jaxsteer.cli.__main__ import main
 from jaxsteer.receipt import build
 from tests.receipt import made
 from tests.receipt.test_page import HOSTILE

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jaxsteer import cli
+from jaxsteer.cli import __main__ as cli
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
