@@ -22,8 +22,8 @@ with app.setup:
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import marks
     from jaxsteer.judges import human
-    from jaxsteer.receipt import canonical, compare, verify
     from jaxsteer.receipt import charts as receipts
+    from jaxsteer.receipt import compare, statement, verify
 
     marks.use()
     ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def _():
 def _(folder, results):
     _path = folder / "receipt.json"
     try:
-        receipt, _problem = canonical.load(_path).predicate, ""
+        receipt, _problem = statement.load(_path).predicate, ""
     except UserError as error:
         receipt, _problem = None, str(error)
     if not _path.is_file():
@@ -144,8 +144,8 @@ def _(folder, receipt, second):
     assert receipt is not None
     mo.stop(not second.value.strip(), mo.md("Name another receipt above to see what moved."))
     try:
-        _other = canonical.load(ROOT / second.value.strip())
-        compared = compare.compare(canonical.load(folder / "receipt.json"), _other)
+        _other = statement.load(ROOT / second.value.strip())
+        compared = compare.compare(statement.load(folder / "receipt.json"), _other)
         _problem = "" if compared.lines else "They have no figure in common."
     except UserError as error:
         _problem = str(error)

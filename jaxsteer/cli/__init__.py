@@ -1,31 +1,28 @@
 """The command line: each command calls library functions that a notebook can call too.
 
-This module holds what all commands share: the app, common options, the compilation cache. Slow
-imports happen inside the commands, so that `--help` is fast.
+This module holds what all commands share: the app, common options, the compilation cache, tables on
+the terminal. Slow imports happen inside the commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation.compile_cache import use_compile_cache
+from jaxsteer.terminal import plain
 
 if TYPE_CHECKING:
     from jaxsteer.api import Model
-
-__all__ = [
-    "DEMO_MODEL",
-    "MeshOption",
-    "ModelOption",
-    "app",
-    "check_device",
-    "open_model",
-    "use_compile_cache",
-]
+    from jaxsteer.receipt.statement import Statement
 
 app = typer.Typer(
     help="Steer chat models at explicit taps of the residual stream, and measure their refusals.",
@@ -35,6 +32,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 DEMO_MODEL = "smollm2-135m"
+STYLES = {
+    "confirmed": "green",
+    "not confirmed": "red",
+    "not tested": "dim",
+    "ok": "green",
+    "mismatch": "bold red",
+    "unchecked": "dim",
+}
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -79,3 +84,39 @@ def open_model(source: str, mesh: str | None) -> Model:
         for note in sharding.notes(loaded.config, loaded.mesh):
             typer.echo(f"mesh {mesh}: {note}", err=True)
     return loaded
+
+
+def console() -> Console:
+    """Standard output; a pipe gets lines of one width, whatever the terminal is."""
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+
+
+def safe(text: object, style: str = "") -> Text:
+    """Text that can neither drive the terminal nor be read as markup, on one line."""
+    return Text(plain(str(text)).replace("\n", " "), style=style)
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    numbers: Sequence[str] = (),
+) -> Table:
+    """A table whose every cell goes through `safe`; `numbers` names the right-aligned columns."""
+    made = Table(title=safe(title, "table.title"), title_justify="left", caption_justify="left")
+    for name in columns:
+        made.add_column(
+            name, justify="right" if name in numbers else "left", no_wrap=name in numbers
+        )
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else safe(cell) for cell in row))
+    return made
+
+
+def claims_table(receipt: Statement) -> RenderableType:
+    """The study's claims with their verdicts."""
+    p = receipt.predicate
+    if not p.claims:
+        return safe(f"{p.study.name} makes no claims")
+    rows = [(c.name, safe(c.verdict, STYLES[c.verdict]), c.reason) for c in p.claims]
+    return table(f"claims of {p.study.name}", ("claim", "verdict", "why"), rows)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from jaxsteer.cli import (
     DEMO_MODEL,
+    STYLES,
     MeshOption,
     ModelOption,
     app,
     check_device,
+    claims_table,
+    console,
     open_model,
+    safe,
+    table,
     use_compile_cache,
 )
+from jaxsteer.words import percent, points, signed
 
 if TYPE_CHECKING:
+    from jaxsteer.evidence.reliability import Measurements
     from jaxsteer.judges import run as judging
+    from jaxsteer.receipt.compare import Comparison, Gate, Line
+    from jaxsteer.receipt.verify import Check
 
 audit = typer.Typer(
     help="Label a sample by hand: export it as CSV, import it as the judge `human`.",
@@ -200,10 +211,6 @@ app.add_typer(
 )
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-
-
 @receipts.command()
 def build(
     results: ResultsArgument,
@@ -214,12 +221,11 @@ def build(
 
     Example: jaxsteer receipt results/smollm2-demo-smollm2-135m
     """
-    from jaxsteer.receipt import canonical as form
+    from jaxsteer.receipt import statement as form
     from jaxsteer.receipt.build import write
-    from jaxsteer.receipt.text import claims_table
 
     data, page = write(results, out, samples=samples)
-    _console().print(claims_table(form.load(data)))
+    console().print(claims_table(form.load(data)))
     typer.echo(f"wrote {data} and {page}")
 
 
@@ -236,14 +242,14 @@ def verify(
     --results results/smollm2-demo-smollm2-135m
     """
     from jaxsteer.receipt import verify as verifying
-    from jaxsteer.receipt.text import checks_table, verdict_line
 
     if model is not None:
         check_device()
     checks = verifying.verify(receipt, folder=results, model=model, mesh=mesh)
-    console = _console()
-    console.print(checks_table(checks))
-    console.print(verdict_line(checks))
+    screen = console()
+    screen.print(checks_table(checks))
+    ended = "" if verifying.passed(checks) else STYLES["mismatch"]
+    screen.print(safe(verifying.verdict(checks), ended))
     if not verifying.passed(checks):
         raise typer.Exit(1)
 
@@ -276,20 +282,19 @@ def diff(
 
     Example: jaxsteer receipt diff old.json new.json --fail-if "refusal drop > 0.05 in baseline"
     """
-    from jaxsteer.receipt import canonical as form
     from jaxsteer.receipt import compare as diffs
-    from jaxsteer.receipt.text import diff_tables, fired_text
+    from jaxsteer.receipt import statement as form
 
     asked = [diffs.parse_gate(text) for text in fail_if or []]
     comparison = diffs.compare(
         form.load(first), form.load(second), mode_first=mode_a, mode_second=mode_b
     )
-    console = _console()
+    screen = console()
     for part in diff_tables(comparison):
-        console.print(part)
+        screen.print(part)
     fired = diffs.fired(comparison, asked)
     for text in fired_text(fired):
-        console.print(text)
+        screen.print(text)
     if fired:
         raise typer.Exit(1)
 
@@ -311,9 +316,75 @@ def geometry(
     Example: jaxsteer geometry results/smollm2-demo-smollm2-135m
     """
     from jaxsteer.evidence import reliability
-    from jaxsteer.receipt.text import geometry_table
 
     use_compile_cache()
     found = reliability.measure(results, open_model(model, mesh), halves=halves, draws=draws)
-    _console().print(geometry_table(found))
+    console().print(geometry_table(found))
     typer.echo(f"wrote {results / reliability.FILE}; build the receipt again to include it")
+
+
+# -- Their tables ----------------------------------------------------------------------------------
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """Each check and how it ended."""
+    rows = [(safe(c.status, STYLES[c.status]), c.what, c.detail) for c in checks]
+    return table("receipt", ("", "what", "detail"), rows)
+
+
+def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
+    """What else changed, the differences, and what could not be compared."""
+    yield safe(f"other differences between the two: {', '.join(comparison.changed) or 'none'}")
+    numbers = ("first", "second", "change", "95 % (points)")
+    lines = table(
+        "from the first receipt to the second",
+        ("condition", "metric", *numbers, ""),
+        [_difference(line) for line in comparison.lines],
+        numbers,
+    )
+    lines.caption = "intervals of independent rates (Newcombe); moved: the interval excludes 0"
+    yield lines
+    for words, names in (
+        ("only in the first receipt", comparison.only_first),
+        ("only in the second receipt", comparison.only_second),
+        ("no longer measured", [f"{metric} in {name}" for name, metric in comparison.gone]),
+    ):
+        if names:
+            yield safe(f"{words}: {'; '.join(names)}")
+
+
+def _difference(line: Line) -> tuple[str | Text, ...]:
+    way = "moved up" if line.difference > 0 else "moved down"
+    return (
+        line.condition if line.other == line.condition else f"{line.condition} -> {line.other}",
+        line.metric,
+        percent(line.first, 1),
+        percent(line.second, 1),
+        points(line.difference, 1),
+        f"{points(line.low, 1)} to {points(line.high, 1)}",
+        safe(way, "bold") if line.moved else "",
+    )
+
+
+def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
+    """One line for each gate that fires and each condition beyond its threshold."""
+    for gate, line in fired:
+        unsure = "" if line.moved else ", although the interval includes 0"
+        yield safe(
+            f"gate fires: {gate.text}: {line.condition} went from {percent(line.first, 1)} to "
+            f"{percent(line.second, 1)} (n {line.n_first} and {line.n_second}{unsure})",
+            "bold red",
+        )
+
+
+def geometry_table(found: Measurements) -> Table:
+    """Reliability of each direction: the range over layers of the mean agreement of halves."""
+    rows = []
+    for name, measured in found.directions.items():
+        for unit, halves in measured.reliability.items():
+            over_layers = f"{signed(min(halves.mean))} to {signed(max(halves.mean))}"
+            rows.append((name, unit, str(halves.units), over_layers))
+        if measured.not_measured:
+            rows.append((name, measured.not_measured, "", ""))
+    numbers = ("units", "over layers")
+    return table("agreement of random halves", ("direction", "halves by", *numbers), rows, numbers)

@@ -18,6 +18,7 @@ from jaxsteer.cli import (
     MeshOption,
     ModelOption,
     app,
+    claims_table,
     open_model,
 )
 from jaxsteer.errors import UserError
@@ -61,8 +62,7 @@ def sweep(
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
     from jaxsteer.generation import distributed as sharing
-    from jaxsteer.receipt import build, canonical
-    from jaxsteer.receipt.text import claims_table
+    from jaxsteer.receipt import build, statement
     from jaxsteer.study import cost as planning
     from jaxsteer.study import run, spec
 
@@ -91,7 +91,7 @@ def sweep(
         shifts = json.loads((folder / "modes.json").read_text(encoding="utf-8"))
         console.print(modes_table(shifts, asked.name))
     receipt, _ = build.write(folder)
-    console.print(claims_table(canonical.load(receipt)))
+    console.print(claims_table(statement.load(receipt)))
     typer.echo(f"results, receipt.json and receipt.html are in {folder}")
     joined.meet("receipt")
 

@@ -28,7 +28,7 @@ from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.agreement import agreements
 from jaxsteer.judges.labels import LABELS
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
-from jaxsteer.receipt import canonical, page, statement
+from jaxsteer.receipt import page, statement
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import prepare, results
 from jaxsteer.study.record import Model, RunRecord
@@ -58,10 +58,10 @@ def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[P
     Raises:
       UserError: no results, damaged results, or an unwritable folder.
     """
-    text = canonical.text(build(folder, samples=samples))
+    text = statement.canonical_text(build(folder, samples=samples))
     target = out or folder
     # The page is made from the file's own text, as `verify` makes it.
-    receipt = canonical.convert(canonical.parse(text.encode(), JSON))
+    receipt = statement.convert(statement.parse(text.encode(), JSON))
     write_text(target / JSON, text)
     write_text(target / HTML, page.html(receipt, sha256_bytes(text.encode())))
     return target / JSON, target / HTML
@@ -82,11 +82,11 @@ def build(folder: Path, *, samples: int = 0, measured: bool = True) -> dict[str,
     run = found.run
     try:
         made = _statement(found, run, samples, measured)
-        value = canonical.rounded(msgspec.to_builtins(made, str_keys=True))
-        value["predicate"]["digest"]["sha256"] = canonical.digest(value)
+        value = statement.rounded(msgspec.to_builtins(made, str_keys=True))
+        value["predicate"]["digest"]["sha256"] = statement.digest(value)
     except (UnicodeEncodeError, OverflowError) as error:
         raise UserError(f"{folder}: {error}; the results are damaged, run again") from None
-    canonical.convert(value)
+    statement.convert(value)
     return value
 
 

@@ -20,7 +20,7 @@ from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.labels import label
 from jaxsteer.judges.verdicts import text_hashes
-from jaxsteer.receipt import build, canonical, page
+from jaxsteer.receipt import build, page, statement
 from jaxsteer.receipt.statement import Predicate, Statement
 from jaxsteer.study import results
 from jaxsteer.study.results import Results
@@ -58,11 +58,11 @@ def verify(
     Raises:
       UserError: the file is not a receipt, or what it is checked against cannot be read.
     """
-    raw = canonical.read_bytes(path)
-    value = canonical.parse(raw, str(path))
-    checks = [_check("the file is as it was written", canonical.problems(raw, value))]
+    raw = statement.read_bytes(path)
+    value = statement.parse(raw, str(path))
+    checks = [_check("the file is as it was written", statement.problems(raw, value))]
     try:
-        receipt = canonical.convert(value)
+        receipt = statement.convert(value)
     except UserError as error:
         return [*checks, _check("the file has the shape of a receipt", [str(error)])]
     p = receipt.predicate
@@ -121,7 +121,7 @@ def _rates(p: Predicate) -> Iterator[str]:
     for condition in p.conditions:
         for family, shown in condition.outcomes.items():
             made = build.outcomes(Counter(shown.counts), shown.unjudged, shown.leakage)
-            again = canonical.rounded(msgspec.to_builtins(made))
+            again = statement.rounded(msgspec.to_builtins(made))
             for where in _differences(msgspec.to_builtins(shown), again):
                 yield f"{condition.name}, {family}: {where} does not follow"
 
@@ -142,7 +142,7 @@ def _page(path: Path, raw: bytes, receipt: Statement) -> Check:
     what, html = f"{build.HTML} shows this receipt", path.parent / build.HTML
     if not html.is_file():
         return _unchecked(what, f"there is no {build.HTML} next to it")
-    shown, digest = canonical.read_bytes(html), sha256_bytes(raw)
+    shown, digest = statement.read_bytes(html), sha256_bytes(raw)
     if digest.encode() not in shown:
         return _check(what, ["it was made from another receipt.json"])
     if page.html(receipt, digest).encode() == shown:

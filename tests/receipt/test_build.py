@@ -9,7 +9,7 @@ import pytest
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability
 from jaxsteer.judges import verdicts
-from jaxsteer.receipt import build, canonical, statement
+from jaxsteer.receipt import build, statement
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -17,8 +17,8 @@ SCHEMA = statement.json_schema()
 
 
 def receipt_of(folder, **more):
-    return canonical.convert(
-        canonical.parse(canonical.text(build.build(folder, **more)).encode(), "")
+    return statement.convert(
+        statement.parse(statement.canonical_text(build.build(folder, **more)).encode(), "")
     ).predicate
 
 
@@ -54,7 +54,7 @@ def test_the_schema_and_the_structs_refuse_the_same_things(finished, path, wrong
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(value, SCHEMA)
     with pytest.raises(UserError):
-        canonical.convert(value)
+        statement.convert(value)
 
 
 def test_it_is_an_in_toto_statement_about_the_models_files(finished):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from jaxsteer.receipt import build, canonical, charts, compare
+from jaxsteer.receipt import build, charts, compare, statement
 from tests.receipt import made
 
 
@@ -9,7 +9,7 @@ def test_moved_figures_stand_first_in_a_comparison(tmp_path):
         return made.usual("baseline" if condition == "persona" else condition, family, i)
 
     receipts = [
-        canonical.load(build.write(made.folder(tmp_path / name, **more))[0])
+        statement.load(build.write(made.folder(tmp_path / name, **more))[0])
         for name, more in (("one", {}), ("two", {"label": label}))
     ]
     found = compare.compare(*receipts)

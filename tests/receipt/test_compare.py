@@ -9,14 +9,14 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from jaxsteer.errors import UserError
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, canonical, compare
+from jaxsteer.receipt import build, compare, statement
 from jaxsteer.study import results
 from tests.receipt import made
 
 
 def receipt(folder, **more):
     build.write(made.folder(folder, **more))
-    return canonical.load(folder / build.JSON)
+    return statement.load(folder / build.JSON)
 
 
 def weaker(condition, family, i):
@@ -61,7 +61,7 @@ def test_only_what_moved_differs_and_its_interval_is_newcombes(two):
 def test_whatever_else_differs_is_named(two, change, said):
     value = msgspec.to_builtins(two[0], str_keys=True)
     change(value["predicate"])
-    assert compare.compare(two[0], canonical.convert(value)).changed == [said]
+    assert compare.compare(two[0], statement.convert(value)).changed == [said]
 
 
 def test_a_clear_difference_is_said_to_have_moved(two, tmp_path):
@@ -89,7 +89,7 @@ def test_leakage_is_compared_where_both_measured_it(tmp_path):
         )
         results.refresh_summary(folder)
         build.write(folder)
-        made_of.append(canonical.load(folder / build.JSON))
+        made_of.append(statement.load(folder / build.JSON))
     found = line(compare.compare(*made_of), "baseline", "leakage")
     assert found.low < found.difference < found.high
     assert found.difference == pytest.approx(3 * found.first, rel=1e-4)
@@ -107,7 +107,7 @@ def test_one_scored_row_a_side_does_not_show_that_leakage_moved(tmp_path):
         )
         results.refresh_summary(folder)
         build.write(folder)
-        made_of.append(canonical.load(folder / build.JSON))
+        made_of.append(statement.load(folder / build.JSON))
     found = line(compare.compare(*made_of), "baseline", "leakage")
     assert (found.n_first, found.n_second, found.difference) == (1, 1, 0.5)
     assert (found.low, found.high, found.moved) == (-1.0, 1.0, False)
@@ -178,7 +178,7 @@ def test_a_changed_receipt_is_not_compared(two, tmp_path):
     path = tmp_path / build.JSON
     path.write_text(path.read_text().replace('"k": 18', '"k": 17', 1))
     with pytest.raises(UserError, match="was changed"):
-        canonical.load(path)
+        statement.load(path)
 
 
 @pytest.mark.parametrize(

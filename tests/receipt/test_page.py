@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import msgspec
 import pytest
 
-from jaxsteer.receipt import build, canonical, page
+from jaxsteer.receipt import build, page, statement
 from tests.receipt import made
 
 HOSTILE = (
@@ -114,8 +114,8 @@ def test_every_text_of_a_receipt_is_inert_on_the_page(full):
     ):
         for name in list(names):
             names[name + HOSTILE] = names.pop(name)
-    plain = page.html(canonical.convert(full), "0" * 64)
-    shown = page.html(canonical.convert(value), "0" * 64)
+    plain = page.html(statement.convert(full), "0" * 64)
+    shown = page.html(statement.convert(value), "0" * 64)
     # Element by element the same page: no text became an element or an attribute.
     assert [(tag, set(attributes)) for tag, attributes in Tags(shown).found] == [
         (tag, set(attributes)) for tag, attributes in Tags(plain).found
@@ -132,18 +132,18 @@ def test_every_text_of_a_receipt_is_inert_on_the_page(full):
 
 
 def test_measured_geometry_is_shown_at_the_studys_layers(full):
-    text = " ".join(" ".join(Tags(page.html(canonical.convert(full), "0" * 64)).pieces).split())
+    text = " ".join(" ".join(Tags(page.html(statement.convert(full), "0" * 64)).pieces).split())
     assert "agreement of random halves layer 2 layer 3 persona, instruction +0.20 +0.30" in text
     assert "layer 2 layer 3 persona, refusal +0.20 (p 0.2) +0.30 (p 0.3)" in text
 
 
 def test_hostile_names_are_ascii_in_the_json(full):
-    raw = canonical.text(hostile(full)).encode()
+    raw = statement.canonical_text(hostile(full)).encode()
     assert all(byte == 0x0A or 0x20 <= byte < 0x7F for byte in raw)
 
 
 def test_every_claim_and_condition_is_on_the_page(drawn, finished):
-    receipt = canonical.load(finished / build.JSON).predicate
+    receipt = statement.load(finished / build.JSON).predicate
     pieces = [piece.strip() for piece in Tags(drawn).pieces]
     assert {f"{claim.name}." for claim in receipt.claims} <= set(pieces)
     # Repeats carry their strength or number of seeds behind the name.
@@ -153,7 +153,7 @@ def test_every_claim_and_condition_is_on_the_page(drawn, finished):
 
 
 def test_bars_join_seeds_and_fill_their_width(finished, drawn):
-    receipt = canonical.load(finished / build.JSON).predicate
+    receipt = statement.load(finished / build.JSON).predicate
     found = {bar.name: bar for bar in page.bars(receipt.conditions, "strongreject")}
     joined = found["random direction (3 seeds)"]
     assert (joined.low, joined.high) == (0.425, 0.425)
@@ -174,7 +174,7 @@ def test_several_modes_are_a_table_of_conditions_by_modes(tmp_path):
 
 
 def test_strengths_are_left_out_when_there_are_too_many_bars(finished):
-    every = page.bars(canonical.load(finished / build.JSON).predicate.conditions, "strongreject")
+    every = page.bars(statement.load(finished / build.JSON).predicate.conditions, "strongreject")
     assert page.chosen(every, len(every)) == every
     fewer = page.chosen(every, len(every) - 1)
     assert [bar.name for bar in every if bar not in fewer] == [
@@ -198,7 +198,7 @@ def test_the_colours_are_those_of_the_charts():
 
 
 def test_a_long_table_says_how_much_it_leaves_out(finished):
-    receipt = canonical.load(finished / build.JSON)
+    receipt = statement.load(finished / build.JSON)
     claims = receipt.predicate.claims * 7
     many = msgspec.structs.replace(receipt.predicate, claims=claims)
     shown = page.html(msgspec.structs.replace(receipt, predicate=many), "0" * 64)

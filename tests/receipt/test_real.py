@@ -12,7 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.receipt import build, canonical, verify
+from jaxsteer.receipt import build, statement, verify
 from jaxsteer.study import run, spec
 from tests import tiny
 
@@ -83,7 +83,7 @@ def test_the_samples_behind_a_direction_make_that_direction(folder):
 
 
 def test_the_receipt_shows_what_was_measured_and_changed(folder):
-    receipt = canonical.load(folder / build.JSON).predicate
+    receipt = statement.load(folder / build.JSON).predicate
     assert set(receipt.geometry.directions) == {"persona"}
     change = {c.name: c.change for c in receipt.conditions}
     assert change["baseline"].mean == 0

@@ -13,7 +13,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
 from jaxsteer.judges import degenerate, keyword
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, canonical, page, verify
+from jaxsteer.receipt import build, page, statement, verify
 from jaxsteer.study import results
 from tests.receipt import made
 
@@ -34,8 +34,8 @@ def forge(folder, change):
     """Change a receipt's value and make its digest and page anew, as a forger would."""
     value = json.loads((folder / build.JSON).read_text())
     change(value)
-    value["predicate"]["digest"]["sha256"] = canonical.digest(value)
-    (folder / build.JSON).write_text(canonical.text(value))
+    value["predicate"]["digest"]["sha256"] = statement.digest(value)
+    (folder / build.JSON).write_text(statement.canonical_text(value))
     (folder / build.HTML).unlink()
     return folder / build.JSON
 
@@ -280,7 +280,7 @@ def test_a_page_that_another_version_made_is_said_to_be_unchecked(copied):
 
 def test_a_page_that_another_version_made_the_same_way_is_checked(copied):
     path = as_another_version(copied)
-    drawn = page.html(canonical.load(path), sha256_bytes(path.read_bytes()))
+    drawn = page.html(statement.load(path), sha256_bytes(path.read_bytes()))
     (copied / build.HTML).write_text(drawn)
     [check] = [c for c in verify.verify(path) if "receipt.html" in c.what]
     assert check.status == "ok"
@@ -383,8 +383,8 @@ def test_mutated_receipts_with_new_digests_never_pass_with_their_results(copied,
         if isinstance(value.get("predicate"), dict):
             if value == json.loads(text):
                 continue
-            value["predicate"]["digest"] = {"sha256": canonical.digest(value)}
-        path.write_text(canonical.text(value))
+            value["predicate"]["digest"] = {"sha256": statement.digest(value)}
+        path.write_text(statement.canonical_text(value))
         if path.read_text() != text:
             assert outcome(path, folder=copied) != "ok"
 
@@ -395,7 +395,7 @@ def test_half_a_character_where_a_number_belongs_is_not_the_shape_of_a_receipt(c
         outcomes["counts"]["bypass"] = "\ud800"
 
     with pytest.raises(UserError, match="not shaped like a receipt"):
-        canonical.load(forge(copied, broken))
+        statement.load(forge(copied, broken))
 
 
 @pytest.mark.slow
