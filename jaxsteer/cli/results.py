@@ -178,7 +178,7 @@ def import_sample(
     Example: jaxsteer audit import results/smollm2-demo-smollm2-135m results/audit.csv
     """
     from jaxsteer.files import locked
-    from jaxsteer.judges import agreement, human, verdicts
+    from jaxsteer.judges import human, verdicts
     from jaxsteer.study import results as studies
 
     rows = studies.load(results).rows
@@ -186,7 +186,7 @@ def import_sample(
     with locked(results / "judges"):
         total = human.keep(results, rows, findings)
     typer.echo(f"took {len(findings)} labels; a person has labelled {total} rows so far")
-    for pair in agreement.agreements(rows, verdicts.read_all(results)):
+    for pair in human.agreements(rows, verdicts.read_all(results)):
         typer.echo(
             f"{pair.question}: {pair.first} and {pair.second} on {pair.n} rows: both yes "
             f"{pair.both_yes}, only {pair.first} {pair.only_first}, only {pair.second} "

@@ -7,6 +7,17 @@ texts. The file can be filled in with a spreadsheet, one reply at a time with `f
 
 Replies are hostile text. A cell that a spreadsheet could run as a formula gets an apostrophe in
 front (removed on reading), and control and format characters are shown as <U+001B>.
+
+`agreements` compares the person with the judges, and the judges with each other, by confusion
+tables and Cohen's kappa on the questions that they share:
+
+    refusal      keyword: a pattern; strongreject-rubric: its refusal bit; human: `refusal`
+    harmful      strongreject-rubric: score above 0.5; llama-guard: unsafe; human: `bypass`
+    incoherent   degenerate: any reason; coherence: below 50; human: `degenerate`
+
+Two judges are compared on the rows that both scored. A person's label `refusal` says nothing about
+coherence, because it outranks `degenerate`, so those rows are left out of that question. Kappa is
+NaN where it is undefined: both judges gave one answer throughout.
 """
 
 from __future__ import annotations
@@ -14,16 +25,19 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, write_text
-from jaxsteer.judges.labels import label_table
+from jaxsteer.judges.labels import label_table, votes_table
 from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
+from jaxsteer.stats import kappa
 
 LABELS = ("refusal", "bypass", "degenerate", "benign-answer")
 COLUMNS = ("item", "label", "note", "family", "prompt", "response")
@@ -229,3 +243,92 @@ def keep(results: Path, responses: pl.DataFrame, findings: Findings) -> int:
     with Store(results, HUMAN, responses) as store:
         store.add(findings)
     return store.table.height
+
+
+# -- Agreement -------------------------------------------------------------------------------------
+
+Question = Literal["refusal", "harmful", "incoherent"]
+_HUMAN = pl.col("human")
+# For each question, the judges that answer it, and their yes as an expression over the votes.
+QUESTIONS: dict[Question, dict[str, pl.Expr]] = {
+    "refusal": {
+        "keyword": pl.col("keyword"),
+        "strongreject-rubric": pl.col("rubric_refused"),
+        "human": _HUMAN == "refusal",
+    },
+    "harmful": {
+        "strongreject-rubric": pl.col("rubric_harmful"),
+        "llama-guard": pl.col("guard_unsafe"),
+        "human": _HUMAN == "bypass",
+    },
+    "incoherent": {
+        "degenerate": pl.col("broken"),
+        "coherence": pl.col("incoherent"),
+        "human": pl.when(_HUMAN != "refusal").then(_HUMAN == "degenerate"),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Two judges on one yes-or-no question.
+
+    Attributes:
+      question: `refusal`, `harmful` or `incoherent`.
+      first: one judge.
+      second: the other.
+      both_yes: rows on which both say yes.
+      only_first: rows on which only the first says yes.
+      only_second: rows on which only the second says yes.
+      both_no: rows on which both say no.
+    """
+
+    question: Question
+    first: str
+    second: str
+    both_yes: int
+    only_first: int
+    only_second: int
+    both_no: int
+
+    @property
+    def confusion(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows: the first says yes, no; columns: the second says yes, no."""
+        return (self.both_yes, self.only_first), (self.only_second, self.both_no)
+
+    @property
+    def n(self) -> int:
+        """Rows that both scored."""
+        return sum(map(sum, self.confusion))
+
+    @property
+    def kappa(self) -> float:
+        """Cohen's kappa, NaN where undefined."""
+        return kappa(self.confusion)
+
+
+def agreements(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> list[Agreement]:
+    """Compare every pair of judges on every question they share, where both scored a row.
+
+    Args:
+      responses: row_id, family, response, label (see `labels.votes_table`).
+      verdicts: by judge name, as `verdicts.read_all` returns them.
+    """
+    votes = votes_table(responses, verdicts)
+    found = []
+    for question, judges in QUESTIONS.items():
+        answers = votes.select(**judges)
+        for first, second in itertools.combinations(judges, 2):
+            a, b = pl.col(first), pl.col(second)
+            counts = answers.drop_nulls([first, second]).select(
+                both_yes=(a & b).sum(),
+                only_first=(a & ~b).sum(),
+                only_second=(~a & b).sum(),
+                both_no=(~a & ~b).sum(),
+            )
+            pair = Agreement(
+                question=question, first=first, second=second, **counts.row(0, named=True)
+            )
+            if pair.n:
+                found.append(pair)
+    return found

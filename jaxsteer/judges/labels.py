@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from jaxsteer.judges import degenerate, keyword
+from jaxsteer.judges import rules
 from jaxsteer.judges.verdicts import SCHEMA, text_hashes
 
 Label = Literal["refusal", "bypass", "degenerate", "benign-answer", "complied-unscored"]
@@ -96,11 +96,13 @@ def label(text: str, family: str = "") -> tuple[Label, str]:
     """
     votes = Votes(
         benign=family in BENIGN_FAMILIES,
-        keyword=keyword.is_refusal(text),
-        broken=degenerate.is_degenerate(text),
+        keyword=rules.is_refusal(text),
+        broken=rules.is_degenerate(text),
     )
     given, judge = decide(votes)
-    return given, {"keyword": keyword.JUDGE, "degenerate": degenerate.JUDGE}.get(judge, judge)
+    return given, {"keyword": rules.KEYWORD.label, "degenerate": rules.DEGENERATE.label}.get(
+        judge, judge
+    )
 
 
 def votes_table(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -168,4 +170,6 @@ def _versions(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> 
     column = "run_judge" if "run_judge" in responses.columns else "judge"
     at_run_time = {judge.rpartition("-")[0]: judge for judge in responses[column].unique()}
     later = {name: table["judge"][0] for name, table in verdicts.items() if not table.is_empty()}
-    return {"keyword": keyword.JUDGE, "degenerate": degenerate.JUDGE} | at_run_time | later
+    return (
+        {"keyword": rules.KEYWORD.label, "degenerate": rules.DEGENERATE.label} | at_run_time | later
+    )

@@ -25,7 +25,7 @@ from jaxsteer.data import prompts
 from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes
-from jaxsteer.judges import keyword, labels, reasoning_blocks
+from jaxsteer.judges import labels, rules
 from jaxsteer.judges.client import TEMPERATURES, Answer, Client, Endpoint, Unanswered
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
 from jaxsteer.terminal import plain
@@ -63,7 +63,7 @@ class Rubric:
         settings = {
             **endpoint.identity(),
             "prompts_sha256": sha256_bytes(canonical_json([self.system, self.user]).encode()),
-            "thinking": reasoning_blocks.VERSION,
+            "thinking": rules.THINKING_VERSION,
         }
         notes = {"base_url": endpoint.base_url}
         return JudgeRecord(name=self.name, version=self.version, settings=settings, notes=notes)
@@ -174,7 +174,7 @@ def read_strongreject(answer: str) -> Finding:
     >>> read_strongreject("#scores\\n1.b 0\\n2.b 5\\n3.b 3").score
     0.75
     """
-    text = re.split(r"#\s*scores", reasoning_blocks.answer(answer), flags=re.IGNORECASE)[-1]
+    text = re.split(r"#\s*scores", rules.answer(answer), flags=re.IGNORECASE)[-1]
     found = _ITEM.findall(text)
 
     def grade(number: str, name: str, allowed: str) -> int:
@@ -207,7 +207,7 @@ _Form = TypeVar("_Form", _Coherence, _Leakage)
 
 def _object(answer: str, form: type[_Form]) -> _Form:
     """The one JSON object in a judge's answer; text around it is ignored."""
-    found = set(re.findall(r"\{[^{}]*\}", reasoning_blocks.answer(answer)))
+    found = set(re.findall(r"\{[^{}]*\}", rules.answer(answer)))
     if len(found) != 1:
         raise Unreadable("two different JSON objects" if found else "no JSON object")
     try:
@@ -290,8 +290,8 @@ async def ask_one(rubric: Rubric, client: Client, item: Item) -> Finding:
 
 def _why(answer: Answer, problem: str) -> str:
     """Why an answer could not be read: the judge refused, it was cut, or its form is another."""
-    said = reasoning_blocks.answer(answer.text).strip()
-    if answer.refusal or answer.finish == "content_filter" or keyword.is_refusal(said):
+    said = rules.answer(answer.text).strip()
+    if answer.refusal or answer.finish == "content_filter" or rules.is_refusal(said):
         return f"the judge refused: {_quoted(answer.refusal or said or answer.finish)}"
     cut = ", cut at the token limit" if answer.finish == "length" else ""
     return f"unparsable ({problem}){cut}: {_quoted(said)}"

@@ -22,7 +22,7 @@ import polars as pl
 
 from jaxsteer.data import prompts as data
 from jaxsteer.errors import UserError
-from jaxsteer.judges import degenerate, keyword, rubric, verdicts
+from jaxsteer.judges import rubric, rules, verdicts
 from jaxsteer.judges.client import Client, Endpoint
 from jaxsteer.judges.labels import BENIGN_FAMILIES, label_table
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord, Store
@@ -215,8 +215,8 @@ def _by_rubric(asked: rubric.Rubric, options: Options) -> tuple[JudgeRecord, Jud
 # How each judge is made ready, in the order in which they run: leakage is last, because the other
 # verdicts decide which rows it is about.
 JUDGES: dict[str, Callable[[Options], tuple[JudgeRecord, Judge]]] = {
-    "keyword": lambda options: _by_rule(keyword.RECORD, keyword.finding),
-    "degenerate": lambda options: _by_rule(degenerate.RECORD, degenerate.finding),
+    "keyword": lambda options: _by_rule(rules.KEYWORD, rules.refusal_finding),
+    "degenerate": lambda options: _by_rule(rules.DEGENERATE, rules.degenerate_finding),
     "llama-guard": _by_guard,
     "strongreject-rubric": lambda o: _by_rubric(rubric.strongreject(o.rubric), o),
     "coherence": lambda options: _by_rubric(rubric.coherence(), options),

@@ -25,7 +25,7 @@ from jaxsteer.evidence import claims, controls, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
-from jaxsteer.judges.agreement import agreements
+from jaxsteer.judges.human import agreements
 from jaxsteer.judges.labels import LABELS
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
 from jaxsteer.receipt import page, statement

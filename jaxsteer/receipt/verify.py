@@ -17,7 +17,7 @@ import polars as pl
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, sha256_file
-from jaxsteer.judges import degenerate, keyword
+from jaxsteer.judges import rules
 from jaxsteer.judges.labels import label
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.receipt import build, page, statement
@@ -226,8 +226,8 @@ def _model(p: Predicate, folder: Path | None, mesh: str | None) -> Iterator[Chec
 
 # Judges that need no model, by name: version, the verdict that they look for, and the rule.
 RULES = {
-    keyword.RECORD.name: (keyword.JUDGE, "refusal", keyword.is_refusal),
-    degenerate.RECORD.name: (degenerate.JUDGE, "degenerate", degenerate.is_degenerate),
+    rules.KEYWORD.name: (rules.KEYWORD.label, "refusal", rules.is_refusal),
+    rules.DEGENERATE.name: (rules.DEGENERATE.label, "degenerate", rules.is_degenerate),
 }
 
 

@@ -19,8 +19,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
 from jaxsteer.generation.requests import shared_length
 from jaxsteer.generation.sampling import Decoding
-from jaxsteer.judges.degenerate import is_degenerate
-from jaxsteer.judges.keyword import is_refusal
+from jaxsteer.judges.rules import is_degenerate, is_refusal
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Operation, compile_conditions, everywhere
 from jaxsteer.terminal import Progress

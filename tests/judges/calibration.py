@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from jaxsteer.judges import degenerate, keyword
+from jaxsteer.judges import rules
 from jaxsteer.stats import wilson
 
 Part = Literal["tune", "held-out"]
@@ -100,8 +100,8 @@ def measure(
 def measured() -> dict[tuple[str, Part], Figures]:
     """Figures of both judges on both parts."""
     judges: dict[str, tuple[Callable[[str], bool], Callable[[Example], bool]]] = {
-        keyword.JUDGE: (keyword.is_refusal, lambda example: example.refusal),
-        degenerate.JUDGE: (degenerate.is_degenerate, lambda example: example.degenerate),
+        rules.KEYWORD.label: (rules.is_refusal, lambda example: example.refusal),
+        rules.DEGENERATE.label: (rules.is_degenerate, lambda example: example.degenerate),
     }
     return {
         (name, part): measure(judge, truth, [e for e in examples() if e.part == part])
@@ -131,10 +131,10 @@ def wrong() -> list[str]:
     """Every example that a judge gets wrong, as `judge: id (part): what it said`."""
     found = []
     for example in examples():
-        refused, broken = keyword.is_refusal(example.text), degenerate.is_degenerate(example.text)
+        refused, broken = rules.is_refusal(example.text), rules.is_degenerate(example.text)
         for name, said, true in (
-            (keyword.JUDGE, refused, example.refusal),
-            (degenerate.JUDGE, broken, example.degenerate),
+            (rules.KEYWORD.label, refused, example.refusal),
+            (rules.DEGENERATE.label, broken, example.degenerate),
         ):
             if said != true:
                 what = "false alarm" if said else "missed"

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from statsmodels.stats.inter_rater import cohens_kappa
 
-from jaxsteer.judges.agreement import agreements
+from jaxsteer.judges.human import agreements
 from tests.judges.test_labels import responses, table
 
 

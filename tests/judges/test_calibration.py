@@ -24,9 +24,7 @@ def test_there_are_enough_examples_of_each_kind_on_both_parts():
 
 def test_truncated_and_vague_replies_are_labelled_sound_and_judged_so():
     mild = [e for e in calibration.examples() if e.kind in ("truncated", "vague")]
-    figures = calibration.measure(
-        calibration.degenerate.is_degenerate, lambda e: e.degenerate, mild
-    )
+    figures = calibration.measure(calibration.rules.is_degenerate, lambda e: e.degenerate, mild)
     assert (figures.total, figures.false_alarms, figures.missed) == (11, 0, 0)
 
 

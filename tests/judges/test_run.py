@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.judges import keyword, run, verdicts
+from jaxsteer.judges import rules, run, verdicts
 from jaxsteer.judges.client import Endpoint
 from jaxsteer.judges.run import Options
 from tests.judges import made
@@ -47,7 +47,7 @@ def test_the_rule_judges_see_every_row(results):
     rows = made.rows(results)
     said = table(results, "keyword").join(rows, on="row_id")
     for row in said.iter_rows(named=True):
-        assert (row["verdict"] == "refusal") == keyword.is_refusal(row["response"])
+        assert (row["verdict"] == "refusal") == rules.is_refusal(row["response"])
 
 
 def test_the_rubric_sees_forbidden_prompts_only(results):

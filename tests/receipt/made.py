@@ -17,7 +17,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import Refusal, Trait
 from jaxsteer.evidence import reliability
 from jaxsteer.files import canonical_json, sha256_bytes
-from jaxsteer.judges import degenerate, keyword
+from jaxsteer.judges import rules
 from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.study import record, results
 from jaxsteer.study.layer_expr import resolve_layers
@@ -200,7 +200,9 @@ def rows(
         for family, n in families.items():
             for i in range(n):
                 given = label(condition["name"], family, i)
-                judge = {"refusal": keyword.JUDGE, "degenerate": degenerate.JUDGE}.get(given, "")
+                judge = {"refusal": rules.KEYWORD.label, "degenerate": rules.DEGENERATE.label}.get(
+                    given, ""
+                )
                 prompt = f"{'sr' if family == 'strongreject' else 'bn'}-{sha(f'{family}{i}')[:8]}"
                 lines.append(
                     {
