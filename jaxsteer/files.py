@@ -1,17 +1,25 @@
-"""Atomic writes and content hashes: the only ways this package touches finished files."""
+"""Atomic writes, content hashes and Parquet tables: all that this package does to finished files.
+
+Polars gets bytes, never paths: it would read `run[1]` as a pattern and refuses names that are not
+UTF-8.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxsteer.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -122,3 +130,44 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically, keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_table(path: Path, again: str) -> pl.DataFrame:
+    """Read a Parquet file.
+
+    Args:
+      path: the file.
+      again: what to do about a damaged one, in words.
+
+    Raises:
+      UserError: the file is missing, unreadable or damaged.
+    """
+    import polars as pl
+
+    try:
+        return pl.read_parquet(io.BytesIO(path.read_bytes()))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({first}); {again}") from None
+
+
+def table_bytes(table: pl.DataFrame, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A table as the bytes of a Parquet file.
+
+    Args:
+      table: its rows.
+      metadata: text to keep in the file, by key.
+    """
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, metadata=None if metadata is None else dict(metadata))
+    return buffer.getvalue()
+
+
+def write_table(path: Path, table: pl.DataFrame, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a Parquet file atomically; arguments as `table_bytes`.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(table_bytes(table, metadata))

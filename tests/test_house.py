@@ -22,7 +22,7 @@ FILES = 103
 
 # A module may import from its own group and from those above it.
 GROUPS = (
-    ("errors", "files", "stats", "words", "tables", "terminal"),
+    ("errors", "files", "stats", "words", "terminal"),
     ("data",),
     ("model",),
     ("generation",),

@@ -25,9 +25,8 @@ from typing import Any
 
 import polars as pl
 
-from jaxsteer import tables
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.files import canonical_json, read_table, sha256_bytes, write_table
 
 SCHEMA = {
     "row_id": pl.String,
@@ -126,7 +125,7 @@ def read(path: Path) -> pl.DataFrame:
       UserError: a damaged file, other columns, or not one verdict per row.
     """
     again = "remove it and judge again"
-    table = tables.read(path, again)
+    table = read_table(path, again)
     for name, kind in SCHEMA.items():
         if table.schema.get(name) != kind:
             raise UserError(f"{path} has no column {name} of type {kind}; {again}")
@@ -242,7 +241,7 @@ class Store:
         new = pl.DataFrame(self.pending, schema=SCHEMA).unique("row_id", keep="last")
         table = pl.concat([self.table.join(new, on="row_id", how="anti"), new]).sort("row_id")
         provenance = canonical_json({**self.judge.identity, "notes": dict(self.judge.notes)})
-        tables.write(self.path, table, {"jaxsteer_judge": provenance})
+        write_table(self.path, table, {"jaxsteer_judge": provenance})
         self.table, self.pending = table, []
         self.written_at = self.clock()
 

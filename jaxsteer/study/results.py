@@ -19,9 +19,8 @@ from typing import Any
 
 import polars as pl
 
-from jaxsteer import tables
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, write_json
+from jaxsteer.files import canonical_json, read_table, write_json
 from jaxsteer.judges.labels import LABELS, label_table
 from jaxsteer.judges.verdicts import read_all
 from jaxsteer.stats import wilson
@@ -74,7 +73,7 @@ def load(folder: Path) -> Results:
     path = folder / "responses.parquet"
     if not path.is_file():
         raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to continue")
-    rows = tables.read(path, "remove it and run again")
+    rows = read_table(path, "remove it and run again")
     if fault := _fault(rows, run):
         raise UserError(f"{path}: {fault}; run the study again")
     verdicts = read_all(folder)

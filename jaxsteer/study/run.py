@@ -24,13 +24,12 @@ import msgspec
 import numpy as np
 import polars as pl
 
-from jaxsteer import tables
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import persona_shift
 from jaxsteer.directions.persona_shift import Shift
 from jaxsteer.errors import UserError
-from jaxsteer.files import locked, write_json
+from jaxsteer.files import locked, write_json, write_table
 from jaxsteer.generation import engine
 from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.sampling import Decoding, Sampling
@@ -108,7 +107,7 @@ def run_study(
                 "share, and run the same command again to continue"
             )
         _check_changes(table, run)
-        tables.write(out / "responses.parquet", table)
+        write_table(out / "responses.parquet", table)
         if spec.modes and not (out / "modes.json").is_file():
             shifts = _mode_shifts(spec, model, prepared, families)
             write_json(out / "modes.json", msgspec.to_builtins(shifts))

@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 import msgspec
 import polars as pl
 
-from jaxsteer import tables
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, sha256_bytes
+from jaxsteer.files import atomic_path, sha256_bytes, table_bytes
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.study import record
 from jaxsteer.study.record import RunRecord
@@ -26,7 +25,7 @@ from jaxsteer.study.spec import StudySpec
 
 def write(folder: Path, key: str, rows: pl.DataFrame) -> None:
     """Add one shard of the run `key`; its name is its content, so writing it again is harmless."""
-    data = tables.encoded(rows)
+    data = table_bytes(rows)
     with atomic_path(folder / f"{key[:16]}-{sha256_bytes(data)[:16]}.parquet") as temporary:
         temporary.write_bytes(data)
 
