@@ -23,7 +23,7 @@ from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind, empty_cache
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.model.masks import causal_mask, positions
+from jaxsteer.model.layers import causal_mask, positions
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")

@@ -31,8 +31,7 @@ from jaxsteer.model import sharding
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Cache, Decoder, Params, Past, Realised, Steering, bind
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.layers import write_block
-from jaxsteer.model.masks import visible_slots
+from jaxsteer.model.layers import visible_slots, write_block
 
 # Steps of a chunk. A cache is written this many slots at a time, so a reply starts at a multiple.
 CHUNK = 8

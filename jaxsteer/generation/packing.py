@@ -2,8 +2,8 @@
 
 Prompts of 11 to 87 tokens, each padded to its own width, would be one third padding; in packed
 sequences of 96 tokens padding is less than a tenth. A token attends to its own prompt only
-(`masks.causal_mask`). How prompts are packed follows from all prompts of a run, never from which of
-them are still to be run, so a resumed run packs them in the same way.
+(`layers.causal_mask`). How prompts are packed follows from all prompts of a run, never from which
+of them are still to be run, so a resumed run packs them in the same way.
 
 Prompts of 3 and 4 tokens in a packed sequence of 8:
 

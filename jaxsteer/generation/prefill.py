@@ -35,7 +35,7 @@ from jaxsteer.generation.packing import MAX_SEGMENTS
 from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
 from jaxsteer.model import decoder, sharding
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.masks import causal_mask, positions
+from jaxsteer.model.layers import causal_mask, positions
 
 
 @jax.tree_util.register_dataclass

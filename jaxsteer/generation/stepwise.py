@@ -37,7 +37,7 @@ from jaxsteer.generation.sampling import Decoding, Sampling, choose
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.masks import causal_mask, positions
+from jaxsteer.model.layers import causal_mask, positions
 
 TAP = "resid_post"
 

@@ -1,6 +1,6 @@
 """The checkpoint folder: parameters in Orbax, tokenizer, config, and a manifest of hashes.
 
-NAME/config.json      the HF form of the config
+NAME/config.json      `config.ModelConfig`
 NAME/manifest.json    its source, and the sha256 of all other files and every parameter
 NAME/params/          Orbax
 NAME/tokenizer/       tokenizer.json, tokenizer_config.json, chat template
@@ -29,7 +29,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxsteer.errors import UserError, one_line
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
-from jaxsteer.model.config import ModelConfig, from_hf, to_hf
+from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.weights import flatten, nest, param_shapes
 
 FORMAT = "jaxsteer-checkpoint-1"
@@ -133,7 +133,7 @@ def save(
             tokenizer.mkdir(parents=True)
             write_tokenizer(tokenizer)
             made = tokenizer.parent
-            write_json(made / "config.json", to_hf(config))
+            write_json(made / "config.json", msgspec.to_builtins(config))
             _check_space(made / "space", sum(value.nbytes for value in params.values()))
             _save_params(made / "params", params, out)
             hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
@@ -271,7 +271,10 @@ def load(
     """
     manifest = read_manifest(path)
     _check_file(path / "config.json", manifest.config_sha256, path)
-    config = from_hf(json.loads((path / "config.json").read_bytes()), f"{path}/config.json")
+    values = json.loads((path / "config.json").read_bytes())
+    # Checkpoints used to keep the config in HF's form.
+    in_hf_form = "architectures" in values
+    config = from_hf(values, str(path)) if in_hf_form else msgspec.convert(values, ModelConfig)
     tokenizer = path / "tokenizer"
     for name in sorted({*manifest.tokenizer_files, *(file.name for file in tokenizer.glob("*"))}):
         _check_file(tokenizer / name, manifest.tokenizer_files.get(name), path)

@@ -230,35 +230,6 @@ def _rope(read: _Reader) -> RopeConfig:
     )
 
 
-def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The HF form of a config: `from_hf(to_hf(c)) == c`, and transformers reads it too."""
-    rope: dict[str, Any] = {"rope_type": config.rope.kind, "rope_theta": config.rope.theta}
-    if config.rope.kind == "llama3":
-        rope |= {
-            "factor": config.rope.factor,
-            "low_freq_factor": config.rope.low_freq_factor,
-            "high_freq_factor": config.rope.high_freq_factor,
-            "original_max_position_embeddings": config.rope.original_max_position,
-        }
-    names = {short: name for name, short in ARCHITECTURES.items()}
-    return {
-        "architectures": [names[config.architecture]],
-        "model_type": config.architecture,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.d_ff,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": rope,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.max_position,
-    }
-
-
 def llama3_frequencies(rope: RopeConfig, frequency: Any) -> Any:
     """Llama 3's slowed rotary frequencies, float32 or float64 as given; numpy or jax arrays.
 

@@ -316,14 +316,5 @@ M = TypeVar("M", bound=nnx.Module)
 
 def bind(definition: nnx.GraphDef[M], params: Params) -> M:
     """Give the model its parameters: nested arrays, with paths as in `weights.param_shapes`."""
-    return nnx.merge(definition, _state(params))
-
-
-def _state(params: Params) -> nnx.State:
-    def variable(value: Any) -> Any:
-        if isinstance(value, dict):
-            # Layer lists have integer keys in a Flax state and string keys on disk.
-            return {int(k) if k.isdigit() else k: variable(v) for k, v in value.items()}
-        return nnx.Param(value)
-
-    return nnx.State(variable(params))
+    # Layer lists have integer keys in a Flax state and string keys on disk.
+    return nnx.merge(definition, nnx.State(jax.tree.map(nnx.Param, nnx.restore_int_paths(params))))

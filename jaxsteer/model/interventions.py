@@ -16,6 +16,7 @@ This module knows layers and widths, but no models, prompts or studies.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Sized
 from typing import Literal
@@ -88,14 +89,8 @@ class Interventions:
 
     def layers(self, first: int, last: int) -> Interventions:
         """Layers `first` to `last` - 1 of stacked conditions, numbered from 0, without `embed`."""
-        return dataclasses.replace(
-            self,
-            sites={
-                tap: jax.tree.map(lambda a: a[:, first:last], site)
-                for tap, site in self.sites.items()
-                if tap != "embed"
-            },
-        )
+        below = {tap: site for tap, site in self.sites.items() if tap != "embed"}
+        return dataclasses.replace(self, sites=jax.tree.map(lambda a: a[:, first:last], below))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,15 +174,13 @@ def everywhere(direction: Layers, measured_at: int | None = None) -> list[Operat
     Equal to ablating block inputs, attention outputs and MLP outputs at all layers (Arditi et
     al. 2024, section 2.4): these are all the writes to the stream.
     """
-    return [
-        Project(
-            directions=(direction,),
-            layers=tuple(range(_sites(tap, len(direction)))),
-            tap=tap,
-            measured_at=measured_at,
+    made: list[Operation] = []
+    for tap in TAPS:
+        layers = tuple(range(_sites(tap, len(direction))))
+        made.append(
+            Project(directions=(direction,), layers=layers, tap=tap, measured_at=measured_at)
         )
-        for tap in TAPS
-    ]
+    return made
 
 
 def _sites(tap: Tap, n_layers: int) -> int:
@@ -208,12 +201,12 @@ def _check(operation: Operation, n_layers: int, d_model: int) -> None:
         raise UserError(f"unknown tap {operation.tap!r}; the taps are {', '.join(TAPS)}")
     if not operation.layers:
         raise UserError(f"{type(operation).__name__} names no layer; name at least one")
-    last = _sites(operation.tap, n_layers) - 1
+    tap, last = operation.tap, _sites(operation.tap, n_layers) - 1
     for layer in operation.layers:
         if not 0 <= layer <= last:
             raise UserError(
-                f"unknown layer {operation.tap}.{layer}: this model has {operation.tap}.0 to "
-                f"{operation.tap}.{last} (layers count from 0; negative numbers are not supported)"
+                f"unknown layer {tap}.{layer}: this model has {tap}.0 to {tap}.{last} (layers "
+                "count from 0; negative numbers are not supported)"
             )
     if operation.measured_at is not None and not 0 <= operation.measured_at < n_layers:
         raise UserError(f"measured_at={operation.measured_at} is not in 0 to {n_layers - 1}")
@@ -311,6 +304,10 @@ def _width(entries: Mapping[tuple[int, int], Sized]) -> int:
     return 1 << (most - 1).bit_length() if most else 0
 
 
+# Highest precision: TPUs and GPUs would otherwise round float32 inputs to fewer bits.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
 def apply(
     h: Float[Array, "token d_model"],
     site: SiteArrays,
@@ -330,22 +327,14 @@ def apply(
     x = h.astype(jnp.float32)
     y = x + site.add
     if site.project.shape[0]:
-        y = y - _span(_coordinates(y, site.project), site.project)
+        y = y - _einsum("tk,kd->td", _einsum("td,kd->tk", y, site.project), site.project)
     if site.cap.shape[0]:
-        before = _coordinates(y, site.cap)
-        y = y + _span(jnp.clip(before, site.cap_low, site.cap_high) - before, site.cap)
+        before = _einsum("td,kd->tk", y, site.cap)
+        moved = jnp.clip(before, site.cap_low, site.cap_high) - before
+        y = y + _einsum("tk,kd->td", moved, site.cap)
     # A value that equals x keeps its bits: x + 0 would make a negative zero positive.
     new = jnp.where(steered[:, None] & (y != x), y, x)
     # Rounded explicitly: a compiler may drop a cast to h's dtype and back.
     kind = jnp.finfo(h.dtype)
     new = jax.lax.reduce_precision(new, kind.nexp, kind.nmant)
     return new.astype(h.dtype), new - x
-
-
-def _coordinates(x, rows):
-    # Highest precision: TPUs and GPUs would otherwise round float32 inputs to fewer bits.
-    return jnp.einsum("td,kd->tk", x, rows, precision=jax.lax.Precision.HIGHEST)
-
-
-def _span(coordinates, rows):
-    return jnp.einsum("tk,kd->td", coordinates, rows, precision=jax.lax.Precision.HIGHEST)

@@ -16,7 +16,6 @@ The mesh spans the devices of this process. Processes divide the rows of a study
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -39,8 +38,16 @@ CACHE = "BKSH"
 # For `dataclasses.field(metadata=...)`: the field holds keys and values of a batch.
 KEYS_AND_VALUES: Mapping[str, str] = {"dimensions": CACHE}
 
+# The dimensions that the model axis splits: the field of the config that has to divide, what it
+# counts, and the arrays with that dimension. N and K are split between heads only.
+_MODEL = {
+    "N": ("n_heads", "{} query heads", "q and o projections are"),
+    "K": ("n_kv_heads", "{} key-value heads", "k and v projections and the cache are"),
+    "F": ("d_ff", "an MLP width of {}", "MLP kernels are"),
+    "V": ("vocab_size", "a vocabulary of {}", "the token table and the head are"),
+}
 # Which axis of the mesh splits a dimension; every other dimension is replicated.
-SPLIT: Mapping[str, str] = {"B": "data", "N": "model", "K": "model", "F": "model", "V": "model"}
+SPLIT: Mapping[str, str] = {"B": "data"} | dict.fromkeys(_MODEL, "model")
 
 
 def parse(text: str) -> dict[str, int]:
@@ -71,15 +78,6 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
-def written(sizes: Mapping[str, int]) -> str:
-    """The text of a mesh, as `parse` reads it.
-
-    >>> written({"data": 2, "model": 4})
-    'data=2,model=4'
-    """
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
-
-
 def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the option `--mesh`.
 
@@ -108,37 +106,30 @@ def mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
         return Mesh(np.array(found[:needed]).reshape(shape), AXES, axis_types=types)
 
 
-def _replicated(config: ModelConfig, model: int) -> dict[str, str]:
-    """Dimensions that a model axis of this size does not divide, each with its length in words."""
-    c = config
-    lengths = {
-        "N": (c.n_heads, f"{c.n_heads} query heads"),
-        "K": (c.n_kv_heads, f"{c.n_kv_heads} key-value heads"),
-        "F": (c.d_ff, f"an MLP width of {c.d_ff}"),
-        "V": (c.vocab_size, f"a vocabulary of {c.vocab_size}"),
-    }
-    return {letter: words for letter, (length, words) in lengths.items() if length % model}
+def _replicated(config: ModelConfig, mesh: Mesh) -> list[str]:
+    """Dimensions that the model axis does not divide."""
+    return [
+        letter
+        for letter, (field, _, _) in _MODEL.items()
+        if getattr(config, field) % mesh.shape["model"]
+    ]
 
 
 def spec(dimensions: str, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
     """How an array with these dimension letters is split; later dimensions are replicated."""
-    replicated = _replicated(config, mesh.shape["model"])
+    replicated = _replicated(config, mesh)
     return PartitionSpec(*(None if d in replicated else SPLIT.get(d) for d in dimensions))
 
 
 def notes(config: ModelConfig, mesh: Mesh) -> list[str]:
     """What the model axis cannot split, a sentence each; empty when it splits everything."""
-    model = mesh.shape["model"]
-    arrays = {
-        "N": "q and o projections are",
-        "K": "k and v projections and the cache are",
-        "F": "MLP kernels are",
-        "V": "the token table and the head are",
-    }
-    return [
-        f"{words} cannot be split in {model}: {arrays[letter]} whole on every device"
-        for letter, words in _replicated(config, model).items()
-    ]
+    found = []
+    for field, words, arrays in map(_MODEL.__getitem__, _replicated(config, mesh)):
+        length = words.format(getattr(config, field))
+        found.append(
+            f"{length} cannot be split in {mesh.shape['model']}: {arrays} whole on every device"
+        )
+    return found
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -190,13 +181,6 @@ def constrain(tree: Any, config: ModelConfig, mesh: Mesh | None) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     constrained = jax.lax.with_sharding_constraint(leaves, shardings(tree, config, mesh))
     return jax.tree.unflatten(structure, constrained)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes on one device of arrays that have a shape, a type and a sharding."""
-    return sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
-    )
 
 
 def data_size(mesh: Mesh | None) -> int:

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,18 @@ def config_of(model: str) -> ModelConfig:
     return from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
+def written(sizes: Mapping[str, int]) -> str:
+    """The text of a mesh: data=2,model=4."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes on one device of arrays that have a shape, a type and a sharding."""
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
+
+
 def mesh_for(config: ModelConfig, slice_: str, mesh: str | None) -> Mesh:
     """The mesh of a slice; by default up to four chips share a model, whose heads they divide.
 
@@ -206,7 +219,7 @@ def mesh_for(config: ModelConfig, slice_: str, mesh: str | None) -> Mesh:
         raise UserError(f"no slice such as {SLICES[0]}, or no libtpu ({error})") from None
     model = max(m for m in (1, 2, 4) if len(found) % m == 0 and config.n_kv_heads % m == 0)
     default = {"data": math.gcd(len(found) // model, sharding.PROMPT_BATCH), "model": model}
-    return sharding.mesh(mesh or sharding.written(default), found)
+    return sharding.mesh(mesh or written(default), found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,16 +256,15 @@ def check(config: ModelConfig, mesh: Mesh, chip: Chip, rows: int) -> Check:
     sweep, groups = Sweep(config, mesh), len(layer_groups(config.n_layers))
     state, read = sweep.state(rows), compiled(*sweep.prefill(LONGEST))
     decoded = compiled(*sweep.decode(state))
-    weights = sharding.nbytes(sweep.params)
+    weights = nbytes(sweep.params)
     memory = {
         "weights": weights,
-        "decoding rows": sharding.nbytes(state),
+        "decoding rows": nbytes(state),
         # Outputs of all layer groups, and the rows that are gathered from them.
-        "prompts in flight": groups * read.made
-        + sharding.nbytes(sweep.state(sharding.PROMPT_BATCH)),
+        "prompts in flight": groups * read.made + nbytes(sweep.state(sharding.PROMPT_BATCH)),
         "temporaries": max(decoded.memory, read.memory),
     }
-    step = decoded.seconds(chip, weights + sharding.nbytes(state.cache))
+    step = decoded.seconds(chip, weights + nbytes(state.cache))
     group = read.seconds(chip, weights // groups)
     calls = groups * math.ceil(ROWS * USUAL / (sharding.PROMPT_BATCH * LONGEST))
     steps = math.ceil(ROWS / rows) * NEW_TOKENS
@@ -290,7 +302,7 @@ def main() -> None:
         try:
             config = config_of(model)
             mesh, chip = mesh_for(config, slice_, given.mesh), CHIPS[slice_.partition(":")[0]]
-            print(f"{model} on {slice_}, {sharding.written(mesh.shape)}, {given.batch} rows")
+            print(f"{model} on {slice_}, {written(mesh.shape)}, {given.batch} rows")
             found = check(config, mesh, chip, given.batch)
             print(found, "" if found.left >= 0 else "\n  does not fit; choose a smaller --batch")
             failed |= found.left < 0

@@ -19,7 +19,7 @@ from jaxsteer.generation.engine import Request
 from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model import weights
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.config import ModelConfig, to_hf
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import graph
 from jaxsteer.model.interventions import Add, Interventions, Operation, Project
 from jaxsteer.study import prepare, rows, run, spec
@@ -150,6 +150,28 @@ def hf_folder(model: ChatModel, tokenizer: Path, out: Path) -> Path:
             value.T if entry.rule == "transpose" else value
         )
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = to_hf(model.config) | {"dtype": "float32", "eos_token_id": list(model.eos)}
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(json.dumps(llama_config(model)))
     return out
+
+
+def llama_config(model: ChatModel) -> dict[str, Any]:
+    """The config.json of a Llama with plain rotary embedding, as SmolLM2 is."""
+    c = model.config
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.d_ff,
+        "rms_norm_eps": c.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope.theta},
+        "hidden_act": "silu",
+        "tie_word_embeddings": c.tied,
+        "max_position_embeddings": c.max_position,
+        "dtype": "float32",
+        "eos_token_id": list(model.eos),
+    }

@@ -4,7 +4,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.model import config
-from jaxsteer.model.config import from_hf, to_hf
+from jaxsteer.model.config import from_hf
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,9 +53,8 @@ QWEN2 = {
 
 
 @pytest.mark.parametrize("raw", [LLAMA, QWEN2], ids=["llama", "qwen2"])
-def test_the_papers_models_are_read_and_written_back(raw):
+def test_the_papers_models_are_read(raw):
     read = from_hf(raw, "test")
-    assert from_hf(to_hf(read), "test") == read
     assert read.head_dim == 128 and read.qkv_bias == (raw is QWEN2)
 
 

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsteer.model.layers import attend, write_all, write_block, write_in_place
+from jaxsteer.model.layers import (
+    attend,
+    causal_mask,
+    positions,
+    write_all,
+    write_block,
+    write_in_place,
+)
 
 
 def draw(rng, *shape):
@@ -43,3 +50,23 @@ def test_what_is_not_visible_weighs_nothing(rng):
     loud = keys.at[:, 4:].set(1e4)
     first, second = (jax.jit(attend)(q, [(k, values)], visible) for k in (keys, loud))
     np.testing.assert_array_equal(first, second)
+
+
+def test_masks_hide_padding_and_count_positions_over_real_tokens():
+    real = jnp.array([False, True, True])
+    expected = [[False, False, False], [False, True, False], [False, True, True]]
+    np.testing.assert_array_equal(causal_mask(real), expected)
+    np.testing.assert_array_equal(positions(real), [0, 0, 1])
+
+
+def test_prompts_of_one_packed_sequence_do_not_see_each_other_and_count_on_their_own():
+    segment_ids, before = jnp.array([1, 1, 2, 0]), jnp.array([False, True])
+    none, prefix = [False, False, False, False], [False, True]
+    expected = [
+        [*prefix, True, False, False, False],
+        [*prefix, True, True, False, False],
+        [*prefix, False, False, True, False],
+        [*prefix, *none],
+    ]
+    np.testing.assert_array_equal(causal_mask(segment_ids, before), expected)
+    np.testing.assert_array_equal(positions(segment_ids, before)[:3], [1, 2, 1])
