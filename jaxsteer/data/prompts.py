@@ -36,6 +36,22 @@ class Prompt:
     text: str
 
 
+class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A question whose answer is short and can be checked.
+
+    Attributes:
+      id: stable.
+      category: what it is about.
+      text: what the user asks.
+      answers: alternatives; one of them is in a right reply, as whole words and in any case.
+    """
+
+    id: str
+    category: str
+    text: str
+    answers: list[str]
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A system prompt with a version.
 
@@ -159,8 +175,13 @@ def benign() -> list[Prompt]:
     return [Prompt(family="benign", **entry) for entry in _toml("benign.toml")["prompt"]]
 
 
+def questions() -> list[Question]:
+    """Our questions with checkable answers, which accuracy is measured on."""
+    return msgspec.convert(_toml("questions.toml")["question"], list[Question])
+
+
 def policies() -> dict[str, Policy]:
-    """System prompts by name."""
+    """System prompts by name, from no policy to a strict one."""
     return {name: Policy(name=name, **entry) for name, entry in _toml("policies.toml").items()}
 
 

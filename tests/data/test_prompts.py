@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from jaxsteer.data import prompts as data
@@ -36,6 +38,23 @@ def test_our_sets_are_large_enough_and_disjoint():
     harmless, benign = data.harmless(), data.benign()
     assert len(harmless) >= 128 and len(benign) >= 32
     assert not {p.text for p in harmless} & {p.text for p in benign}
+
+
+def test_no_question_holds_its_answer_or_is_a_prompt_of_another_set():
+    questions = data.questions()
+    assert len({q.id for q in questions}) == len({q.text for q in questions}) >= 60
+    for question in questions:
+        assert question.answers
+        for answer in question.answers:
+            assert not re.search(rf"\b{re.escape(answer)}\b", question.text, re.IGNORECASE)
+    others = {p.text for p in [*data.benign(), *data.harmless()]}
+    assert not others & {q.text for q in questions}
+
+
+def test_the_policies_differ_and_go_from_none_to_a_strict_one():
+    policies = list(data.policies().values())
+    assert len({policy.sha256 for policy in policies}) == len(policies) >= 7
+    assert policies[0].name == "generic" and policies[-1].name == "safety-strict"
 
 
 def test_every_shipped_trait_is_valid_and_the_expected_ones_are_there():
