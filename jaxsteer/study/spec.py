@@ -188,11 +188,20 @@ class TestSpec(Spec, frozen=True, kw_only=True):
 
 
 class ClaimSpec(Spec, frozen=True, kw_only=True):
-    """A claim, confirmed when all of its tests are: fixed before the run, so a receipt can say."""
+    """A claim, confirmed when all of its tests are: fixed before the run, so a receipt can say.
+
+    Attributes:
+      name: unique in the study.
+      says: the claim in one sentence.
+      tests: what is compared.
+      needs: earlier claims that must be confirmed, in the same mode, before this one says
+        anything. A test whether refusal returns needs, by itself, the claims on its suppression.
+    """
 
     name: str
     says: str
     tests: list[TestSpec]
+    needs: list[str] = []
 
 
 class StudySpec(Spec, frozen=True, kw_only=True):
@@ -342,6 +351,10 @@ def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
     # A claim that no row can decide would be "not tested" only after the whole run.
     if not claim.tests:
         yield "has no tests; add one, or remove it"
+    earlier = [other.name for other in spec.claim[: spec.claim.index(claim)]]
+    for name in claim.needs:
+        if name not in earlier:
+            yield f"needs {name!r}, which is no claim above it; list that claim first"
     benign = {condition.name: condition.benign for condition in spec.condition}
     # Twins are made later; a claim may name one.
     comparable = {name + tail for name in benign for tail in ("", ", unsteered")}

@@ -34,6 +34,12 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             "claim 'suppression' has no tests",
         ),
         ('control = "baseline"', 'control = "persona"', "compares 'persona' with itself"),
+        (
+            'says = "The persona direction lowers refusal."',
+            'says = "x"\nneeds = ["restoration late"]',
+            "claim 'suppression' needs 'restoration late', which is no claim above it",
+        ),
+        ('says = "It lowers', 'needs = ["supression"]\nsays = "It lowers', "needs 'supression'"),
         ("margin = -0.5", "margin = -1.0", r"> -1\.0 - at .*\.margin"),
         (
             'expect = "few-raised", family',
