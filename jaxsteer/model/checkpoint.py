@@ -32,7 +32,7 @@ from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.weights import flatten, nest, param_shapes
 
-FORMAT = "jaxsteer-checkpoint-1"
+FORMAT: Literal["jaxsteer-checkpoint-1"] = "jaxsteer-checkpoint-1"
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -67,7 +67,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
       params: `array_sha256` of every parameter, by path.
     """
 
-    format: str
+    format: Literal["jaxsteer-checkpoint-1"]
     source: Origin
     dtype: Dtype
     eos_token_ids: list[int]
@@ -135,7 +135,7 @@ def save(
             made = tokenizer.parent
             write_json(made / "config.json", msgspec.to_builtins(config))
             _check_space(made / "space", sum(value.nbytes for value in params.values()))
-            _save_params(made / "params", params, out)
+            _save_params(made / "params", params)
             hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
             files = {file.name: sha256_file(file) for file in sorted(tokenizer.iterdir())}
             manifest = Manifest(
@@ -154,11 +154,9 @@ def save(
                 out.rename(folder / "old")
             made.rename(out)
     except OSError as error:
-        raise _cannot_write(out, error.strerror) from error
-
-
-def _cannot_write(out: Path, reason: str | None) -> UserError:
-    return UserError(f"cannot write {out}: {reason}; free space or choose another --out")
+        raise UserError(
+            f"cannot write {out}: {error.strerror}; free space or choose another --out"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -198,7 +196,7 @@ def _check_space(path: Path, size: int) -> None:
     path.unlink()
 
 
-def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> None:
+def _save_params(path: Path, params: Mapping[str, np.ndarray]) -> None:
     orbax = _orbax()
     # By default every array is copied first, which takes the model's memory a second time.
     handlers = orbax.type_handlers.create_type_handler_registry(
@@ -219,7 +217,7 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray], out: Path) -> Non
             pool.submit(write).result()
     except Exception as error:
         # Tensorstore reports a full disk as a ValueError.
-        raise _cannot_write(out, one_line(error)) from None
+        raise OSError(0, one_line(error)) from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -235,12 +233,9 @@ def read_manifest(path: Path) -> Manifest:
             "`jaxsteer convert SOURCE --out DIR`"
         )
     try:
-        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+        return msgspec.json.decode(file.read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(f"{file} cannot be read ({error}); {_again(path)}") from None
-    if manifest.format != FORMAT:
-        raise UserError(f"{file}: format {manifest.format!r} is unknown; {_again(path)}")
-    return manifest
 
 
 def _again(path: Path) -> str:
@@ -303,11 +298,8 @@ def load(
 
 
 def _verify(path: Path, params: dict[str, Any], manifest: Manifest) -> None:
-    wrong = [
-        name
-        for name, value in flatten(params).items()
-        if array_sha256(_on_host(value)) != manifest.params.get(name)
-    ]
+    found = {name: array_sha256(_on_host(value)) for name, value in flatten(params).items()}
+    wrong = [name for name, sha256 in found.items() if sha256 != manifest.params.get(name)]
     if sha256_bytes(canonical_json(manifest.params).encode()) != manifest.weights_sha256:
         wrong.append("manifest")
     if wrong:

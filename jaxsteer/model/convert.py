@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +19,7 @@ import msgspec
 import numpy as np
 
 from jaxsteer.errors import UserError, one_line
-from jaxsteer.files import sha256_file, write_json
+from jaxsteer.files import sha256_file
 from jaxsteer.model import checkpoint, weights
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.tokenizer import Tokenizer
@@ -30,6 +29,7 @@ FLOATS: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(m
 SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
 # What is fetched from the hub, and what a folder's conversion may depend on.
 SOURCE_FILES = ("*.json", "*.safetensors", "*.jinja")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -51,7 +51,7 @@ class Source:
       form: which names its tensors have, see `weights.table`.
       tensors: its tensors, to be read one at a time.
       eos_token_ids: token ids that end a reply.
-      write_tokenizer: writes the tokenizer's files into a folder.
+      tokenizer: its tokenizer, with the chat template.
       files: every file that it is read from.
     """
 
@@ -62,7 +62,7 @@ class Source:
     form: Literal["hf", "gguf"]
     tensors: Iterator[Tensor]
     eos_token_ids: list[int]
-    write_tokenizer: Callable[[Path], object]
+    tokenizer: Tokenizer
     files: Sequence[Path]
 
 
@@ -104,19 +104,19 @@ def convert(
     """
     dtype = resolve_dtype(dtype)
     path = Path(source)
-    is_gguf = path.suffix == ".gguf"
-    if revision is not None and (is_gguf or path.is_dir()):
+    if revision is not None and (path.suffix == ".gguf" or path.is_dir()):
         raise UserError(f"--revision is for hub ids, and {source} is local; leave it out")
-    if is_gguf:
-        if not path.is_file():
-            raise UserError(f"no file {path}; give the path of a .gguf file")
+    if path.suffix == ".gguf":
         from jaxsteer.model import gguf
 
         found = gguf.read(path)
     elif path.is_dir():
         found = read_folder(path)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        found = read_hub(str(source), revision)
+    elif HUB_ID.fullmatch(str(source)):
+        folder = hub_folder(str(source), revision)
+        found = dataclasses.replace(
+            read_folder(folder), kind="hub", name=str(source), revision=folder.name
+        )
     else:
         raise UserError(f"no model at {source}; give a folder, a .gguf file or a hub id (org/name)")
     params = fill(found.config, found.tensors, found.form, dtype, found.name, quiet=quiet)
@@ -124,7 +124,7 @@ def convert(
         out,
         found.config,
         params,
-        write_tokenizer=found.write_tokenizer,
+        write_tokenizer=found.tokenizer.save,
         eos_token_ids=found.eos_token_ids,
         source=checkpoint.Origin(
             kind=found.kind,
@@ -162,17 +162,17 @@ def fill(
     shapes = weights.param_shapes(target)
     params: dict[str, np.ndarray] = {}
     problems: dict[str, str] = {}
-    heads: list[np.ndarray] = []
+    head: np.ndarray | None = None
     with Progress(where, len(entries), unit="tensors", quiet=quiet) as progress:
         for name, read in tensors:
             progress.advance(1)
             if target.tied and name == "lm_head.weight":
-                heads.append(read().astype(FLOATS[dtype]))
+                head = read().astype(FLOATS[dtype])
                 continue
-            if name not in entries:
+            entry = entries.pop(name, None)
+            if entry is None:
                 problems[name] = "is in the source and has no place in the model"
                 continue
-            entry = entries[name]
             try:
                 value = weights.transform(read(), entry.rule, target)
             except (ValueError, OSError) as error:
@@ -184,11 +184,8 @@ def fill(
                 problems[name] = f"has shape {value.shape}, expected {shapes[entry.target]}"
             else:
                 params[entry.target] = value.astype(FLOATS[dtype], order="C", copy=False)
-    for entry in entries.values():
-        if entry.target not in params and entry.source not in problems:
-            problems[entry.source] = "is missing"
-    embedding = params.get("embed/embedding")
-    if heads and embedding is not None and not np.array_equal(heads[0], embedding):
+    problems |= dict.fromkeys(entries, "is missing")
+    if head is not None and not np.array_equal(head, params.get("embed/embedding", head)):
         problems["lm_head.weight"] = "differs from the embedding of a tied model"
     if problems:
         listed = [f"{name} {problem}" for name, problem in problems.items()]
@@ -223,27 +220,16 @@ def hub_folder(name: str, revision: str | None) -> Path:
     Raises:
       UserError: the model cannot be fetched.
     """
-    patterns = list(SOURCE_FILES)
     # Subfolders and "consolidated" files hold the same weights in other forms.
-    unwanted = ["*/*", "consolidated*"]
+    wanted = {"allow_patterns": [*SOURCE_FILES], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        return Path(
-            _hub().snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
-            )
-        )
+        return Path(_hub().snapshot_download(name, revision=revision, **wanted))
     except Exception as error:
         # The hub client raises its own errors and those of the HTTP client.
         raise UserError(
             f"cannot fetch {name} from the hub ({one_line(error)}); check the name and the "
             "network, or give a local folder"
         ) from None
-
-
-def read_hub(name: str, revision: str | None = None) -> Source:
-    """Fetch and read a hub model, as `hub_folder` and `read_folder`."""
-    folder = hub_folder(name, revision)
-    return dataclasses.replace(read_folder(folder), kind="hub", name=name, revision=folder.name)
 
 
 def read_folder(folder: Path) -> Source:
@@ -256,14 +242,13 @@ def read_folder(folder: Path) -> Source:
     config = from_hf(_read(folder / "config.json", dict), f"{folder.name}/config.json")
     shards = _shards(folder)
     # Before the weights are read, and before a checkpoint is replaced by one that would not load.
-    Tokenizer.load(folder)
-    named = ("generation_config.json", "config.json", INDEX, *TOKENIZER_FILES)
+    tokenizer = Tokenizer.load(folder)
+    endings = ("generation_config.json", "config.json")
+    named = (*endings, INDEX, *TOKENIZER_FILES)
     files = [folder / name for name in named if (folder / name).is_file()]
-    eos = None
-    for file in files:
-        if eos is None and file.name in named[:2]:
-            eos = _read(file, _Ending).eos_token_id
-    if eos is None or eos == []:
+    stated = [_read(file, _Ending).eos_token_id for file in files if file.name in endings]
+    eos = next((ids for ids in stated if ids is not None), [])
+    if eos == []:
         raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json")
     return Source(
         kind="folder",
@@ -272,7 +257,7 @@ def read_folder(folder: Path) -> Source:
         form="hf",
         tensors=_tensors(shards),
         eos_token_ids=eos if isinstance(eos, list) else [eos],
-        write_tokenizer=functools.partial(_copy_tokenizer, folder),
+        tokenizer=tokenizer,
         files=[*files, *shards],
     )
 
@@ -300,8 +285,7 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = set(_read(folder / INDEX, _Index).weight_map.values())
     missing = sorted(name for name in names if not (folder / name).is_file())
-    pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if missing and pickles:
+    if missing and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         raise UserError(f"{pickles[0]} is a pickle file, not supported; get safetensors or GGUF")
     if missing:
         raise UserError(f"{folder / missing[0]} is missing; download the model again")
@@ -322,14 +306,3 @@ def _tensors(shards: Sequence[Path]) -> Iterator[Tensor]:
             raise UserError(
                 f"{path} is damaged or truncated ({error}); download it again"
             ) from None
-
-
-def _copy_tokenizer(folder: Path, to: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, to / name)
-    config = to / "tokenizer_config.json"
-    if config.is_file():
-        # Code named by a repository is not run, so the pointer to it is not kept.
-        values = _read(config, dict)
-        write_json(config, {key: value for key, value in values.items() if key != "auto_map"})

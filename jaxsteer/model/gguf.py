@@ -1,21 +1,19 @@
 """A GGUF file as a source: its metadata in the form of an HF config, its tensors as floats.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads it,
-which takes seconds for a large vocabulary; so the architecture is read first, here.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, one_line
 from jaxsteer.model.config import (
     ARCHITECTURES,
     ModelConfig,
@@ -24,14 +22,11 @@ from jaxsteer.model.config import (
     llama3_frequencies,
 )
 from jaxsteer.model.convert import Source, Tensor
-from jaxsteer.model.tokenizer import transformers
+from jaxsteer.model.tokenizer import Tokenizer, transformers
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
-TYPES = (
-    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
-)  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
 # How text is split before merging, by llama.cpp's name of it.
 SPLITS = ("llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm", "gpt-2")
@@ -69,8 +64,8 @@ def read(path: Path) -> Source:
       UserError: a damaged file; an unsupported architecture, metadata or tensor type; a tokenizer
         that cannot be built, or no chat template.
     """
-    _check_architecture(architecture(path), path.name)
     from gguf import GGUFReader
+    from gguf.quants import dequantize
 
     try:
         reader = GGUFReader(str(path))
@@ -78,16 +73,18 @@ def read(path: Path) -> Source:
     except Exception as error:
         # The reader raises whatever numpy does on short data.
         raise UserError(
-            f"{path} is damaged, truncated or not a GGUF file ({error}); download it again"
+            f"{path} is missing, damaged, truncated or not a GGUF file ({one_line(error)}); check "
+            "the path, or download it again"
         ) from None
     config = configuration(fields, reader.tensors, path.name)
-    tokenizer = _tokenizer(fields, path.name)
     for tensor in reader.tensors:
-        if tensor.tensor_type.name not in TYPES:
+        try:
+            dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError:
             raise UserError(
-                f"{path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is "
-                f"not supported; supported: {', '.join(TYPES)}"
-            )
+                f"{path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, which the "
+                "gguf package cannot read; get a file of another type, such as Q8_0"
+            ) from None
     return Source(
         kind="gguf",
         name=path.name,
@@ -95,31 +92,9 @@ def read(path: Path) -> Source:
         form="gguf",
         tensors=_tensors(reader.tensors),
         eos_token_ids=[int(fields["tokenizer.ggml.eos_token_id"])],
-        write_tokenizer=lambda folder: tokenizer.save_pretrained(str(folder)),
+        tokenizer=_tokenizer(fields, path.name),
         files=[path],
     )
-
-
-def architecture(path: Path) -> str | None:
-    """The metadata `general.architecture`, found in the file's first bytes; None if not there.
-
-    Writers put it first. A key is its length and text, then the type of its value: 8 for text,
-    which again is a length and the text itself.
-    """
-    with path.open("rb") as file:
-        start = file.read(1 << 16)
-    key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8)
-    _, _, value = start.partition(key)
-    length = int.from_bytes(value[:8], "little")
-    return value[8 : 8 + length].decode(errors="replace") or None
-
-
-def _check_architecture(named: str | None, where: str) -> None:
-    if named is not None and named not in ARCHITECTURES.values():
-        raise UserError(
-            f"{where}: architecture {named!r} is not supported; supported: "
-            f"{', '.join(ARCHITECTURES.values())}"
-        )
 
 
 def configuration(
@@ -131,7 +106,11 @@ def configuration(
       UserError: as `config.from_hf`, or rotary factors that are not those of a known model.
     """
     named = fields.get("general.architecture")
-    _check_architecture(str(named), where)
+    if named not in ARCHITECTURES.values():
+        raise UserError(
+            f"{where}: architecture {named!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES.values())}"
+        )
     by_name = {tensor.name: tensor for tensor in tensors}
     if "token_embd.weight" not in by_name:
         raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")
@@ -189,7 +168,7 @@ def _dequantised(tensor: ReaderTensor) -> np.ndarray:
     return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
-def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
+def _tokenizer(fields: Mapping[str, Any], where: str) -> Tokenizer:
     library = transformers()
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (
         GGUF_TOKENIZER_MAPPING,
@@ -199,8 +178,6 @@ def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
     for name in ("tokens", "model", "eos_token_id"):
         if f"tokenizer.ggml.{name}" not in fields:
             raise UserError(f"{where}: metadata tokenizer.ggml.{name} is missing")
-    if "tokenizer.chat_template" not in fields:
-        raise UserError(f"{where}: it has no chat template; convert a chat model")
     split = fields.get("tokenizer.ggml.pre")
     if fields["tokenizer.ggml.model"] == "gpt2" and split not in SPLITS:
         raise UserError(
@@ -220,6 +197,8 @@ def _tokenizer(fields: Mapping[str, Any], where: str) -> Any:
         for name in ("bos", "eos", "unk", "pad")
         if f"{name}_token_id" in ggml
     }
-    return library.PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=fields["tokenizer.chat_template"], **special
+    template = fields.get("tokenizer.chat_template")
+    hf = library.PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, **special
     )
+    return Tokenizer.of(hf, where)

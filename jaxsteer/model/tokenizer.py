@@ -62,11 +62,25 @@ class Tokenizer:
                 f"{folder}/tokenizer.json cannot be read with the files beside it "
                 f"({one_line(error)}); download the tokenizer again"
             ) from None
+        return cls.of(hf, str(folder))
+
+    @classmethod
+    def of(cls, hf: Any, where: str) -> Tokenizer:
+        """A Hugging Face tokenizer as a chat tokenizer.
+
+        Raises:
+          UserError: it has no chat template.
+        """
         if not hf.chat_template:
-            raise UserError(f"the tokenizer in {folder} has no chat template; convert a chat model")
+            raise UserError(f"the tokenizer in {where} has no chat template; convert a chat model")
         special = {str(token) for token in hf.all_special_tokens}
         special |= {t.content for t in hf.added_tokens_decoder.values() if t.special}
         return cls(hf=hf, special=tuple(sorted(special)))
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `load` reads, without pointers to a repository's own code."""
+        self.hf.init_kwargs.pop("auto_map", None)
+        self.hf.save_pretrained(str(folder))
 
     def chat(self, user: str, system: str | None = None) -> list[int]:
         """Token ids of one user turn (and system prompt) up to where the reply begins.

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -13,12 +12,16 @@ from jaxsteer.errors import UserError
 from jaxsteer.model import checkpoint
 from jaxsteer.model.config import RopeConfig, from_hf
 from jaxsteer.model.convert import convert, fill
-from jaxsteer.model.gguf import TYPES
 from jaxsteer.model.layers import rope_frequencies
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
 from tests.tiny_gguf import write_gguf
+
+TYPES = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"),
+    *("Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
 
 
 def permute(value, heads):
@@ -133,8 +136,8 @@ def test_a_gguf_tokenizer_that_splits_text_in_an_unknown_way_is_refused(tmp_path
 
 
 def test_an_unsupported_gguf_type_is_refused_by_name(tmp_path):
-    write_gguf(tmp_path / "m.gguf", "Q2_K")
-    with pytest.raises(UserError, match="Q2_K"):
+    write_gguf(tmp_path / "m.gguf", "Q8_K")
+    with pytest.raises(UserError, match="Q8_K, which the gguf package cannot read"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
 
 
@@ -142,36 +145,18 @@ def test_a_truncated_gguf_is_named(tmp_path):
     write_gguf(tmp_path / "m.gguf", "F16")
     data = (tmp_path / "m.gguf").read_bytes()
     (tmp_path / "m.gguf").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"m\.gguf is damaged"):
+    with pytest.raises(UserError, match=r"m\.gguf is .*truncated"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
 
 
-def text(value):
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-ARCHITECTURE = text("general.architecture") + struct.pack("<I", 8) + text("mamba")
-
-
-def test_an_unsupported_architecture_is_refused_before_the_rest_is_read(tmp_path):
-    # These are all the bytes that there are: the vocabulary would come later, and take seconds.
-    path = tmp_path / "m.gguf"
-    other = text("general.name") + struct.pack("<I", 8) + text("some name")
-    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 20) + other + ARCHITECTURE)
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "F32", architecture="mamba")
     with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' .*supported: llama, qwen2"):
-        convert(path, tmp_path / "out", "float32")
-
-
-def test_an_architecture_after_a_large_array_is_left_to_the_full_reader(tmp_path):
-    path = tmp_path / "m.gguf"
-    array = text("some.list") + struct.pack("<IIQ", 9, 4, 20_000) + bytes(4 * 20_000)
-    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + array + ARCHITECTURE)
-    with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' is not supported"):
-        convert(path, tmp_path / "out", "float32")
+        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
 
 
 @pytest.mark.parametrize("data", [b"", b"not a GGUF at all, but long enough", b"GGUF\3\0\0\0"])
 def test_a_file_that_is_no_gguf_is_named(tmp_path, data):
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(UserError, match=r"m\.gguf is damaged, truncated or not a GGUF file"):
+    with pytest.raises(UserError, match=r"m\.gguf is missing, damaged, .* or not a GGUF"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")

