@@ -11,7 +11,7 @@ from jaxsteer import files
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, locked, write_json
 from jaxsteer.judges import verdicts
-from jaxsteer.study import results, store
+from jaxsteer.study import results
 from tests.receipt import made
 
 
@@ -86,10 +86,10 @@ def test_a_folder_whose_name_reads_as_a_pattern_is_not_its_neighbour(tmp_path):
     for name in ("run[1]", "run1", "run*", os.fsdecode(b"run\xff")):
         (tmp_path / name).mkdir()
         files.write_table(tmp_path / name / "t.parquet", rows.with_columns(b=pl.lit(ascii(name))))
-        store.write(tmp_path / name, "k" * 64, rows)
+        results.write_shard(tmp_path / name, "k" * 64, rows)
     for name in ("run[1]", "run*", os.fsdecode(b"run\xff")):
         assert files.read_table(tmp_path / name / "t.parquet", "")["b"].to_list() == [ascii(name)]
-        assert len(store.read(tmp_path / name, "k" * 64)) == 1
+        assert len(results.read_shards(tmp_path / name, "k" * 64)) == 1
 
 
 READERS = {

@@ -26,7 +26,7 @@ from jaxsteer.terminal import plain
 from jaxsteer.words import percent, signed, span
 
 if TYPE_CHECKING:
-    from jaxsteer.study.cost import Plan
+    from jaxsteer.study.validate import Plan
 
 
 @app.command()
@@ -63,8 +63,7 @@ def sweep(
     """
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
-    from jaxsteer.study import cost as planning
-    from jaxsteer.study import run, spec
+    from jaxsteer.study import run, spec, validate
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -78,7 +77,7 @@ def sweep(
     harmful = 0 if full else limit
     console = Console(width=None if sys.stdout.isatty() else 110)
     if plan:
-        console.print(plan_table(planning.plan(asked, loaded, limit=harmful), asked.name))
+        console.print(plan_table(validate.plan(asked, loaded, limit=harmful), asked.name))
         return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     folder = out or Path("results") / f"{asked.name}-{loaded.name}{suffix}"

@@ -16,7 +16,7 @@ from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
 from jaxsteer.judges.labels import BENIGN_FAMILIES
-from jaxsteer.study import record, results, store
+from jaxsteer.study import record, results
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.results import Results
 
@@ -77,7 +77,7 @@ def open_results(folder: Path) -> Opened:
 
 
 def _so_far(folder: Path, run: RunRecord) -> Results:
-    done = store.read(folder / "shards", run.key)
+    done = results.read_shards(folder / "shards", run.key)
     nothing = pl.DataFrame(schema=results.SCHEMA)
     rows = pl.concat(done) if done else nothing
     # Shards are in the order of their hashes; a finished table is in that of its conditions.

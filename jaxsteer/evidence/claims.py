@@ -25,7 +25,7 @@ from jaxsteer.evidence import paired
 from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.judges.verdicts import text_hashes
-from jaxsteer.study.layer_expr import resolve_layers
+from jaxsteer.study.conditions import resolve_layers
 from jaxsteer.study.record import Condition, Count, Part
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import ClaimSpec, TestSpec

@@ -1,5 +1,7 @@
 """From a study's spec to its conditions: layers resolved, repeats and unsteered twins made.
 
+A layer is written `21` or `steer+2`, several `22,24` or `22..29` or `steer+1..last`.
+
 A projection that contains the vector just added at the same tap gives exactly what projecting
 without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such a condition is marked
 `cancels_steering`. Every knockout (a condition that adds and projects) gets its twin without
@@ -10,23 +12,76 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
 from jaxsteer.directions.direction import Direction
+from jaxsteer.directions.notation import ends, spelling
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
 from jaxsteer.model import interventions
 from jaxsteer.model.interventions import Interventions, Layers
-from jaxsteer.study.layer_expr import resolve_layers
-from jaxsteer.study.record import Add, Cap, Condition, Operation, Project, unsteered
-from jaxsteer.study.spec import AddSpec, OperationSpec, StudySpec
+from jaxsteer.study.record import Add, Condition, Operation, Project, unsteered
+from jaxsteer.study.spec import LAYER_NAME, UNSTEERED, AddSpec, OperationSpec, StudySpec
 
-UNSTEERED = ", unsteered"
+# From a layer expression to its layers.
+Resolve = Callable[[str], tuple[int, ...]]
+
+
+def depth(fraction: float, n_layers: int) -> int:
+    """The 0-based layer nearest to a fraction of depth: 0 is the first block, 1 the last."""
+    return round(fraction * (n_layers - 1))
+
+
+def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str) -> tuple[int, ...]:
+    """The 0-based layers of an expression, in ascending order.
+
+    >>> resolve_layers("2, steer+1..last", {"steer": 5}, 9, "at")
+    (2, 6, 7, 8)
+
+    Args:
+      at: the expression.
+      named: layers by name; `last` is the last one.
+      n_layers: blocks of the model.
+      where: begins the message of an error.
+
+    Raises:
+      UserError: not such an expression, an unknown name, or a layer the model does not have.
+    """
+    found: set[int] = set()
+    for part in at.replace(" ", "").split(","):
+        start, stop = (_resolve_layer(end, named, n_layers, where) for end in ends(part))
+        if stop < start:
+            raise UserError(
+                f"{where}: window {at!r} ends (layer {stop}) before it starts ({start})"
+            )
+        found |= set(range(start, stop + 1))
+    return tuple(sorted(found))
+
+
+def _resolve_layer(at: str, named: Mapping[str, int], n_layers: int, where: str) -> int:
+    """One layer: a number, or a name with or without an offset."""
+    if mend := spelling(at):
+        raise UserError(f"{where}: cannot read layers {at!r}{mend}")
+    layers = {**named, "last": n_layers - 1}
+    match = re.fullmatch(rf"([0-9]{{1,6}})|({LAYER_NAME})([+-][0-9]{{1,6}})?", at)
+    if not match or (match[2] and match[2] not in layers):
+        raise UserError(
+            f"{where}: cannot read layer {at!r}; use a number, or one of {', '.join(layers)} with "
+            "an offset such as steer+2"
+        )
+    layer = int(match[1]) if match[1] else layers[match[2]] + int(match[3] or 0)
+    if not 0 <= layer < n_layers:
+        raise UserError(
+            f"{where}: unknown layer resid_post.{layer} (from {at!r}); this model has "
+            f"resid_post.0 to resid_post.{n_layers - 1}"
+        )
+    return layer
 
 
 def condition_name(base: str, mode: str, scale: float | None, seed: int | None) -> str:
@@ -65,8 +120,8 @@ def conditions(
       n_layers: blocks of the model.
 
     Raises:
-      UserError: an unknown layer, mode or policy, additions of nothing only, or a name that two
-        conditions have.
+      UserError: an unknown layer, mode or policy, additions of nothing only, or a repeated seed,
+        strength or mode.
     """
     systems = system_prompts(spec)
     found: list[Condition] = []
@@ -76,9 +131,8 @@ def conditions(
         for scale, seed in itertools.product(scales, seeds):
             name = condition_name(item.name, mode, scale, seed)
             where = f"study {spec.name}, condition {name!r}"
-            resolve = functools.partial(
-                resolve_layers, named=layers, n_layers=n_layers, where=where
-            )
+            place = {"named": layers, "n_layers": n_layers, "where": where}
+            resolve = functools.partial(resolve_layers, **place)
             units = {"norm": 1.0, "dose": dose, "each": scale or 0.0}
             made = tuple(_operation(op, seed, units, resolve) for op in item.ops)
             if made and all(isinstance(op, Add) and op.scale == 0 for op in made):
@@ -101,16 +155,7 @@ def conditions(
     names = [condition.name for condition in found]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"study {spec.name}: {min(twice)!r} repeats a seed, scale or mode")
-    twins = _twins(found)
-    # Claims name all repeats of a condition by its base name, so that must be unique too.
-    taken = {*names, *(condition.base for condition in found)}
-    for twin in twins:
-        for name in taken & {twin.name, twin.base}:
-            raise UserError(
-                f"study {spec.name}: {name!r} is the name of the automatic unsteered twin "
-                f"of {twin.unsteered_twin_of!r}; rename the condition"
-            )
-    return found + twins
+    return found + _twins(found)
 
 
 def unsteered_twin(conditions: Sequence[Condition], condition: Condition) -> Condition | None:
@@ -129,24 +174,14 @@ def _twins(found: Sequence[Condition]) -> list[Condition]:
     for condition in found:
         kept = unsteered(condition.operations)
         if kept and unsteered_twin([*found, *twins], condition) is None:
-            twins.append(
-                msgspec.structs.replace(
-                    condition,
-                    name=condition.name + UNSTEERED,
-                    base=condition.base + UNSTEERED,
-                    operations=kept,
-                    benign=False,
-                    unsteered_twin_of=condition.name,
-                )
-            )
+            name, base = condition.name + UNSTEERED, condition.base + UNSTEERED
+            twin = replace(condition, name=name, base=base, operations=kept, benign=False)
+            twins.append(replace(twin, unsteered_twin_of=condition.name))
     return twins
 
 
 def _operation(
-    op: OperationSpec,
-    seed: int | None,
-    units: Mapping[str, float],
-    resolve: Callable[[str], tuple[int, ...]],
+    op: OperationSpec, seed: int | None, units: Mapping[str, float], resolve: Resolve
 ) -> Operation:
     def named(direction: str) -> str:
         return f"random-{seed}" if direction == "random" else direction
@@ -160,8 +195,8 @@ def _operation(
             layers=resolve(op.at),
             scale=op.scale * units[op.unit],
             measured_at=one(op.measured_at),
-            norm_of=named(op.norm.direction) if op.norm else None,
-            norm_at=one(op.norm.at) if op.norm else None,
+            norm_of=named(op.norm_of) if op.norm_of else None,
+            norm_at=one(op.norm_at),
         )
     return Project(
         direction=named(op.direction),
@@ -183,10 +218,6 @@ def operations(
             if op.norm_of is not None:
                 vectors = _rescaled(vectors, directions[op.norm_of].vectors, op.norm_at)
             made.append(interventions.Add(direction=vectors, scale=op.scale, **place))
-        elif isinstance(op, Cap):
-            low = -np.inf if op.low is None else op.low
-            high = np.inf if op.high is None else op.high
-            made.append(interventions.Cap(direction=vectors, low=low, high=high, **place))
         elif op.everywhere:
             made += interventions.everywhere(vectors, op.measured_at)
         else:
@@ -203,19 +234,18 @@ def _rescaled(vectors: Layers, like: Layers, at: int | None) -> Layers:
 
 
 def stacked(
-    found: Sequence[Condition],
-    directions: Mapping[str, Direction],
-    *,
-    n_layers: int,
-    d_model: int,
+    found: Sequence[Condition], directions: Mapping[str, Direction], shape: tuple[int, int]
 ) -> Interventions:
-    """The operations of all conditions as arrays, stacked in their order."""
-    return interventions.compile_conditions(
-        [operations(condition, directions) for condition in found],
-        [condition.scope for condition in found],
-        n_layers=n_layers,
-        d_model=d_model,
-    )
+    """The operations of all conditions as arrays, stacked in their order.
+
+    Args:
+      found: the conditions.
+      directions: by name.
+      shape: number of blocks of the model, and width of its residual stream.
+    """
+    made = [operations(condition, directions) for condition in found]
+    scopes, (n_layers, d_model) = [condition.scope for condition in found], shape
+    return interventions.compile_conditions(made, scopes, n_layers=n_layers, d_model=d_model)
 
 
 def mark_cancelling(found: Sequence[Condition], arrays: Interventions) -> list[Condition]:
@@ -234,6 +264,6 @@ def mark_cancelling(found: Sequence[Condition], arrays: Interventions) -> list[C
             left = np.linalg.norm(added - removed, axis=1)
             cancels[c] |= ((size > 0) & (left <= 1e-5 * size)).any()
     return [
-        msgspec.structs.replace(condition, cancels_steering=bool(cancel))
+        replace(condition, cancels_steering=bool(cancel))
         for condition, cancel in zip(found, cancels, strict=True)
     ]

@@ -9,10 +9,10 @@ reported on. Each step is saved when it is done, so an interrupted setup continu
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -27,9 +27,9 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.study import selection
-from jaxsteer.study.layer_expr import depth
+from jaxsteer.study.conditions import depth, resolve_layers
 from jaxsteer.study.selection import DoseCandidate, RefusalCandidate
-from jaxsteer.study.spec import SelectionSpec, StudySpec
+from jaxsteer.study.spec import StudySpec
 from jaxsteer.terminal import Progress
 
 VERSION = "2"
@@ -61,8 +61,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         write_json(out / "setup.json", msgspec.to_builtins(self))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(NamedTuple):
     """What a study runs with.
 
     Attributes:
@@ -74,21 +73,20 @@ class Setup:
     record: Record
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
-    """The prompts that choices are made on; the refusal direction is made from others.
+class Split(NamedTuple):
+    """Token ids of the prompts that choices are made on; others make the refusal direction.
 
     Attributes:
       harmful, harmless: score the layer of the refusal direction.
       persona: HarmBench prompts that score the persona's layer and strength.
     """
 
-    harmful: list[Prompt]
-    harmless: list[Prompt]
-    persona: list[Prompt]
+    harmful: list[list[int]]
+    harmless: list[list[int]]
+    persona: list[list[int]]
 
 
-def split(chosen: SelectionSpec, study: str) -> Split:
+def split(spec: StudySpec, model: ChatModel) -> Split:
     """Take the prompts of the selection, which are ranked the same way in every study.
 
     HarmBench in order of rank: refusal_train prompts that make the refusal direction, then
@@ -98,22 +96,25 @@ def split(chosen: SelectionSpec, study: str) -> Split:
     Raises:
       UserError: the spec asks for more prompts than exist.
     """
+    chosen, system = spec.selection, data.policy(spec.system).text
     harmful = data.sample(data.harmbench(), 0, extraction.SPLIT_SEED)
     harmless = data.sample(data.harmless(), 0, extraction.SPLIT_SEED)
-    train, validation = chosen.refusal_train, chosen.refusal_validation
-    for name, needed, there in (
-        ("HarmBench", train + validation + chosen.prompts, len(harmful)),
-        ("harmless", train + validation, len(harmless)),
-    ):
-        if needed > there:
+    train, validation = chosen.refusal_train, chosen.refusal_train + chosen.refusal_validation
+    end = validation + chosen.prompts
+    for name, needed, there in (("HarmBench", end, harmful), ("harmless", validation, harmless)):
+        if needed > len(there):
             raise UserError(
-                f"study {study}: [selection] asks for {needed} {name} prompts (refusal_train, "
-                f"refusal_validation, prompts), there are {there}"
+                f"study {spec.name}: [selection] asks for {needed} {name} prompts (refusal_train, "
+                f"refusal_validation, prompts), there are {len(there)}"
             )
+
+    def ids(prompts: Sequence[Prompt]) -> list[list[int]]:
+        return [model.tokenizer.chat(prompt.text, system) for prompt in prompts]
+
     return Split(
-        harmful=harmful[train : train + validation],
-        harmless=harmless[:validation],
-        persona=harmful[train + validation : train + validation + chosen.prompts],
+        harmful=ids(harmful[train:validation]),
+        harmless=ids(harmless[: chosen.refusal_validation]),
+        persona=ids(harmful[validation:end]),
     )
 
 
@@ -145,11 +146,8 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
     """Make a study's setup in its results folder, or read it.
 
     Raises:
-      UserError: something is open that the spec has no [selection] for, or no candidate passes.
+      UserError: a file that cannot be read, or no candidate passes.
     """
-    if spec.selection is not None:
-        # Too few prompts are an error now, not after an hour of extraction.
-        split(spec.selection, spec.name)
     record, path = read_record(out), out / "directions.safetensors"
     if record is None or record.key != key(spec, model):
         record = Record(key=key(spec, model))
@@ -157,13 +155,10 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
         # Saved first, so that an interrupted setup finds its own directions again.
         record.save(out)
     found = _directions(spec, model, path)
-    record = replace(record, layers=named_layers(spec, model))
-    if "refusal" in found and "refusal" not in record.layers:
-        record = _choose_refusal(spec, model, found["refusal"], record, out)
-    if "persona" in found and ("steer" not in record.layers or spec.dose is None):
-        record = _choose_dose(spec, model, found["persona"], record, out)
-    elif spec.dose is not None:
-        record = replace(record, dose=spec.dose)
+    dose = 1.0 if spec.dose is None else spec.dose
+    record = replace(record, layers=named_layers(spec, model), dose=dose)
+    if open_choices(spec):
+        record = _chosen(spec, model, found, record, out)
     record = replace(record, directions=hashes(found))
     record.save(out)
     return Setup(directions=found, record=record)
@@ -201,24 +196,21 @@ def hashes(found: Mapping[str, Direction]) -> dict[str, str]:
 
 def extraction_settings(spec: StudySpec) -> Settings:
     """What the study's directions have in common: its system prompt and its refusal prompts."""
-    if spec.selection is None:
-        return Settings(policy=spec.system)
     train, validation = spec.selection.refusal_train, spec.selection.refusal_validation
     return Settings(policy=spec.system, refusal_prompts=train, skipped=validation)
 
 
-def selection_of(spec: StudySpec, what: str) -> SelectionSpec:
-    """The spec's [selection], which `what` needs.
-
-    Raises:
-      UserError: there is none.
-    """
-    if spec.selection is None:
-        raise UserError(
-            f"study {spec.name}: {what} needs [selection]; add it, or fix the value in [layers] "
-            "or dose"
-        )
-    return spec.selection
+def open_choices(spec: StudySpec) -> dict[str, Sequence[float]]:
+    """What the selection still has to choose of `steer`, `dose` and `refusal`: its candidates."""
+    persona, refusal = "persona" in spec.directions, "refusal" in spec.directions
+    still: dict[str, Sequence[float]] = {}
+    if persona and "steer" not in spec.layers:
+        still["steer"] = spec.selection.layers
+    if persona and spec.dose is None:
+        still["dose"] = spec.selection.scales
+    if refusal and "refusal" not in spec.layers:
+        still["refusal"] = spec.selection.refusal_layers
+    return still
 
 
 def named_layers(spec: StudySpec, model: ChatModel) -> dict[str, int]:
@@ -227,38 +219,28 @@ def named_layers(spec: StudySpec, model: ChatModel) -> dict[str, int]:
     Raises:
       UserError: the model has no such layer.
     """
-    n_layers = model.config.n_layers
-    layers = {
-        name: depth(value, n_layers) if isinstance(value, float) else value
+    n_layers, where = model.config.n_layers, f"study {spec.name}: layers"
+    return {
+        name: depth(value, n_layers)
+        if isinstance(value, float)
+        else resolve_layers(str(value), {}, n_layers, f"{where}.{name}")[0]
         for name, value in spec.layers.items()
     }
-    for name, layer in layers.items():
-        if layer >= n_layers:
-            raise UserError(
-                f"study {spec.name}: layers.{name} is {layer}; {model.name} has resid_post.0 to "
-                f"resid_post.{n_layers - 1}"
-            )
-    return layers
 
 
-def ids(model: ChatModel, prompts: Sequence[Prompt], system: str) -> list[list[int]]:
-    """Token ids of each prompt under a system prompt."""
-    return [model.tokenizer.chat(p.text, system) for p in prompts]
-
-
-def openings(study: str, chosen: SelectionSpec, model: ChatModel) -> list[int]:
+def openings(spec: StudySpec, model: ChatModel) -> list[int]:
     """The tokens that open a refusal.
 
     Raises:
       UserError: a text that gives no token.
     """
     first = []
-    for text in chosen.refusal_openings:
+    for text in spec.selection.refusal_openings:
         tokens = model.tokenizer.hf.encode(text, add_special_tokens=False)
         if not tokens:
             raise UserError(
-                f"study {study}: selection.refusal_openings holds {text!r}, which is not a token "
-                f"of {model.name}; remove it"
+                f"study {spec.name}: selection.refusal_openings holds {text!r}, which is not a "
+                f"token of {model.name}; remove it"
             )
         first.append(tokens[0])
     return first
@@ -287,45 +269,44 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
     return found
 
 
-def _choose_refusal(
-    spec: StudySpec, model: ChatModel, refusal: Direction, record: Record, out: Path
+def _chosen(
+    spec: StudySpec, model: ChatModel, found: Mapping[str, Direction], record: Record, out: Path
 ) -> Record:
-    chosen = selection_of(spec, "the layer of the refusal direction")
-    if not record.refusal_candidates:
-        system, prompts = data.policy(spec.system).text, split(chosen, spec.name)
-        candidates = selection.refusal_candidates(
-            model,
-            refusal,
-            ids(model, prompts.harmful, system),
-            ids(model, prompts.harmless, system),
-            [depth(share, model.config.n_layers) for share in chosen.refusal_layers],
-            openings(spec.name, chosen, model),
-            kl_limit=chosen.kl_limit,
-        )
-        record = replace(record, refusal_candidates=candidates)
-        record.save(out)
-    near_miss = chosen.allow_near_miss
-    best = selection.choose_refusal(record.refusal_candidates, allow_near_miss=near_miss)
-    layers = {**record.layers, "refusal": best.layer}
-    return replace(record, layers=layers, refusal_near_miss=best.reasons)
-
-
-def _choose_dose(
-    spec: StudySpec, model: ChatModel, persona: Direction, record: Record, out: Path
-) -> Record:
-    chosen = selection_of(spec, "the persona's layer and strength")
-    if not record.dose_candidates:
-        layers = [depth(share, model.config.n_layers) for share in chosen.layers]
-        cells = selection.dose_candidates(
-            model,
-            persona,
-            ids(model, split(chosen, spec.name).persona, data.policy(spec.system).text),
-            [record.layers["steer"]] if "steer" in record.layers else layers,
-            chosen.scales if spec.dose is None else [spec.dose],
-            max_new_tokens=chosen.max_new_tokens,
-            batch=spec.decoding.batch,
-        )
-        record = replace(record, dose_candidates=cells)
-        record.save(out)
-    best = selection.choose_dose(record.dose_candidates, chosen.max_degenerate)
-    return replace(record, layers={**record.layers, "steer": best.layer}, dose=best.scale)
+    """The record with all open choices made; candidates are scored once, and saved."""
+    still, chosen, n_layers = open_choices(spec), spec.selection, model.config.n_layers
+    prompts, fixed = split(spec, model), dict(record.layers)
+    if "refusal" in still:
+        if not record.refusal_candidates:
+            refusals = selection.refusal_candidates(
+                model,
+                found["refusal"],
+                prompts.harmful,
+                prompts.harmless,
+                [depth(share, n_layers) for share in still["refusal"]],
+                openings(spec, model),
+                kl_limit=chosen.kl_limit,
+            )
+            record = replace(record, refusal_candidates=refusals)
+            record.save(out)
+        near_miss = chosen.allow_near_miss
+        best = selection.choose_refusal(record.refusal_candidates, allow_near_miss=near_miss)
+        fixed["refusal"] = best.layer
+        record = replace(record, layers=fixed, refusal_near_miss=best.reasons)
+    if still.keys() & {"steer", "dose"}:
+        if not record.dose_candidates:
+            layers = [depth(share, n_layers) for share in still.get("steer", ())]
+            doses = selection.dose_candidates(
+                model,
+                found["persona"],
+                prompts.persona,
+                layers or [fixed["steer"]],
+                still.get("dose", [record.dose]),
+                max_new_tokens=chosen.max_new_tokens,
+                batch=spec.decoding.batch,
+            )
+            record = replace(record, dose_candidates=doses)
+            record.save(out)
+        cell = selection.choose_dose(record.dose_candidates, chosen.max_degenerate)
+        fixed["steer"] = cell.layer
+        record = replace(record, layers=fixed, dose=cell.scale)
+    return record

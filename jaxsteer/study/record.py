@@ -8,6 +8,7 @@ that `describe` makes of them are for people only.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -77,23 +78,7 @@ class Project(Part, frozen=True, tag_field="operation", tag="project"):
     everywhere: bool = False
 
 
-class Cap(Part, frozen=True, tag_field="operation", tag="cap"):
-    """The projection on a direction is clamped.
-
-    Attributes:
-      direction, layers, tap, measured_at: as in `Add`.
-      low, high: bounds in residual-stream units; null is no bound.
-    """
-
-    direction: str
-    layers: Layers
-    low: float | None = None
-    high: float | None = None
-    tap: Tap = "resid_post"
-    measured_at: Count | None = None
-
-
-Operation = Add | Project | Cap
+Operation = Add | Project
 
 
 class Condition(Part, frozen=True):
@@ -208,13 +193,12 @@ def asked(
     spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
 ) -> dict[str, Any]:
     """The fields of the record that are known before anything is prepared."""
+    text = functools.partial(msgspec.convert, type=Text, from_attributes=True)
     return {
         "study": spec,
         "model": msgspec.convert(model.identity(), Model),
-        "policy": msgspec.convert(prompts.policy(spec.system), Text, from_attributes=True),
-        "modes": [
-            msgspec.convert(prompts.mode(name), Text, from_attributes=True) for name in spec.modes
-        ],
+        "policy": text(prompts.policy(spec.system)),
+        "modes": [text(prompts.mode(name)) for name in spec.modes],
         "prompts": {
             family: Prompts(
                 n=len(found),
@@ -271,6 +255,25 @@ def read(folder: Path) -> RunRecord | None:
     return found
 
 
+def differing(folder: Path, asked: Mapping[str, Any]) -> list[str] | None:
+    """The fields of a folder's record that have other values than asked for.
+
+    Args:
+      folder: the results folder.
+      asked: fields of the record.
+
+    Returns:
+      Their names, or None when the folder has no record.
+
+    Raises:
+      UserError: as `read`.
+    """
+    held = read(folder)
+    if held is None:
+        return None
+    return [name for name, value in asked.items() if getattr(held, name) != value]
+
+
 def unsteered(operations: Sequence[Operation]) -> tuple[Operation, ...]:
     """The operations of a knockout's twin without steering; none where nothing was added, or all.
 
@@ -291,21 +294,13 @@ def describe(operation: Operation) -> str:
     measured = operation.measured_at
     source = "" if measured is None else f" (measured at resid_post.{measured})"
     what = f"{operation.direction} at {spans(operation.layers, operation.tap)}"
-    match operation:
-        case Add():
-            if operation.norm_of is not None:
-                at = "" if operation.norm_at is None else f" at resid_post.{operation.norm_at}"
-                source += f" (norm of {operation.norm_of}{at})"
-            return f"add {what} x{operation.scale:g}{source}"
-        case Project(everywhere=True):
-            return f"project {operation.direction} everywhere{source}"
-        case Project():
-            return f"project {what}{source}"
-        case Cap():
-            low, high = operation.low, operation.high
-            bounds = [f" at least {low:g}"] if low is not None else []
-            bounds += [f" at most {high:g}"] if high is not None else []
-            return f"cap {what},{' and'.join(bounds)}{source}"
+    if isinstance(operation, Project):
+        done = f"{operation.direction} everywhere" if operation.everywhere else what
+        return f"project {done}{source}"
+    if operation.norm_of is not None:
+        at = "" if operation.norm_at is None else f" at resid_post.{operation.norm_at}"
+        source += f" (norm of {operation.norm_of}{at})"
+    return f"add {what} x{operation.scale:g}{source}"
 
 
 def spans(layers: Sequence[int], tap: Tap = "resid_post") -> str:

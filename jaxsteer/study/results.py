@@ -1,4 +1,4 @@
-"""A study's results on disk, read back for judges, statistics, receipts and notebooks.
+"""A study's results on disk: shards of finished rows, and the whole read back for all readers.
 
 run.json                what was run: the run record
 setup.json              selection tables
@@ -7,20 +7,31 @@ responses.parquet       one line per row, as the run labelled it
 judges/JUDGE.parquet    later verdicts, one line per judged row
 summary.json            rates per condition and prompt family
 shards/                 finished batches, from which an interrupted run continues
+
+A shard is written aside, synced and renamed, so a process that is killed loses only the rows it had
+not finished. Its name holds the hash of its content, so several processes can write to one folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, read_table, write_json
+from jaxsteer.files import (
+    atomic_path,
+    canonical_json,
+    read_table,
+    sha256_bytes,
+    table_bytes,
+    write_json,
+)
 from jaxsteer.judges.labels import LABELS, label_table
 from jaxsteer.judges.verdicts import read_all
 from jaxsteer.stats import wilson
@@ -37,6 +48,44 @@ SCHEMA = {
     "steered_tokens": pl.Int64, "change": pl.Float64,
 }  # fmt: skip
 MAY_BE_NULL = {"seed", "scale"}
+
+
+def write_shard(folder: Path, key: str, rows: pl.DataFrame) -> None:
+    """Add one shard of the run `key`; its name is its content, so writing it again is harmless."""
+    data = table_bytes(rows)
+    with atomic_path(folder / f"{key[:16]}-{sha256_bytes(data)[:16]}.parquet") as temporary:
+        temporary.write_bytes(data)
+
+
+def read_shards(folder: Path, key: str) -> list[pl.DataFrame]:
+    """Every shard of the run `key`.
+
+    Raises:
+      UserError: a shard is not Parquet, or its content does not match its name.
+    """
+    found = []
+    for path in sorted(folder.glob(f"{key[:16]}-*.parquet")):
+        try:
+            data = path.read_bytes()
+            if sha256_bytes(data)[:16] != path.stem[-16:]:
+                raise OSError("its content does not match its name")
+            found.append(pl.read_parquet(io.BytesIO(data)))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and run again") from None
+    return found
+
+
+def gathered(folder: Path, key: str, names: Sequence[str]) -> pl.DataFrame | None:
+    """All rows of the run `key`, in the order of `names`; None while one is missing."""
+    found = read_shards(folder, key)
+    if not found:
+        return None
+    # A row may have been run twice, by a process of an interrupted run; both are equal.
+    rows = pl.concat(found).unique("row_id")
+    if set(names) - set(rows["row_id"]):
+        return None
+    order = pl.DataFrame({"row_id": names})
+    return order.join(rows, on="row_id", how="left", maintain_order="left")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,31 +179,24 @@ def table_sha256(rows: pl.DataFrame) -> str:
 def summarise(rows: pl.DataFrame) -> list[dict[str, Any]]:
     """Rates per condition and prompt family, refusal with its Wilson 95 % interval.
 
-    `complied` is the share neither refused nor degenerate, whether scored for harm or not;
-    `bypass`, `benign_answer` and `unscored` divide it. `mean_change` is the mean norm of the
-    realised change per steered token and site.
+    `complied` is the share neither refused nor degenerate, whether scored for harm or not.
     """
     summary = []
     for (condition, family), group in rows.group_by("condition", "family", maintain_order=True):
         n, counts = group.height, dict(group["label"].value_counts().iter_rows())
-        share = {name: counts.get(name, 0) / n for name in LABELS}
-        low, high = wilson(counts.get("refusal", 0), n)
+        refused, degenerate = counts.get("refusal", 0), counts.get("degenerate", 0)
+        low, high = wilson(refused, n)
         summary.append(
             {
                 "condition": condition,
                 "family": family,
                 "n": n,
-                "refusal": share["refusal"],
+                "refusal": refused / n,
                 "refusal_low": low,
                 "refusal_high": high,
-                "degenerate": share["degenerate"],
-                "complied": (n - counts.get("refusal", 0) - counts.get("degenerate", 0)) / n,
-                "bypass": share["bypass"],
-                "benign_answer": share["benign-answer"],
-                "unscored": share["complied-unscored"],
+                "degenerate": degenerate / n,
+                "complied": (n - refused - degenerate) / n,
                 "cancels_steering": bool(group["cancels_steering"][0]),
-                "mean_change": float(group["change"].sum())
-                / max(int(group["steered_tokens"].sum()), 1),
             }
         )
     return summary

@@ -92,7 +92,7 @@ def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
     condition, prompt = row
     given, judge = label(reply.text, prompt.family)
     both = [*reply.prompt.values(), *reply.response.values()]
-    found: dict[str, Any] = {
+    made: dict[str, Any] = {
         "row_id": name(row),
         "condition": condition.name,
         "base": condition.base,
@@ -109,9 +109,7 @@ def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
         "judge": judge,
         "cancels_steering": condition.cancels_steering,
         # Tokens times sites where something changed, and the summed norm of the change there.
-        "steered_tokens": sum(
-            int(realised.steered[realised.change > 0].sum()) for realised in both
-        ),
+        "steered_tokens": sum(int(found.steered[found.change > 0].sum()) for found in both),
         "change": engine.total_change(reply),
     }
     # The model reads all generated tokens but the last, and that one too before an end token.
@@ -122,6 +120,6 @@ def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
     ):
         stream, count = realised["resid_post"], max(tokens, 1)
         for p, direction in enumerate(probed):
-            found[f"{direction}_before_{phase}"] = (stream.before[:, p] / count).tolist()
-            found[f"{direction}_after_{phase}"] = (stream.after[:, p] / count).tolist()
-    return found
+            made[f"{direction}_before_{phase}"] = (stream.before[:, p] / count).tolist()
+            made[f"{direction}_after_{phase}"] = (stream.after[:, p] / count).tolist()
+    return made

@@ -7,14 +7,13 @@
 
 Rows that are in a shard are not run again, and a row's reply does not depend on which rows run
 beside it. So an interrupted run, continued by the same command, gives the table of an uninterrupted
-one. A folder that belongs to another run is refused with what differs.
+one. A folder that belongs to another run is refused with the parts that differ.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.study import conditions, prepare, record, results, rows, store, validate
+from jaxsteer.study import conditions, prepare, record, results, rows, validate
 from jaxsteer.study.prepare import Setup
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
@@ -77,22 +76,20 @@ def run_study(
     if fresh or not (out / record.FILE).is_file():
         validate.study(spec, model, families)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
-        prepared = _prepared(spec, model, out, families, hosts)
-        size = {"n_layers": model.config.n_layers, "d_model": model.config.d_model}
+        identity = record.asked(spec, model, families)
+        prepared = _prepared(spec, model, out, identity, hosts)
         layers, dose = prepared.record.layers, prepared.record.dose
+        shape = (model.config.n_layers, model.config.d_model)
         found = conditions.conditions(spec, layers, dose, model.config.n_layers)
-        arrays = conditions.stacked(found, prepared.directions, **size)
-        run = record.make(
-            {
-                **record.asked(spec, model, families),
-                "layers": layers,
-                "dose": dose,
-                "directions": prepare.hashes(prepared.directions),
-                "conditions": conditions.mark_cancelling(found, arrays),
-            }
-        )
-        store.claim(out, run, hosts)
+        arrays = conditions.stacked(found, prepared.directions, shape)
+        identity |= {"layers": layers, "dose": dose}
+        identity["directions"] = prepare.hashes(prepared.directions)
+        identity["conditions"] = conditions.mark_cancelling(found, arrays)
+        run = record.make(identity)
         if hosts.first:
+            _refuse(out, record.differing(out, identity))
+            if record.read(out) is None:
+                record.write(out, run)
             hosts.meet("setup")
         planned = rows.cross(run.conditions, families)
         _finish(run, model, prepared, arrays, planned, out / "shards", hosts)
@@ -100,7 +97,7 @@ def run_study(
         if not hosts.first:
             return []
         names = [rows.name(row) for row in planned]
-        table = hosts.seen(lambda: store.table(out / "shards", run.key, names))
+        table = hosts.seen(lambda: results.gathered(out / "shards", run.key, names))
         if table is None:
             raise UserError(
                 f"{out} lacks rows that other processes finished; give an --out that all hosts "
@@ -109,7 +106,8 @@ def run_study(
         _check_changes(table, run)
         write_table(out / "responses.parquet", table)
         if spec.modes and not (out / "modes.json").is_file():
-            shifts = _mode_shifts(spec, model, prepared, families)
+            prompts = [prompt for asked in families.values() for prompt in asked]
+            shifts = _mode_shifts(spec, model, prepared, prompts)
             write_json(out / "modes.json", msgspec.to_builtins(shifts))
         return results.refresh_summary(out)
 
@@ -140,28 +138,37 @@ def _held(out: Path, fresh: bool) -> Iterator[None]:
 
 
 def _prepared(
-    spec: StudySpec,
-    model: ChatModel,
-    out: Path,
-    families: Mapping[str, Sequence[Prompt]],
-    hosts: Hosts,
+    spec: StudySpec, model: ChatModel, out: Path, identity: Mapping[str, Any], hosts: Hosts
 ) -> Setup:
     """The study's setup, made or read by the first process and read by the others."""
-    if not hosts.first:
-        hosts.meet("setup")
-        prepared = hosts.seen(lambda: prepare.read(spec, model, out))
-        if prepared is None:
-            raise UserError(
-                f"process {hosts.process} does not find in {out} what process 0 prepared; give all "
-                "processes the same command, and an --out that all hosts share"
-            )
-        return prepared
-    store.check(out, record.asked(spec, model, families))
-    # The setup also depends on what the study only names, such as the texts of traits.
-    made = prepare.read_record(out)
-    if made and made.key != prepare.key(spec, model) and record.read(out):
-        store.refuse(out, ["directions"])
-    return prepare.prepare(spec, model, out)
+    if hosts.first:
+        _refuse(out, record.differing(out, identity))
+        # The setup also depends on what the study only names, such as the texts of traits.
+        made = prepare.read_record(out)
+        if made and made.key != prepare.key(spec, model) and record.read(out):
+            _refuse(out, ["directions"])
+        return prepare.prepare(spec, model, out)
+
+    def read() -> Setup | None:
+        same = record.differing(out, identity) == []
+        return prepare.read(spec, model, out) if same else None
+
+    hosts.meet("setup")
+    if (prepared := hosts.seen(read)) is None:
+        raise UserError(
+            f"process {hosts.process} does not find in {out} what process 0 prepared; give all "
+            "processes the same command, and an --out that all hosts share"
+        )
+    return prepared
+
+
+def _refuse(out: Path, differ: Sequence[str] | None) -> None:
+    """Refuse a folder whose run differs in some fields of its record; pass one without any."""
+    if differ:
+        raise UserError(
+            f"{out} holds another run ({', '.join(differ)} differ); choose another --out, or give "
+            "--fresh to replace it"
+        )
 
 
 def _finish(
@@ -174,12 +181,13 @@ def _finish(
     hosts: Hosts,
 ) -> None:
     """Run the rows of this process's share that no shard holds."""
-    finished = {row_id for shard in store.read(folder, run.key) for row_id in shard["row_id"]}
+    shards = results.read_shards(folder, run.key)
+    finished = {row_id for shard in shards for row_id in shard["row_id"]}
     done = {i for i, row in enumerate(planned) if rows.name(row) in finished}
-    decoding = run.study.decoding
+    wanted = run.study.decoding
     asked = rows.requests(run.study, model, run.conditions, planned)
     # Rows of one packed sequence run in one process, because they share work.
-    packed = engine.pack(asked, model.config.max_position - decoding.max_new_tokens)
+    packed = engine.pack(asked, model.config.max_position - wanted.max_new_tokens)
     share = hosts.share([f"sequence {n}" for n in packed.sequence])
     probed = [name for name in PROBES if name in prepared.directions]
     # At least two: a CPU sums a product with a single vector in an order that depends on the slot.
@@ -187,32 +195,24 @@ def _finish(
     probes = np.zeros((model.config.n_layers, columns, model.config.d_model), np.float32)
     for p, name in enumerate(probed):
         probes[:, p] = prepared.directions[name].unit()
+    sample, heat = wanted.temperature > 0, wanted.temperature or 1.0
     replies = engine.run(
         model,
         asked,
         arrays,
-        Decoding(
-            max_new_tokens=decoding.max_new_tokens,
-            eos=model.eos,
-            sample=decoding.temperature > 0,
-        ),
+        Decoding(max_new_tokens=wanted.max_new_tokens, eos=model.eos, sample=sample),
         probes=probes,
-        sampling=Sampling(
-            seed=decoding.seed, temperature=decoding.temperature or 1.0, top_p=decoding.top_p
-        ),
-        batch=decoding.batch,
+        sampling=Sampling(seed=wanted.seed, temperature=heat, top_p=wanted.top_p),
+        batch=wanted.batch,
         skip=done | (set(range(len(planned))) - share),
     )
-    if not hosts.first:
-        todo = f"{len(share - done)} of its {len(share)} rows to run"
-        print(f"process {hosts.process} of {hosts.count}: {todo}", file=sys.stderr, flush=True)
-    title = "study" if hosts.count == 1 else f"study, share 1 of {hosts.count}"
+    title = f"study, share {hosts.process + 1} of {hosts.count}" if hosts.count > 1 else "study"
     ended, written = list[engine.Reply](), time.monotonic()
-    with Progress(title, len(share), len(share & done), quiet=not hosts.first) as progress:
+    with Progress(title, len(share), len(share & done)) as progress:
 
         def keep() -> None:
             lines = [rows.line(planned[reply.index], reply, probed) for reply in ended]
-            store.write(folder, run.key, pl.DataFrame(lines, schema_overrides=rows.TYPES))
+            results.write_shard(folder, run.key, pl.DataFrame(lines, schema_overrides=rows.TYPES))
             progress.advance(len(ended), sum(len(reply.tokens) for reply in ended))
             ended.clear()
 
@@ -221,12 +221,10 @@ def _finish(
             with contextlib.closing(replies):
                 for batch in replies:
                     for reply in batch:
-                        condition, _ = planned[reply.index]
-                        engine.check_finite(
-                            engine.total_change(reply), f"condition {condition.name!r}"
-                        )
+                        where = f"condition {planned[reply.index][0].name!r}"
+                        engine.check_finite(engine.total_change(reply), where)
                     ended += batch
-                    if len(ended) >= decoding.batch or time.monotonic() - written > OFTEN:
+                    if len(ended) >= wanted.batch or time.monotonic() - written > OFTEN:
                         keep()
                         written = time.monotonic()
         finally:
@@ -236,20 +234,12 @@ def _finish(
 
 
 def _mode_shifts(
-    spec: StudySpec,
-    model: ChatModel,
-    prepared: Setup,
-    families: Mapping[str, Sequence[Prompt]],
+    spec: StudySpec, model: ChatModel, prepared: Setup, prompts: Sequence[Prompt]
 ) -> list[Shift]:
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
-    return persona_shift.shifts(
-        model,
-        {name: data.mode(name) for name in spec.modes},
-        data.policy(spec.system).text,
-        [prompt for asked in families.values() for prompt in asked],
-        probed,
-        prepared.record.layers.get("steer", model.config.n_layers // 2),
-    )
+    modes, policy = {name: data.mode(name) for name in spec.modes}, data.policy(spec.system).text
+    layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
+    return persona_shift.shifts(model, modes, policy, prompts, probed, layer)
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

@@ -6,12 +6,14 @@ StrongREJECT and our benign prompts. Every candidate is one condition of one com
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
-from scipy.special import log_softmax
+from scipy.special import log_softmax, logsumexp
 
 from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
@@ -21,13 +23,18 @@ from jaxsteer.generation.requests import shared_length
 from jaxsteer.generation.sampling import Decoding
 from jaxsteer.judges.rules import is_degenerate, is_refusal
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Add, Operation, compile_conditions, everywhere
+from jaxsteer.model.interventions import (
+    Add,
+    Interventions,
+    Operation,
+    compile_conditions,
+    everywhere,
+)
 from jaxsteer.terminal import Progress
 from jaxsteer.words import percent
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RefusalCandidate:
+class RefusalCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """One layer's scores; the rule of Arditi et al. 2024, appendix C.
 
     Attributes:
@@ -45,8 +52,7 @@ class RefusalCandidate:
     reasons: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DoseCandidate:
+class DoseCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """One (layer, strength) cell of the persona's selection grid, with rates over its prompts."""
 
     layer: int
@@ -62,12 +68,8 @@ def refusal_score(
 
     Arditi et al. 2024, appendix C.1. The opening tokens belong to the model family.
     """
-    wide = logits.astype(np.float64)
-    wide = wide - wide.max(axis=1, keepdims=True)
-    mass = np.exp(wide)
-    inside = mass[:, list(opening)].sum(axis=1)
-    outside = np.delete(mass, list(opening), axis=1).sum(axis=1)
-    return np.log(inside + 1e-300) - np.log(outside + 1e-300)
+    wide, opens = logits.astype(np.float64), list(opening)
+    return logsumexp(wide[:, opens], axis=1) - logsumexp(np.delete(wide, opens, axis=1), axis=1)
 
 
 def kl(
@@ -97,24 +99,17 @@ def refusal_candidates(
       UserError: a prompt longer than the model's context.
     """
     config, vectors = model.config, direction.vectors
-    conditions: list[list[Operation]] = [[], *(everywhere(vectors, layer) for layer in layers)]
-    conditions += [[Add(direction=vectors, layers=(layer,), scale=1.0)] for layer in layers]
-    interventions = compile_conditions(
-        conditions, ["all"] * len(conditions), n_layers=config.n_layers, d_model=config.d_model
-    )
+    cells: list[list[Operation]] = [[], *(everywhere(vectors, layer) for layer in layers)]
+    cells += [[Add(direction=vectors, layers=(layer,), scale=1.0)] for layer in layers]
+    forward = functools.partial(activations.forward, model, interventions=_compiled(model, cells))
     total = len(harmless) + len(layers) * (len(harmful) + 2 * len(harmless))
     with Progress("refusal layer", total, unit="prompts") as progress:
 
-        def logits(prompts: Sequence[Sequence[int]], condition: int) -> np.ndarray:
-            """Next-token logits [prompt, vocab] under one condition."""
+        def logits(prompts: Sequence[Sequence[int]], cell: int) -> np.ndarray:
+            """Next-token logits [prompt, vocab] under one cell's operations."""
             out = np.zeros((len(prompts), config.vocab_size), np.float32)
-            for members, _, last in activations.forward(
-                model,
-                prompts,
-                shared=[shared_length(prompts)] * len(prompts),
-                interventions=interventions,
-                condition=condition,
-            ):
+            shared = [shared_length(prompts)] * len(prompts)
+            for members, _, last in forward(prompts, shared=shared, condition=cell):
                 out[members] = np.asarray(last[: len(members), 0])
                 progress.advance(len(members))
             return out
@@ -132,11 +127,8 @@ def refusal_candidates(
                 "a score is not finite": not np.isfinite([bypass, divergence, induce]).all(),
             }
             held = tuple(reason for reason, holds in reasons.items() if holds)
-            candidates.append(
-                RefusalCandidate(
-                    layer=layer, bypass=bypass, induce=induce, kl=divergence, reasons=held
-                )
-            )
+            scores = {"bypass": bypass, "induce": induce, "kl": divergence}
+            candidates.append(RefusalCandidate(layer=layer, reasons=held, **scores))
     return tuple(candidates)
 
 
@@ -164,6 +156,38 @@ def choose_refusal(
     )
 
 
+def _compiled(model: ChatModel, cells: Sequence[Sequence[Operation]]) -> Interventions:
+    """The operations of all cells as arrays; they steer all tokens."""
+    config, scopes = model.config, ["all"] * len(cells)
+    return compile_conditions(cells, scopes, n_layers=config.n_layers, d_model=config.d_model)
+
+
+def rates(
+    model: ChatModel,
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[Sequence[Operation]],
+    title: str,
+    *,
+    max_new_tokens: int,
+    batch: int,
+) -> list[tuple[float, float]]:
+    """Refusal and degenerate rate of the prompts under each cell's operations, decoded greedily."""
+    shared, n = shared_length(prompts), len(prompts)
+    requests = [
+        engine.Request(tokens=prompt, condition=cell, shared=shared)
+        for cell, prompt in itertools.product(range(len(cells)), prompts)
+    ]
+    counts = np.zeros((len(cells), 2))
+    decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos)
+    with Progress(title, len(requests)) as progress:
+        for replies in engine.run(model, requests, _compiled(model, cells), decoding, batch=batch):
+            for reply in replies:
+                found = is_refusal(reply.text), is_degenerate(reply.text)
+                counts[requests[reply.index].condition] += found
+            progress.advance(len(replies))
+    return [(float(refused / n), float(broken / n)) for refused, broken in counts]
+
+
 def dose_candidates(
     model: ChatModel,
     direction: Direction,
@@ -175,36 +199,15 @@ def dose_candidates(
     batch: int,
 ) -> tuple[DoseCandidate, ...]:
     """Refusal and degenerate rates over the (layer, strength) grid; strength 0 is the baseline."""
-    config = model.config
-    cells = [(0, 0.0)] + [(layer, scale) for layer in layers for scale in scales]
-    interventions = compile_conditions(
-        [
-            [Add(direction=direction.vectors, layers=(layer,), scale=scale)] if scale else []
-            for layer, scale in cells
-        ],
-        ["all"] * len(cells),
-        n_layers=config.n_layers,
-        d_model=config.d_model,
-    )
-    shared = shared_length(prompts)
-    requests = [
-        engine.Request(tokens=prompt, condition=cell, shared=shared)
-        for cell in range(len(cells))
-        for prompt in prompts
+    grid, v = [(0, 0.0), *itertools.product(layers, scales)], direction.vectors
+    cells = [
+        [Add(direction=v, layers=(layer,), scale=scale)] if scale else [] for layer, scale in grid
     ]
-    refused, degenerate = np.zeros(len(cells)), np.zeros(len(cells))
-    decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos)
-    with Progress("persona layer and strength", len(requests)) as progress:
-        for replies in engine.run(model, requests, interventions, decoding, batch=batch):
-            for reply in replies:
-                cell = requests[reply.index].condition
-                refused[cell] += is_refusal(reply.text)
-                degenerate[cell] += is_degenerate(reply.text)
-            progress.advance(len(replies))
-    n = len(prompts)
+    title = "persona layer and strength"
+    found = rates(model, prompts, cells, title, max_new_tokens=max_new_tokens, batch=batch)
     return tuple(
-        DoseCandidate(layer=layer, scale=scale, refusal=float(r / n), degenerate=float(d / n))
-        for (layer, scale), r, d in zip(cells, refused, degenerate, strict=True)
+        DoseCandidate(layer=layer, scale=scale, refusal=refusal, degenerate=degenerate)
+        for (layer, scale), (refusal, degenerate) in zip(grid, found, strict=True)
     )
 
 

@@ -17,7 +17,6 @@ from msgspec import Meta
 
 from jaxsteer.directions.extraction import InStudy, Minus, Without
 from jaxsteer.errors import UserError
-from jaxsteer.study.layer_expr import LAYER_NAME
 
 STUDIES = Path(__file__).parent.parent / "data" / "studies"
 Count = Annotated[int, Meta(ge=0)]
@@ -31,7 +30,10 @@ Layer = Annotated[str, Meta(pattern="^[^.,]+$")]
 Seed = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 # The table of replies stores these in 64 bits.
 RandomSeed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-NORM_KEYS = {"norm_of": "direction", "norm_at": "at"}
+# The end of the names of the controls that conditions get without their additions.
+UNSTEERED = ", unsteered"
+# A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
+LAYER_NAME = r"[^\W\d][\w-]*?"
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,9 +71,9 @@ class SelectionSpec(Spec, frozen=True, kw_only=True):
       allow_near_miss: take the nearest candidate when none passes, and record why.
     """
 
-    prompts: Positive
-    layers: Annotated[list[Share], Meta(min_length=1)]
-    scales: Annotated[list[Finite], Meta(min_length=1)]
+    prompts: Positive = 32
+    layers: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.5, 0.6, 0.7)
+    scales: Annotated[tuple[Finite, ...], Meta(min_length=1)] = (1.0, 2.0, 4.0)
     max_new_tokens: Positive = 24
     max_degenerate: Finite = 0.1
     refusal_train: Positive = 128
@@ -92,18 +94,6 @@ class DecodingSpec(Spec, frozen=True, kw_only=True):
     batch: Positive = 256
 
 
-class NormOf(Spec, frozen=True, kw_only=True):
-    """A direction whose norm a vector is given: TOML's `norm_of` and `norm_at`.
-
-    Attributes:
-      direction: its name.
-      at: the layer whose norm is taken; by default each layer's own.
-    """
-
-    direction: str
-    at: Layer | None = None
-
-
 class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add"):
     """Add a direction: `{ add = "persona", at = "steer", scale = "dose" }` in TOML.
 
@@ -114,7 +104,8 @@ class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add")
       unit: natural norms of the direction, the study's dose (TOML's scale = "dose" or "-dose"),
         or each of the condition's `scales` ("each" or "-each").
       measured_at: layer whose vector is used; by default each layer uses its own.
-      norm: rescale the vector to another direction's norm first.
+      norm_of: rescale the vector to the norm of the direction of this name first.
+      norm_at: the layer of that norm; by default each layer's own.
     """
 
     direction: str
@@ -122,7 +113,8 @@ class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add")
     scale: Finite = 1.0
     unit: Literal["norm", "dose", "each"] = "norm"
     measured_at: Layer | None = None
-    norm: NormOf | None = None
+    norm_of: str | None = None
+    norm_at: Layer | None = None
 
 
 class ProjectSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="project"):
@@ -214,7 +206,7 @@ class StudySpec(Spec, frozen=True, kw_only=True):
       data: prompts.
       decoding: how replies are generated.
       directions: how each is made, by the name that conditions use; `random` is always there.
-      selection: how open layers and the dose are chosen; needed when any is open.
+      selection: how open layers and the dose are chosen.
       layers: layers by a name such as `late` or `late-two`. A fraction (0.3) is a share of depth,
         a whole number (20) a block. `steer` and `refusal` are chosen by the selection rules unless
         given here.
@@ -230,7 +222,7 @@ class StudySpec(Spec, frozen=True, kw_only=True):
     data: DataSpec
     decoding: DecodingSpec
     directions: dict[str, InStudy] = {}
-    selection: SelectionSpec | None = None
+    selection: SelectionSpec = SelectionSpec()
     layers: dict[str, Count | Share] = {}
     dose: Finite | None = None
     modes: list[str] = []
@@ -254,8 +246,7 @@ def load(source: str | Path) -> StudySpec:
     if path.suffix != ".toml":
         path = STUDIES / f"{source}.toml"
     try:
-        written = msgspec.toml.decode(path.read_bytes())
-        spec = msgspec.convert(_typed(written), StudySpec)
+        spec = msgspec.convert(_typed(msgspec.toml.decode(path.read_bytes())), StudySpec)
     except FileNotFoundError:
         names = ", ".join(shipped())
         raise UserError(f"no study {source}; give a .toml file or one of: {names}") from None
@@ -268,17 +259,14 @@ def load(source: str | Path) -> StudySpec:
     return spec
 
 
-def _typed(written: Any) -> Any:
-    """A decoded TOML study with its operations in the form of the structs."""
-    if isinstance(written, list):
-        return [_typed(item) for item in written]
-    if not isinstance(written, dict):
-        return written
-    found = {key: _typed(value) for key, value in written.items()}
-    if isinstance(ops := written.get("ops"), list):
-        where = f"condition {written.get('name')!r}"
-        found["ops"] = [_operation(op, where) if isinstance(op, dict) else op for op in ops]
-    return found
+def _typed(written: dict[str, Any]) -> dict[str, Any]:
+    """A decoded TOML study, its operations brought into the form of the structs in place."""
+    conditions = written.get("condition")
+    for condition in conditions if isinstance(conditions, list) else ():
+        if isinstance(condition, dict) and isinstance(ops := condition.get("ops"), list):
+            where = f"condition {condition.get('name')!r}"
+            condition["ops"] = [_operation(op, where) if isinstance(op, dict) else op for op in ops]
+    return written
 
 
 def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
@@ -294,9 +282,6 @@ def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
         found["at"] = None
     if isinstance(scale := found.get("scale"), str):
         found |= {"scale": -1.0 if scale[:1] == "-" else 1.0, "unit": scale.removeprefix("-")}
-    given = NORM_KEYS.keys() & found.keys()
-    if "add" in kinds and given:
-        found["norm"] = {NORM_KEYS[key]: found.pop(key) for key in given}
     return found
 
 
@@ -332,14 +317,18 @@ def _problems(spec: StudySpec) -> Iterator[str]:
 
 
 def _condition_problems(spec: StudySpec, condition: ConditionSpec) -> Iterator[str]:
+    if condition.name.endswith(UNSTEERED):
+        yield f"has a name that is kept for automatic controls; end it other than in {UNSTEERED!r}"
     added = [op for op in condition.ops if isinstance(op, AddSpec)]
     named = {op.direction for op in condition.ops}
-    for name in named | {op.norm.direction for op in added if op.norm}:
+    for name in named | {op.norm_of for op in added if op.norm_of}:
         if name not in {*spec.directions, "random"}:
             there = ", ".join(spec.directions)
             yield f"names {name!r}, an unknown direction; the study has {there}"
         if name == "random" and not (condition.random_seeds and spec.directions):
             yield "names `random`, which needs random_seeds, and a direction to take its norm from"
+    if any(op.norm_at and not op.norm_of for op in added):
+        yield "has a norm_at without norm_of; name the direction whose norm is taken"
     # Otherwise repeats with equal operations would be reported as different strengths or seeds.
     if bool(condition.scales) != any(op.unit == "each" for op in added):
         yield 'needs both scales and an addition with scale = "each", or neither'
@@ -357,7 +346,7 @@ def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
             yield f"needs {name!r}, which is no claim above it; list that claim first"
     benign = {condition.name: condition.benign for condition in spec.condition}
     # Twins are made later; a claim may name one.
-    comparable = {name + tail for name in benign for tail in ("", ", unsteered")}
+    comparable = {name + tail for name in benign for tail in ("", UNSTEERED)}
     for test in claim.tests:
         cosine = test.expect == "cosine-above"
         for name in (test.treated, test.control):

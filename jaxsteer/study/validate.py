@@ -1,4 +1,4 @@
-"""Whether a model can run a study to its end, checked before anything is run or deleted.
+"""Whether a model can run a study to its end, and at what cost, before anything is run or deleted.
 
 Prompts are tokenised for real, and nothing is computed on the model. A layer that is still to be
 chosen is taken once as its deepest candidate and once as its shallowest one: an expression such as
@@ -7,17 +7,21 @@ chosen is taken once as its deepest candidate and once as its shallowest one: an
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 
-from jaxsteer.data import prompts as data
+import jax
+import jax.numpy as jnp
+
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
-from jaxsteer.generation import padding
+from jaxsteer.generation import engine, padding
 from jaxsteer.generation.engine import Request
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare, rows
-from jaxsteer.study.conditions import conditions
-from jaxsteer.study.layer_expr import depth, resolve_layers
+from jaxsteer.study.conditions import conditions, depth, resolve_layers
 from jaxsteer.study.spec import StudySpec
 
 
@@ -31,9 +35,19 @@ def study(
         the spec, with what it names, or with its prompts.
     """
     prepare.key(spec, model)  # Reads the policy and the traits.
-    _check_selection(spec, model)
-    n_layers, dose = model.config.n_layers, 1.0 if spec.dose is None else spec.dose
-    extremes = _extremes(spec, model)
+    still, n_layers = prepare.open_choices(spec), model.config.n_layers
+    dose = 1.0 if spec.dose is None else spec.dose
+    room, split = model.config.max_position, prepare.split(spec, model)
+    if "refusal" in still:
+        prepare.openings(spec, model)
+    if still.keys() & {"steer", "dose"}:
+        padding.check_lengths(map(len, split.persona), room - spec.selection.max_new_tokens)
+    fixed = prepare.named_layers(spec, model)
+    shares = {name: found for name, found in still.items() if name != "dose"}
+    extremes = [
+        {name: depth(pick(found), n_layers) for name, found in shares.items()} | fixed
+        for pick in (max, min)
+    ]
     found = [conditions(spec, layers, dose, n_layers) for layers in extremes]
     names = {condition.base for every in found for condition in every}
     for claim in spec.claim:
@@ -48,55 +62,75 @@ def study(
                     "adds and projects has an unsteered twin, unless the study has an equal one"
                 )
     asked = rows.requests(spec, model, found[0], rows.cross(found[0], families))
-    room = model.config.max_position - spec.decoding.max_new_tokens
-    padding.check_lengths((len(request.tokens) for request in asked), room)
+    lengths = (len(request.tokens) for request in asked)
+    padding.check_lengths(lengths, room - spec.decoding.max_new_tokens)
     return asked
 
 
-def open_choices(spec: StudySpec) -> dict[str, Sequence[float]]:
-    """What the selection still has to choose of `steer`, `dose` and `refusal`: its candidates.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The cost of a study.
+
+    Attributes:
+      conditions: number of conditions, twins and repeats included.
+      rows: number of (condition, prompt) rows.
+      prompt_tokens: prompt tokens of all rows.
+      own_tokens: of these, the ones after the prefix that rows share.
+      new_tokens: most tokens that can be generated.
+      weights_bytes: size of the parameters.
+      cache_bytes: size of the keys and values of the rows that decode together.
+      seconds: rough time of the rows on one device, without preparation and compilation, every
+        reply at full length.
+      open_choices: what is selected before the rows run: `steer`, `dose`, `refusal`.
+    """
+
+    conditions: int
+    rows: int
+    prompt_tokens: int
+    own_tokens: int
+    new_tokens: int
+    weights_bytes: int
+    cache_bytes: int
+    seconds: float
+    open_choices: list[str]
+
+
+def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan:
+    """Plan a study; `limit` is a number of StrongREJECT prompts instead of the spec's.
 
     Raises:
-      UserError: the spec has no [selection] to choose it by.
+      UserError: as running it would, for what is wrong in the spec or with its prompts.
     """
-    persona, refusal = "persona" in spec.directions, "refusal" in spec.directions
-    still = [
-        name
-        for name, is_open in (
-            ("steer", persona and "steer" not in spec.layers),
-            ("dose", persona and spec.dose is None),
-            ("refusal", refusal and "refusal" not in spec.layers),
-        )
-        if is_open
-    ]
-    if not still:
-        return {}
-    chosen = prepare.selection_of(spec, f"the choice of {still[0]}")
-    candidates: dict[str, Sequence[float]] = {
-        "steer": chosen.layers,
-        "dose": chosen.scales,
-        "refusal": chosen.refusal_layers,
-    }
-    return {name: candidates[name] for name in still}
+    config, new = model.config, spec.decoding.max_new_tokens
+    asked = study(spec, model, rows.prompts(spec, limit))
+    batch = engine.slots_for(spec.decoding.batch, len(asked))
+    leaves = jax.tree.leaves(model.params)
+    own = sum(len(request.own) for request in asked)
+    longest = max((len(request.tokens) for request in asked), default=0)
+    # Keys and values of one token.
+    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * leaves[0].itemsize
+    # A token costs 2 operations per parameter.
+    operations = 2 * sum(leaf.size for leaf in leaves) * (own + len(asked) * new)
+    return Plan(
+        conditions=len({request.condition for request in asked}),
+        rows=len(asked),
+        prompt_tokens=sum(len(request.tokens) for request in asked),
+        own_tokens=own,
+        new_tokens=len(asked) * new,
+        weights_bytes=sum(leaf.nbytes for leaf in leaves),
+        cache_bytes=batch * (longest + new) * token_bytes,
+        seconds=operations / _operations_per_second(config, batch),
+        open_choices=list(prepare.open_choices(spec)),
+    )
 
 
-def _extremes(spec: StudySpec, model: ChatModel) -> list[dict[str, int]]:
-    """Layers by name, at the deepest candidates of what is still to choose and the shallowest."""
-    fixed, n_layers = prepare.named_layers(spec, model), model.config.n_layers
-    shares = {name: found for name, found in open_choices(spec).items() if name != "dose"}
-    return [
-        {name: depth(pick(found), n_layers) for name, found in shares.items()} | fixed
-        for pick in (max, min)
-    ]
-
-
-def _check_selection(spec: StudySpec, model: ChatModel) -> None:
-    still, chosen = open_choices(spec), spec.selection
-    if chosen is None:
-        return
-    split = prepare.split(chosen, spec.name)
-    if "refusal" in still:
-        prepare.openings(spec.name, chosen, model)
-    if "steer" in still or "dose" in still:
-        asked = prepare.ids(model, split.persona, data.policy(spec.system).text)
-        padding.check_lengths(map(len, asked), model.config.max_position - chosen.max_new_tokens)
+def _operations_per_second(config: ModelConfig, rows: int) -> float:
+    """Speed of a float32 product of the MLP's shape, with that many rows."""
+    x, w = jnp.ones((rows, config.d_model)), jnp.ones((config.d_model, config.d_ff))
+    product = jax.jit(jnp.matmul)
+    product(x, w).block_until_ready()
+    started, runs = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.2:
+        product(x, w).block_until_ready()
+        runs += 1
+    return 2 * rows * config.d_model * config.d_ff * runs / (time.perf_counter() - started)

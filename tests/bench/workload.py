@@ -61,6 +61,7 @@ def demo(model: ChatModel, results: Path) -> Workload:
     prepared = prepare.prepare(study, model, results)
     chosen = prepared.record
     compiled = conditions(study, chosen.layers, chosen.dose, model.config.n_layers)
+    shape = (model.config.n_layers, model.config.d_model)
     crossed = rows.cross(compiled, rows.prompts(study))
     requests = rows.requests(study, model, compiled, crossed)
     probed = [name for name in run.PROBES if name in prepared.directions]
@@ -68,12 +69,7 @@ def demo(model: ChatModel, results: Path) -> Workload:
     return Workload(
         names=[condition.name for condition in compiled],
         requests=requests,
-        interventions=stacked(
-            compiled,
-            prepared.directions,
-            n_layers=model.config.n_layers,
-            d_model=model.config.d_model,
-        ),
+        interventions=stacked(compiled, prepared.directions, shape),
         probes=probes.astype(np.float32),
         decoding=Decoding(max_new_tokens=study.decoding.max_new_tokens, eos=model.eos),
         batch=study.decoding.batch,

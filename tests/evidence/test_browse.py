@@ -8,7 +8,7 @@ from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import browse
 from jaxsteer.evidence.browse import open_results
-from jaxsteer.study import store
+from jaxsteer.study import results
 from tests.receipt import made
 
 ROWS = made.rows(made.study())
@@ -65,7 +65,7 @@ def test_an_interrupted_run_opens_with_a_banner(tmp_path: Path):
     key = made.run_record(made.study())["key"]
     rows = made.rows(made.study())
     for part in (rows[300:350], rows[:60]):
-        store.write(folder / "shards", key, part)
+        results.write_shard(folder / "shards", key, part)
     opened = open_results(folder)
     assert opened.found.rows.height == 110
     # In the study's order, whatever order the shards lie in.

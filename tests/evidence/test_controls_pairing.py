@@ -8,7 +8,7 @@ import pytest
 from jaxsteer.evidence import controls
 from jaxsteer.study import conditions, spec
 from jaxsteer.study.record import RunRecord
-from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf
+from jaxsteer.study.spec import AddSpec, ConditionSpec
 from tests.receipt import made
 from tests.study.stand_ins import compiled
 
@@ -57,9 +57,7 @@ def test_a_control_of_a_norm_that_no_condition_has_takes_the_first_of_its_shape(
     longer = ConditionSpec(
         name="long",
         random_seeds=[1],
-        ops=[
-            AddSpec(direction="random", at="steer", unit="dose", norm=NormOf(direction="refusal"))
-        ],
+        ops=[AddSpec(direction="random", at="steer", unit="dose", norm_of="refusal")],
     )
     study = msgspec.structs.replace(study, condition=[*study.condition, longer])
     assert treated(study, "long", "random") == "persona"

@@ -7,7 +7,7 @@ import pytest
 
 from jaxsteer.evidence import claims, findings
 from jaxsteer.evidence.findings import Finding
-from jaxsteer.study.spec import AddSpec, ConditionSpec, NormOf, ProjectSpec
+from jaxsteer.study.spec import AddSpec, ConditionSpec, ProjectSpec
 from tests.receipt import made
 
 NEUTRAL = ConditionSpec(
@@ -34,7 +34,7 @@ MATCHED = ConditionSpec(
             at="steer+2",
             scale=-1.0,
             unit="dose",
-            norm=NormOf(direction="persona"),
+            norm_of="persona",
         ),
     ],
 )

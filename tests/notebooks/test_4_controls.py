@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxsteer.study import store
+from jaxsteer.study import results
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 from tests.receipt import made
 
@@ -112,6 +112,6 @@ def test_an_interrupted_run_is_shown_as_far_as_it_got(tmp_path, folder):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "run.json").write_text((folder / "run.json").read_text())
-    store.write(unfinished / "shards", run["key"], made.rows(made.study()).head(100))
+    results.write_shard(unfinished / "shards", run["key"], made.rows(made.study()).head(100))
     done = script(unfinished)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

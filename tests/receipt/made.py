@@ -20,7 +20,7 @@ from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import rules
 from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.study import record, results
-from jaxsteer.study.layer_expr import resolve_layers
+from jaxsteer.study.conditions import resolve_layers
 from jaxsteer.study.spec import (
     AddSpec,
     ClaimSpec,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxsteer.directions.direction import Direction
-from jaxsteer.study import conditions, layer_expr
+from jaxsteer.study import conditions
 from jaxsteer.study.record import Add, Condition
 from jaxsteer.study.spec import StudySpec
 
@@ -28,9 +28,9 @@ def directions(found: Sequence[Condition], n_layers: int) -> dict[str, Direction
 def compiled(study: StudySpec, n_layers: int = 32) -> list[Condition]:
     """A study's conditions as a run records them, steered at block 17."""
     named = {"steer": 17, "refusal": 14} | {
-        name: layer if isinstance(layer, int) else layer_expr.depth(layer, n_layers)
+        name: layer if isinstance(layer, int) else conditions.depth(layer, n_layers)
         for name, layer in study.layers.items()
     }
     found = conditions.conditions(study, named, study.dose or 1.0, n_layers)
-    arrays = conditions.stacked(found, directions(found, n_layers), n_layers=n_layers, d_model=8)
+    arrays = conditions.stacked(found, directions(found, n_layers), (n_layers, 8))
     return conditions.mark_cancelling(found, arrays)

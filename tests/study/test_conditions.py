@@ -24,7 +24,7 @@ def directions(seed=0):
 
 def by_name(study):
     found = conditions.conditions(study, NAMED, 4.0, L)
-    arrays = conditions.stacked(found, directions(), n_layers=L, d_model=D)
+    arrays = conditions.stacked(found, directions(), (L, D))
     return {c.name: c for c in conditions.mark_cancelling(found, arrays)}
 
 
@@ -166,37 +166,6 @@ ops = [{ add = "persona", at = "5", scale = 2.0 }, { project = "persona", at = "
     assert list(compiled(tmp_path, text)) == ["alone", "a", "b", "c", "b, unsteered"]
 
 
-@pytest.mark.parametrize(("layer", "taken"), [("6", False), ("7", True)])
-def test_a_condition_may_have_a_twins_name_only_when_it_is_that_twin(tmp_path, layer, taken):
-    text = f"""
-[[condition]]
-name = "out"
-ops = [{{ add = "persona", at = "5" }}, {{ project = "persona", at = "6" }}]
-[[condition]]
-name = "out, unsteered"
-ops = [{{ project = "persona", at = "{layer}" }}]
-"""
-    if taken:
-        with pytest.raises(UserError, match=r"'out, unsteered' is .* twin of 'out'"):
-            compiled(tmp_path, text)
-    else:
-        assert list(compiled(tmp_path, text)) == ["out", "out, unsteered"]
-
-
-def test_a_condition_may_not_have_the_name_that_claims_use_for_twins_of_repeats(tmp_path):
-    text = """
-[[condition]]
-name = "out"
-scales = [1.0, 2.0]
-ops = [{ add = "persona", at = "5", scale = "each" }, { project = "persona", at = "6" }]
-[[condition]]
-name = "out, unsteered"
-ops = [{ project = "persona", at = "7" }]
-"""
-    with pytest.raises(UserError, match=r"'out, unsteered' is .* twin of 'out x1'"):
-        compiled(tmp_path, text)
-
-
 def test_every_mode_has_its_twin_even_when_two_have_the_same_text(tmp_path):
     (tmp_path / "empty.toml").write_text('name = "empty"\nversion = "1"\ntext = ""\n')
     path = tmp_path / "mine.toml"
@@ -228,3 +197,40 @@ def test_the_paper_studies_compile_for_their_models_with_every_condition_of_the_
     assert len([n for n in names if n.startswith("persona, random out at 22 #")]) >= 20
     cancelling = [condition.name for condition in compiled if condition.cancels_steering]
     assert cancelling == ["persona, out at steering layer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7", (7,)),
+        ("steer", (5,)),
+        ("steer+2", (7,)),
+        ("steer+1..last", (6, 7, 8, 9)),
+        ("2..4", (2, 3, 4)),
+        ("2,4", (2, 4)),
+        ("1,steer..last", (1, 5, 6, 7, 8, 9)),
+    ],
+)
+def test_layer_expressions(text, expected):
+    assert conditions.resolve_layers(text, NAMED, L, "test") == expected
+
+
+@pytest.mark.parametrize("name", ["late2", "late-two", "late_2", "Late", "spät"])
+@pytest.mark.parametrize(("offset", "expected"), [("", 6), ("+1", 7), ("-2..last", 4)])
+def test_a_layer_may_have_any_name_that_a_study_may_give_it(name, offset, expected):
+    assert conditions.resolve_layers(name + offset, {name: 6}, L, "test")[0] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-1", "steer+9", "10", "nowhere", "steer*2", "", "4..2", "2,,3", "²", "9" * 5000, "last-²"],
+)
+def test_layers_that_do_not_exist_are_refused(text):
+    with pytest.raises(UserError, match="test"):
+        conditions.resolve_layers(text, NAMED, L, "test")
+
+
+@pytest.mark.parametrize("text", ["2-4", "1,2-4"])
+def test_a_window_written_with_a_hyphen_is_refused_with_the_right_spelling(text):
+    with pytest.raises(UserError, match=r"write a window as 2\.\.4$"):
+        conditions.resolve_layers(text, NAMED, L, "test")

@@ -6,7 +6,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.study import record
-from jaxsteer.study.record import Add, Cap, Project
+from jaxsteer.study.record import Add, Project
 from tests.receipt import made
 
 
@@ -71,10 +71,6 @@ def test_a_damaged_record_is_one_line_that_names_the_field(folder, path, value, 
         ),
         (Project(direction="p", layers=(1, 3, 4)), "project p at resid_post.1, resid_post.3..4"),
         (Project(direction="p", layers=(0, 1), everywhere=True), "project p everywhere"),
-        (
-            Cap(direction="p", layers=(3,), high=2.0, tap="resid_mid"),
-            "cap p at resid_mid.3, at most 2",
-        ),
     ],
 )
 def test_operations_have_words(operation, words):

@@ -17,7 +17,7 @@ from jaxsteer.generation import engine as rows
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import results, run, spec, store
+from jaxsteer.study import results, run, spec
 from tests import tiny
 
 
@@ -96,7 +96,7 @@ def test_a_projection_leaves_no_persona_at_its_layer(finished):
 def test_an_interrupted_run_continues_to_the_same_table(model, study, tmp_path, finished):
     out = tmp_path / "results"
     written = []
-    write = store.write
+    write = results.write_shard
 
     class Stop(Exception):
         pass
@@ -108,7 +108,7 @@ def test_an_interrupted_run_continues_to_the_same_table(model, study, tmp_path, 
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "write", stop_after_three)
+        patch.setattr(results, "write_shard", stop_after_three)
         with pytest.raises(Stop):
             run.run_study(study, model, out)
     with pytest.raises(UserError, match="unfinished"):
@@ -154,7 +154,7 @@ def test_an_error_raised_while_rows_are_closed_reaches_the_caller(model, tmp_pat
         raise OSError("disk full")
 
     monkeypatch.setattr(rows, "run", stopped_at_its_end)
-    monkeypatch.setattr(store, "write", full)
+    monkeypatch.setattr(results, "write_shard", full)
     with pytest.raises(BaseException) as raised:
         run.run_study(study, model, tmp_path / "results")
     seen, found = raised.value, []
@@ -198,26 +198,6 @@ def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
     assert (out / "responses.parquet").read_bytes() == before
     run.run_study(changed, model, out, fresh=True)
     assert results.load(out).spec == changed
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ([("batch = 4", "batch = 8")], r"study\.decoding\.batch"),
-        ([("scale = 4.0", "scale = 5.0")], r"study\.condition\['random'\]\.ops\[0\]\.scale"),
-        ([("dose = 3.0\n", "dose = 3.0\nabout = 'x'\n")], r"study\.about"),
-        (
-            [('name = "baseline"\n', 'name = "plain"\n'), ('= "baseline"', '= "plain"')],
-            "and .* more",
-        ),
-    ],
-)
-def test_a_changed_study_is_refused_naming_its_first_keys_that_differ(
-    model, first, tmp_path, changes, named
-):
-    changed = spec.load(tiny.study_file(tmp_path, *changes))
-    with pytest.raises(UserError, match=rf"\(study differ\): .*{named}; choose"):
-        run.run_study(changed, model, first)
 
 
 def test_a_trait_that_was_edited_after_the_run_is_refused_and_no_file_touched(model, tmp_path):
@@ -333,13 +313,13 @@ def test_a_process_without_rows_leaves_the_results_alone(model, first, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new"),
     [
-        ("scale = 4.0", "scale = 5.0", "started for another run than process 0"),
-        ("dose = 3.0", "dose = 2.0", "does not find in .* what process 0 prepared"),
+        ("scale = 4.0", "scale = 5.0"),
+        ("dose = 3.0", "dose = 2.0"),
     ],
 )
-def test_a_process_asked_for_another_run_is_refused(model, first, tmp_path, old, new, said):
+def test_a_process_asked_for_another_run_is_refused(model, first, tmp_path, old, new):
     other = spec.load(tiny.study_file(tmp_path, (old, new)))
-    with pytest.raises(UserError, match=f"process 1 .*{said}"):
+    with pytest.raises(UserError, match=r"process 1 does not find in .* what process 0 prepared"):
         run.run_study(other, model, first, hosts=SECOND)

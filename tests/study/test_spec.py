@@ -25,6 +25,7 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         ('name = "smollm2-demo"', 'name = "../demo"', r"\$\.name"),
         ('name = "baseline"', 'name = "persona"', "twice"),
         ('name = "restoration late"', 'name = "suppression"', "twice"),
+        ('name = "neutral persona"', 'name = "x, unsteered"', "a name that is kept for automatic"),
         ('add = "persona"', 'add = "charm"', "names 'charm', an unknown direction"),
         ('control = "baseline"', 'control = "base"', "names 'base'"),
         ('treated = "persona", control = "refusal"', 'treated = "x", control = "refusal"', "'x'"),
@@ -133,9 +134,9 @@ def test_a_malformed_study_names_the_key(tmp_path, old, new, message):
         ),
         ("", '{ project = "persona", at = "3", scale = 2.0 }', "unknown field `scale`"),
         ("", '{ project = "persona", at = "3", norm_of = "refusal" }', "unknown field `norm_of`"),
-        ("", '{ add = "persona", at = "3", norm_at = "3" }', "missing required field `direction`"),
+        ("", '{ add = "persona", at = "3", norm_at = "3" }', "has a norm_at without norm_of"),
         ("", '{ add = "persona", at = "3", measured_at = "4,5" }', r"ops\[0\]\.measured_at"),
-        ("", '{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }', "norm.at"),
+        ("", '{ add = "persona", at = "3", norm_of = "refusal", norm_at = "4..9" }', "norm_at"),
         ("scales = [1.0]", '{ project = "persona", at = "3" }', "'c' needs both scales"),
         (
             "random_seeds = [1]",
@@ -160,9 +161,9 @@ def test_operations_are_read_into_what_they_do(tmp_path):
   { project = "persona", everywhere = true },
 ]"""
     path.write_text(DEMO.replace("[[claim]]", f'[[condition]]\nname = "c"\n{ops}\n[[claim]]', 1))
-    norm = spec.NormOf(direction="persona", at="steer")
+    norm = {"norm_of": "persona", "norm_at": "steer"}
     assert spec.load(path).condition[-1].ops == [
-        spec.AddSpec(direction="refusal", at="7", scale=-1.0, unit="dose", norm=norm),
+        spec.AddSpec(direction="refusal", at="7", scale=-1.0, unit="dose", **norm),
         spec.AddSpec(direction="persona", at="2..4", scale=2.0, measured_at="steer"),
         spec.ProjectSpec(direction="persona", at=None),
     ]

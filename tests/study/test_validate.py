@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import jax
 import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import cost, run, selection, spec, validate
+from jaxsteer.study import results, run, selection, spec, validate
 from tests import tiny
 
 DIRECTION = 'persona = { kind = "trait", trait = "compliant" }\n'
@@ -29,9 +30,7 @@ def claimed(control, expect):
 WRONG = {
     "misspelt trait": ([('"compliant"', '"complaint"')], "no trait complaint"),
     "layer in a condition": ([('at = "late"', 'at = "17"')], r"'persona, out'.*resid_post\.17"),
-    "named layer": ([("late = 1.0", "late = 7")], r"layers\.late is 7"),
-    "no selection": ([OPEN], r"choice of dose needs \[selection\]"),
-    "refusal without selection": ([REFUSAL], r"choice of refusal needs \[selection\]"),
+    "named layer": ([("late = 1.0", "late = 7")], r"layers\.late: unknown layer resid_post\.7"),
     "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* HarmBench prompts"),
     "long replies": ([("new_tokens = 6", "new_tokens = 512")], "lower it"),
     "long replies in selection": (
@@ -87,7 +86,7 @@ def test_a_study_the_model_cannot_run_is_refused_before_anything_is_made(model, 
 def test_planning_refuses_what_running_refuses(model, tmp_path, name):
     changes, message = WRONG[name]
     with pytest.raises(UserError, match=message):
-        cost.plan(spec.load(tiny.study_file(tmp_path, *changes)), model)
+        validate.plan(spec.load(tiny.study_file(tmp_path, *changes)), model)
 
 
 def test_every_process_refuses_it_by_itself(model, tmp_path):
@@ -143,3 +142,21 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
     else:
         with pytest.raises(UserError, match="there is no condition"):
             validate.study(study, model, {})
+
+
+def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
+    study = spec.load(tiny.study_file(tmp_path))
+    planned = validate.plan(study, model)
+    summary = run.run_study(study, model, tmp_path / "results")
+    table = results.load(tmp_path / "results").rows
+    assert planned.rows == sum(entry["n"] for entry in summary) == table.height
+    assert planned.conditions == len({entry["condition"] for entry in summary})
+    assert planned.new_tokens >= table["n_tokens"].sum()
+    assert 0 < planned.own_tokens < planned.prompt_tokens
+    assert planned.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert planned.open_choices == []
+
+
+def test_a_plan_says_what_is_still_to_choose(model):
+    planned = validate.plan(spec.load("mode-audit"), model)
+    assert planned.open_choices == ["steer", "dose", "refusal"]
