@@ -131,7 +131,7 @@ def conditions(
         for scale, seed in itertools.product(scales, seeds):
             name = condition_name(item.name, mode, scale, seed)
             where = f"study {spec.name}, condition {name!r}"
-            place = {"named": layers, "n_layers": n_layers, "where": where}
+            place: dict[str, Any] = {"named": layers, "n_layers": n_layers, "where": where}
             resolve = functools.partial(resolve_layers, **place)
             units = {"norm": 1.0, "dose": dose, "each": scale or 0.0}
             made = tuple(_operation(op, seed, units, resolve) for op in item.ops)

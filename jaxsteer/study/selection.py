@@ -27,6 +27,7 @@ from jaxsteer.model.interventions import (
     Add,
     Interventions,
     Operation,
+    Scope,
     compile_conditions,
     everywhere,
 )
@@ -158,7 +159,8 @@ def choose_refusal(
 
 def _compiled(model: ChatModel, cells: Sequence[Sequence[Operation]]) -> Interventions:
     """The operations of all cells as arrays; they steer all tokens."""
-    config, scopes = model.config, ["all"] * len(cells)
+    config = model.config
+    scopes: list[Scope] = ["all"] * len(cells)
     return compile_conditions(cells, scopes, n_layers=config.n_layers, d_model=config.d_model)
 
 
