@@ -15,16 +15,16 @@ import numpy as np
 import polars as pl
 
 from jaxsteer.data import prompts as material
-from jaxsteer.data.wheels import cache_dir
-from jaxsteer.directions import extraction, notation
+from jaxsteer.data.wheels import cache_dir, use_compile_cache
+from jaxsteer.directions import extraction
 from jaxsteer.directions.direction import Direction, check_model, random_like
+from jaxsteer.directions.direction import layers as read_layers
 from jaxsteer.directions.direction import load as load_directions
 from jaxsteer.errors import UserError
 from jaxsteer.files import stable_id
 from jaxsteer.generation import engine, stepwise
-from jaxsteer.generation.compile_cache import use_compile_cache
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.requests import Reply, Request, shared_lengths
-from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.judges.labels import label
 from jaxsteer.model import chat_model, sharding
 from jaxsteer.model.chat_model import ChatModel
@@ -393,4 +393,4 @@ def cap(
 
 
 def _layers(at: Layers) -> tuple[int, ...]:
-    return notation.layers(at) if isinstance(at, int | str) else tuple(at)
+    return read_layers(at) if isinstance(at, int | str) else tuple(at)

@@ -15,11 +15,11 @@ with app.setup:
     import marimo as mo
 
     from jaxsteer.data import prompts
+    from jaxsteer.data.wheels import use_compile_cache
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import lesson
     from jaxsteer.evidence.charts import marks, steering
     from jaxsteer.evidence.charts.steering import plane
-    from jaxsteer.generation.compile_cache import use_compile_cache
     from jaxsteer.model.chat_model import ChatModel
     from jaxsteer.words import percent, signed
 

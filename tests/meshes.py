@@ -26,9 +26,9 @@ import numpy as np
 
 from jaxsteer.directions import activations
 from jaxsteer.generation import decode
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request, run
 from jaxsteer.generation.prefill import Prefix
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions

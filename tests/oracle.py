@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from jaxsteer.generation import engine
-from jaxsteer.generation.sampling import Decoding
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,

@@ -25,7 +25,7 @@ import torch
 
 from jaxsteer.directions import activations
 from jaxsteer.files import write_text
-from jaxsteer.generation import padding
+from jaxsteer.generation.requests import bucket, left_pad
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Operation, Project
@@ -131,8 +131,8 @@ def prefill(
     model: ChatModel, prompts: Sequence[Sequence[int]], operations: Sequence[Operation]
 ) -> list[np.ndarray]:
     """Our logits after every prompt token, from one left-padded batch."""
-    width = padding.bucket(max(map(len, prompts)), 4096)
-    ids, real = padding.left_pad([list(p) for p in prompts], width)
+    width = bucket(max(map(len, prompts)), 4096)
+    ids, real = left_pad([list(p) for p in prompts], width)
     none = np.zeros((len(prompts), 0, width), np.float32)
     stacked = oracle.compiled(model, [operations]).rows(np.zeros(len(prompts), int))
     _, logits = activations.read(

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.generation import stepwise
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Realised
 from jaxsteer.model.interventions import Interventions

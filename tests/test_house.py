@@ -15,10 +15,10 @@ from tests import weigh
 # Code lines. The aim is a core of 4,500, a package of 11,500 and 80 files; these numbers are what
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
-CORE = 5175
-WHOLE = 12140
+CORE = 4825
+WHOLE = 11740
 MODULE = 350
-FILES = 103
+FILES = 83
 
 # A module may import from its own group and from those above it.
 GROUPS = (

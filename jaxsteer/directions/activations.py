@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import padding
 from jaxsteer.generation.layer_sharing import run_prefixes
 from jaxsteer.generation.prefill import Prefix, take
+from jaxsteer.generation.requests import bucket, left_pad
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind, empty_cache
@@ -95,7 +95,7 @@ def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int
     """Group row indices by bucket: yields (bucket width, at most `size` indices)."""
     by_width: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        by_width.setdefault(padding.bucket(length, limit), []).append(index)
+        by_width.setdefault(bucket(length, limit), []).append(index)
     for width in sorted(by_width):
         members = by_width[width]
         for start in range(0, len(members), size):
@@ -163,21 +163,19 @@ def forward(
     """
     config = model.config
     responses = [[]] * len(prompts) if responses is None else responses
-    lengths = (len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    padding.check_lengths(lengths, config.max_position)
+    for prompt, response in zip(prompts, responses, strict=True):
+        bucket(len(prompt) + len(response), config.max_position)
     prefix, prefix_of = None, [0] * len(prompts)
     if shared is not None:
-        prefixes = [tuple(p[:n]) for p, n in zip(prompts, shared, strict=True)]
-        numbers = {tokens: number for number, tokens in enumerate(dict.fromkeys(prefixes))}
-        prefix_of = [numbers[tokens] for tokens in prefixes]
-        prefix = run_prefixes(model, list(numbers), [condition] * len(numbers), interventions)
+        asked_of = [(tuple(p[:n]), condition) for p, n in zip(prompts, shared, strict=True)]
+        prefix, prefix_of = run_prefixes(model, asked_of, interventions)
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     steered = None if interventions is None else interventions.rows(np.full(BATCH, condition))
     taps = ("resid_post",) if asked else ()
     for width, members in batches([len(r) for r in rows], config.max_position, BATCH):
         filler = BATCH - len(members)
-        tokens, real = padding.left_pad([rows[i] for i in members] + [[]] * filler, width)
+        tokens, real = left_pad([rows[i] for i in members] + [[]] * filler, width)
         weights = np.zeros((BATCH, len(asked), width), np.float32)
         for slot, i in enumerate(members):
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)

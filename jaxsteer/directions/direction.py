@@ -2,13 +2,19 @@
 
 A direction is float32 [n_layers, d_model], one vector per block at `resid_post`, with the natural
 norm of a difference of means. `extraction` makes directions.
+
+Layers and interventions are written `21`, `22..29`, `compliant@21x4`, `compliant@22..29`. On the
+command line an intervention is `NAME@LAYERS`. A strength is `x4` (multiples of the direction's
+natural norm) or `x0.2r` (share of the mean residual norm at that layer, from the direction's
+provenance).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +25,13 @@ from safetensors.numpy import save_file
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, canonical_json, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Layers
+from jaxsteer.model.interventions import Add, Layers, Operation, Project
 
 FORMAT = "jaxsteer-directions-1"
 # Names that `--steer NAME@LAYERxSCALE` can hold.
 NAME = r"[\w.-]+"
+# Few digits, because windows are written out before any model says how many layers it has.
+LAYERS = r"[0-9]{1,4}(?:(?:\.\.|-)[0-9]{1,4})?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -160,3 +168,113 @@ def check_model(direction: Direction, model: ChatModel, where: str) -> None:
             f"{where}: direction {direction.name!r} was extracted from other weights "
             f"({str(made_on)[:12]}, this model is {model.weights_sha256[:12]}); extract it again"
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One parsed intervention.
+
+    Attributes:
+      name: direction name.
+      layers: 0-based blocks, applied at `resid_post`.
+      scale: strength of an addition; None is a projection.
+      relative: whether `scale` is a share of the residual norm.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    scale: float | None = None
+    relative: bool = False
+
+
+def ends(window: str) -> tuple[str, str]:
+    """First and last layer of a window, as they are written; a single layer is both.
+
+    >>> ends("22..29"), ends("steer+1")
+    (('22', '29'), ('steer+1', 'steer+1'))
+    """
+    first, dots, last = window.partition("..")
+    return first, last if dots else first
+
+
+def spelling(text: str) -> str:
+    """The end of a message about layers: how to spell a window that is written with a hyphen.
+
+    >>> spelling("22-29")
+    '; write a window as 22..29'
+    """
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
+    return f"; write a window as {match[1]}..{match[2]}" if match else ""
+
+
+def layers(at: int | str) -> tuple[int, ...]:
+    """The 0-based layers of `21`, or of the window `22..29` with both ends.
+
+    Raises:
+      UserError: another text, or a window that ends before it starts.
+    """
+    text = str(at)
+    if not re.fullmatch(LAYERS, text) or "-" in text:
+        mend = spelling(text) or "; write one layer as 21, a window as 22..29"
+        raise UserError(f"cannot read layers {text!r}{mend}")
+    first, last = map(int, ends(text))
+    if last < first:
+        raise UserError(f"layers {text} end before they start; swap them")
+    return tuple(range(first, last + 1))
+
+
+def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
+    """Parse both options.
+
+    Raises:
+      UserError: text that is not of the form shown above.
+    """
+    where, strength = rf"({NAME})@({LAYERS})", r"x(-?[0-9]{1,9}(?:\.[0-9]+)?)(r?)"
+    asked = []
+    for option, form, example, pattern, texts in (
+        ("--steer", "NAME@LAYERxSCALE", "compliant@21x4", where + strength, steer),
+        ("--project", "NAME@LAYERS", "compliant@22..29", where, project),
+    ):
+        for text in texts:
+            match = re.fullmatch(pattern, text)
+            if not match:
+                raise UserError(f"cannot read {option} {text!r}; write {form}, e.g. {example}")
+            name, at, *amount = match.groups()
+            scale, relative = (float(amount[0]), amount[1] == "r") if amount else (None, False)
+            asked.append(Asked(name=name, layers=layers(at), scale=scale, relative=relative))
+    return asked
+
+
+def operations(asked: Sequence[Asked], found: Mapping[str, Direction]) -> list[Operation]:
+    """The asked operations, with directions looked up by name.
+
+    Raises:
+      UserError: an unknown direction, or a relative strength without recorded residual norms.
+    """
+    made: list[Operation] = []
+    for item in asked:
+        if item.name not in found:
+            raise UserError(
+                f"no direction {item.name!r} in the directions file; it has "
+                f"{', '.join(found) or 'none'}; make one with `jaxsteer extract {item.name}`"
+            )
+        direction = found[item.name]
+        if item.scale is None:
+            made.append(Project(directions=(direction.vectors,), layers=item.layers))
+            continue
+        for layer in item.layers:
+            scale = item.scale
+            if item.relative:
+                scale *= _norm_ratio(direction, layer)
+            made.append(Add(direction=direction.vectors, layers=(layer,), scale=scale))
+    return made
+
+
+def _norm_ratio(direction: Direction, layer: int) -> float:
+    norms = direction.provenance.get("residual_norm")
+    if not norms or layer >= len(norms):
+        raise UserError(
+            f"direction {direction.name!r} records no residual norm at resid_post.{layer}; "
+            "give the strength in natural norms, e.g. x4"
+        )
+    return float(norms[layer]) / float(np.linalg.norm(direction.vectors[layer]))

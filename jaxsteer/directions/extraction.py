@@ -57,11 +57,8 @@ class Trait(Kind, frozen=True, kw_only=True, tag="trait"):
     position: Position = "prompt_end"
 
 
-class UserPersona(Kind, frozen=True, kw_only=True, tag="user-persona"):
+class UserPersona(Trait, frozen=True, kw_only=True, tag="user-persona"):
     """How the model reads a *user* who shows a trait; fields as in `Trait`."""
-
-    trait: str
-    position: Position = "prompt_end"
 
 
 class Refusal(Kind, frozen=True, kw_only=True, tag="refusal"):
@@ -128,10 +125,10 @@ def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
       UserError: no such trait or policy.
     """
     match kind:
-        case Trait():
-            made = trait_contrast(prompts.trait(kind.trait), kind.position)
         case UserPersona():
             made = user_contrast(prompts.trait(kind.trait), kind.position)
+        case Trait():
+            made = trait_contrast(prompts.trait(kind.trait), kind.position)
         case Refusal():
             n, skipped = settings.refusal_prompts, settings.skipped
             harmful = prompts.sample(prompts.harmbench(), n, SPLIT_SEED)
@@ -293,13 +290,9 @@ def _wanted(text: str, found: Mapping[str, Direction]) -> tuple[str, InStudy | R
 def _outdated(known: Direction, model: ChatModel, kind: Kind | None, settings: Settings) -> bool:
     if not isinstance(kind, FromChats):
         return False
-    made_of = contrast(kind, settings)
-    wanted = {
-        "source_sha256": made_of.source_sha256,
-        "position": made_of.position,
-        "tokenizer_sha256": model.tokenizer_sha256,
-    }
-    return any(known.provenance.get(key) != value for key, value in wanted.items())
+    made_of, keys = contrast(kind, settings), ("source_sha256", "position", "tokenizer_sha256")
+    wanted = [made_of.source_sha256, made_of.position, model.tokenizer_sha256]
+    return [known.provenance.get(key) for key in keys] != wanted
 
 
 def trait_contrast(trait: prompts.Trait, position: Position = "prompt_end") -> Contrast:

@@ -18,10 +18,10 @@ from jaxsteer.directions.activations import Position
 from jaxsteer.errors import UserError
 from jaxsteer.files import stable_id
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.requests import shared_lengths
-from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Layers, compile_conditions
+from jaxsteer.model.interventions import Layers
 
 # How replies are sampled, as in persona vectors (Chen et al. 2025).
 SAMPLED = {"temperature": 1.0, "top_p": 0.95}
@@ -96,20 +96,17 @@ class Samples:
 class Mean:
     """A streamed mean in float64: add samples in any order, with the memory of one."""
 
-    def __init__(self) -> None:
-        self.total: np.ndarray | None = None
-        self.count = 0
+    total: Float[np.ndarray, ...] | float = 0.0
+    count = 0
 
-    def add(self, value: np.ndarray) -> None:
+    def add(self, value: Float[np.ndarray, ...]) -> None:
         """Add one sample."""
-        wide = np.asarray(value, np.float64)
-        self.total = wide.copy() if self.total is None else self.total + wide
+        self.total = self.total + value.astype(np.float64)
         self.count += 1
 
-    def value(self) -> np.ndarray:
+    def value(self) -> Float[np.ndarray, ...]:
         """The mean of the added samples, of which there is at least one."""
-        assert self.total is not None
-        return self.total / self.count
+        return np.asarray(self.total / self.count)
 
 
 def difference_weights(
@@ -134,9 +131,6 @@ def sample_replies(
 
     `shared` is the number of leading tokens of each prompt that are run once (see `prefix`).
     """
-    plain = compile_conditions(
-        [[]], ["all"], n_layers=model.config.n_layers, d_model=model.config.d_model
-    )
     shared = [0] * len(prompts) if shared is None else shared
     requests = [
         engine.Request(tokens=p, row_id=stable_id(*map(str, p)), shared=n)
@@ -145,9 +139,9 @@ def sample_replies(
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos, sample=True)
     replies: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(seed=seed, **SAMPLED)
-    for batch in engine.run(model, requests, plain, decoding, sampling=sampling):
+    for batch in engine.run(model, requests, None, decoding, sampling=sampling):
         for reply in batch:
-            replies[reply.index] = [int(t) for t in reply.tokens]
+            replies[reply.index] = reply.tokens.tolist()
     return replies
 
 
@@ -211,12 +205,10 @@ def gather(model: ChatModel, contrast: Contrast) -> Samples:
     """
     found = sorted(stream(model, contrast), key=lambda sample: sample[0].units)
     chats = [chat for chat, _ in found]
+    units = np.array([chat.units for chat in chats])
     return Samples(
         values=np.stack([state for _, state in found]),
         positive=np.array([chat.group == 0 for chat in chats]),
-        units={
-            name: np.array([chat.units[u] for chat in chats])
-            for u, name in enumerate(contrast.units)
-        },
+        units=dict(zip(contrast.units, units.T, strict=True)),
         labelled=contrast.units[0],
     )

@@ -26,7 +26,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import Trait, extract
 from jaxsteer.errors import UserError
 from jaxsteer.generation import stepwise
-from jaxsteer.generation.sampling import Decoding
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.stepwise import Reading
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (

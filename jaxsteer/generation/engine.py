@@ -30,13 +30,12 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import decode, layer_sharing, packing, padding, prefill
-from jaxsteer.generation.decode import DecodeState
+from jaxsteer.generation import decode, layer_sharing, prefill
+from jaxsteer.generation.decode import DecodeState, Decoding, Sampling
 from jaxsteer.generation.layer_sharing import Prompts
-from jaxsteer.generation.packing import PackedPrompts
 from jaxsteer.generation.requests import Reply as Reply
 from jaxsteer.generation.requests import Request as Request
-from jaxsteer.generation.sampling import Decoding, Sampling
+from jaxsteer.generation.requests import bucket, pack
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Params
@@ -93,30 +92,6 @@ def count_loops(slots: int, params: Params) -> int:
     return 2 if one_cpu and slots % 2 == 0 and slots // 2 >= LEAST_SLOTS else 1
 
 
-def pack(requests: Sequence[Request], limit: int) -> PackedPrompts:
-    """Pack the requests' own tokens, without their prefixes.
-
-    Packed together are prompts that run under the same conditions and start with the same prefix.
-    So a packed sequence has one prefix per condition, and no prompt is run where it was not asked
-    for.
-
-    Args:
-      requests: all rows of a run.
-      limit: most tokens of a prompt.
-
-    Raises:
-      UserError: a prompt that is too long.
-    """
-    asked: dict[tuple[int, ...], set[int]] = {}
-    for request in requests:
-        asked.setdefault(tuple(request.tokens), set()).add(request.condition)
-    return packing.pack(
-        [request.own for request in requests],
-        [(request.prefix, tuple(sorted(asked[tuple(request.tokens)]))) for request in requests],
-        limit,
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
     """What every loop of a run reads.
@@ -139,7 +114,7 @@ class _Job:
 def run(
     model: ChatModel,
     requests: Sequence[Request],
-    interventions: Interventions,
+    interventions: Interventions | None,
     decoding: Decoding,
     *,
     probes: Float[np.ndarray, "layer probe d_model"] | None = None,
@@ -152,7 +127,7 @@ def run(
     Args:
       model: the model to run.
       requests: all rows, also those to skip: they decide sizes and what is shared.
-      interventions: stacked conditions, host arrays.
+      interventions: stacked conditions, host arrays; None for one that leaves the model alone.
       decoding: static decoding settings.
       probes: unit directions whose projections are recorded; None for none.
       sampling: dynamic sampling settings, unread when greedy.
@@ -168,9 +143,9 @@ def run(
     todo = [i for i in range(len(requests)) if i not in skip]
     if not todo:
         return
-    if probes is None:
-        probes = prefill.no_probes(model.config.n_layers, model.config.d_model)
-    prompts = _prompts(model, requests, interventions, probes, limit)
+    prompts = layer_sharing.with_prefixes(
+        layer_sharing.prompts_of(model, requests, pack(requests, limit), interventions, probes)
+    )
     prefix = 0 if prompts.prefixes is None else prompts.prefixes.real.shape[1]
     longest = max(len(request.own) for request in requests)
     batch = slots_for(batch, len(requests), sharding.data_size(model.mesh))
@@ -192,8 +167,8 @@ def run(
 
 
 def _check(requests: Sequence[Request], limit: int) -> None:
-    padding.check_lengths((len(request.tokens) for request in requests), limit)
     for index, request in enumerate(requests):
+        bucket(len(request.tokens), limit)
         if not request.tokens:
             raise UserError(f"request {index} has no tokens; a prompt needs at least one")
         if not request.own:
@@ -201,33 +176,6 @@ def _check(requests: Sequence[Request], limit: int) -> None:
                 f"row {request.row_id} shares all {len(request.tokens)} of its tokens; leave at "
                 "least one out of its prefix"
             )
-
-
-def _prompts(
-    model: ChatModel,
-    requests: Sequence[Request],
-    interventions: Interventions,
-    probes: Float[np.ndarray, "layer probe d_model"],
-    limit: int,
-) -> Prompts:
-    """Pack the prompts, and run every distinct prefix once."""
-    prompts = Prompts(
-        model=model,
-        requests=requests,
-        interventions=interventions,
-        probes=probes,
-        packed=pack(requests, limit),
-    )
-    if not any(request.shared for request in requests):
-        return prompts
-    of_row = [(request.prefix, request.condition) for request in requests]
-    index = {distinct: number for number, distinct in enumerate(dict.fromkeys(of_row))}
-    tokens, conditions = zip(*index, strict=True)
-    return dataclasses.replace(
-        prompts,
-        prefixes=layer_sharing.run_prefixes(model, tokens, conditions, interventions, probes),
-        prefix=[index[distinct] for distinct in of_row],
-    )
 
 
 def _shares(prompts: Prompts, rows: Sequence[int], count: int) -> list[list[int]]:
@@ -288,14 +236,13 @@ def _loop(job: _Job, rows: Sequence[int]) -> Loop:
 def _read(job: _Job, rows: Sequence[int]) -> Iterator[tuple[DecodeState, list[tuple[int, int]]]]:
     """Read prompts: rows ready to decode, with their places and requests."""
     prompts, model = job.prompts, job.prompts.model
-    settings = job.sampling, job.cache_slots
     by_width: dict[int, list[int]] = {}
     for row in rows:
         by_width.setdefault(prompts.packed.width(row), []).append(row)
     for width in sorted(by_width):
         for some, batch in layer_sharing.read(prompts, by_width[width]):
             yield (
-                prefill.finish(model.definition, job.decoding, model.params, batch, *settings),
+                prefill.finish(model, job.decoding, batch, job.sampling, job.cache_slots),
                 list(enumerate(some)),
             )
 

@@ -19,18 +19,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jaxsteer.generation import packing, prefill
-from jaxsteer.generation.packing import PackedPrompts
+from jaxsteer.generation import prefill
 from jaxsteer.generation.prefill import LayerOutput, Prefix, PromptBatch, SequenceBatch, take
-from jaxsteer.generation.requests import Request
+from jaxsteer.generation.requests import PackedPrompts, Request, one_each
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import blocks_graph
@@ -43,6 +41,10 @@ BATCH = sharding.PROMPT_BATCH
 BATCH_ALONE = 8
 # The width of prefixes is a multiple of this.
 PREFIX_MULTIPLE = 16
+
+# The entry of each output so far that a row was part of.
+Path = tuple[int, ...]
+T = TypeVar("T")
 
 
 def layer_groups(n_layers: int) -> list[tuple[int, int]]:
@@ -86,11 +88,6 @@ def equivalence_classes(interventions: Interventions) -> list[list[int]]:
     return found
 
 
-def entries_at_once(mesh: Mesh | None) -> int:
-    """How many packed sequences, or prefixes, go through a layer group together."""
-    return BATCH_ALONE if mesh is None else BATCH
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prompts:
     """The prompts of a run, and all that reading them takes.
@@ -132,28 +129,40 @@ class Prompts:
         return sharding.place(tree, self.model.config, self.model.mesh)
 
 
+def prompts_of(
+    model: ChatModel,
+    requests: Sequence[Request],
+    packed: PackedPrompts,
+    interventions: Interventions | None = None,
+    probes: Float[np.ndarray, "layer probe d_model"] | None = None,
+) -> Prompts:
+    """The prompts of a run, before its prefixes have been run; see `Prompts`.
+
+    Without interventions the requests have one condition, which leaves the model alone.
+    """
+    config = model.config
+    if interventions is None:
+        n_layers, d_model = config.n_layers, config.d_model
+        interventions = compile_conditions([[]], ["all"], n_layers=n_layers, d_model=d_model)
+    if probes is None:
+        probes = prefill.no_probes(config)
+    return Prompts(
+        model=model,
+        requests=requests,
+        interventions=interventions,
+        probes=probes,
+        packed=packed,
+    )
+
+
+def _parts(listed: list[T], size: int) -> Iterator[list[T]]:
+    """[1, 2, 3] in parts of 2 is [1, 2], [3]."""
+    return (listed[start : start + size] for start in range(0, len(listed), size))
+
+
 def filled(rows: Sequence[int], size: int) -> list[int]:
     """The rows, and the first of them again up to `size`: a batch always has its full shape."""
     return [*rows, *[rows[0]] * (size - len(rows))]
-
-
-# The entry of each output so far that a row was part of.
-Path = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Pending:
-    """Entries that have been through some layers, and wait for the next.
-
-    Attributes:
-      outputs: of the layers so far.
-      entries: the rows of each entry.
-      paths: by row.
-    """
-
-    outputs: list[LayerOutput]
-    entries: list[list[int]]
-    paths: dict[int, Path]
 
 
 def read(
@@ -164,47 +173,59 @@ def read(
     Args:
       prompts: the prompts of a run.
       rows: which to read; their packed sequences have one width.
-      size: entries of a batch; 0 for `entries_at_once`.
+      size: packed sequences that go through a layer group together; 0 for `BATCH_ALONE`, or
+        `BATCH` on a mesh.
 
     Yields:
       At most `BATCH` rows, and what reading them left.
     """
-    size = size or entries_at_once(prompts.model.mesh)
-    groups = layer_groups(prompts.model.config.n_layers)
-    pending = _split(prompts, [], {row: () for row in rows}, size)
-    while pending:
-        outputs, paths = _run(prompts, pending.pop(), size)
-        if len(outputs) <= len(groups):
-            pending += reversed(_split(prompts, outputs, paths, size))
-            continue
-        done = list(paths)
-        for start in range(0, len(done), BATCH):
-            some = done[start : start + BATCH]
-            yield some, _batch(prompts, filled(some, BATCH), outputs, paths)
+    size = size or (BATCH_ALONE if prompts.model.mesh is None else BATCH)
+    yield from _deeper(prompts, [], {row: () for row in rows}, size)
 
 
-def _split(
+def _deeper(
     prompts: Prompts, outputs: list[LayerOutput], paths: dict[int, Path], size: int
-) -> list[_Pending]:
-    """Rows as entries for the next layers, in batches of at most `size`."""
+) -> Iterator[tuple[list[int], PromptBatch]]:
+    """Take rows through the layers that follow `outputs`; arguments as for `_run`."""
+    if len(outputs) > len(layer_groups(prompts.model.config.n_layers)):
+        for some in _parts(list(paths), BATCH):
+            yield some, _batch(prompts, filled(some, BATCH), outputs, paths)
+        return
+    for entries in _parts(_entries(prompts, len(outputs), paths), size):
+        # Held by no variable here, so that memory never holds the outputs of two batches.
+        yield from _deeper(prompts, *_run(prompts, outputs, paths, entries, size), size)
+
+
+def _entries(prompts: Prompts, depth: int, paths: dict[int, Path]) -> list[list[int]]:
+    """The rows of each entry of the next layers, after `depth` outputs."""
     groups = layer_groups(prompts.model.config.n_layers)
-    classes = prompts.classes[groups[len(outputs) - 1][1] if outputs else 0]
+    classes = prompts.classes[groups[depth - 1][1] if depth else 0]
     of_row = {row: classes[prompts.requests[row].condition] for row in paths}
     entries: dict[tuple[int, int], list[int]] = {}
     # Class by class: a full batch is of one class, and fills batches again where that divides.
     for row in sorted(paths, key=of_row.__getitem__):
         entries.setdefault((of_row[row], prompts.packed.sequence[row]), []).append(row)
-    listed = list(entries.values())
-    return [
-        _Pending(outputs=outputs, entries=listed[start : start + size], paths=paths)
-        for start in range(0, len(listed), size)
-    ]
+    return list(entries.values())
 
 
-def _run(prompts: Prompts, batch: _Pending, size: int) -> tuple[list[LayerOutput], dict[int, Path]]:
-    """Run entries through the next layers: all outputs so far, and the paths of the rows."""
-    model, outputs = prompts.model, batch.outputs
-    rows = filled([members[0] for members in batch.entries], size)
+def _run(
+    prompts: Prompts,
+    outputs: list[LayerOutput],
+    paths: dict[int, Path],
+    entries: list[list[int]],
+    size: int,
+) -> tuple[list[LayerOutput], dict[int, Path]]:
+    """Run entries through the next layers: all outputs so far, and the paths of the rows.
+
+    Args:
+      prompts: the prompts of a run.
+      outputs: of the layers so far.
+      paths: by row.
+      entries: the rows of each entry.
+      size: entries of a batch.
+    """
+    model = prompts.model
+    rows = filled([members[0] for members in entries], size)
     tokens, segment_ids = prompts.packed.batch(rows)
     interventions = prompts.interventions_of(rows)
     if not outputs:
@@ -213,8 +234,8 @@ def _run(prompts: Prompts, batch: _Pending, size: int) -> tuple[list[LayerOutput
     else:
         first, last = layer_groups(model.config.n_layers)[len(outputs) - 1]
         stream, prefixes = outputs[-1].stream, prompts.prefixes
-        entries = SequenceBatch(
-            parent=np.array([batch.paths[row][-1] for row in rows], np.int32),
+        batch = SequenceBatch(
+            parent=np.array([paths[row][-1] for row in rows], np.int32),
             segment_ids=segment_ids,
             prefix=prompts.prefixes_of(rows, prefixes and prefixes.layers(first, last)),
             interventions=interventions.layers(first, last),
@@ -223,15 +244,11 @@ def _run(prompts: Prompts, batch: _Pending, size: int) -> tuple[list[LayerOutput
             blocks_graph(model.config, last - first, stream.dtype),
             prefill.group_params(model.params, first, last),
             stream,
-            prompts.placed(entries),
+            prompts.placed(batch),
             prompts.probes[first:last],
         )
-    paths = {
-        row: (*batch.paths[row], entry)
-        for entry, members in enumerate(batch.entries)
-        for row in members
-    }
-    return [*outputs, done], paths
+    after = {row: (*paths[row], e) for e, members in enumerate(entries) for row in members}
+    return [*outputs, done], after
 
 
 def _batch(
@@ -259,47 +276,43 @@ def _batch(
     )
 
 
+def with_prefixes(prompts: Prompts) -> Prompts:
+    """The prompts with every distinct prefix run, once for each condition that it is read under."""
+    if not any(request.shared for request in prompts.requests):
+        return prompts
+    asked = [(request.prefix, request.condition) for request in prompts.requests]
+    prefixes, prefix = run_prefixes(prompts.model, asked, prompts.interventions, prompts.probes)
+    return dataclasses.replace(prompts, prefixes=prefixes, prefix=prefix)
+
+
 def run_prefixes(
     model: ChatModel,
-    prefixes: Sequence[Sequence[int]],
-    conditions: Sequence[int],
+    asked: Sequence[tuple[tuple[int, ...], int]],
     interventions: Interventions | None = None,
     probes: Float[np.ndarray, "layer probe d_model"] | None = None,
-) -> Prefix:
-    """Run the prefixes of prompts, each under one condition; an empty one is all padding.
+) -> tuple[Prefix, list[int]]:
+    """Run the prefixes of prompts, equal ones once; an empty one is all padding.
 
     Args:
       model: the model that reads them.
-      prefixes: token ids.
-      conditions: index into `interventions` of each.
+      asked: token ids and condition of each.
       interventions: stacked conditions; None for one that leaves the model alone.
       probes: unit directions whose projections are recorded; None for none.
 
     Returns:
-      One entry per prefix in the order given, and others up to a full batch, all of one width: the
-      longest, rounded up to a multiple of 16.
+      One entry per distinct prefix and condition, and others up to a full batch, all of one width:
+      the longest, rounded up to a multiple of 16. Then the entry of each that was asked.
     """
-    config = model.config
-    if interventions is None:
-        interventions = compile_conditions(
-            [[]], ["all"], n_layers=config.n_layers, d_model=config.d_model
-        )
-    if probes is None:
-        probes = prefill.no_probes(config.n_layers, config.d_model)
-    width = -(-max(1, *map(len, prefixes)) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
-    prompts = Prompts(
-        model=model,
-        requests=[
-            Request(tokens=tokens, condition=condition)
-            for tokens, condition in zip(prefixes, conditions, strict=True)
-        ],
-        interventions=interventions,
-        probes=probes,
-        packed=packing.one_each(prefixes, width),
-    )
+    index = {distinct: number for number, distinct in enumerate(dict.fromkeys(asked))}
+    tokens = [tokens for tokens, _ in index]
+    width = -(-max(1, *map(len, tokens)) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
+    requests = [Request(tokens=tokens, condition=condition) for tokens, condition in index]
     parts, order = [], list[int]()
-    for rows, batch in read(prompts, range(len(prefixes))):
+    for rows, batch in read(
+        prompts_of(model, requests, one_each(tokens, width), interventions, probes),
+        range(len(index)),
+    ):
         parts.append(prefill.as_prefix(batch))
-        order += rows + [len(prefixes)] * (BATCH - len(rows))
+        order += rows + [len(index)] * (BATCH - len(rows))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-    return take(joined, np.argsort(order, kind="stable"))
+    return take(joined, np.argsort(order, kind="stable")), [index[one] for one in asked]

@@ -30,10 +30,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxsteer.generation.decode import CHUNK, DecodeState
-from jaxsteer.generation.packing import MAX_SEGMENTS
-from jaxsteer.generation.sampling import Decoding, Sampling, choose, ends
+from jaxsteer.generation.decode import CHUNK, DecodeState, Decoding, Sampling, choose, ends
+from jaxsteer.generation.requests import MAX_SEGMENTS
 from jaxsteer.model import decoder, sharding
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.layers import causal_mask, positions
 
@@ -200,9 +201,9 @@ def run_layers(
     return jax.vmap(one)(stream[jnp.asarray(batch.parent)], batch)
 
 
-def no_probes(n_layers: int, d_model: int) -> Float[np.ndarray, "layer probe d_model"]:
+def no_probes(config: ModelConfig) -> Float[np.ndarray, "layer probe d_model"]:
     """The empty set of probe directions."""
-    return np.zeros((n_layers, 0, d_model), np.float32)
+    return np.zeros((config.n_layers, 0, config.d_model), np.float32)
 
 
 def group_params(params: decoder.Params, first: int, last: int) -> decoder.Params:
@@ -349,23 +350,15 @@ def first_token(
 
 
 def finish(
-    definition: nnx.GraphDef[decoder.Decoder],
-    decoding: Decoding,
-    params: decoder.Params,
-    batch: PromptBatch,
-    sampling: Sampling,
-    slots: int,
+    model: ChatModel, decoding: Decoding, batch: PromptBatch, sampling: Sampling, slots: int
 ) -> DecodeState:
     """Gather what each row left in all layers, and choose the first token of its reply.
 
     Arguments as for `first_token`; the caches of `batch` are read.
     """
     cache, changes = _gather_all(batch, slots)
-    bare = dataclasses.replace(
-        batch,
-        outputs=[],
-        prefix=batch.prefix and dataclasses.replace(batch.prefix, cache=[]),
-    )
-    stream = batch.outputs[-1].stream
-    state = first_token(definition, decoding, params, stream, bare, changes, sampling, slots)
+    prefix = batch.prefix and dataclasses.replace(batch.prefix, cache=[])
+    bare = dataclasses.replace(batch, outputs=[], prefix=prefix)
+    static, given = (model.definition, decoding), (model.params, batch.outputs[-1].stream)
+    state = first_token(*static, *given, bare, changes, sampling, slots)
     return dataclasses.replace(state, cache=cache)

@@ -1,14 +1,35 @@
-"""What a run is asked and what it answers: one row each."""
+"""What a run is asked and what it answers, and how prompts become arrays: padded or packed.
+
+Sequence packing puts short prompts side by side in one packed sequence, an entry of a prefill
+batch. Prompts of 11 to 87 tokens, each padded to its own width, would be one third padding; in
+packed sequences of 96 tokens padding is less than a tenth. A token attends to its own prompt only
+(`layers.causal_mask`). How prompts are packed follows from all prompts of a run, never from which
+of them are still to be run, so a resumed run packs them in the same way.
+
+Prompts of 3 and 4 tokens in a packed sequence of 8:
+
+    tokens        a  b  c  p  q  r  s  .
+    segment_ids   1  1  1  2  2  2  2  0
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from jaxsteer.errors import UserError
 from jaxsteer.model.decoder import Realised
+
+# Padded lengths of prompts.
+BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# Most prompts in a packed sequence: compiled programs measure the change in this many.
+MAX_SEGMENTS = 8
+# Tokens of a packed sequence, or fewer if the longest prompt is shorter: attention in wider ones
+# costs more than the padding that they save.
+WIDTH = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,3 +106,168 @@ def shared_lengths(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable])
         members.setdefault(group, []).append(prompt)
     lengths = {group: shared_length(some) for group, some in members.items()}
     return [lengths[group] for group in groups]
+
+
+def bucket(length: int, limit: int) -> int:
+    """The padded length of a prompt: the smallest bucket that holds it.
+
+    A row's own length decides, never its neighbours', so padding is a property of the row.
+
+    Raises:
+      UserError: longer than `limit` tokens or than the largest bucket.
+    """
+    for size in BUCKETS:
+        if length <= size and length <= limit:
+            return size
+    most = max(0, min(limit, BUCKETS[-1]))
+    # A limit is the model's context, less what the reply may take.
+    mend = "shorten it" if most else "max_new_tokens leaves no room for the prompt; lower it"
+    raise UserError(f"a prompt has {length} tokens and at most {most} fit; {mend}")
+
+
+def check_lengths(lengths: Iterable[int], limit: int) -> None:
+    """Refuse what is too long before anything runs.
+
+    Raises:
+      UserError: as `bucket`.
+    """
+    for length in lengths:
+        bucket(length, limit)
+
+
+def left_pad(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left-pad rows to `width`: int32 ids and the mask of real tokens, both [row, token].
+
+    For width 4, [[7, 8], [5, 6, 9]] becomes
+        ids  [[0, 0, 7, 8], [0, 5, 6, 9]]
+        real [[F, F, T, T], [F, T, T, T]]
+    The last column is every row's last prompt token. The filler id means nothing: only the mask
+    says what is padding.
+    """
+    ids = np.zeros((len(rows), width), np.int32)
+    real = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, -len(row) :] = row
+            real[i, -len(row) :] = True
+    return ids, real
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PackedPrompts:
+    """Packed sequences, and where the prompt of each row is.
+
+    Attributes:
+      tokens: ids, by packed sequence.
+      segment_ids: the prompt of each token, from 1; 0 is  By packed sequence.
+      sequence: index of the packed sequence, by row.
+      segment: segment id of the prompt, by row.
+    """
+
+    tokens: list[Int[np.ndarray, " _token"]]
+    segment_ids: list[Int[np.ndarray, " _token"]]
+    sequence: list[int]
+    segment: list[int]
+
+    def width(self, row: int) -> int:
+        """Tokens of a row's packed sequence."""
+        return len(self.tokens[self.sequence[row]])
+
+    def batch(
+        self, rows: Sequence[int]
+    ) -> tuple[Int[np.ndarray, "row token"], Int[np.ndarray, "row token"]]:
+        """Tokens and segment ids of the packed sequences of some rows, all of one width."""
+        listed = [self.sequence[row] for row in rows]
+        tokens, segment_ids = self.tokens, self.segment_ids
+        return np.stack([tokens[i] for i in listed]), np.stack([segment_ids[i] for i in listed])
+
+
+def pack(requests: Sequence[Request], limit: int) -> PackedPrompts:
+    """Pack the requests' own tokens, without their prefixes.
+
+    Packed together are prompts that run under the same conditions and start with the same prefix.
+    So a packed sequence has one prefix per condition, and no prompt is run where it was not asked
+    for.
+
+    Args:
+      requests: all rows of a run.
+      limit: most tokens of a prompt.
+
+    Raises:
+      UserError: a prompt that is too long.
+    """
+    asked: dict[tuple[int, ...], set[int]] = {}
+    for request in requests:
+        asked.setdefault(tuple(request.tokens), set()).add(request.condition)
+    return pack_prompts(
+        [request.own for request in requests],
+        [(request.prefix, tuple(sorted(asked[tuple(request.tokens)]))) for request in requests],
+        limit,
+    )
+
+
+def pack_prompts(
+    prompts: Sequence[Sequence[int]], groups: Sequence[Hashable], limit: int
+) -> PackedPrompts:
+    """Pack prompts, the longest first, each into the first packed sequence with room for it.
+
+    Rows with the same prompt and group share one place.
+
+    Args:
+      prompts: token ids, by row.
+      groups: by row; only prompts of one group are packed together.
+      limit: most tokens of a prompt.
+
+    Returns:
+      Packed sequences of at most `MAX_SEGMENTS` prompts. Their width is the longest prompt's
+      bucket, but at most `WIDTH`; a longer prompt has a packed sequence of its own bucket.
+
+    Raises:
+      UserError: a prompt that is too long.
+    """
+    longest = max((bucket(len(prompt), limit) for prompt in prompts), default=0)
+    least = min(WIDTH, longest)
+    rows: dict[tuple[Hashable, tuple[int, ...]], list[int]] = {}
+    for row, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
+        rows.setdefault((group, tuple(prompt)), []).append(row)
+    tokens, segment_ids = list[np.ndarray](), list[np.ndarray]()
+    sequence, segment = [0] * len(prompts), [0] * len(prompts)
+    # By group, the packed sequences that have room: index, tokens used, prompts held.
+    opened: dict[Hashable, list[list[int]]] = {}
+    # Prompts of equal length by their tokens, so that the order of the rows does not matter.
+    for (group, prompt), its_rows in sorted(rows.items(), key=lambda x: (-len(x[0][1]), x[0][1])):
+        some = opened.setdefault(group, [])
+        found = next(
+            (
+                place
+                for place in some
+                if place[1] + len(prompt) <= len(tokens[place[0]]) and place[2] < MAX_SEGMENTS
+            ),
+            None,
+        )
+        if found is None:
+            width = max(least, bucket(len(prompt), limit))
+            found = [len(tokens), 0, 0]
+            some.append(found)
+            tokens.append(np.zeros(width, np.int32))
+            segment_ids.append(np.zeros(width, np.int32))
+        index, start, held = found
+        here = slice(start, start + len(prompt))
+        tokens[index][here], segment_ids[index][here] = prompt, held + 1
+        found[1:] = start + len(prompt), held + 1
+        for row in its_rows:
+            sequence[row], segment[row] = index, held + 1
+    return PackedPrompts(tokens=tokens, segment_ids=segment_ids, sequence=sequence, segment=segment)
+
+
+def one_each(prompts: Sequence[Sequence[int]], width: int) -> PackedPrompts:
+    """Each prompt left-padded in a sequence of its own; equal prompts share one."""
+    index: dict[tuple[int, ...], int] = {}
+    sequence = [index.setdefault(tuple(prompt), len(index)) for prompt in prompts]
+    tokens, real = left_pad([list(prompt) for prompt in index], width)
+    return PackedPrompts(
+        tokens=list(tokens),
+        segment_ids=list(real.astype(np.int32)),
+        sequence=sequence,
+        segment=[1] * len(sequence),
+    )

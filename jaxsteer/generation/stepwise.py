@@ -32,8 +32,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxsteer.generation import padding, prefill
-from jaxsteer.generation.sampling import Decoding, Sampling, choose
+from jaxsteer.generation import prefill
+from jaxsteer.generation.decode import Decoding, Sampling, choose
+from jaxsteer.generation.requests import bucket, left_pad
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import AnyArray, Interventions
@@ -152,7 +153,7 @@ def _read(
     model: ChatModel, decoding: Decoding, tokens: Sequence[int], width: int, state: State
 ) -> Reading:
     """Read tokens, left-padded to a width."""
-    padded, real = padding.left_pad([list(tokens)], width)
+    padded, real = left_pad([list(tokens)], width)
     after, found = forward(model.definition, decoding, model.params, padded[0], real[0], state)
     logits, token, projections, realised = jax.device_get(found)
     return Reading(
@@ -199,7 +200,7 @@ def read(
     """
     config, room = model.config, decoding.max_new_tokens
     limit = config.max_position - room
-    padded = padding.bucket(max(len(prompt), min(width, limit)), limit)
+    padded = bucket(max(len(prompt), min(width, limit)), limit)
     dtype = model.params["embed"]["embedding"].dtype
     begin = State(
         cache=decoder.empty_cache(config, config.n_layers, padded + room, dtype),
@@ -207,7 +208,7 @@ def read(
         slot=np.array(0, np.int32),
         chosen=np.array(0, np.int32),
         interventions=interventions,
-        probes=prefill.no_probes(config.n_layers, config.d_model) if probes is None else probes,
+        probes=prefill.no_probes(config) if probes is None else probes,
         row_id=np.array(row_id, np.uint32),
         sampling=sampling or Sampling(),
     )

@@ -27,11 +27,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine, padding
-from jaxsteer.generation.sampling import Decoding
+from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding
+from jaxsteer.generation.requests import BUCKETS
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import compile_conditions
 from jaxsteer.terminal import plain
 
 # "unsafe", a line break, and a few categories with commas.
@@ -112,7 +112,7 @@ def prompt_ids(guard: Guard, item: Item) -> tuple[list[int], int]:
 def judge(guard: Guard, items: Sequence[Item], *, batch: int = 8) -> Iterator[Findings]:
     """Yield findings in batches as they finish, in any order."""
     config = guard.model.config
-    limit = min(config.max_position - NEW_TOKENS, padding.BUCKETS[-1])
+    limit = min(config.max_position - NEW_TOKENS, BUCKETS[-1])
     fitting, requests = [], []
     for item in items:
         ids, broken = prompt_ids(guard, item)
@@ -121,9 +121,8 @@ def judge(guard: Guard, items: Sequence[Item], *, batch: int = 8) -> Iterator[Fi
         else:
             fitting.append((item.row_id, broken))
             requests.append(engine.Request(tokens=ids))
-    nothing = compile_conditions([[]], ["all"], n_layers=config.n_layers, d_model=config.d_model)
     decoding = Decoding(max_new_tokens=NEW_TOKENS, eos=guard.model.eos, keep_logits=True)
-    for replies in engine.run(guard.model, requests, nothing, decoding, batch=batch):
+    for replies in engine.run(guard.model, requests, None, decoding, batch=batch):
         found = []
         for reply in replies:
             row_id, broken = fitting[reply.index]

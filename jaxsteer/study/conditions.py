@@ -20,8 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
-from jaxsteer.directions.direction import Direction
-from jaxsteer.directions.notation import ends, spelling
+from jaxsteer.directions.direction import Direction, ends, spelling
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
 from jaxsteer.model import interventions

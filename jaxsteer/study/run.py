@@ -25,13 +25,14 @@ import polars as pl
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
-from jaxsteer.directions import persona_shift
-from jaxsteer.directions.persona_shift import Shift
+from jaxsteer.directions import geometry
+from jaxsteer.directions.geometry import Shift
 from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json, write_table
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.distributed import ALONE, Hosts
-from jaxsteer.generation.sampling import Decoding, Sampling
+from jaxsteer.generation.requests import pack
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.study import conditions, prepare, record, results, rows, validate
@@ -187,7 +188,7 @@ def _finish(
     wanted = run.study.decoding
     asked = rows.requests(run.study, model, run.conditions, planned)
     # Rows of one packed sequence run in one process, because they share work.
-    packed = engine.pack(asked, model.config.max_position - wanted.max_new_tokens)
+    packed = pack(asked, model.config.max_position - wanted.max_new_tokens)
     share = hosts.share([f"sequence {n}" for n in packed.sequence])
     probed = [name for name in PROBES if name in prepared.directions]
     # At least two: a CPU sums a product with a single vector in an order that depends on the slot.
@@ -239,7 +240,7 @@ def _mode_shifts(
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
     modes, policy = {name: data.mode(name) for name in spec.modes}, data.policy(spec.system).text
     layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
-    return persona_shift.shifts(model, modes, policy, prompts, probed, layer)
+    return geometry.shifts(model, modes, policy, prompts, probed, layer)
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

@@ -19,8 +19,8 @@ from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.requests import shared_length
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.judges.rules import is_degenerate, is_refusal
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine, padding
+from jaxsteer.generation import engine
 from jaxsteer.generation.engine import Request
+from jaxsteer.generation.requests import check_lengths
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare, rows
@@ -41,7 +42,7 @@ def study(
     if "refusal" in still:
         prepare.openings(spec, model)
     if still.keys() & {"steer", "dose"}:
-        padding.check_lengths(map(len, split.persona), room - spec.selection.max_new_tokens)
+        check_lengths(map(len, split.persona), room - spec.selection.max_new_tokens)
     fixed = prepare.named_layers(spec, model)
     shares = {name: found for name, found in still.items() if name != "dose"}
     extremes = [
@@ -63,7 +64,7 @@ def study(
                 )
     asked = rows.requests(spec, model, found[0], rows.cross(found[0], families))
     lengths = (len(request.tokens) for request in asked)
-    padding.check_lengths(lengths, room - spec.decoding.max_new_tokens)
+    check_lengths(lengths, room - spec.decoding.max_new_tokens)
     return asked
 
 

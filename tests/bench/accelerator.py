@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import exact_products, graph
@@ -189,7 +189,7 @@ def main(checkpoint: str, setup: str) -> None:
             json.dumps({"skipped": "JAX has only a CPU here; pip install -e '.[cuda]' for a GPU"})
         )
         return
-    from jaxsteer.generation.compile_cache import use_compile_cache
+    from jaxsteer.data.wheels import use_compile_cache
 
     use_compile_cache()
     model = ChatModel.load(Path(checkpoint), verify=False)

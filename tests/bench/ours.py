@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxsteer.generation import engine
-from jaxsteer.generation.sampling import Decoding
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from tests.bench import workload
 from tests.bench.figures import Work

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import Add, compile_conditions
@@ -119,7 +119,7 @@ def _axis(values: tuple[int, ...], make: Callable[[int], Callable[[], None]]) ->
 
 
 if __name__ == "__main__":
-    from jaxsteer.generation.compile_cache import use_compile_cache
+    from jaxsteer.data.wheels import use_compile_cache
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     use_compile_cache()

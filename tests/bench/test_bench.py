@@ -14,9 +14,9 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
 from jaxsteer.generation.prefill import no_probes
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Operation, Project, everywhere
@@ -100,7 +100,7 @@ def work(model: ChatModel, job: Job) -> workload.Workload:
             for i, (tokens, c) in enumerate(zip(job.tokens, job.condition, strict=True))
         ],
         interventions=oracle.compiled(model, steered(model)),
-        probes=no_probes(model.config.n_layers, model.config.d_model),
+        probes=no_probes(model.config),
         decoding=Decoding(max_new_tokens=NEW, eos=model.eos),
         batch=4,
         job=job,

@@ -35,9 +35,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import decode, prefill
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.engine import cache_slots
 from jaxsteer.generation.layer_sharing import layer_groups
-from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model import sharding
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.decoder import Realised, blocks_graph, graph

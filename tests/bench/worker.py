@@ -33,7 +33,7 @@ def cores() -> int:
 def load(name: str, paths: list[Path]) -> tuple[Any, dict[str, str]]:
     """The library behind a name, and its versions."""
     if name == "jaxsteer":
-        from jaxsteer.generation.compile_cache import use_compile_cache
+        from jaxsteer.data.wheels import use_compile_cache
         from tests.bench import ours
 
         use_compile_cache()

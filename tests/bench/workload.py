@@ -15,8 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model import weights
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig

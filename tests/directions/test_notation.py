@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsteer.directions import notation
+from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.model.interventions import Add, Project
@@ -14,7 +14,7 @@ def direction(**provenance):
 
 
 def test_strengths_and_windows_are_read():
-    steer, share, negative, removed = notation.parse(
+    steer, share, negative, removed = directions.parse(
         ["v@21x4", "v@3..5x0.2r", "v@0x-1.5"], ["v@22..29"]
     )
     assert (steer.layers, steer.scale, steer.relative) == ((21,), 4.0, False)
@@ -39,42 +39,42 @@ def test_strengths_and_windows_are_read():
 )
 def test_other_steering_texts_are_refused_with_the_form(text):
     with pytest.raises(UserError, match=r"NAME@LAYERxSCALE|swap"):
-        notation.parse([text], [])
+        directions.parse([text], [])
 
 
 @pytest.mark.parametrize("text", ["v", "v@", "v@2x4", "v@9..2", f"v@1..{'9' * 30}"])
 def test_other_projection_texts_are_refused_with_the_form(text):
     with pytest.raises(UserError, match=r"NAME@LAYERS|swap"):
-        notation.parse([], [text])
+        directions.parse([], [text])
 
 
 def test_a_share_is_turned_into_norms_by_the_recorded_residual_norm():
     # The vectors have norm 1, the residual stream 50 at layer 7: 0.2 of it are 10 norms.
     found = {"v": direction(residual_norm=[50.0] * 30)}
-    (added,) = notation.operations(notation.parse(["v@7x0.2r"], []), found)
+    (added,) = directions.operations(directions.parse(["v@7x0.2r"], []), found)
     assert isinstance(added, Add) and added.scale == pytest.approx(10.0)
 
 
 def test_a_share_without_recorded_norms_and_an_unknown_direction_are_refused():
     with pytest.raises(UserError, match="natural norms"):
-        notation.operations(notation.parse(["v@7x0.2r"], []), {"v": direction()})
+        directions.operations(directions.parse(["v@7x0.2r"], []), {"v": direction()})
     with pytest.raises(UserError, match="jaxsteer extract w"):
-        notation.operations(notation.parse(["w@7x1"], []), {"v": direction()})
+        directions.operations(directions.parse(["w@7x1"], []), {"v": direction()})
 
 
 def test_a_projection_covers_its_window_in_one_operation():
-    (removed,) = notation.operations(notation.parse([], ["v@22..24"]), {"v": direction()})
+    (removed,) = directions.operations(directions.parse([], ["v@22..24"]), {"v": direction()})
     assert isinstance(removed, Project) and removed.layers == (22, 23, 24)
 
 
 @pytest.mark.parametrize("options", [(["v@22-29x1"], []), ([], ["v@22-29"])])
 def test_a_window_with_a_hyphen_is_refused_with_its_spelling(options):
     with pytest.raises(UserError, match=r"22-29.*write a window as 22\.\.29"):
-        notation.parse(*options)
+        directions.parse(*options)
 
 
 def test_layers_are_read_from_a_number_or_a_window():
-    assert notation.layers(20) == notation.layers("20") == (20,)
-    assert notation.layers("21..23") == (21, 22, 23)
+    assert directions.layers(20) == directions.layers("20") == (20,)
+    assert directions.layers("21..23") == (21, 22, 23)
     with pytest.raises(UserError, match=r"cannot read layers 'last'; write one layer as 21"):
-        notation.layers("last")
+        directions.layers("last")

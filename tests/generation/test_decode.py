@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxsteer.generation import engine, layer_sharing
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding, Sampling
+from jaxsteer.generation.requests import pack
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions
@@ -130,7 +131,7 @@ def test_a_prompt_that_overflows_changes_no_other_of_its_packed_sequence(model):
     )
     prompts = [[5, 6, 7], [8, 60, 9], [10, 11]]
     requests = [Request(tokens=p) for p in prompts]
-    assert len(engine.pack(requests, 64).tokens) == 1
+    assert len(pack(requests, 64).tokens) == 1
     decoding = Decoding(max_new_tokens=4, eos=(63,), keep_logits=True)
     found = [
         {r.index: r for b in engine.run(m, requests, stack(m, [[]], "all"), decoding) for r in b}

@@ -8,8 +8,8 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxsteer.generation import layer_sharing, packing
+from jaxsteer.generation import layer_sharing
 from jaxsteer.generation.engine import Request
 from jaxsteer.generation.layer_sharing import (
     Prompts,
@@ -16,6 +16,7 @@ from jaxsteer.generation.layer_sharing import (
     run_prefixes,
 )
 from jaxsteer.generation.prefill import no_probes
+from jaxsteer.generation.requests import one_each
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
@@ -73,8 +74,8 @@ def test_rows_are_one_entry_exactly_as_long_as_they_are_the_same(model, rng, siz
         model=model,
         requests=[Request(tokens=tokens[p], condition=c) for c, p in rows],
         interventions=interventions,
-        probes=no_probes(model.config.n_layers, model.config.d_model),
-        packed=packing.one_each([tokens[p] for _, p in rows], 8),
+        probes=no_probes(model.config),
+        packed=one_each([tokens[p] for _, p in rows], 8),
     )
     classes = equivalence_classes(interventions)
     where, kept = {}, []
@@ -101,12 +102,13 @@ def test_prefixes_come_back_in_the_order_given(model, rng):
     interventions = stacked(model, made(model, rng))
     tokens = [[5, 6, 7], [8], [], [9, 10], [5, 6, 7]] * 5
     conditions = [c % 4 for c in range(len(tokens))]
-    together = run_prefixes(model, tokens, conditions, interventions)
+    asked = [(tuple(ids), condition) for ids, condition in zip(tokens, conditions, strict=True)]
+    together, entry = run_prefixes(model, asked, interventions)
     assert together.real.shape[1] == layer_sharing.PREFIX_MULTIPLE
     for i in (0, 1, 2, 7, 24):
-        alone = run_prefixes(model, [tokens[i]], [conditions[i]], interventions)
+        alone, _ = run_prefixes(model, [asked[i]], interventions)
         for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_array_equal(x[i], y[0])
+            np.testing.assert_array_equal(x[entry[i]], y[0])
 
 
 @given(st.integers(1, 200))

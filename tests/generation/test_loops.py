@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxsteer.generation import decode, engine
+from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
-from jaxsteer.generation.sampling import Decoding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions

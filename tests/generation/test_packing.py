@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation.packing import MAX_SEGMENTS, WIDTH, one_each, pack
+from jaxsteer.generation.requests import MAX_SEGMENTS, WIDTH, one_each, pack_prompts
 
 PROMPTS = st.lists(
     st.tuples(st.lists(st.integers(1, 99), min_size=1, max_size=200), st.sampled_from("ab")),
@@ -22,7 +22,7 @@ def held(packed, row):
 
 @given(PROMPTS)
 def test_every_prompt_is_whole_in_one_packed_sequence_of_its_group(rows):
-    packed = pack([prompt for prompt, _ in rows], [group for _, group in rows], 4096)
+    packed = pack_prompts([prompt for prompt, _ in rows], [group for _, group in rows], 4096)
     groups: dict[int, str] = {}
     for row, (prompt, group) in enumerate(rows):
         tokens, where = held(packed, row)
@@ -40,7 +40,7 @@ def test_the_order_of_the_rows_changes_no_packed_sequence(rows, random):
     other = list(rows)
     random.shuffle(other)
     first, second = (
-        pack([p for p, _ in some], [g for _, g in some], 4096) for some in (rows, other)
+        pack_prompts([p for p, _ in some], [g for _, g in some], 4096) for some in (rows, other)
     )
     for row, (prompt, group) in enumerate(rows):
         (_, here), (_, there) = held(first, row), held(second, other.index((prompt, group)))
@@ -48,14 +48,14 @@ def test_the_order_of_the_rows_changes_no_packed_sequence(rows, random):
 
 
 def test_short_prompts_are_packed_together_and_equal_ones_share_a_place():
-    packed = pack([[1, 2, 3], [7] * 30, [1, 2, 3], [4, 5]], "aaaa", 4096)
+    packed = pack_prompts([[1, 2, 3], [7] * 30, [1, 2, 3], [4, 5]], "aaaa", 4096)
     assert [len(tokens) for tokens in packed.tokens] == [32, 32]
     assert packed.sequence == [1, 0, 1, 0] and packed.segment == [1, 1, 1, 2]
     assert packed.segment_ids[1].tolist() == [1] * 3 + [0] * 29
 
 
 def widths(prompts):
-    return {len(tokens) for tokens in pack(prompts, "ab", 4096).tokens}
+    return {len(tokens) for tokens in pack_prompts(prompts, "ab", 4096).tokens}
 
 
 def test_the_longest_prompt_sets_the_width_of_all_but_a_very_long_one_only_its_own():
@@ -65,7 +65,7 @@ def test_the_longest_prompt_sets_the_width_of_all_but_a_very_long_one_only_its_o
 
 def test_a_prompt_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="at most 20 fit"):
-        pack([[1] * 21], "a", 20)
+        pack_prompts([[1] * 21], "a", 20)
 
 
 def test_one_each_left_pads_every_prompt_in_a_sequence_of_its_own():

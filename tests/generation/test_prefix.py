@@ -9,8 +9,8 @@ import pytest
 from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
+from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.requests import shared_length, shared_lengths
-from jaxsteer.generation.sampling import Decoding, Sampling
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions

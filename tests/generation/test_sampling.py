@@ -7,7 +7,7 @@ import torch
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
-from jaxsteer.generation.sampling import Decoding, Sampling, highest
+from jaxsteer.generation.decode import Decoding, Sampling, highest
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions, everywhere

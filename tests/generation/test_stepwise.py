@@ -6,8 +6,9 @@ import pytest
 
 from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine, padding, stepwise
-from jaxsteer.generation.sampling import Decoding
+from jaxsteer.generation import engine, stepwise
+from jaxsteer.generation.decode import Decoding
+from jaxsteer.generation.requests import left_pad
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
@@ -103,7 +104,7 @@ def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model
     reply = tokens_of(steps)
     assert len(reply) == ROOM
     whole = PROMPTS[1] + reply
-    tokens, real = padding.left_pad([whole], len(whole))
+    tokens, real = left_pad([whole], len(whole))
     weights = np.eye(len(whole), dtype=np.float32)[None]
     captured, logits = activations.read(
         model.definition, model.params, tokens, real, weights, ("resid_post",), last_only=False

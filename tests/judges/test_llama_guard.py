@@ -83,7 +83,7 @@ def test_verdict_tokens_logits_and_score_are_hf_transformers(loaded, torch_side)
 
 def test_every_steps_logits_agree(loaded, torch_side):
     from jaxsteer.generation import engine
-    from jaxsteer.generation.sampling import Decoding
+    from jaxsteer.generation.decode import Decoding
     from jaxsteer.model.interventions import compile_conditions
 
     model = loaded.model

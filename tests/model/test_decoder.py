@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jaxsteer.directions import activations
-from jaxsteer.generation import padding
+from jaxsteer.generation.requests import left_pad
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig, RopeConfig
 from jaxsteer.model.convert import convert
@@ -32,7 +32,7 @@ ROWS = [[3, 9, 33, 7, 12], [5] * 17, [41, 8], list(range(3, 60))]
 
 
 def run(model, rows, taps=("embed", "resid_post"), definition=None):
-    ids, real = padding.left_pad(rows, 64)
+    ids, real = left_pad(rows, 64)
     weights = np.tile(np.eye(64, dtype=np.float32), (len(rows), 1, 1))
     captured, logits = activations.read(
         definition or model.definition, model.params, ids, real, weights, taps, None, False
@@ -110,7 +110,7 @@ def test_config_values_that_have_no_weights_change_the_logits(name):
     )
     changed = dataclasses.replace(config, **OTHER_LOGITS[name])
     assert param_shapes(changed) == shapes
-    ids, real = padding.left_pad([list(range(3, 23))], 32)
+    ids, real = left_pad([list(range(3, 23))], 32)
     logits = [
         activations.read(graph(c), params, ids, real, np.zeros((1, 0, 32), np.float32), ())[1]
         for c in (config, changed)
@@ -151,7 +151,7 @@ def test_bfloat16_weights_keep_their_dtype_and_stay_close(tmp_path):
 def test_float32_products_are_float32_on_every_device(pair):
     # Unless told otherwise, GPUs and TPUs round the inputs of a float32 product to fewer bits.
     _, model = pair
-    ids, real = padding.left_pad(ROWS[:1], 64)
+    ids, real = left_pad(ROWS[:1], 64)
     arguments = (model.definition, model.params, ids, real, np.ones((1, 1, 64), np.float32))
     program = activations.read.lower(*arguments, ("embed", "resid_post")).as_text()
     products = [line for line in program.splitlines() if "dot_general" in line]
