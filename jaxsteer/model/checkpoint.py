@@ -227,15 +227,12 @@ def read_manifest(path: Path) -> Manifest:
       UserError: not a checkpoint, or one of another format.
     """
     file = path / "manifest.json"
-    if not file.is_file():
-        raise UserError(
-            f"{path} is not a jaxsteer checkpoint (no manifest.json); make one with "
-            "`jaxsteer convert SOURCE --out DIR`"
-        )
     try:
         return msgspec.json.decode(file.read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(f"{file} cannot be read ({error}); {_again(path)}") from None
+        raise UserError(
+            f"{file} cannot be read as a checkpoint's manifest ({one_line(error)}); {_again(path)}"
+        ) from None
 
 
 def _again(path: Path) -> str:
