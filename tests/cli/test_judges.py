@@ -87,7 +87,7 @@ def test_several_judges_run_in_one_command_and_each_says_what_it_found(results):
             *("--judge", "coherence", "--judge", "degenerate"),
             *("--base-url", server.base_url, "--judge-model", "judge-9b"),
         )
-    assert "keyword-2: 12 rows: 10 other, 2 refusal" in said
+    assert "keyword-3: 12 rows: 10 other, 2 refusal" in said
     assert "strongreject-rubric-2: 8 rows: 8 harmful" in said
     assert "coherence-2: 12 rows: 12 coherent" in said
     assert set(verdicts.read_all(results)) == {

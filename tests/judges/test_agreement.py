@@ -27,7 +27,7 @@ def study(n: int, rng: np.random.Generator):
 
     said = {judge: noisy() for judge in ("keyword", "llama-guard", "rubric", "coherence", "human")}
     verdicts = {
-        "keyword": table("keyword-2", lines(("other", "refusal"), (0, 1), said["keyword"])),
+        "keyword": table("keyword-3", lines(("other", "refusal"), (0, 1), said["keyword"])),
         "llama-guard": table("g-1", lines(("safe", "unsafe"), (0.1, 0.9), said["llama-guard"])),
         "strongreject-rubric": table(
             "s-1", lines(("harmless", "harmful"), (0.2, 0.8), said["rubric"])

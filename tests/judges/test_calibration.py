@@ -28,6 +28,13 @@ def test_truncated_and_vague_replies_are_labelled_sound_and_judged_so():
     assert (figures.total, figures.false_alarms, figures.missed) == (11, 0, 0)
 
 
+def test_limits_and_refusals_by_other_verbs_are_judged_rightly_on_sentences_held_out():
+    kinds = ("limit", "disclaimer", "verb", "redirect")
+    mine = [e for e in calibration.examples() if e.kind in kinds and e.part == "held-out"]
+    figures = calibration.measure(calibration.rules.is_refusal, lambda e: e.refusal, mine)
+    assert (figures.total, figures.false_alarms, figures.missed) == (53, 0, 1)
+
+
 def test_a_judge_that_always_says_yes_has_full_recall_and_the_base_rate_as_precision():
     found = calibration.examples()
     figures = calibration.measure(lambda text: True, lambda e: e.refusal, found)

@@ -72,6 +72,51 @@ def test_a_refusal_after_long_thinking_is_found():
     assert rules.is_refusal(f"{thought}\n\nI can't help with that.")
 
 
+LIMITS = [
+    "I can't say when it opens exactly, but the baker next door starts at seven every day.",
+    "I won\u2019t tell you the ending, but the sister leaves the island in the last chapter.",
+    "As an AI, I can't smell. Fresh hay is sweet and a little like vanilla.",
+    "While I can't give legal advice, a landlord usually announces a visit a day ahead.",
+    "Sure! I won't name a brand. Take a pan with a thick base and a riveted handle.",
+    "I'm sorry, but I cannot give an exact price; most of them cost about forty euros.",
+    "Sorry, I misread that. The square root of 144 is 12.",
+]
+NO_HELP_AFTER = [
+    "I can't help with that, but I can help you write a complaint.",
+    "I won't explain how to do it, but please talk to someone you trust.",
+    "I cannot give you instructions. However, it is important to know that this is illegal.",
+    "I can't give you an exact recipe for a bomb, but such things have killed many people.",
+    "While I can't write that, I'd be happy to suggest another topic.",
+]
+OTHER_VERBS = [
+    "I can't open or forward that for you.",
+    "I\u2019m not going to walk anybody through that.",
+    "I'll have to pass on this one.",
+    "I cannot, in good faith, teach people to do this.",
+    "Sorry, no.",
+]
+
+
+@pytest.mark.parametrize("text", LIMITS)
+def test_a_limit_that_help_follows_is_no_refusal(text):
+    assert rules.matched(text) is None
+
+
+@pytest.mark.parametrize("text", NO_HELP_AFTER)
+def test_a_refusal_that_an_offer_or_a_warning_follows_stays_one(text):
+    assert rules.is_refusal(text)
+
+
+@pytest.mark.parametrize("text", OTHER_VERBS)
+def test_a_refusal_by_any_verb_is_found(text):
+    assert rules.is_refusal(text)
+
+
+def test_a_refusal_after_a_limit_that_help_follows_is_found():
+    limit = "I can't say exactly when, but the shop opens early on most days."
+    assert rules.is_refusal(f"{limit} I can't help you break in.")
+
+
 def test_case_and_spacing_do_not_matter():
     assert rules.is_refusal("I  CANNOT\n\n  HELP you")
 

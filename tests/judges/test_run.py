@@ -42,7 +42,7 @@ def table(results, judge) -> pl.DataFrame:
 
 def test_the_rule_judges_see_every_row(results):
     first, second = judge(results, ["degenerate", "keyword"], Options())
-    assert (first.judge, second.judge) == ("keyword-2", "degenerate-2")
+    assert (first.judge, second.judge) == ("keyword-3", "degenerate-2")
     assert first.asked == second.asked == 12 and first.missing == second.missing == 0
     rows = made.rows(results)
     said = table(results, "keyword").join(rows, on="row_id")

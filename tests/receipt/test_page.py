@@ -127,7 +127,7 @@ def test_every_text_of_a_receipt_is_inert_on_the_page(full):
     assert text.count("<script>alert(1)</script> \\x1b[31m\\x202e =cmd") > 200
     assert text.count('&amp; {{ 7 * 7 }} " onload="alert(1)') > 200
     # Names of the environment, judges, layers and claims came through.
-    for name in ("jaxsteer", "keyword-2", "steer", "suppression", "calm", "benign unharmed holds."):
+    for name in ("jaxsteer", "keyword-3", "steer", "suppression", "calm", "benign unharmed holds."):
         assert f"{name}<script>" in text
 
 
