@@ -23,7 +23,7 @@ FILES = 83
 
 # A module may import from its own group and from those above it.
 GROUPS = (
-    ("errors", "files", "stats", "words", "terminal"),
+    ("errors", "files", "stats", "words"),
     ("data",),
     ("model",),
     ("generation",),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
-from jaxsteer.words import p_equals, p_value, percent, points, span
+from jaxsteer import words
+from jaxsteer.words import Progress, p_equals, p_value, percent, points, span
 
 
 @pytest.mark.parametrize(
@@ -25,3 +27,78 @@ def test_an_interval_names_its_unit_once():
 
 def test_a_difference_that_rounds_to_nothing_has_no_minus_sign():
     assert points(-0.0001) == "+0"
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]x[/red]\r\u202e<script>\u0085"
+
+
+def test_control_and_direction_characters_become_visible():
+    text = words.plain(HOSTILE + "\nnext")
+    assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text
+    assert "\\x1b[2J" in text and text.endswith("\nnext")
+
+
+def test_a_log_has_a_line_at_the_start_and_one_at_the_end(capsys):
+    with Progress("study", 6) as shown:
+        shown.advance(2, tokens=40)
+        shown.advance(4, tokens=60)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "study: 0/6 rows"
+    assert last.startswith("study: 6/6 rows, ") and last.endswith("0 s left")
+    assert "tokens/s" in last
+
+
+def test_a_log_line_comes_every_ten_seconds_with_speed_and_time_left(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 11.0, 12.0, 40.0])
+    monkeypatch.setattr(words.time, "monotonic", lambda: next(clock))
+    with Progress("study", 80) as shown:
+        for _ in range(4):
+            shown.advance(10, tokens=110)
+    lines = capsys.readouterr().err.splitlines()
+    # At 11 s 20 rows are done: 220 tokens, and 60 rows are left.
+    assert lines[1] == "study: 20/80 rows, 20 tokens/s, 33 s left"
+    assert lines[2:] == ["study: 40/80 rows, 11 tokens/s, 40 s left"]
+
+
+def test_rows_done_before_do_not_count_as_speed(capsys, monkeypatch):
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(words.time, "monotonic", lambda: next(clock))
+    with Progress("study", 100, done=90) as shown:
+        shown.advance(5)
+    # 5 fresh rows in 20 s, 5 to go.
+    assert capsys.readouterr().err.splitlines() == [
+        "study: 90/100 rows",
+        "study: 95/100 rows, 20 s left",
+    ]
+
+
+def test_nothing_done_yet_has_no_time_left(capsys, monkeypatch):
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(words.time, "monotonic", lambda: next(clock))
+    with Progress("study", 3) as shown:
+        shown.advance(0)
+    assert capsys.readouterr().err.splitlines()[1:] == ["study: 0/3 rows"]
+
+
+def test_a_terminal_has_a_bar_with_the_speed(monkeypatch):
+    page = Console(force_terminal=True, width=100, record=True)
+    monkeypatch.setattr(words, "console", page)
+    monkeypatch.setattr(words.sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("study", 4, unit="prompts") as shown:
+        shown.advance(4, tokens=400)
+    said = page.export_text()
+    assert "4/4" in said and "prompts" in said and "tokens/s" in said
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_the_bar_ends_whatever_happens(error, monkeypatch):
+    monkeypatch.setattr(words, "console", Console(force_terminal=True, width=100))
+    monkeypatch.setattr(words.sys.stderr, "isatty", lambda: True, raising=False)
+    shown = Progress("study", 4)
+    try:
+        with shown:
+            if error:
+                raise error
+    except RuntimeError:
+        pass
+    assert not shown.bar.live.is_started

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from jaxsteer.data.wheels import use_compile_cache
 from jaxsteer.errors import UserError
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 if TYPE_CHECKING:
     from jaxsteer.api import Model

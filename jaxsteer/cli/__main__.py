@@ -15,7 +15,7 @@ from jaxsteer.cli import (  # noqa: F401 (importing registers the commands)
 )
 from jaxsteer.errors import UserError
 from jaxsteer.generation.distributed import leave
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 # Commands that continue a stopped run when they are run again.
 GO_ON = {"prepare", "sweep", "judge"}

@@ -153,7 +153,7 @@ def generate(
     from jaxsteer.directions import direction as directions
     from jaxsteer.directions import extraction
     from jaxsteer.model.interventions import SCOPES
-    from jaxsteer.terminal import plain
+    from jaxsteer.words import plain
 
     if scope not in SCOPES:
         raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")

@@ -128,7 +128,7 @@ def judge(
 
 def said(outcome: judging.Outcome) -> str:
     """One judge's verdicts in a few lines, made safe to print, since a reason may quote a reply."""
-    from jaxsteer.terminal import plain
+    from jaxsteer.words import plain
 
     counts = ", ".join(f"{n} {verdict}" for verdict, n in outcome.verdicts.items())
     line = f"{outcome.judge}: {outcome.asked} rows: {counts or 'none scored'}"

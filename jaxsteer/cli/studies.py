@@ -22,8 +22,7 @@ from jaxsteer.cli import (
     open_model,
 )
 from jaxsteer.errors import UserError
-from jaxsteer.terminal import plain
-from jaxsteer.words import percent, signed, span
+from jaxsteer.words import percent, plain, signed, span
 
 if TYPE_CHECKING:
     from jaxsteer.study.validate import Plan

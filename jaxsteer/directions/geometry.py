@@ -36,7 +36,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.generation.requests import shared_length
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Layers
-from jaxsteer.terminal import Progress
+from jaxsteer.words import Progress
 
 Z95 = 1.959964
 

@@ -24,7 +24,7 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.study import prepare, results
 from jaxsteer.study.record import Count, Sha256
 from jaxsteer.study.spec import StudySpec
-from jaxsteer.terminal import Progress
+from jaxsteer.words import Progress
 
 FORMAT: Final = "jaxsteer-geometry-1"
 FILE = "geometry.json"

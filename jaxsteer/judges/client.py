@@ -22,7 +22,7 @@ import msgspec
 from jaxsteer.data.wheels import cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_text
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 if TYPE_CHECKING:
     import openai

@@ -32,7 +32,7 @@ from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.requests import BUCKETS
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 # "unsafe", a line break, and a few categories with commas.
 NEW_TOKENS = 24

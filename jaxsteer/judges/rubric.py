@@ -28,7 +28,7 @@ from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import labels, rules
 from jaxsteer.judges.client import TEMPERATURES, Answer, Client, Endpoint, Unanswered
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 STRONGREJECT_FILES = ("rubric_system.txt", "rubric_user.txt")
 

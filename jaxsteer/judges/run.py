@@ -26,7 +26,7 @@ from jaxsteer.judges import rubric, rules, verdicts
 from jaxsteer.judges.client import Client, Endpoint
 from jaxsteer.judges.labels import BENIGN_FAMILIES, label_table
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord, Store
-from jaxsteer.terminal import Progress
+from jaxsteer.words import Progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from jaxsteer.files import sha256_file
 from jaxsteer.model import checkpoint, weights
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.tokenizer import Tokenizer
-from jaxsteer.terminal import Progress
+from jaxsteer.words import Progress
 
 FLOATS: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")

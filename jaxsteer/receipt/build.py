@@ -33,7 +33,7 @@ from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import prepare, results
 from jaxsteer.study.record import Model, RunRecord
 from jaxsteer.study.results import Results
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 JSON, HTML = "receipt.json", "receipt.html"
 WORDS, LONGEST = 8, 20

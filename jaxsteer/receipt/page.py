@@ -30,8 +30,7 @@ from jaxsteer.receipt.statement import (
     Statement,
 )
 from jaxsteer.study.record import describe
-from jaxsteer.terminal import plain
-from jaxsteer.words import p_equals, p_value, percent, points, signed, span
+from jaxsteer.words import p_equals, p_value, percent, plain, points, signed, span
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "receipt.css"

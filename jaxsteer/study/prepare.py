@@ -30,7 +30,7 @@ from jaxsteer.study import selection
 from jaxsteer.study.conditions import depth, resolve_layers
 from jaxsteer.study.selection import DoseCandidate, RefusalCandidate
 from jaxsteer.study.spec import StudySpec
-from jaxsteer.terminal import Progress
+from jaxsteer.words import Progress
 
 VERSION = "2"
 

@@ -39,7 +39,7 @@ from jaxsteer.study import conditions, prepare, record, results, rows, validate
 from jaxsteer.study.prepare import Setup
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
-from jaxsteer.terminal import Progress
+from jaxsteer.words import Progress
 
 PROBES = ("persona", "refusal", "assistant-axis")
 # Seconds after which finished rows are written, however few they are.

@@ -31,8 +31,7 @@ from jaxsteer.model.interventions import (
     compile_conditions,
     everywhere,
 )
-from jaxsteer.terminal import Progress
-from jaxsteer.words import percent
+from jaxsteer.words import Progress, percent
 
 
 class RefusalCandidate(msgspec.Struct, frozen=True, kw_only=True):

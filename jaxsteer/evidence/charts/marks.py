@@ -25,7 +25,7 @@ import altair as alt
 import polars as pl
 
 from jaxsteer.errors import UserError
-from jaxsteer.terminal import plain
+from jaxsteer.words import plain
 
 PAPER = "#ffffff"
 NIGHT = "#181c1a"  # marimo's dark page
