@@ -106,14 +106,14 @@ def captured(model: ChatModel) -> dict[str, Any]:
 
     activations.read = watched
     prompts = [SYSTEM + prompt for prompt in PROMPTS]
-    found = activations.capture(
+    found = activations.forward(
         model,
         prompts,
         [[]] * len(prompts),
         ("prompt_end",),
         shared=[len(SYSTEM)] * len(prompts),
     )
-    streams = {row: stream.tolist() for row, stream in found}
+    streams = {row: stream.tolist() for row, stream, _ in found}
     activations.read = read
     return {"rows": rows, "streams": [streams[row] for row in range(len(prompts))]}
 

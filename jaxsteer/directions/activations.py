@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.generation.layer_sharing import run_prefixes
 from jaxsteer.generation.prefill import Prefix, take
-from jaxsteer.generation.requests import bucket, left_pad
+from jaxsteer.generation.requests import bucket, grouped, left_pad, parts
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind, empty_cache
@@ -27,6 +27,7 @@ from jaxsteer.model.layers import causal_mask, positions
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")
+TAP = "resid_post"
 # Rows that run together.
 BATCH = 16
 Captured = dict[str, Float[Array, "row layer position d_model"]]
@@ -93,13 +94,10 @@ def read(
 
 def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int, list[int]]]:
     """Group row indices by bucket: yields (bucket width, at most `size` indices)."""
-    by_width: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_width.setdefault(bucket(length, limit), []).append(index)
+    by_width = grouped(range(len(lengths)), lambda i: bucket(lengths[i], limit))
     for width in sorted(by_width):
-        members = by_width[width]
-        for start in range(0, len(members), size):
-            yield width, members[start : start + size]
+        for members in parts(by_width[width], size):
+            yield width, members
 
 
 def position_weights(
@@ -140,7 +138,7 @@ def forward(
     shared: Sequence[int] | None = None,
     interventions: Interventions | None = None,
     condition: int = 0,
-) -> Iterator[tuple[list[int], Captured, Float[Array, "row 1 vocab"]]]:
+) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"], Float[np.ndarray, " vocab"]]]:
     """Run every prompt with its response once, in batches of one padded width.
 
     Short batches are filled with rows of padding, so that each width compiles once.
@@ -156,7 +154,8 @@ def forward(
       condition: index of that one.
 
     Yields:
-      The indices of a batch's rows, which are the first rows of its captures and last logits.
+      A row's index, its float32 states at `resid_post` at the asked positions (none if nothing is
+      asked), and the logits after its last token; in no set order.
 
     Raises:
       UserError: a row longer than the model's context, or as `position_weights`.
@@ -172,7 +171,6 @@ def forward(
         prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     steered = None if interventions is None else interventions.rows(np.full(BATCH, condition))
-    taps = ("resid_post",) if asked else ()
     for width, members in batches([len(r) for r in rows], config.max_position, BATCH):
         filler = BATCH - len(members)
         tokens, real = left_pad([rows[i] for i in members] + [[]] * filler, width)
@@ -181,26 +179,10 @@ def forward(
             weights[slot] = position_weights(prompts[i], responses[i], width, asked)
         own = prefix and take(prefix, np.array([prefix_of[i] for i in members] + [0] * filler))
         placed = sharding.place((tokens, real, weights, steered, own), config, model.mesh)
+        *given, steering, before = placed
         captured, logits = read(
-            model.definition, model.params, *placed[:3], taps, placed[3], prefix=placed[4]
+            model.definition, model.params, *given, (TAP,), steering, prefix=before
         )
-        yield members, captured, logits
-
-
-def capture(
-    model: ChatModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]] | None,
-    asked: Sequence[Position],
-    *,
-    shared: Sequence[int] | None = None,
-) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"]]]:
-    """Yield (row index, float32 `resid_post` at the asked positions), in no set order.
-
-    Raises:
-      UserError: as `forward`.
-    """
-    for members, captured, _ in forward(model, prompts, responses, asked, shared=shared):
-        states = np.asarray(captured["resid_post"])
+        states, last = np.asarray(captured[TAP]), np.asarray(logits[:, 0])
         for slot, i in enumerate(members):
-            yield i, states[slot]
+            yield i, states[slot], last[slot]

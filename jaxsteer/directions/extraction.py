@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from jaxsteer.data import prompts
 from jaxsteer.directions import direction, samples
 from jaxsteer.directions.activations import Position
 from jaxsteer.directions.direction import Direction
-from jaxsteer.directions.samples import Chat, Contrast, Mean
+from jaxsteer.directions.samples import Chat, Contrast
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, check_writable, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
@@ -160,7 +159,7 @@ def extract(
       settings: what directions have in common.
 
     Raises:
-      UserError: no direction to take norms from, or as `contrast` and `samples.stream`.
+      UserError: no direction to take norms from, or as `contrast` and `samples.gather`.
     """
     found = found or {}
     match kind:
@@ -182,27 +181,21 @@ def extract(
 
 
 def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
-    """The difference of a contrast's means, summed in float64 with the memory of one sample.
+    """The difference of a contrast's means, with its provenance.
 
     Raises:
-      UserError: as `samples.stream`.
+      UserError: as `samples.gather`.
     """
-    means: dict[int, Mean] = defaultdict(Mean)
-    norm = Mean()
-    for chat, state in samples.stream(model, made_of):
-        means[chat.group].add(state)
-        if chat.group == 0:
-            norm.add(np.linalg.norm(state.astype(np.float64), axis=-1))
-    positive, *negative = (means[group] for group in sorted(means))
-    vectors = positive.value() - np.mean([mean.value() for mean in negative], axis=0)
+    found = samples.gather(model, made_of)
+    norms = np.linalg.norm(found.values[found.positive].astype(np.float64), axis=-1)
     provenance: dict[str, Any] = {
         "tap": "resid_post",
         "kind": made_of.kind,
         "position": made_of.position,
-        "n_positive": positive.count,
-        "n_negative": sum(mean.count for mean in negative),
+        "n_positive": int(found.positive.sum()),
+        "n_negative": int((~found.positive).sum()),
         "source_sha256": made_of.source_sha256,
-        "residual_norm": [round(float(value), 4) for value in norm.value()],
+        "residual_norm": [round(float(value), 4) for value in norms.mean(axis=0)],
         "model": model.name,
         "weights_sha256": model.weights_sha256,
         "tokenizer_sha256": model.tokenizer_sha256,
@@ -210,7 +203,7 @@ def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
     if made_of.replayed_under or made_of.position != "prompt_end":
         sampled = {**samples.SAMPLED, "max_new_tokens": made_of.max_new_tokens}
         provenance |= {"seed": made_of.seed, "sampled": sampled}
-    return Direction(name=name, vectors=vectors.astype(np.float32), provenance=provenance)
+    return Direction(name=name, vectors=found.direction(), provenance=provenance)
 
 
 def read_name(text: str, position: Position = "prompt_end") -> tuple[str, InStudy | Random]:

@@ -215,7 +215,7 @@ def _last_states(
     ids = [model.tokenizer.chat(prompt.text, system) for prompt in prompts]
     shared = [shared_length(ids)] * len(ids)
     states = np.zeros((len(ids), model.config.n_layers, model.config.d_model), np.float64)
-    for i, state in activations.capture(model, ids, None, ["prompt_end"], shared=shared):
+    for i, state, _ in activations.forward(model, ids, None, ["prompt_end"], shared=shared):
         states[i] = state[:, 0]
         progress.advance(1)
     return states

@@ -1,14 +1,13 @@
 """The samples behind a direction: one state of the residual stream for each chat of a contrast.
 
-A direction is mean(positive) - mean(negative) of these samples. `stream` gives them one by one, so
-a mean needs the memory of one; `gather` holds them all, for `geometry` to halve and relabel.
+A direction is the difference of means of these samples, which `geometry` halves and relabels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -77,36 +76,28 @@ class Samples:
 
     Attributes:
       values: `resid_post` at the contrast's position.
-      positive: which samples are on the positive side.
+      group: the group that each is averaged in; 0 is the positive one.
       units: by name, the number of each sample's unit.
       labelled: the name whose units are on one side only, so that a null may shuffle their labels.
     """
 
     values: Float[np.ndarray, "sample layer d_model"]
-    positive: Bool[np.ndarray, " sample"]
+    group: Int[np.ndarray, " sample"]
     units: Mapping[str, Int[np.ndarray, " sample"]]
     labelled: str
 
+    @property
+    def positive(self) -> Bool[np.ndarray, " sample"]:
+        """Which samples are on the positive side."""
+        return self.group == 0
+
     def direction(self) -> Layers:
-        """mean(positive) - mean(negative), float32, one vector per layer."""
-        weights = difference_weights(self.positive[None])[0]
-        return np.einsum("s,sld->ld", weights, self.values.astype(np.float64)).astype(np.float32)
-
-
-class Mean:
-    """A streamed mean in float64: add samples in any order, with the memory of one."""
-
-    total: Float[np.ndarray, ...] | float = 0.0
-    count = 0
-
-    def add(self, value: Float[np.ndarray, ...]) -> None:
-        """Add one sample."""
-        self.total = self.total + value.astype(np.float64)
-        self.count += 1
-
-    def value(self) -> Float[np.ndarray, ...]:
-        """The mean of the added samples, of which there is at least one."""
-        return np.asarray(self.total / self.count)
+        """Mean of group 0 minus the mean of the other groups' means, float32, summed in float64."""
+        first, *others = (
+            self.values[self.group == group].mean(axis=0, dtype=np.float64)
+            for group in np.unique(self.group)
+        )
+        return (first - np.mean(others, axis=0)).astype(np.float32)
 
 
 def difference_weights(
@@ -145,10 +136,8 @@ def sample_replies(
     return replies
 
 
-def stream(
-    model: ChatModel, contrast: Contrast
-) -> Iterator[tuple[Chat, Float[np.ndarray, "layer d_model"]]]:
-    """Every chat of a contrast with its state at `resid_post`, float32, in no set order.
+def gather(model: ChatModel, contrast: Contrast) -> Samples:
+    """All samples of a contrast, in the order of its chats.
 
     Chats that need a sampled reply and get an empty one are left out.
 
@@ -160,26 +149,35 @@ def stream(
         sample_replies, model, seed=contrast.seed, max_new_tokens=contrast.max_new_tokens
     )
     if contrast.replayed_under:
-        replies = reply_to(_tokens(model, chats))
+        texts = map(model.tokenizer.decode, reply_to(_tokens(model, chats)))
         spoken = [
             dataclasses.replace(chat, system=contrast.replayed_under, user=text)
-            for chat, text in zip(chats, map(model.tokenizer.decode, replies), strict=True)
+            for chat, text in zip(chats, texts, strict=True)
             if text.strip()
         ]
         _check_groups(chats, spoken)
         chats = spoken
     prompts = _tokens(model, chats)
     shared = shared_lengths(prompts, [chat.system for chat in chats])
-    replies = [[] for _ in chats]
+    replies: list[list[int]] = [[] for _ in chats]
     if contrast.position != "prompt_end":
         replies = reply_to(prompts, shared=shared)
         kept = [i for i, reply in enumerate(replies) if reply]
         _check_groups(chats, [chats[i] for i in kept])
         chats, prompts = [chats[i] for i in kept], [prompts[i] for i in kept]
         replies, shared = [replies[i] for i in kept], [shared[i] for i in kept]
-    position = [contrast.position]
-    for i, state in activations.capture(model, prompts, replies, position, shared=shared):
-        yield chats[i], state[:, 0]
+    values = np.zeros((len(chats), model.config.n_layers, model.config.d_model), np.float32)
+    for i, state, _ in activations.forward(
+        model, prompts, replies, [contrast.position], shared=shared
+    ):
+        values[i] = state[:, 0]
+    units = np.array([chat.units for chat in chats])
+    return Samples(
+        values=values,
+        group=np.array([chat.group for chat in chats]),
+        units=dict(zip(contrast.units, units.T, strict=True)),
+        labelled=contrast.units[0],
+    )
 
 
 def _tokens(model: ChatModel, chats: Sequence[Chat]) -> list[list[int]]:
@@ -195,20 +193,3 @@ def _check_groups(asked: Sequence[Chat], answered: Sequence[Chat]) -> None:
                 f"every sampled reply under {str(chat.system)[:60]!r} was empty, so there is "
                 "nothing to average; take another seed, or the position prompt_end"
             )
-
-
-def gather(model: ChatModel, contrast: Contrast) -> Samples:
-    """All samples of a contrast, in the order of its chats.
-
-    Raises:
-      UserError: as `stream`.
-    """
-    found = sorted(stream(model, contrast), key=lambda sample: sample[0].units)
-    chats = [chat for chat, _ in found]
-    units = np.array([chat.units for chat in chats])
-    return Samples(
-        values=np.stack([state for _, state in found]),
-        positive=np.array([chat.group == 0 for chat in chats]),
-        units=dict(zip(contrast.units, units.T, strict=True)),
-        labelled=contrast.units[0],
-    )

@@ -35,7 +35,7 @@ from jaxsteer.generation.decode import DecodeState, Decoding, Sampling
 from jaxsteer.generation.layer_sharing import Prompts
 from jaxsteer.generation.requests import Reply as Reply
 from jaxsteer.generation.requests import Request as Request
-from jaxsteer.generation.requests import bucket, pack
+from jaxsteer.generation.requests import bucket, grouped, pack
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Params
@@ -144,7 +144,13 @@ def run(
     if not todo:
         return
     prompts = layer_sharing.with_prefixes(
-        layer_sharing.prompts_of(model, requests, pack(requests, limit), interventions, probes)
+        Prompts(
+            model=model,
+            requests=requests,
+            interventions=interventions or layer_sharing.untouched(model.config),
+            probes=prefill.no_probes(model.config) if probes is None else probes,
+            packed=pack(requests, limit),
+        )
     )
     prefix = 0 if prompts.prefixes is None else prompts.prefixes.real.shape[1]
     longest = max(len(request.own) for request in requests)
@@ -187,9 +193,7 @@ def _shares(prompts: Prompts, rows: Sequence[int], count: int) -> list[list[int]
     sequence, requests = prompts.packed.sequence, prompts.requests
     asked = {(sequence[i], request.condition) for i, request in enumerate(requests)}
     conditions = Counter(number for number, _ in asked)
-    by_sequence: dict[int, list[int]] = {}
-    for row in rows:
-        by_sequence.setdefault(sequence[row], []).append(row)
+    by_sequence = grouped(rows, sequence.__getitem__)
     # The last packed sequences have the shortest prompts.
     listed = sorted(by_sequence, key=lambda number: (-conditions[number], -number))
     order = [row for first in range(count) for n in listed[first::count] for row in by_sequence[n]]
@@ -236,9 +240,7 @@ def _loop(job: _Job, rows: Sequence[int]) -> Loop:
 def _read(job: _Job, rows: Sequence[int]) -> Iterator[tuple[DecodeState, list[tuple[int, int]]]]:
     """Read prompts: rows ready to decode, with their places and requests."""
     prompts, model = job.prompts, job.prompts.model
-    by_width: dict[int, list[int]] = {}
-    for row in rows:
-        by_width.setdefault(prompts.packed.width(row), []).append(row)
+    by_width = grouped(rows, prompts.packed.width)
     for width in sorted(by_width):
         for some, batch in layer_sharing.read(prompts, by_width[width]):
             yield (

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,10 @@ from jaxtyping import Float
 
 from jaxsteer.generation import prefill
 from jaxsteer.generation.prefill import LayerOutput, Prefix, PromptBatch, SequenceBatch, take
-from jaxsteer.generation.requests import PackedPrompts, Request, one_each
+from jaxsteer.generation.requests import PackedPrompts, Request, grouped, one_each, parts
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import blocks_graph
 from jaxsteer.model.interventions import Interventions, compile_conditions
 
@@ -44,7 +45,6 @@ PREFIX_MULTIPLE = 16
 
 # The entry of each output so far that a row was part of.
 Path = tuple[int, ...]
-T = TypeVar("T")
 
 
 def layer_groups(n_layers: int) -> list[tuple[int, int]]:
@@ -129,35 +129,10 @@ class Prompts:
         return sharding.place(tree, self.model.config, self.model.mesh)
 
 
-def prompts_of(
-    model: ChatModel,
-    requests: Sequence[Request],
-    packed: PackedPrompts,
-    interventions: Interventions | None = None,
-    probes: Float[np.ndarray, "layer probe d_model"] | None = None,
-) -> Prompts:
-    """The prompts of a run, before its prefixes have been run; see `Prompts`.
-
-    Without interventions the requests have one condition, which leaves the model alone.
-    """
-    config = model.config
-    if interventions is None:
-        n_layers, d_model = config.n_layers, config.d_model
-        interventions = compile_conditions([[]], ["all"], n_layers=n_layers, d_model=d_model)
-    if probes is None:
-        probes = prefill.no_probes(config)
-    return Prompts(
-        model=model,
-        requests=requests,
-        interventions=interventions,
-        probes=probes,
-        packed=packed,
-    )
-
-
-def _parts(listed: list[T], size: int) -> Iterator[list[T]]:
-    """[1, 2, 3] in parts of 2 is [1, 2], [3]."""
-    return (listed[start : start + size] for start in range(0, len(listed), size))
+def untouched(config: ModelConfig) -> Interventions:
+    """One condition, which leaves the model alone."""
+    n_layers, d_model = config.n_layers, config.d_model
+    return compile_conditions([[]], ["all"], n_layers=n_layers, d_model=d_model)
 
 
 def filled(rows: Sequence[int], size: int) -> list[int]:
@@ -188,10 +163,10 @@ def _deeper(
 ) -> Iterator[tuple[list[int], PromptBatch]]:
     """Take rows through the layers that follow `outputs`; arguments as for `_run`."""
     if len(outputs) > len(layer_groups(prompts.model.config.n_layers)):
-        for some in _parts(list(paths), BATCH):
+        for some in parts(list(paths), BATCH):
             yield some, _batch(prompts, filled(some, BATCH), outputs, paths)
         return
-    for entries in _parts(_entries(prompts, len(outputs), paths), size):
+    for entries in parts(_entries(prompts, len(outputs), paths), size):
         # Held by no variable here, so that memory never holds the outputs of two batches.
         yield from _deeper(prompts, *_run(prompts, outputs, paths, entries, size), size)
 
@@ -201,11 +176,9 @@ def _entries(prompts: Prompts, depth: int, paths: dict[int, Path]) -> list[list[
     groups = layer_groups(prompts.model.config.n_layers)
     classes = prompts.classes[groups[depth - 1][1] if depth else 0]
     of_row = {row: classes[prompts.requests[row].condition] for row in paths}
-    entries: dict[tuple[int, int], list[int]] = {}
     # Class by class: a full batch is of one class, and fills batches again where that divides.
-    for row in sorted(paths, key=of_row.__getitem__):
-        entries.setdefault((of_row[row], prompts.packed.sequence[row]), []).append(row)
-    return list(entries.values())
+    rows = sorted(paths, key=of_row.__getitem__)
+    return list(grouped(rows, lambda row: (of_row[row], prompts.packed.sequence[row])).values())
 
 
 def _run(
@@ -307,12 +280,16 @@ def run_prefixes(
     tokens = [tokens for tokens, _ in index]
     width = -(-max(1, *map(len, tokens)) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
     requests = [Request(tokens=tokens, condition=condition) for tokens, condition in index]
-    parts, order = [], list[int]()
-    for rows, batch in read(
-        prompts_of(model, requests, one_each(tokens, width), interventions, probes),
-        range(len(index)),
-    ):
-        parts.append(prefill.as_prefix(batch))
+    prompts = Prompts(
+        model=model,
+        requests=requests,
+        interventions=interventions or untouched(model.config),
+        probes=prefill.no_probes(model.config) if probes is None else probes,
+        packed=one_each(tokens, width),
+    )
+    found, order = [], list[int]()
+    for rows, batch in read(prompts, range(len(index))):
+        found.append(prefill.as_prefix(batch))
         order += rows + [len(index)] * (BATCH - len(rows))
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
     return take(joined, np.argsort(order, kind="stable")), [index[one] for one in asked]

@@ -183,18 +183,12 @@ def run_layers(
         segment_ids, prefix = jnp.asarray(entry.segment_ids), entry.prefix
         before = jnp.zeros((0,), bool) if prefix is None else jnp.asarray(prefix.real)
         taps = _taps(entry.interventions, segment_ids, jnp.asarray(probes))
+        config, layers = blocks.config, blocks.layers
+        cache = decoder.empty_cache(config, len(layers), len(segment_ids), stream.dtype)
+        seen = positions(segment_ids, before), causal_mask(segment_ids, before)
+        past = None if prefix is None else prefix.cache
         after, written = decoder.run_blocks(
-            blocks.config,
-            blocks.layers,
-            stream,
-            positions(segment_ids, before),
-            causal_mask(segment_ids, before),
-            decoder.empty_cache(
-                blocks.config, len(blocks.layers), segment_ids.shape[0], stream.dtype
-            ),
-            jnp.int32(0),
-            taps,
-            None if prefix is None else prefix.cache,
+            config, layers, stream, *seen, cache, jnp.int32(0), taps, past
         )
         return LayerOutput(stream=after, cache=written, realised=taps.results()[1])
 
@@ -262,10 +256,9 @@ def _gather_all(
     changes = []
     for i, output in enumerate(batch.outputs):
         layers = slice(len(cache), len(cache) + len(output.cache))
-        before = None if batch.prefix is None else batch.prefix.cache[layers]
-        some, change = gather(
-            output, batch.entry[:, i], batch.segment, batch.real, before, slots=slots
-        )
+        before = batch.prefix and batch.prefix.cache[layers]
+        rows = batch.entry[:, i], batch.segment, batch.real
+        some, change = gather(output, *rows, before, slots)
         cache += some
         changes.append(change)
     return cache, changes

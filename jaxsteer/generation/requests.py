@@ -15,7 +15,8 @@ Prompts of 3 and 4 tokens in a packed sequence of 8:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -30,6 +31,9 @@ MAX_SEGMENTS = 8
 # Tokens of a packed sequence, or fewer if the longest prompt is shorter: attention in wider ones
 # costs more than the padding that they save.
 WIDTH = 128
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,19 @@ class Reply:
     logits: Float[np.ndarray, "chosen vocab"] | None = None
 
 
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by their key: 1 to 5 by whether they are even give {False: [1, 3, 5], True: [2, 4]}."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def parts(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """Items in parts: [1, 2, 3] in parts of 2 is [1, 2] and [3]."""
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all prompts share, of each at most all but the last.
 
@@ -101,10 +118,8 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 def shared_lengths(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable]) -> list[int]:
     """`shared_length` of each prompt's group: prompts of one system prompt, say."""
-    members: dict[Hashable, list[Sequence[int]]] = {}
-    for prompt, group in zip(prompts, groups, strict=True):
-        members.setdefault(group, []).append(prompt)
-    lengths = {group: shared_length(some) for group, some in members.items()}
+    members = grouped(range(len(prompts)), groups.__getitem__)
+    lengths = {group: shared_length([prompts[i] for i in some]) for group, some in members.items()}
     return [lengths[group] for group in groups]
 
 
@@ -227,9 +242,7 @@ def pack_prompts(
     """
     longest = max((bucket(len(prompt), limit) for prompt in prompts), default=0)
     least = min(WIDTH, longest)
-    rows: dict[tuple[Hashable, tuple[int, ...]], list[int]] = {}
-    for row, (group, prompt) in enumerate(zip(groups, prompts, strict=True)):
-        rows.setdefault((group, tuple(prompt)), []).append(row)
+    rows = grouped(range(len(prompts)), lambda row: (groups[row], tuple(prompts[row])))
     tokens, segment_ids = list[np.ndarray](), list[np.ndarray]()
     sequence, segment = [0] * len(prompts), [0] * len(prompts)
     # By group, the packed sequences that have room: index, tokens used, prompts held.

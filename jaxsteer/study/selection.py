@@ -109,9 +109,9 @@ def refusal_candidates(
             """Next-token logits [prompt, vocab] under one cell's operations."""
             out = np.zeros((len(prompts), config.vocab_size), np.float32)
             shared = [shared_length(prompts)] * len(prompts)
-            for members, _, last in forward(prompts, shared=shared, condition=cell):
-                out[members] = np.asarray(last[: len(members), 0])
-                progress.advance(len(members))
+            for i, _, last in forward(prompts, shared=shared, condition=cell):
+                out[i] = last
+                progress.advance(1)
             return out
 
         plain, candidates = logits(harmless, 0), []

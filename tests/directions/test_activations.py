@@ -24,7 +24,7 @@ def model(hf, tmp_path_factory):
 
 def test_captures_at_the_three_positions_are_hf_states_and_their_mean(hf, model):
     prompt, response = model.tokenizer.chat("w4 w5", "w6"), [9, 10, 11]
-    ((_, captured),) = activations.capture(model, [prompt], [response], activations.POSITIONS)
+    ((_, captured, _),) = activations.forward(model, [prompt], [response], activations.POSITIONS)
     hidden = hf(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
     for layer in range(2):
         state, end = hidden[layer + 1][0].numpy(), len(prompt)

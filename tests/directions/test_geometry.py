@@ -26,7 +26,7 @@ def instructed(rng, *, instructions=6, questions=5, effect=1.0, shared=1.0, stre
     n = 2 * instructions * questions
     return Samples(
         values=values.reshape(n, LAYERS, WIDTH).astype(np.float32),
-        positive=np.repeat(positive, questions),
+        group=np.repeat(np.where(positive, 0, 1), questions),
         units={
             "instruction": np.repeat(np.arange(2 * instructions), questions),
             "question": np.tile(np.arange(questions), 2 * instructions),
@@ -113,7 +113,7 @@ def test_the_p_value_agrees_with_scipys_permutation_test(rng):
     values[:20, 0] += 0.25
     made = Samples(
         values=values,
-        positive=np.arange(40) < 20,
+        group=np.arange(40) // 20,
         units={"prompt": np.arange(40)},
         labelled="prompt",
     )

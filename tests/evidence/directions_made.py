@@ -33,7 +33,7 @@ def samples(name: str, seed: int) -> Samples:
         values[:40, :, axis] += 2 * size
     return Samples(
         values=values,
-        positive=np.arange(80) < 40,
+        group=np.arange(80) // 40,
         units={"instruction": instruction, "question": np.tile(np.arange(4), 20)},
         labelled="instruction",
     )

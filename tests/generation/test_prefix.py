@@ -102,7 +102,7 @@ def test_a_prompt_is_too_long_for_a_capture_by_all_its_tokens(model, shared):
     limit = model.config.max_position
     with pytest.raises(UserError, match=rf"{limit + 1} tokens and at most {limit} fit"):
         next(
-            activations.capture(
+            activations.forward(
                 model,
                 [[5] * limit],
                 [[3]],
@@ -116,14 +116,8 @@ def test_captures_equal_those_of_whole_prompts(model):
     responses = [[3, 4], [5], [6, 7, 8]]
 
     def captured(shared):
-        found = activations.capture(
-            model,
-            PROMPTS,
-            responses,
-            activations.POSITIONS,
-            shared=shared,
-        )
-        return dict(found)
+        found = activations.forward(model, PROMPTS, responses, activations.POSITIONS, shared=shared)
+        return {row: states for row, states, _ in found}
 
     whole, split = captured(None), captured([5, 2, 0])
     for i in range(3):
