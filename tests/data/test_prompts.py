@@ -71,13 +71,17 @@ def test_every_shipped_trait_is_valid_and_the_expected_ones_are_there():
         "arrogant",
         "diplomatic",
     }
-    assert relational | {"compliant", "compliant-neutral"} == set(names)
+    compliant = {"compliant", "compliant-neutral", "compliant-v2", "compliant-neutral-v2"}
+    assert relational | compliant == set(names)
     for name in relational:
         assert data.trait(data.trait(name).opposite).opposite == name
 
 
-def test_the_neutral_variant_never_instructs_refusal():
-    text = " ".join(data.trait("compliant-neutral").negative).lower()
+@pytest.mark.parametrize("version", ["", "-v2"])
+def test_the_neutral_variant_never_instructs_refusal(version):
+    plain, neutral = data.trait(f"compliant{version}"), data.trait(f"compliant-neutral{version}")
+    assert (plain.positive, plain.questions) == (neutral.positive, neutral.questions)
+    text = " ".join(neutral.negative).lower()
     for word in ("refus", "declin", "deny", "warn", "cannot", "withh", "judg", "suspic"):
         assert word not in text
 
