@@ -16,7 +16,7 @@ from tests import weigh
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
 # Raised since: 95 for the keyword list (limits of an answer, refusals by any verb).
-CORE = 4785
+CORE = 4706
 WHOLE = 11835
 MODULE = 350
 FILES = 83

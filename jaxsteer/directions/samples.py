@@ -1,6 +1,7 @@
 """The samples behind a direction: one state of the residual stream for each chat of a contrast.
 
-A direction is the difference of means of these samples, which `geometry` halves and relabels.
+A direction is the difference of means of these samples. `evidence.reliability` halves them and
+shuffles their labels.
 """
 
 from __future__ import annotations
@@ -98,16 +99,6 @@ class Samples:
             for group in np.unique(self.group)
         )
         return (first - np.mean(others, axis=0)).astype(np.float32)
-
-
-def difference_weights(
-    positive: Bool[np.ndarray, "repeat sample"],
-    kept: Bool[np.ndarray, "repeat sample"] | None = None,
-) -> Float[np.ndarray, "repeat sample"]:
-    """Weights of a difference of means over the kept samples."""
-    kept = np.ones_like(positive) if kept is None else kept
-    up, down = (positive & kept).astype(np.float64), (~positive & kept).astype(np.float64)
-    return up / up.sum(axis=1, keepdims=True) - down / down.sum(axis=1, keepdims=True)
 
 
 def sample_replies(

@@ -18,10 +18,10 @@ import msgspec
 import polars as pl
 
 from jaxsteer import stats
-from jaxsteer.directions import direction, geometry
+from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import paired
+from jaxsteer.evidence import paired, reliability
 from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.judges.verdicts import text_hashes
@@ -397,7 +397,7 @@ class _Counter:
         draft = Draft(test=test, treated=test.treated, control=test.control)
         try:
             first, second = self._direction(test.treated), self._direction(test.control)
-            values = geometry.cosines(first.vectors, second.vectors)
+            values = reliability.cosines(first.vectors, second.vectors)
             layers = resolve_layers(test.at, self.found.run.layers, len(values), "claim")
         except (UserError, ValueError) as error:
             return dataclasses.replace(draft, reason=str(error))

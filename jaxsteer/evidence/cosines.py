@@ -19,7 +19,6 @@ from jaxtyping import Float
 
 from jaxsteer.data import prompts
 from jaxsteer.directions import direction as directions
-from jaxsteer.directions import geometry
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability as measuring
@@ -148,7 +147,7 @@ _PAIRS = {
 def _cosines(one: Direction, other: Direction) -> Float[np.ndarray, " layer"]:
     """Cosine per layer, NaN where either vector is zero."""
     nonzero = one.vectors.any(axis=1) & other.vectors.any(axis=1)
-    return np.where(nonzero, geometry.cosines(one.vectors, other.vectors), np.nan)
+    return np.where(nonzero, measuring.cosines(one.vectors, other.vectors), np.nan)
 
 
 def ranked(table: pl.DataFrame, window: Window) -> list[str]:

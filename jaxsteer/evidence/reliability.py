@@ -1,26 +1,40 @@
-"""How well a study's directions are known: geometry.json of its results folder.
+"""How well directions are known, and whether two of them are more aligned than chance allows.
 
-Every direction is made again sample by sample, for `directions.geometry` to halve and relabel.
+A direction is a difference of two means over samples. Samples share instructions and questions, so
+they are not independent, and a null that ignores this finds nearly everything significant. So
+halves and relabellings consist of whole *units*: an instruction with all its questions, a question
+with all its instructions, or a prompt.
+
+    reliability  cosine of the directions of two random halves of the units, repeated
+    null         cosine with another direction after the units' labels are shuffled
+    isotropic    1 / sqrt(d_model), the spread of random vectors; for comparison only, since the
+                 residual stream is far from isotropic
+
+The first two use the samples' inner products per layer, so repeats cost little. `measure` does all
+this for a study, whose directions it makes again sample by sample: geometry.json of its results.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
+from jaxtyping import Bool, Float
 
 from jaxsteer import stats
 from jaxsteer.directions import direction as directions
-from jaxsteer.directions import geometry
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import FromChats, contrast
 from jaxsteer.directions.samples import Samples, gather
 from jaxsteer.errors import UserError
 from jaxsteer.files import write_json
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.interventions import Layers
 from jaxsteer.study import prepare, results
 from jaxsteer.study.record import Count, Sha256
 from jaxsteer.study.spec import StudySpec
@@ -201,12 +215,12 @@ def _described(direction: Direction, samples: Samples | str, halves: int, seed: 
     )
     if isinstance(samples, str):
         return msgspec.structs.replace(entry, not_measured=samples)
-    alike = geometry.cosines(samples.direction(), direction.vectors)
+    alike = cosines(samples.direction(), direction.vectors)
     nonzero = np.linalg.norm(direction.vectors, axis=1) > 0
     reliability = {}
     for unit in samples.units:
         try:
-            split = geometry.split_half(samples, unit, halves=halves, seed=seed)
+            split = split_half(samples, unit, halves=halves, seed=seed)
         except UserError:
             continue
         mean = split.mean(axis=0)
@@ -235,12 +249,12 @@ def _pair(
     draws: int,
     seed: int,
 ) -> Pair:
-    observed = geometry.cosines(first.vectors, second.vectors)
+    observed = cosines(first.vectors, second.vectors)
     nulls = [
         (
             name,
-            geometry.relabellings(samples),
-            geometry.permutation_null(samples, other, draws=draws, seed=seed),
+            relabellings(samples),
+            permutation_null(samples, other, draws=draws, seed=seed),
         )
         for name, samples, other in (
             (first.name, first_samples, second.vectors),
@@ -252,7 +266,7 @@ def _pair(
     if nulls:
         # The alignment must survive shuffling either direction's labels: widest range, larger p.
         bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for _, _, null in nulls])
-        p = np.max([geometry.two_sided_p(observed, null) for _, _, null in nulls], axis=0)
+        p = np.max([two_sided_p(observed, null) for _, _, null in nulls], axis=0)
         null = Null(
             shuffled=[name for name, _, _ in nulls],
             relabellings=min(count for _, count, _ in nulls),
@@ -265,3 +279,111 @@ def _pair(
 
 def _rounded(values: Any) -> list[float]:
     return [round(float(value), 6) for value in values]
+
+
+def cosines(first: Layers, second: Layers) -> Float[np.ndarray, " layer"]:
+    """Cosine per layer in float64; 0 where either vector is zero."""
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    dots = np.einsum("ld,ld->l", a, b)
+    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+
+
+def difference_weights(
+    positive: Bool[np.ndarray, "repeat sample"],
+    kept: Bool[np.ndarray, "repeat sample"] | None = None,
+) -> Float[np.ndarray, "repeat sample"]:
+    """Weights of a difference of means over the kept samples."""
+    kept = np.ones_like(positive) if kept is None else kept
+    up, down = (positive & kept).astype(np.float64), (~positive & kept).astype(np.float64)
+    return up / up.sum(axis=1, keepdims=True) - down / down.sum(axis=1, keepdims=True)
+
+
+def split_half(
+    samples: Samples, unit: str, *, halves: int = 100, seed: int = 0
+) -> Float[np.ndarray, "half layer"]:
+    """Cosines between the directions of two random halves of the units, for each repeat.
+
+    A unit of both sides, such as a question, is in the same half on both. Units of one side are
+    halved on each side.
+
+    Raises:
+      UserError: a side has fewer than two units.
+    """
+    ids = samples.units[unit]
+    up, down = np.unique(ids[samples.positive]), np.unique(ids[~samples.positive])
+    if min(len(up), len(down)) < 2:
+        raise UserError(f"one {unit} on each side cannot be halved; use another unit")
+    sides = [up] if np.array_equal(up, down) else [up, down]
+    generator = np.random.Generator(np.random.PCG64(seed))
+    first = np.zeros((halves, len(ids)), bool)
+    for repeat in range(halves):
+        chosen = [generator.permutation(side)[: len(side) // 2] for side in sides]
+        first[repeat] = np.isin(ids, np.concatenate(chosen))
+    one, two = (
+        difference_weights(np.broadcast_to(samples.positive, h.shape), h) for h in (first, ~first)
+    )
+    found = np.zeros((halves, samples.values.shape[1]))
+    for layer, gram in enumerate(_grams(samples)):
+        dots, norms = _dots(one, gram, two), _dots(one, gram, one) * _dots(two, gram, two)
+        found[:, layer] = _ratio(dots, np.sqrt(np.maximum(norms, 0)))
+    return found
+
+
+def permutation_null(
+    samples: Samples, other: Layers, *, draws: int = 1000, seed: int = 0
+) -> Float[np.ndarray, "draw layer"]:
+    """Cosines with `other` of directions made from shuffled labels.
+
+    Labels move between whole units, so the null keeps the anisotropy and everything the samples
+    share, and the number of positive units.
+    """
+    ids = samples.units[samples.labelled]
+    units, index = np.unique(ids, return_inverse=True)
+    label = np.zeros(len(units), bool)
+    label[index] = samples.positive
+    generator = np.random.Generator(np.random.PCG64(seed))
+    shuffled = np.stack([generator.permutation(label)[index] for _ in range(draws)])
+    weights = difference_weights(shuffled)
+    wide = other.astype(np.float64)
+    found = np.zeros((draws, samples.values.shape[1]))
+    for layer, gram in enumerate(_grams(samples)):
+        dots = weights @ (samples.values[:, layer].astype(np.float64) @ wide[layer])
+        norms = np.sqrt(np.maximum(_dots(weights, gram, weights), 0)) * np.linalg.norm(wide[layer])
+        found[:, layer] = _ratio(dots, norms)
+    return found
+
+
+def relabellings(samples: Samples) -> int:
+    """Number of different labellings of the units, with the true one."""
+    ids = samples.units[samples.labelled]
+    return math.comb(len(np.unique(ids)), len(np.unique(ids[samples.positive])))
+
+
+def two_sided_p(
+    observed: Float[np.ndarray, " layer"], null: Float[np.ndarray, "draw layer"]
+) -> Float[np.ndarray, " layer"]:
+    """(1 + draws at least as far from 0 as the observed) / (1 + draws), per layer."""
+    # A relabelling that happens to be the true one equals the observed but for rounding.
+    beyond = (np.abs(null) >= np.abs(observed) - 1e-12).sum(axis=0)
+    return (1 + beyond) / (1 + len(null))
+
+
+def _grams(samples: Samples) -> Iterator[Float[np.ndarray, "sample sample"]]:
+    # The common mean drops out of every difference; without it the products lose fewer digits.
+    for layer in range(samples.values.shape[1]):
+        values = samples.values[:, layer].astype(np.float64)
+        values = values - values.mean(axis=0)
+        yield values @ values.T
+
+
+def _dots(
+    a: Float[np.ndarray, "repeat sample"],
+    gram: Float[np.ndarray, "sample sample"],
+    b: Float[np.ndarray, "repeat sample"],
+) -> Float[np.ndarray, " repeat"]:
+    return np.einsum("rs,rs->r", a @ gram, b)
+
+
+def _ratio(dots: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 1e-12)

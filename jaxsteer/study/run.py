@@ -25,8 +25,8 @@ import polars as pl
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
-from jaxsteer.directions import geometry
-from jaxsteer.directions.geometry import Shift
+from jaxsteer.directions import shifts
+from jaxsteer.directions.shifts import Shift
 from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json, write_table
 from jaxsteer.generation import engine
@@ -240,7 +240,7 @@ def _mode_shifts(
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
     modes, policy = {name: data.mode(name) for name in spec.modes}, data.policy(spec.system).text
     layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
-    return geometry.shifts(model, modes, policy, prompts, probed, layer)
+    return shifts.shifts(model, modes, policy, prompts, probed, layer)
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

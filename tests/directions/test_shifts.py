@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jaxsteer.data import prompts as data
-from jaxsteer.directions import geometry
+from jaxsteer.directions import shifts
 from jaxsteer.directions.direction import Direction
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
@@ -40,7 +40,7 @@ def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, mo
 
     def measured(prompts, layer):
         modes = {"none": data.mode("none"), "loud": mode}
-        return geometry.shifts(model, modes, POLICY, prompts, {"v": direction}, layer)
+        return shifts.shifts(model, modes, POLICY, prompts, {"v": direction}, layer)
 
     def state(system, text, layer):
         ids = torch.tensor([model.tokenizer.chat(text, system)])

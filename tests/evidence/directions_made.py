@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsteer.directions import direction, geometry
+from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.samples import Samples
 from jaxsteer.evidence import reliability
@@ -64,7 +64,7 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
     """geometry.json in the form that `reliability.measure` writes."""
     described = {}
     for name, found in made.items():
-        split = {u: geometry.split_half(found, u, halves=20) for u in found.units}
+        split = {u: reliability.split_half(found, u, halves=20) for u in found.units}
         described[name] = {
             "sha256": named[name].sha256,
             "kind": "trait",
@@ -82,12 +82,12 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
         }
     pairs = []
     for one, other in itertools.combinations(sorted(made), 2):
-        null = geometry.permutation_null(made[one], named[other].vectors, draws=100)
+        null = reliability.permutation_null(made[one], named[other].vectors, draws=100)
         low, high = np.quantile(null, [0.025, 0.975], axis=0)
-        cosine = geometry.cosines(named[one].vectors, named[other].vectors)
-        p = geometry.two_sided_p(cosine, null)
+        cosine = reliability.cosines(named[one].vectors, named[other].vectors)
+        p = reliability.two_sided_p(cosine, null)
         ends = {"low": low.tolist(), "high": high.tolist(), "p": p.tolist()}
-        shuffled = {"shuffled": [one], "relabellings": geometry.relabellings(made[one])}
+        shuffled = {"shuffled": [one], "relabellings": reliability.relabellings(made[one])}
         pair = {"first": one, "second": other, "cosine": cosine.tolist()}
         pairs.append({**pair, "null": {**shuffled, **ends}})
     return {

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from scipy.spatial.distance import cosine as theirs_distance
 
-from jaxsteer.directions import direction, geometry
+from jaxsteer.directions import direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import cosines, reliability
 from tests.evidence import directions_made
@@ -95,7 +95,7 @@ def test_random_directions_alone_are_nothing_to_compare(found, tmp_path):
 
 def test_random_cosines_are_the_range_over_the_controls(found):
     table = cosines.random_cosines(found, "persona")
-    each = [geometry.cosines(found.named["persona"].vectors, r.vectors) for r in
+    each = [reliability.cosines(found.named["persona"].vectors, r.vectors) for r in
             found.random.values()]  # fmt: skip
     assert np.allclose(table["low"], np.min(each, axis=0), atol=1e-6)
     assert np.allclose(table["high"], np.max(each, axis=0), atol=1e-6)

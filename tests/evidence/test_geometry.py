@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats as theirs
 
-from jaxsteer.directions import geometry
 from jaxsteer.directions.samples import Samples
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import reliability
 
 LAYERS, WIDTH = 2, 24
 
@@ -45,7 +45,7 @@ def test_cosines_equal_scipys_and_are_zero_where_a_vector_is(rng):
     first, second = rng.standard_normal((2, LAYERS, WIDTH)).astype(np.float32)
     first[1] = 0
     expected = 1 - theirs_cosine(first[0], second[0])
-    assert geometry.cosines(first, second) == pytest.approx([expected, 0.0], abs=1e-6)
+    assert reliability.cosines(first, second) == pytest.approx([expected, 0.0], abs=1e-6)
 
 
 def theirs_cosine(a, b):
@@ -69,14 +69,14 @@ def test_halves_are_directions_of_disjoint_units(rng, unit):
             - made.values[~made.positive & h].mean(axis=0)
             for h in (first, ~first)
         ]
-        possible.add(round(float(geometry.cosines(*halves)[0]), 4))
-    found = geometry.split_half(made, unit, halves=30)
+        possible.add(round(float(reliability.cosines(*halves)[0]), 4))
+    found = reliability.split_half(made, unit, halves=30)
     assert {round(float(value), 4) for value in found[:, 0]} == possible
 
 
 def test_reliability_rises_with_the_effect_and_falls_to_nothing_without_one(rng):
     means = [
-        geometry.split_half(instructed(rng, effect=effect), "instruction").mean()
+        reliability.split_half(instructed(rng, effect=effect), "instruction").mean()
         for effect in (0.0, 1.0, 5.0)
     ]
     assert abs(means[0]) < 0.2 < means[1] < means[2]
@@ -86,13 +86,13 @@ def test_reliability_rises_with_the_effect_and_falls_to_nothing_without_one(rng)
 def test_reliability_over_questions_hides_what_reliability_over_instructions_shows(rng):
     # No effect at all: the same few instructions in both halves still look like a direction.
     made = instructed(rng, effect=0.0, shared=2.0)
-    assert geometry.split_half(made, "question").mean() > 0.9
-    assert geometry.split_half(made, "instruction").mean() < 0.3
+    assert reliability.split_half(made, "question").mean() > 0.9
+    assert reliability.split_half(made, "instruction").mean() < 0.3
 
 
 def test_one_unit_a_side_cannot_be_halved(rng):
     with pytest.raises(UserError, match="one instruction on each side"):
-        geometry.split_half(instructed(rng, instructions=1), "instruction")
+        reliability.split_half(instructed(rng, instructions=1), "instruction")
 
 
 def test_the_null_is_all_relabellings_of_whole_units(rng):
@@ -102,10 +102,10 @@ def test_the_null_is_all_relabellings_of_whole_units(rng):
     for chosen in itertools.combinations(range(4), 2):
         up = np.isin(made.units["instruction"], chosen)
         direction = made.values[up].mean(axis=0) - made.values[~up].mean(axis=0)
-        possible.add(round(float(geometry.cosines(direction, other)[1]), 4))
-    found = geometry.permutation_null(made, other, draws=200)
+        possible.add(round(float(reliability.cosines(direction, other)[1]), 4))
+    found = reliability.permutation_null(made, other, draws=200)
     assert {round(float(value), 4) for value in found[:, 1]} == possible
-    assert geometry.relabellings(made) == len(possible) == 6
+    assert reliability.relabellings(made) == len(possible) == 6
 
 
 def test_the_p_value_agrees_with_scipys_permutation_test(rng):
@@ -127,9 +127,9 @@ def test_the_p_value_agrees_with_scipys_permutation_test(rng):
     expected = theirs.permutation_test(
         (np.arange(20), np.arange(20, 40)), statistic, n_resamples=2000, vectorized=False, rng=0
     )
-    null = geometry.permutation_null(made, other, draws=2000)
-    observed = geometry.cosines(made.direction(), other)
-    assert geometry.two_sided_p(observed, null)[0] == pytest.approx(expected.pvalue, abs=0.03)
+    null = reliability.permutation_null(made, other, draws=2000)
+    observed = reliability.cosines(made.direction(), other)
+    assert reliability.two_sided_p(observed, null)[0] == pytest.approx(expected.pvalue, abs=0.03)
 
 
 def test_the_isotropic_null_is_too_narrow_where_a_few_dimensions_carry_the_variance(rng):
@@ -137,7 +137,7 @@ def test_the_isotropic_null_is_too_narrow_where_a_few_dimensions_carry_the_varia
     stretch[0] = 30.0
     other = np.ones((LAYERS, WIDTH), np.float32) * stretch.astype(np.float32)
     made = instructed(rng, effect=0.0, stretch=stretch)
-    null = geometry.permutation_null(made, other)
+    null = reliability.permutation_null(made, other)
     assert null.std() > 3 * WIDTH**-0.5
 
 
@@ -146,7 +146,7 @@ def test_the_permutation_null_rejects_no_more_often_than_it_says(rng):
     other = rng.standard_normal((LAYERS, WIDTH)).astype(np.float32)
     for _ in range(60):
         made = instructed(rng, effect=0.0, shared=2.0)
-        null = geometry.permutation_null(made, other, draws=200)
-        observed = geometry.cosines(made.direction(), other)
-        rejected += geometry.two_sided_p(observed, null)[0] <= 0.05
+        null = reliability.permutation_null(made, other, draws=200)
+        observed = reliability.cosines(made.direction(), other)
+        rejected += reliability.two_sided_p(observed, null)[0] <= 0.05
     assert theirs.binomtest(int(rejected), 60).proportion_ci(0.99).low <= 0.05
