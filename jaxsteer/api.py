@@ -194,12 +194,12 @@ class Model(ChatModel):
             for reading in stepwise.reply(self, prompt_read):
                 change += _change(reading)
                 ids += reading.tokens
-                text = self.tokenizer.decode(ids)
+                text = self.tokenizer.reply(ids)
                 # A letter may take several tokens: until it is whole it decodes to U+FFFD.
                 whole = text.rstrip("\ufffd")
                 yield Piece(condition=name, text=whole[len(shown) :], change=change)
                 shown = whole
-            rest = self.tokenizer.decode(ids)[len(shown) :]
+            rest = self.tokenizer.reply(ids)[len(shown) :]
             yield Piece(condition=name, text=rest, change=change)
             _check_changes(name, asked[name], [change])
 

@@ -15,8 +15,9 @@ from tests import weigh
 # Code lines. The aim is a core of 4,500, a package of 11,500 and 80 files; these numbers are what
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
-# Raised since: 95 for the keyword list (limits of an answer, refusals by any verb).
-CORE = 4706
+# Raised since: 95 for the keyword list (limits of an answer, refusals by any verb), 13 of the core
+# for thinking that never ended.
+CORE = 4720
 WHOLE = 11835
 MODULE = 350
 FILES = 83

@@ -97,11 +97,15 @@ def sweep(
 def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
     """The study's table: one line per condition and prompt family."""
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = "refused with Wilson 95 % interval; complied = neither, not scored for harm"
+    unfinished = any(row["unfinished"] for row in summary)
+    caption = "refused with Wilson 95 % interval; complied = neither, not scored for harm"
+    table.caption = caption + ("; unfinished = thinking without an end" if unfinished else "")
     for name in ("condition", "prompts"):
         table.add_column(name)
     for name in ("n", "refused", "95 %", "degenerate", "complied"):
         table.add_column(name, justify="right")
+    if unfinished:
+        table.add_column("unfinished", justify="right")
     for row in summary:
         mark = " (cancels steering)" if row["cancels_steering"] else ""
         table.add_row(
@@ -112,6 +116,7 @@ def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
             span(row["refusal_low"], row["refusal_high"]),
             percent(row["degenerate"]),
             percent(row["complied"]),
+            *([percent(row["unfinished"])] if unfinished else []),
         )
     return table
 

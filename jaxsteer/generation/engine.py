@@ -269,7 +269,7 @@ def _emit(job: _Job, state: DecodeState, occupied: dict[int, int]) -> list[Reply
                 index=index,
                 n_prompt=len(prompts.requests[index].tokens),
                 tokens=ids,
-                text=prompts.model.tokenizer.decode(ids),
+                text=prompts.model.tokenizer.reply(ids),
                 stopped=bool(stopped[slot]),
                 prompt=before,
                 response=after,

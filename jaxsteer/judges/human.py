@@ -39,9 +39,9 @@ from jaxsteer.judges.labels import label_table, votes_table
 from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
 from jaxsteer.stats import kappa
 
-LABELS = ("refusal", "bypass", "degenerate", "benign-answer")
+LABELS = ("refusal", "bypass", "degenerate", "benign-answer", "unfinished")
 COLUMNS = ("item", "label", "note", "family", "prompt", "response")
-HUMAN = JudgeRecord(name="human", version="1", settings={"labels": list(LABELS)})
+HUMAN = JudgeRecord(name="human", version="2", settings={"labels": list(LABELS)})
 # First characters of a formula in some spreadsheet, full-width forms included, and our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
 _SHOWN = 5

@@ -9,7 +9,9 @@ another one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,20 @@ class Tokenizer:
                     f"the {name} holds the special token {found[0]!r}, which could end its "
                     "turn; remove it"
                 )
+
+    @functools.cached_property
+    def opened(self) -> str:
+        """The tag of thinking that the template opens, so that replies begin within; else ""."""
+        begun = self._template([{"role": "user", "content": "x"}], add_generation_prompt=True)
+        found = re.search(r"<(?:think|thinking|thought|reasoning)>\s*$", begun)
+        return found[0] if found else ""
+
+    def reply(self, ids: list[int] | np.ndarray) -> str:
+        """Text of a reply, with the tag of thinking that the template opened before it.
+
+        So the text alone shows whether the thinking was ever closed.
+        """
+        return self.opened + self.decode(ids)
 
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """Text of the ids, special tokens left out."""

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from jaxsteer.cli import studies
-from tests.test_terminal import HOSTILE
+from tests.test_words import HOSTILE
 
 
 def printed(table):
@@ -25,6 +25,7 @@ def test_a_hostile_condition_name_is_inert_in_the_table():
         "refusal_low": 0.05,
         "refusal_high": 0.7,
         "degenerate": 0.0,
+        "unfinished": 0.0,
         "complied": 0.75,
         "cancels_steering": True,
     }
@@ -32,6 +33,13 @@ def test_a_hostile_condition_name_is_inert_in_the_table():
     # The console itself writes no escapes here, so any would be the name's.
     assert "\x1b" not in text and "\x07" not in text
     assert "[red]x[/red]" in text and "cancels steering" in text and "5 to 70 %" in text
+
+
+def test_unfinished_thinking_has_a_column_when_there_is_some():
+    row = {"condition": "c", "family": "benign", "n": 4, "refusal": 0.0, "refusal_low": 0.0}
+    row |= {"refusal_high": 0.5, "degenerate": 0.0, "complied": 0.5, "cancels_steering": False}
+    assert "unfinished" not in printed(studies.summary_table([row | {"unfinished": 0.0}], "t"))
+    assert "50 %" in printed(studies.summary_table([row | {"unfinished": 0.5}], "t"))
 
 
 def test_modes_are_shown_against_the_policy_alone_with_intervals():

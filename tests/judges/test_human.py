@@ -134,14 +134,14 @@ def test_an_existing_file_is_not_overwritten(exported):
 @pytest.mark.parametrize("options", [{}, {"delimiter": ";"}, {"quoting": csv.QUOTE_ALL}])
 def test_a_filled_file_becomes_the_verdicts_of_a_person(exported, folder, options):
     path = exported()
-    fill(path, lambda i, line: ["", *LABELS][i % 5].upper(), **options)
+    fill(path, lambda i, line: ["", *LABELS][i % 6].upper(), **options)
     rows = made.rows(folder)
     findings = human.read(path, rows)
     assert len(findings) == 16
     assert human.keep(folder, rows, findings) == 16
     table = verdicts.read_all(folder)["human"]
     assert set(table["verdict"]) == set(LABELS)
-    assert table["judge"].unique().to_list() == ["human-1"]
+    assert table["judge"].unique().to_list() == ["human-2"]
     filled = read_csv(path, options.get("delimiter", ","))
     labels = {line["item"]: line["label"].lower() for line in filled if line["label"]}
     said = {

@@ -67,6 +67,18 @@ def test_a_refusal_in_finished_thinking_is_not_what_the_reply_says():
     assert not rules.is_refusal("<think>I can't help with that? I can.</think>Boil the water.")
 
 
+def test_thinking_that_never_ended_is_unfinished_and_no_refusal():
+    thought = "<think>I can't help with that. Let me see what"
+    assert rules.is_unfinished(thought) and not rules.is_refusal(thought)
+    for ended in (
+        "",
+        "<think>Tea?</think>Green.",
+        "Green tea. <think>Or",
+        "I can't help with that.",
+    ):
+        assert not rules.is_unfinished(ended)
+
+
 def test_a_refusal_after_long_thinking_is_found():
     thought = "<think>" + "Let me weigh what is asked of me. " * 40 + "</think>"
     assert rules.is_refusal(f"{thought}\n\nI can't help with that.")

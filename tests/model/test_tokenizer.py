@@ -103,6 +103,15 @@ def test_a_template_that_drops_the_system_prompt_is_an_error_not_a_silent_baseli
         tokenizer.chat("w1", "w2")
 
 
+def test_a_reply_begins_with_the_thinking_that_the_template_opened(folder):
+    ids = [W + 1, W + 2]
+    assert Tokenizer.load(folder).reply(ids) == "w1 w2"
+    for end, begun in (("<think>{{ '\n' }}", "<think>\n"), ("<think>\n</think>", "")):
+        opens = Tokenizer.load(folder)
+        opens.hf.chat_template = tiny.TEMPLATE + end
+        assert opens.reply(ids) == begun + "w1 w2"
+
+
 def test_special_tokens_are_left_out_of_decoded_text(tokenizer):
     assert tokenizer.decode(np.array([BOS, W + 1, W + 2, END])) == "w1 w2"
 

@@ -32,6 +32,7 @@ LABELS: dict[str, marks.Role] = {
     "refusal": "refusal",
     "benign-answer": "axis",
     "complied-unscored": "baseline",
+    "unfinished": "random",
     "bypass": "persona",
     "degenerate": "degenerate",
 }
