@@ -35,38 +35,65 @@ class Hooked:
 
     `n_prompt` tells the prompt's tokens from the reply's; tokens are counted over the calls made
     inside one `with`, so a cached decode is hooked right too. One row, or rows with no padding.
+    With `record`, every tap is hooked, and `states` has what is there after the interventions.
     """
 
     def __init__(
-        self, hf: Any, operations: Sequence[Operation], scope: Scope = "all", n_prompt: int = 0
+        self,
+        hf: Any,
+        operations: Sequence[Operation],
+        scope: Scope = "all",
+        n_prompt: int = 0,
+        *,
+        record: bool = False,
     ):
         self.scope, self.n_prompt = scope, n_prompt
         self.seen: dict[tuple[str, int], int] = {}
         self.handles = []
         self.entered: dict[int, torch.Tensor] = {}
-        for tap, layer in sorted({(o.tap, layer) for o in operations for layer in o.layers}):
+        self.states: dict[tuple[str, int], torch.Tensor] = {}
+        self.text = getattr(hf.model, "language_model", hf.model)
+        self.scale = getattr(hf.config.get_text_config(), "residual_multiplier", 1.0)
+        hooked = {(o.tap, layer) for o in operations for layer in o.layers}
+        if record:
+            layers = range(len(self.text.layers))
+            hooked = {("embed", 0)} | {(t, n) for t in ("resid_mid", "resid_post") for n in layers}
+        for tap, layer in sorted(hooked):
             here = [o for o in operations if o.tap == tap and layer in o.layers]
-            self._hook(hf, tap, layer, here)
+            self._hook(tap, layer, here)
 
-    def _hook(self, hf: Any, tap: str, layer: int, here: list[Operation]) -> None:
-        def output(_module: Any, _args: Any, out: Any) -> Any:
+    def _hook(self, tap: str, layer: int, here: list[Operation]) -> None:
+        block = self.text.layers[layer]
+
+        def enter(_module: Any, args: Any) -> Any:
+            # Not the output of the token table: some families multiply it afterwards.
+            return (self._changed(args[0], tap, layer, here), *args[1:])
+
+        def leave(_module: Any, _args: Any, out: Any) -> Any:
             h = out[0] if isinstance(out, tuple) else out
-            # The middle of a block is no module's output: what came in plus what attention adds.
-            base = self.entered[layer] if tap == "resid_mid" else torch.zeros_like(h)
-            new = self._changed(h + base, tap, layer, here) - base
+            new = self._changed(h, tap, layer, here)
             return (new, *out[1:]) if isinstance(out, tuple) else new
 
-        block = None if tap == "embed" else hf.model.layers[layer]
-        module = {"embed": hf.model.embed_tokens, "resid_post": block}.get(tap)
-        if block is not None and module is None:
-            module = block.self_attn
+        def add(_module: Any, _args: Any, out: Any) -> Any:
+            # The middle of a block is no module's output: what came in plus what attention adds.
+            h, base = out[0] if isinstance(out, tuple) else out, self.entered[layer]
+            new = (self._changed(h * self.scale + base, tap, layer, here) - base) / self.scale
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
+        if tap == "embed":
+            self.handles.append(block.register_forward_pre_hook(enter))
+        elif tap == "resid_post":
+            self.handles.append(block.register_forward_hook(leave))
+        else:
             self.handles.append(
                 block.register_forward_pre_hook(
                     lambda _module, args: self.entered.__setitem__(layer, args[0])
                 )
             )
-        assert module is not None
-        self.handles.append(module.register_forward_hook(output))
+            # Where a family normalises what attention gives, that is what is added.
+            normed = hasattr(block, "post_feedforward_layernorm")
+            module = block.post_attention_layernorm if normed else block.self_attn
+            self.handles.append(module.register_forward_hook(add))
 
     def _changed(self, h: torch.Tensor, tap: str, layer: int, here: list[Operation]) -> Any:
         start = self.seen.get((tap, layer), 0)
@@ -94,7 +121,9 @@ class Hooked:
             unit = vector / vector.norm()
             at = new @ unit
             new = new + (at.clamp(operation.low, operation.high) - at)[..., None] * unit
-        return torch.where(steered[None, :, None], new.to(h.dtype), h)
+        changed = torch.where(steered[None, :, None], new.to(h.dtype), h)
+        self.states[tap, layer] = changed
+        return changed
 
     def __enter__(self) -> Hooked:
         return self
@@ -119,6 +148,22 @@ def logits(
     """HF's logits after every token of one row, float32 [token, vocab]."""
     with Hooked(hf, operations, scope, n_prompt):
         return hf(torch.tensor([list(tokens)])).logits[0].float().numpy()
+
+
+def taps(
+    hf: Any,
+    tokens: Sequence[int],
+    operations: Sequence[Operation] = (),
+    scope: Scope = "all",
+    n_prompt: int = 0,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """HF's stream of one row at every tap [layer, token, d_model], and its logits; float32."""
+    with Hooked(hf, operations, scope, n_prompt, record=True) as hooked:
+        after = hf(torch.tensor([list(tokens)])).logits[0].float().numpy()
+    found: dict[str, list[np.ndarray]] = {}
+    for (tap, _), state in sorted(hooked.states.items()):
+        found.setdefault(tap, []).append(state[0].float().numpy())
+    return {tap: np.stack(states) for tap, states in found.items()}, after
 
 
 def greedy(hf: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

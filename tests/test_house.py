@@ -16,9 +16,9 @@ from tests import weigh
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
 # Raised since: 95 for the keyword list (limits of an answer, refusals by any verb), 13 of the core
-# for thinking that never ended.
-CORE = 4720
-WHOLE = 11835
+# for thinking that never ended; 290 of the core for the families of models.
+CORE = 5010
+WHOLE = 12125
 MODULE = 350
 FILES = 83
 

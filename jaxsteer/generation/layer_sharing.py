@@ -219,6 +219,7 @@ def _run(
             stream,
             prompts.placed(batch),
             prompts.probes[first:last],
+            np.int32(first),
         )
     after = {row: (*paths[row], e) for e, members in enumerate(entries) for row in members}
     return [*outputs, done], after

@@ -167,6 +167,7 @@ def run_layers(
     stream: Float[Array, "above token d_model"],
     batch: SequenceBatch,
     probes: Float[AnyArray, "layer probe d_model"],
+    first: Int[AnyArray, ""],
 ) -> LayerOutput:
     """Run packed sequences through some layers.
 
@@ -176,6 +177,7 @@ def run_layers(
       stream: what came out of the layers before, by their own entries.
       batch: the packed sequences.
       probes: unit directions whose projections are recorded, of these layers.
+      first: number of the first of these layers in the model.
     """
     blocks = decoder.bind(definition, params)
 
@@ -188,7 +190,7 @@ def run_layers(
         seen = positions(segment_ids, before), causal_mask(segment_ids, before)
         past = None if prefix is None else prefix.cache
         after, written = decoder.run_blocks(
-            config, layers, stream, *seen, cache, jnp.int32(0), taps, past
+            config, layers, stream, *seen, cache, jnp.int32(0), taps, past, jnp.asarray(first)
         )
         return LayerOutput(stream=after, cache=written, realised=taps.results()[1])
 

@@ -1,46 +1,53 @@
 """Model configuration, read from a Hugging Face `config.json` by allow-list.
 
 A key that could change the computation and is not implemented is refused by name. A key that is
-not known at all is refused too: ignoring an unknown key is how logits drift from the source.
+not known at all is refused too: ignoring an unknown key is how logits drift from the source. What a
+key means that is left out, or that has an older form, is asked of transformers.
 `gguf` puts a GGUF's metadata in the same form, so that one function checks both.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from jaxsteer.errors import UserError
+import numpy as np
 
-Architecture = Literal["llama", "qwen2"]
-ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-}
+from jaxsteer.errors import UserError, one_line
+from jaxsteer.model.families import FAMILIES, WRAPPERS, Family
+from jaxsteer.model.tokenizer import transformers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding.
+class Rope:
+    """Rotary position embedding: pair i of width w turns by theta^(-2i/w) / divisors[i] a token.
 
     Attributes:
       theta: base of the frequencies.
-      kind: `default`, or `llama3` (frequencies slowed beyond the original context).
-      factor: llama3: how much slower the longest wavelengths rotate.
-      low_freq_factor: llama3: original_max_position / this is the wavelength fully slowed.
-      high_freq_factor: llama3: original_max_position / this is the wavelength kept as is.
-      original_max_position: llama3: context length before the scaling, in tokens.
+      divisors: what each frequency is divided by, for a longer context; () for ones.
+      scale: multiplies the rotated pairs.
     """
 
     theta: float
-    kind: Literal["default", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    divisors: tuple[float, ...] = ()
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionKind:
+    """What may differ from layer to layer.
+
+    Attributes:
+      window: a token attends to itself and this many - 1 tokens before it; 0 for all of them.
+      rope: rotary embedding; None for none.
+    """
+
+    window: int = 0
+    rope: Rope | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class ModelConfig:
     """Everything the decoder's computation depends on.
 
     Attributes:
-      architecture: `llama` or `qwen2`.
+      family: key of `families.FAMILIES`, for the names of the source's tensors.
       vocab_size: rows of the token table.
       d_model: width of the residual stream.
       n_layers: number of blocks.
@@ -56,14 +63,29 @@ class ModelConfig:
       n_kv_heads: key-value heads; divides n_heads.
       head_dim: width of a head.
       d_ff: width of the MLP.
-      norm_eps: added to the variance in every RMSNorm.
-      rope: rotary embedding.
-      qkv_bias: whether q, k and v have biases (Qwen2).
       tied: whether the head is the token table.
-      max_position: longest context the model was trained for, in tokens.
+      max_position: longest context, in tokens.
+      attention: the kinds of layers that there are.
+      pattern: by layer, index into `attention`.
+      rotary_dim: how much of a head is rotated, from its first entry on.
+      norm_eps: added to the variance in every RMSNorm.
+      norm_offset: added to the scale of every RMSNorm.
+      pre_norm: whether attention and MLP read a normalised stream.
+      post_norm: whether what they add to the stream is normalised.
+      qk_norm: whether queries and keys are normalised, per head or all heads together.
+      qkv_bias: whether q, k and v have biases.
+      o_bias: whether attention's output map has one.
+      mlp_bias: whether the maps of the MLP have biases.
+      activation: of the MLP's gate.
+      attention_scale: multiplies the products of queries and keys.
+      attention_softcap: bound c of attention scores x, c tanh(x / c); 0 for none.
+      embedding_scale: multiplies rows of the token table.
+      residual_scale: multiplies what attention and MLP add to the stream.
+      logit_divisor: divides the logits.
+      logit_softcap: as `attention_softcap`, of the logits.
     """
 
-    architecture: Architecture
+    family: str
     vocab_size: int
     d_model: int
     n_layers: int
@@ -71,18 +93,46 @@ class ModelConfig:
     n_kv_heads: int
     head_dim: int
     d_ff: int
-    norm_eps: float
-    rope: RopeConfig
-    qkv_bias: bool
     tied: bool
     max_position: int
+    attention: tuple[AttentionKind, ...]
+    pattern: tuple[int, ...]
+    rotary_dim: int
+    norm_eps: float
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: Literal["", "head", "width"] = ""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    attention_scale: float
+    attention_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    logit_softcap: float = 0.0
 
 
-# Keys that `from_hf` reads.
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# Numbers above 0 that every config gives, and those that it may give.
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+NUMBERS = (
+    "num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier",
+    "embedding_multiplier", "residual_multiplier", "logits_scaling",
+)  # fmt: skip
+# Those of them that count something.
+COUNTS = {*SIZES[:-1], *NUMBERS[:4]}
+# Keys that `from_hf` reads for every family.
 READ = {
-    "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "rope_theta",
-    "rope_scaling", "rope_parameters", "tie_word_embeddings", "max_position_embeddings",
+    *SIZES, "architectures", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling",
+    "rope_parameters", "tie_word_embeddings",
 }  # fmt: skip
 
 # Keys that do not enter inference: bookkeeping, training, token ids that are recorded elsewhere.
@@ -92,61 +142,51 @@ INERT = {
     "return_dict", "output_hidden_states", "output_attentions", "max_window_layers",
     "sliding_window", "is_llama_config", "transformers.js_config", "chunk_size_feed_forward",
     "is_encoder_decoder", "id2label", "label2id", "problem_type", "rope_interleaved",
+    "resid_pdrop", "embd_pdrop", "cache_implementation", "_attn_implementation_autoset",
+    "torchscript", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 
+ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
 # Keys of which some values only are implemented, and those values in words. A list counts as the
-# set of its entries.
+# set of its entries. A family that reads the key takes any value.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu",), "silu"),
-    "attention_bias": ((False,), "false"),
-    "mlp_bias": ((False,), "false"),
-    "pretraining_tp": ((1,), "1"),
+    "hidden_act": (tuple(ACTIVATIONS), " and ".join(ACTIVATIONS)),
+    "attention_bias": ((False, None), "false"),
+    "mlp_bias": ((False, None), "false"),
+    "pretraining_tp": ((1, None), "1"),
     "use_sliding_window": ((False, None), "false"),
+    "use_mrope": ((False, None), "false"),
+    "use_bidirectional_attention": ((False, None), "false"),
+    "partial_rotary_factor": ((1, None), "1"),
     "layer_types": ((None, [], ["full_attention"]), "full_attention everywhere"),
     "auto_map": ((None, {}), "absent (no remote code is run)"),
     "quantization_config": ((None, {}), "absent (convert the unquantised weights)"),
 }
-
-# The keys of each type of rotary embedding.
+# The keys of each type of rotary embedding. `dynamic` differs from `default` only beyond the
+# context that the model was trained for.
+_LENGTH = "original_max_position_embeddings"
 ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "dynamic": ("factor",),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+    "yarn": (
+        "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+        "truncate", _LENGTH, "llama_4_scaling_beta", "max_position_embeddings",
     ),
+    "longrope": ("short_factor", "long_factor", "factor", "attention_factor", _LENGTH),
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Reader:
-    """Reads single values, and names the source and its key when one is wrong."""
-
-    values: Mapping[str, Any]
-    where: str
-    names: Mapping[str, str]
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        name = self.names.get(key, key)
-        if value is None:
-            raise UserError(f"{self.where}: key {name!r} is missing")
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise UserError(f"{self.where}: {name}={value!r} is not supported; a number above 0 is")
-        return float(value)
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        value, name = self.number(key, default), self.names.get(key, key)
-        if not value.is_integer():
-            raise UserError(f"{self.where}: {name}={value} is not supported; a whole number is")
-        return int(value)
+_EVERY_ROPE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
 def from_hf(
     config: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
 ) -> ModelConfig:
-    """Check and read a config in Hugging Face's form.
+    """Check and read a config in Hugging Face's form; of a model of text and images its text part.
 
     Args:
       config: the decoded config.json.
@@ -157,41 +197,109 @@ def from_hf(
       UserError: an unsupported architecture or rope type, a missing key or a value of the wrong
         type; or unknown keys and unsupported values, all in one message.
     """
-    read = _Reader(values=config, where=where, names=names or {})
-    listed = config.get("architectures") or ["(none)"]
-    named = listed[0] if isinstance(listed, list) else listed
-    if not isinstance(named, str) or named not in ARCHITECTURES:
-        raise UserError(
-            f"{where}: architecture {named} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
-    architecture = ARCHITECTURES[named]
-    problems = [_problem(key, value) for key, value in config.items()]
+    name, text = _text_part(config, where)
+    family = FAMILIES[name]
+    problems = [_problem(key, value, family) for key, value in text.items()]
     if any(problems):
-        known = ", ".join(sorted(READ | set(ONLY)))
+        known = ", ".join(sorted({*READ, *ONLY, *family.keys}))
         raise UserError(f"{where}: {'; '.join(filter(None, problems))}; known keys: {known}")
-    n_heads, d_model = read.size("num_attention_heads"), read.size("hidden_size")
-    n_kv_heads = read.size("num_key_value_heads", n_heads)
+    required = SIZES if text is config else ()
+    for key in (*required, *(key for key in NUMBERS if text.get(key) is not None)):
+        _check_number(text, key, where, names or {})
+    values = _standard(text, family, where)
+
+    def read(key: str, default: Any) -> Any:
+        value = values.get(key) if key in family.keys else None
+        return default if value is None else value
+
+    n_heads, d_model = values["num_attention_heads"], values["hidden_size"]
+    n_kv_heads = values.get("num_key_value_heads") or n_heads
     if n_heads % n_kv_heads:
         raise UserError(f"{where}: {n_kv_heads} key-value heads do not divide {n_heads} heads")
+    head_dim = values.get("head_dim") or d_model // n_heads
+    activation = read("hidden_activation", values.get("hidden_act"))
+    if activation not in ACTIVATIONS:
+        listed = ", ".join(ACTIVATIONS)
+        raise UserError(f"{where}: hidden_act={activation!r} is not supported, only {listed}")
+    rotary_dim = int(head_dim * read("partial_rotary_factor", 1.0))
+    kinds, max_position = _attention(values, read, rotary_dim, where)
+    distinct = tuple(dict.fromkeys(kinds))
+    biases, scalar = read("attention_bias", False), read("query_pre_attn_scalar", head_dim)
+    numbers = {
+        "attention_scale": read("attention_multiplier", scalar**-0.5),
+        "attention_softcap": read("attn_logit_softcapping", 0),
+        "embedding_scale": d_model**0.5
+        if family.scaled_embedding
+        else read("embedding_multiplier", 1),
+        "residual_scale": read("residual_multiplier", 1),
+        "logit_divisor": read("logits_scaling", 1),
+        "logit_softcap": read("final_logit_softcapping", 0),
+    }
+    given = {"qkv_bias": biases, "o_bias": biases, "mlp_bias": read("mlp_bias", False)}
+    given |= {field: float(number) for field, number in numbers.items()}
     return ModelConfig(
-        architecture=architecture,
-        vocab_size=read.size("vocab_size"),
+        family=name,
+        vocab_size=values["vocab_size"],
         d_model=d_model,
-        n_layers=read.size("num_hidden_layers"),
+        n_layers=values["num_hidden_layers"],
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        head_dim=read.size("head_dim", d_model // n_heads),
-        d_ff=read.size("intermediate_size"),
-        norm_eps=read.number("rms_norm_eps"),
-        rope=_rope(read),
-        qkv_bias=architecture == "qwen2",
-        tied=bool(config.get("tie_word_embeddings", False)),
-        max_position=read.size("max_position_embeddings"),
+        head_dim=head_dim,
+        d_ff=values["intermediate_size"],
+        tied=values["tie_word_embeddings"],
+        max_position=max_position,
+        attention=distinct,
+        pattern=tuple(map(distinct.index, kinds)),
+        rotary_dim=rotary_dim,
+        norm_eps=values["rms_norm_eps"],
+        activation=ACTIVATIONS[activation],
+        **(given | dict(family.fixed)),
     )
 
 
-def _problem(key: str, value: Any) -> str | None:
-    if key in READ or key in INERT:
+def _attention(
+    values: Mapping[str, Any], read: Callable[[str, Any], Any], rotary_dim: int, where: str
+) -> tuple[list[AttentionKind], int]:
+    """The kind of every layer, and the longest context for which that holds."""
+    window, n_layers = read("sliding_window", 0), values["num_hidden_layers"]
+    uniform = "sliding_attention" if window else "full_attention"
+    layer_types = read("layer_types", [uniform] * n_layers)
+    tables, longest = values["rope_parameters"], values["max_position_embeddings"]
+    found = {}
+    for kind in dict.fromkeys(layer_types):
+        if kind not in LAYER_TYPES:
+            raise UserError(f"{where}: layer type {kind!r} is not supported")
+        # One table for each type of layer, or one for all.
+        table = tables[kind] if tables.keys() & {*LAYER_TYPES} else tables
+        found[kind] = _rope(table, rotary_dim, longest, where)
+    kinds = []
+    for kind, rotated in zip(layer_types, read("no_rope_layers", [1] * n_layers), strict=False):
+        size = window if kind == "sliding_attention" else 0
+        kinds.append(AttentionKind(window=size, rope=found[kind][0] if rotated else None))
+    return kinds, min(limit for _, limit in found.values())
+
+
+def _text_part(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
+    """The key of its family, and the config of the part of a model that reads text."""
+    listed = config.get("architectures") or ["(none)"]
+    named, text = listed[0] if isinstance(listed, list) else listed, config
+    if isinstance(named, str) and named in WRAPPERS:
+        text = config.get("text_config") or {}
+        kind = text.get("model_type", WRAPPERS[named])
+        named = next((name for name, f in FAMILIES.items() if f.model_type == kind), kind)
+        # These are said of the whole model.
+        whole = ("tie_word_embeddings", "quantization_config", "auto_map")
+        text = {**text, **{key: config[key] for key in whole if key in config}}
+    if not isinstance(named, str) or named not in FAMILIES:
+        raise UserError(
+            f"{where}: architecture {named} is not supported; supported: "
+            f"{', '.join([*FAMILIES, *WRAPPERS])}"
+        )
+    return named, text
+
+
+def _problem(key: str, value: Any, family: Family) -> str | None:
+    if key in READ or key in family.keys or key in INERT:
         return None
     if key not in ONLY:
         shown = reprlib.repr(value)
@@ -202,41 +310,98 @@ def _problem(key: str, value: Any) -> str | None:
     return None if value in values else f"{key}={value!r} is not supported, only {supported}"
 
 
-def _rope(read: _Reader) -> RopeConfig:
-    # transformers 5 writes one `rope_parameters`; earlier versions `rope_theta` + `rope_scaling`.
-    scaling = read.values.get("rope_parameters") or read.values.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise UserError(f"{read.where}: rope scaling {scaling!r} is not a table of keys and values")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+def _check_number(
+    values: Mapping[str, Any], key: str, where: str, names: Mapping[str, str]
+) -> None:
+    """Refuse what is not a number above 0, and a part of a whole where things are counted."""
+    value, name = values.get(key), names.get(key, key)
+    if value is None:
+        raise UserError(f"{where}: key {name!r} is missing")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {name}={value!r} is not supported; a number above 0 is")
+    if key in COUNTS and int(value) != value:
+        raise UserError(f"{where}: {name}={value} is not supported; a whole number is")
+
+
+def _standard(text: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """The values of all keys in today's form, those that are left out by transformers' defaults."""
+    old, new = text.get("rope_scaling"), text.get("rope_parameters")
+    for rope in filter(None, (old, new)):
+        if not isinstance(rope, Mapping):
+            raise UserError(f"{where}: rope scaling {rope!r} is not a table of keys and values")
+    if old and new and _named(old) != _named(new.get("full_attention", new)):
+        raise UserError(f"{where}: rope_scaling and rope_parameters disagree; remove one of them")
+    library = transformers()
+    library.utils.logging.set_verbosity_error()
+    some = {key: text[key] for key in text if key in family.keys or key not in INERT}
+    try:
+        made = library.AutoConfig.for_model(family.model_type, **copy.deepcopy(some))
+        return made.to_dict()
+    except Exception as error:
+        # Its validators raise many types of error.
+        raise UserError(f"{where}: transformers refuses its values ({one_line(error)})") from None
+
+
+def _named(rope: Mapping[str, Any]) -> dict[str, Any]:
+    named = {"rope_type" if key == "type" else key: value for key, value in rope.items()}
+    return {key: value for key, value in named.items() if key != "rope_theta"}
+
+
+def _rope(given: Mapping[str, Any], width: int, max_position: int, where: str) -> tuple[Rope, int]:
+    """A rotary embedding of so many dimensions, and the longest context in which it is the same."""
+    kind = given["rope_type"]
+    if kind not in ROPE_KEYS:
         raise UserError(
-            f"{read.where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}"
+            f"{where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}"
         )
-    unknown = sorted({*scaling} - {*ROPE_KEYS[kind], "rope_theta", "rope_type", "type"})
+    unknown = sorted({*given} - {*ROPE_KEYS[kind], *_EVERY_ROPE})
     if unknown:
-        raise UserError(f"{read.where}: unknown keys for rope type {kind}: {', '.join(unknown)}")
-    inner = dataclasses.replace(read, values=scaling)
-    theta = inner if "rope_theta" in scaling else read
-    rope = RopeConfig(theta=theta.number("rope_theta", 10000.0))
-    if kind == "default":
-        return rope
-    return dataclasses.replace(
-        rope,
-        kind="llama3",
-        factor=inner.number("factor"),
-        low_freq_factor=inner.number("low_freq_factor"),
-        high_freq_factor=inner.number("high_freq_factor"),
-        original_max_position=inner.size("original_max_position_embeddings"),
-    )
+        raise UserError(f"{where}: unknown keys for rope type {kind}: {', '.join(unknown)}")
+    for key in (key for key in NUMBERS if given.get(key) is not None):
+        _check_number(given, key, where, {})
+    theta = float(given["rope_theta"])
+    length, factor = given.get(_LENGTH) or max_position, given.get("factor")
+    factor = factor or max_position / length
+    if kind in ("default", "dynamic"):
+        return Rope(theta=theta), max_position
+    if kind == "longrope":
+        # Beyond the first length other factors hold, even for the tokens before.
+        growth = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+        scale = given.get("attention_factor") or growth
+        return Rope(theta=theta, divisors=tuple(given["short_factor"]), scale=scale), length
+    if kind == "linear":
+        return Rope(theta=theta, divisors=(float(factor),) * (width // 2)), max_position
+    index = np.arange(width // 2)
+    if kind == "llama3":
+        # Wavelengths up to length / high are kept, those from length / low on are slowed.
+        turns = length * theta ** (-2 * index / width) / (2 * math.pi)
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        kept, scale = ((turns - low) / (high - low)).clip(0, 1), 1.0
+    else:
+        kept, scale = _yarn(given, width, length, factor)
+    # The band between is interpolated.
+    divisors = tuple((1 / (kept + (1 - kept) / factor)).tolist())
+    # Queries beyond the first length are scaled too, which the decoder does not do.
+    limit = length if "llama_4_scaling_beta" in given else max_position
+    return Rope(theta=theta, divisors=divisors, scale=scale), limit
 
 
-def llama3_frequencies(rope: RopeConfig, frequency: Any) -> Any:
-    """Llama 3's slowed rotary frequencies, float32 or float64 as given; numpy or jax arrays.
+def _yarn(given: Mapping[str, Any], width: int, length: int, factor: float) -> tuple[Any, float]:
+    """YaRN's share of each frequency that is kept, and its scale (Peng et al. 2023, 3.2 to 3.4)."""
+    base = given["rope_theta"]
 
-    Wavelengths beyond original_max_position / low_freq_factor are slowed by `factor`, those below
-    original_max_position / high_freq_factor are kept, and the band between is interpolated.
-    """
-    turns = rope.original_max_position * frequency / (2 * math.pi)
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clip(0.0, 1.0)
-    return frequency * (blend + (1 - blend) / rope.factor)
+    def at(turns: float) -> float:
+        """The index, not whole, of the frequency that turns so often in the first length."""
+        return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    def growth(share: float) -> float:
+        return 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
+
+    first, last = at(given.get("beta_fast") or 32), at(given.get("beta_slow") or 1)
+    if given.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    slowed = ((np.arange(width // 2) - first) / ((last - first) or 0.001)).clip(0, 1)
+    scale, all_dims = given.get("mscale"), given.get("mscale_all_dim")
+    found = growth(scale) / growth(all_dims) if scale and all_dims else growth(1)
+    return 1 - slowed, given.get("attention_factor") or found

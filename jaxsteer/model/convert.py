@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,9 +35,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
 
-# A tensor's name, and the function that reads it.
-Tensor = tuple[str, Callable[[], np.ndarray]]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
@@ -60,7 +57,7 @@ class Source:
     revision: str | None = None
     config: ModelConfig
     form: Literal["hf", "gguf"]
-    tensors: Iterator[Tensor]
+    tensors: Iterator[weights.Tensor]
     eos_token_ids: list[int]
     tokenizer: Tokenizer
     files: Sequence[Path]
@@ -138,7 +135,7 @@ def convert(
 
 def fill(
     target: ModelConfig,
-    tensors: Iterator[Tensor],
+    tensors: Iterator[weights.Tensor],
     form: Literal["hf", "gguf"],
     dtype: str,
     where: str,
@@ -164,7 +161,7 @@ def fill(
     problems: dict[str, str] = {}
     head: np.ndarray | None = None
     with Progress(where, len(entries), unit="tensors", quiet=quiet) as progress:
-        for name, read in tensors:
+        for name, read in weights.separate(tensors, target):
             progress.advance(1)
             if target.tied and name == "lm_head.weight":
                 head = read().astype(FLOATS[dtype])
@@ -292,7 +289,7 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder / name for name in names)
 
 
-def _tensors(shards: Sequence[Path]) -> Iterator[Tensor]:
+def _tensors(shards: Sequence[Path]) -> Iterator[weights.Tensor]:
     from safetensors import SafetensorError, safe_open
 
     for path in shards:

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 decoders as Flax NNX modules, with taps on the residual stream.
+"""The decoder of all families as Flax NNX modules, with taps on the residual stream.
 
 Everything here is written for ONE row of tokens and applied to many rows by `jax.vmap`, so no shape
 has a batch axis. The path of the residual stream, with its taps:
@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions, SiteArrays, apply
-from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, rope_frequencies
+from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, softcap, view, views
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]
 Cache = list[tuple[KeyValues, KeyValues]]
@@ -129,10 +129,19 @@ class Block(nnx.Module):
     """One decoder layer's parameters; `run_blocks` runs it, since a tap is between its halves."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike):
-        self.attn_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        def norm(wanted: bool) -> RMSNorm | None:
+            return RMSNorm(config.d_model, config, dtype) if wanted else None
+
+        self.attn_norm, self.attn_post_norm = norm(config.pre_norm), norm(config.post_norm)
         self.attn = Attention(config, dtype)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.mlp_norm, self.mlp_post_norm = norm(config.pre_norm), norm(config.post_norm)
         self.mlp = MLP(config, dtype)
+        self.scale = config.residual_scale
+
+    def added(self, x: Array, norm: RMSNorm | None) -> Array:
+        """What attention or MLP adds to the stream, given its output."""
+        x = x if norm is None else norm(x)
+        return x if self.scale == 1 else self.scale * x
 
 
 def exact_products() -> AbstractContextManager[Any]:
@@ -161,23 +170,27 @@ def run_blocks(
     slot: Int[Array, ""],
     taps: Taps,
     past: Past | None = None,
+    first: int | Int[Array, ""] = 0,
 ) -> tuple[Float[Array, "token d_model"], Cache]:
-    """Run one row through consecutive layers.
+    """Run one row through consecutive layers, of which `first` is the number of the first.
 
-    Arguments as for `Decoder`, but caches and taps number these layers alone, from 0.
+    Other arguments as for `Decoder`, but caches and taps number these layers alone, from 0.
 
     Returns:
       The residual stream after them, and their cache.
     """
-    angle = positions[:, None] * rope_frequencies(config.rope, config.head_dim)
+    kinds = views(config, positions, visible)
     written = []
     with exact_products():
         for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
             before = None if past is None else past[index]
-            mixed, kv = block.attn(block.attn_norm(h), angle, visible, kept, slot, before)
+            seen = view(config, kinds, first + index)
+            x = h if block.attn_norm is None else block.attn_norm(h)
+            mixed, kv = block.attn(x, *seen, kept, slot, before)
             written.append(kv)
-            h = taps.visit("resid_mid", index, h + mixed)
-            h = taps.visit("resid_post", index, h + block.mlp(block.mlp_norm(h)))
+            h = taps.visit("resid_mid", index, h + block.added(mixed, block.attn_post_norm))
+            x = block.mlp(h if block.mlp_norm is None else block.mlp_norm(h))
+            h = taps.visit("resid_post", index, h + block.added(x, block.mlp_post_norm))
     return h, written
 
 
@@ -188,7 +201,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = Embed(config, dtype)
         self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
-        self.final_norm = RMSNorm(config.d_model, config.norm_eps, dtype)
+        self.final_norm = RMSNorm(config.d_model, config, dtype)
         if not config.tied:
             self.head = Linear(config.d_model, config.vocab_size, dtype)
 
@@ -228,15 +241,20 @@ class Decoder(nnx.Module):
 
     def embedded(self, tokens: Int[Array, " token"], taps: Taps) -> Float[Array, "token d_model"]:
         """The residual stream after the tap `embed`."""
-        return taps.visit("embed", 0, self.embed.embedding[...][tokens])
+        h, scale = self.embed.embedding[...][tokens], self.config.embedding_scale
+        return taps.visit("embed", 0, h if scale == 1 else h * scale)
 
     def logits(self, hidden: Float[Array, "token d_model"]) -> Float[Array, "token vocab"]:
         """Next-token logits, float32, from `Forward.hidden`."""
+        tied, wide = self.config.tied, jnp.float32
         with exact_products():
-            if self.config.tied:
+            if tied:
                 table = self.embed.embedding[...]
-                return jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=jnp.float32)
-            return jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=jnp.float32)
+                found = jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=wide)
+            else:
+                found = jnp.matmul(hidden, self.head.kernel[...], preferred_element_type=wide)
+        divisor = self.config.logit_divisor
+        return softcap(found if divisor == 1 else found / divisor, self.config.logit_softcap)
 
 
 class Taps:

@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxsteer.errors import UserError, one_line
-from jaxsteer.model.config import (
-    ARCHITECTURES,
-    ModelConfig,
-    RopeConfig,
-    from_hf,
-    llama3_frequencies,
-)
-from jaxsteer.model.convert import Source, Tensor
+from jaxsteer.model.config import AttentionKind, ModelConfig, from_hf
+from jaxsteer.model.convert import Source
+from jaxsteer.model.families import FAMILIES
 from jaxsteer.model.tokenizer import Tokenizer, transformers
+from jaxsteer.model.weights import Tensor
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
@@ -106,16 +102,15 @@ def configuration(
       UserError: as `config.from_hf`, or rotary factors that are not those of a known model.
     """
     named = fields.get("general.architecture")
-    if named not in ARCHITECTURES.values():
-        raise UserError(
-            f"{where}: architecture {named!r} is not supported; supported: "
-            f"{', '.join(ARCHITECTURES.values())}"
-        )
+    of_name = [hf for hf, family in FAMILIES.items() if family.gguf == named]
+    if not of_name:
+        known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+        raise UserError(f"{where}: architecture {named!r} is not supported; supported: {known}")
     by_name = {tensor.name: tensor for tensor in tensors}
     if "token_embd.weight" not in by_name:
         raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")
     values: dict[str, Any] = {
-        "architectures": [hf for hf, short in ARCHITECTURES.items() if short == named],
+        "architectures": of_name,
         "vocab_size": int(by_name["token_embd.weight"].shape[-1]),
         "tie_word_embeddings": "output.weight" not in by_name,
     }
@@ -136,22 +131,16 @@ def configuration(
             )
     if ROPE_FACTORS not in by_name:
         return config
-    factors = np.array(by_name[ROPE_FACTORS].data)
-    return dataclasses.replace(config, rope=_llama3_rope(config, factors, where))
+    # What each rotary frequency is divided by.
+    factors = tuple(np.array(by_name[ROPE_FACTORS].data, float).tolist())
+    if len(factors) != config.rotary_dim // 2:
+        raise UserError(f"{where}: {ROPE_FACTORS} does not fit heads of {config.head_dim}")
 
+    def divided(kind: AttentionKind) -> AttentionKind:
+        rope = kind.rope and dataclasses.replace(kind.rope, divisors=factors)
+        return dataclasses.replace(kind, rope=rope)
 
-def _llama3_rope(config: ModelConfig, factors: np.ndarray, where: str) -> RopeConfig:
-    """Llama 3.1 to 3.3: a GGUF stores only what each rotary frequency is divided by."""
-    theta, width = config.rope.theta, config.head_dim
-    rope = RopeConfig(theta=theta, kind="llama3", factor=round(float(factors.max()), 4))
-    frequency = theta ** (-np.arange(0, width, 2) / width)
-    expected = frequency / llama3_frequencies(rope, frequency)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise UserError(
-            f"{where}: its {ROPE_FACTORS} differs from that of the published Llama 3 models; "
-            "convert the Hugging Face weights instead"
-        )
-    return rope
+    return dataclasses.replace(config, attention=tuple(map(divided, config.attention)))
 
 
 def _tensors(tensors: list[ReaderTensor]) -> Iterator[Tensor]:

@@ -14,21 +14,25 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.model.config import ModelConfig, RopeConfig, llama3_frequencies
+from jaxsteer.model.config import AttentionKind, ModelConfig, Rope
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, the statistics in float32 (Zhang and Sennrich 2019, eq. 4)."""
+    """x / rms(x) * (offset + scale), the statistics in float32 (Zhang and Sennrich 2019, eq. 4)."""
 
-    def __init__(self, width: int, eps: float, dtype: DTypeLike):
+    def __init__(self, width: int, config: ModelConfig, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
-        self.eps = eps
+        self.eps, self.offset = config.norm_eps, config.norm_offset
 
-    def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
-        """Normalise each token; returns x's dtype."""
+    def __call__(self, x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
+        """Normalise over the last axis; returns x's dtype."""
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return self.scale[...] * (wide * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+        normed = wide * jax.lax.rsqrt(variance + self.eps)
+        if self.offset:
+            # Added in float32: a scale in bfloat16 may be too small to change 1.
+            return (normed * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return self.scale[...] * normed.astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -98,24 +102,74 @@ def visible_slots(
     return held | ((index >= start) & (index <= newest))
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, " half"]:
-    """Rotary frequencies in radians per token, float32 [head_dim / 2].
+def windowed(visible: Bool[Array, "token seen"], window: int) -> Bool[Array, "token seen"]:
+    """The last `window` visible slots of each token, its own included; all of them if it is 0.
 
-    Default: theta^(-2i / head_dim) (RoFormer, section 3.3); `llama3` slows some of them.
+    Visible slots are in the order of their positions, whatever lies between. A window of 2 turns
+    [T, T, F, T, F], the slots that the token in the fourth sees, into [F, T, F, T, F].
     """
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    if not 0 < window < visible.shape[1]:
+        return visible
+    from_here_on = jnp.cumsum(visible[:, ::-1], axis=1)[:, ::-1]
+    return visible & (from_here_on <= window)
+
+
+def rope_frequencies(rope: Rope, width: int) -> Float[Array, " half"]:
+    """Rotary frequencies in radians per token, float32 [width / 2] (RoFormer, section 3.3)."""
+    exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     frequency = 1.0 / rope.theta**exponent
-    return frequency if rope.kind == "default" else llama3_frequencies(rope, frequency)
+    return frequency / jnp.asarray(rope.divisors, jnp.float32) if rope.divisors else frequency
+
+
+def rotation(
+    rope: Rope | None, positions: Int[Array, " token"], width: int
+) -> Float[Array, "2 token half"]:
+    """Cosine and sine of the angle of each token and pair; without a rope, of no angle."""
+    if rope is None:
+        nothing = jnp.zeros((positions.shape[0], width // 2))
+        return jnp.stack([nothing + 1, nothing])
+    angle = positions[:, None] * rope_frequencies(rope, width)
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * rope.scale
 
 
 def rotate(
-    x: Float[Array, "token head head_dim"], angle: Float[Array, "token half"]
+    x: Float[Array, "token head head_dim"], rotation: Float[Array, "2 token half"]
 ) -> Float[Array, "token head head_dim"]:
-    """Rotate pairs (x[i], x[i + H/2]) by the token's angles: the half-split layout of HF."""
-    cos, sin = jnp.cos(angle)[:, None, None], jnp.sin(angle)[:, None]
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    """Rotate pairs (x[i], x[i + width/2]) of the first entries: the half-split layout of HF."""
+    cos, sin = rotation[0][:, None, None], rotation[1][:, None]
+    width = 2 * rotation.shape[-1]
+    halves = x[..., :width].astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
     rotated = halves * cos + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    rotated = rotated.reshape(*x.shape[:-1], width).astype(x.dtype)
+    return jnp.concatenate([rotated, x[..., width:]], axis=-1) if width < x.shape[-1] else rotated
+
+
+Views = list[tuple[Float[Array, "2 token half"], Bool[Array, "token seen"]]]
+
+
+def views(
+    config: ModelConfig, positions: Int[Array, " token"], visible: Bool[Array, "token seen"]
+) -> Views:
+    """For each kind of layer, how tokens are rotated and which slots they attend to."""
+
+    def of_kind(kind: AttentionKind) -> tuple[Array, Array]:
+        turned = rotation(kind.rope, positions, config.rotary_dim)
+        return turned, windowed(visible, kind.window)
+
+    return [of_kind(kind) for kind in config.attention]
+
+
+def view(config: ModelConfig, views: Views, layer: int | Int[Array, ""]) -> tuple[Array, Array]:
+    """Those of one layer, whose number may be known only when the program runs."""
+    if len(views) == 1:
+        return views[0]
+    kind = jnp.asarray(config.pattern)[layer]
+    return jax.tree.map(lambda *each: jnp.stack(each)[kind], *views)
+
+
+def softcap(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
+    """bound * tanh(x / bound), which stays within +-bound; x itself if the bound is 0."""
+    return bound * jnp.tanh(x / bound) if bound else x
 
 
 def write(
@@ -172,6 +226,8 @@ def attend(
     q: Float[Array, "token kv_head group head_dim"],
     caches: Sequence[tuple[Array, Array]],
     visible: Bool[Array, "token seen"],
+    scale: float,
+    bound: float = 0.0,
 ) -> Float[Array, "token kv_head group head_dim"]:
     """Softmax attention over several caches, as if their slots were concatenated.
 
@@ -179,10 +235,12 @@ def attend(
       q: queries, grouped by the key-value head that they read.
       caches: keys and values, each [kv_head, slot, head_dim].
       visible: which slots of all the caches each token attends to.
+      scale: multiplies the products of queries and keys.
+      bound: of the scores, see `softcap`.
     """
     by_head = jnp.moveaxis(q, 0, 2)
     score = jnp.concatenate([_scores(by_head, keys) for keys, _ in caches], axis=-1)
-    score = jnp.where(visible, score * q.shape[-1] ** -0.5, -1e30)
+    score = jnp.where(visible, softcap(score * scale, bound), -1e30)
     weight = jax.nn.softmax(score, axis=-1).astype(q.dtype)
     mixed, first = [], 0
     for _, values in caches:
@@ -210,17 +268,21 @@ class Attention(nnx.Module):
     """Grouped-query attention with a key-value cache (Ainslie et al. 2023)."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike):
-        c = config
-        self.q = Linear(c.d_model, c.n_heads * c.head_dim, dtype, c.qkv_bias)
-        self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, dtype, c.qkv_bias)
-        self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, dtype, c.qkv_bias)
-        self.o = Linear(c.n_heads * c.head_dim, c.d_model, dtype)
-        self.n_kv_heads, self.head_dim = c.n_kv_heads, c.head_dim
+        c, self.config = config, config
+        queries, keys = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        self.q = Linear(c.d_model, queries, dtype, c.qkv_bias)
+        self.k = Linear(c.d_model, keys, dtype, c.qkv_bias)
+        self.v = Linear(c.d_model, keys, dtype, c.qkv_bias)
+        self.o = Linear(queries, c.d_model, dtype, c.o_bias)
+        if c.qk_norm:
+            per_head = c.qk_norm == "head"
+            self.q_norm = RMSNorm(c.head_dim if per_head else queries, c, dtype)
+            self.k_norm = RMSNorm(c.head_dim if per_head else keys, c, dtype)
 
     def __call__(
         self,
         x: Float[Array, "token d_model"],
-        angle: Float[Array, "token half"],
+        rotation: Float[Array, "2 token half"],
         visible: Bool[Array, "token seen"],
         cache: tuple[Array, Array],
         slot: Int[Array, ""],
@@ -230,29 +292,35 @@ class Attention(nnx.Module):
 
         The slots of `past` come before those of `cache` and are only read.
         """
-        tokens = x.shape[0]
-        q = rotate(self.q(x).reshape(tokens, -1, self.head_dim), angle)
-        k = rotate(self.k(x).reshape(tokens, -1, self.head_dim), angle)
-        v = self.v(x).reshape(tokens, -1, self.head_dim)
+        c, tokens = self.config, x.shape[0]
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if c.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (each.reshape(tokens, -1, c.head_dim) for each in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         if tokens > 1:
             # Not for a single token: every later token of its row attends to it anyway.
             k, v = contain_overflow(k, v)
         keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
-        q = q.reshape(tokens, self.n_kv_heads, -1, self.head_dim)
+        q = q.reshape(tokens, c.n_kv_heads, -1, c.head_dim)
         written = (keys, values)
-        mixed = attend(q, [written] if past is None else [past, written], visible)
+        caches = [written] if past is None else [past, written]
+        mixed = attend(q, caches, visible, c.attention_scale, c.attention_softcap)
         return self.o(mixed.reshape(tokens, -1)), written
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020)."""
+    """down(act(gate x) * up x), with SiLU or tanh-GELU as act (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike):
-        self.gate = Linear(config.d_model, config.d_ff, dtype)
-        self.up = Linear(config.d_model, config.d_ff, dtype)
-        self.down = Linear(config.d_ff, config.d_model, dtype)
+        self.gate = Linear(config.d_model, config.d_ff, dtype, config.mlp_bias)
+        self.up = Linear(config.d_model, config.d_ff, dtype, config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, dtype, config.mlp_bias)
+        self.act = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
 
     def __call__(self, x: Float[Array, "token d_model"]) -> Float[Array, "token d_model"]:
         """The MLP's contribution to the residual stream at each token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(self.act(self.gate(x)) * self.up(x))

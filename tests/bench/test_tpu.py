@@ -48,14 +48,10 @@ import dataclasses, json
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from jaxsteer.model import sharding
-from jaxsteer.model.config import ModelConfig, RopeConfig
+from tests import tiny
 from tests.bench import tpu
 tpu.LONGEST, tpu.NEW_TOKENS, tpu.ROWS = 32, 8, 64
-config = ModelConfig(
-    architecture="llama", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2,
-    head_dim=12, d_ff=48, norm_eps=1e-6, rope=RopeConfig(theta=1e4), qkv_bias=False, tied=False,
-    max_position=512,
-)
+config = tiny.config(vocab_size=64)
 mesh = sharding.mesh("data=4,model=2")
 found = tpu.check(config, mesh, tpu.Chip(1e9, 1e9, 1e9), 16)
 sweep = tpu.Sweep(config, mesh)

@@ -157,6 +157,7 @@ class Sweep:
                 interventions=self.intervened(count, last - first),
             ),
             self.array(jnp.float32, last - first, 1, self.config.d_model, letters=""),
+            np.int32(first),
         )
 
     def state(self, count: int) -> decode.DecodeState:

@@ -164,7 +164,7 @@ def llama_config(model: ChatModel) -> dict[str, Any]:
         "head_dim": c.head_dim,
         "intermediate_size": c.d_ff,
         "rms_norm_eps": c.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope.theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.attention[0].rope.theta},
         "hidden_act": "silu",
         "tie_word_embeddings": c.tied,
         "max_position_embeddings": c.max_position,

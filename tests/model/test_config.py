@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxsteer.errors import UserError
 from jaxsteer.model import config
 from jaxsteer.model.config import from_hf
+from jaxsteer.model.layers import rope_frequencies
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,12 +73,18 @@ def test_llama3_scaling_is_read_in_both_spellings():
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "MambaForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM",
+            "MambaForCausalLM.*LlamaForCausalLM, MistralForCausalLM",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "yarn.*default, llama3"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 4}}, "axial.*default, dynamic, linear"),
+        ({"rope_scaling": LLAMA["rope_scaling"] | {"factr": 4}}, "unknown keys.*llama3: factr"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4}}, "low_freq_factor"),
+        ({"rope_scaling": "yarn"}, "'yarn' is not a table of keys and values"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -4}}, "factor=-4 is not supported"),
+        ({"rope_parameters": {"rope_type": "default"}}, "disagree; remove one of them"),
         ({"hidden_act": "gelu"}, "gelu.*silu"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map"),
@@ -116,7 +126,7 @@ OTHER_VALUES = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "rope_scaling": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
@@ -124,12 +134,49 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize("key", sorted(config.READ))
 def test_every_key_that_is_read_changes_what_is_computed(key):
-    assert from_hf(LLAMA | {key: OTHER_VALUES[key]}, "test") != from_hf(LLAMA, "test")
+    plain = LLAMA | ({"rope_scaling": None} if key == "rope_parameters" else {})
+    assert from_hf(plain | {key: OTHER_VALUES[key]}, "test") != from_hf(plain, "test")
 
 
 def test_a_key_is_either_read_or_inert_or_has_one_value():
     assert not config.READ & config.INERT
     assert not (config.READ | config.INERT) & set(config.ONLY)
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+ROPES = [
+    {"rope_type": "default"},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "linear", "factor": 4.0},
+    LLAMA["rope_scaling"],
+    LLAMA["rope_scaling"] | {"factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0},
+    YARN,
+    YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+    YARN | {"attention_factor": 1.5},
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 50 for i in range(64)],
+        "long_factor": [2.0] * 64,
+        "original_max_position_embeddings": 4096,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_frequencies_and_scale_of_every_rope_are_those_of_transformers(rope):
+    raw = {k: v for k, v in LLAMA.items() if not k.startswith("rope")}
+    given = raw | {"rope_parameters": rope | {"rope_theta": 500000.0}}
+    ours = from_hf(given, "test").attention[0].rope
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**given))
+    np.testing.assert_allclose(rope_frequencies(ours, 128), theirs.inv_freq, rtol=2e-6)
+    assert ours.scale == pytest.approx(theirs.attention_scaling)
+
+
+def test_a_context_ends_where_the_rotary_embedding_would_change():
+    raw = {k: v for k, v in LLAMA.items() if not k.startswith("rope")}
+    read = [from_hf(raw | {"rope_parameters": rope}, "test").max_position for rope in ROPES]
+    assert read == [131072] * (len(ROPES) - 1) + [4096]
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "vocab_size"])

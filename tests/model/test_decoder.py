@@ -11,10 +11,9 @@ import torch
 from jaxsteer.directions import activations
 from jaxsteer.generation.requests import left_pad
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.config import ModelConfig, RopeConfig
+from jaxsteer.model.config import AttentionKind, ModelConfig, Rope
 from jaxsteer.model.convert import convert
 from jaxsteer.model.decoder import graph
-from jaxsteer.model.layers import rope_frequencies
 from jaxsteer.model.weights import nest, param_shapes
 from tests import tiny
 
@@ -74,18 +73,30 @@ def test_resid_mid_is_what_the_mlp_norm_reads(pair):
 
 
 # How a change of each config field shows; a field that is added must say how it does.
+PLAIN, NONE = AttentionKind(rope=Rope(theta=1e4)), AttentionKind(rope=None)
 OTHER_LOGITS = {
     "norm_eps": {"norm_eps": 0.5},
-    "rope": {"rope": RopeConfig(theta=50.0)},
+    "norm_offset": {"norm_offset": 1.0},
+    "attention": {"attention": (dataclasses.replace(PLAIN, window=4), NONE)},
+    "pattern": {"pattern": (1, 0)},
+    "rotary_dim": {"rotary_dim": 6},
     # As many query weights, cut into heads of another width.
-    "head_dim": {"head_dim": 6, "n_heads": 8, "n_kv_heads": 4},
+    "head_dim": {"head_dim": 6, "n_heads": 8, "n_kv_heads": 4, "rotary_dim": 6},
+    "activation": {"activation": "gelu_tanh"},
+    "attention_scale": {"attention_scale": 0.5},
+    "attention_softcap": {"attention_softcap": 1.0},
+    "embedding_scale": {"embedding_scale": 3.0},
+    "residual_scale": {"residual_scale": 0.5},
+    "logit_divisor": {"logit_divisor": 2.0},
+    "logit_softcap": {"logit_softcap": 3.0},
 }
 OTHER_SHAPES = {
     "vocab_size": 65, "d_model": 36, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4, "d_ff": 52,
-    "qkv_bias": None, "tied": None,
+    "qkv_bias": None, "o_bias": None, "mlp_bias": None, "pre_norm": None, "post_norm": None,
+    "qk_norm": "head", "tied": None,
 }  # fmt: skip
 TESTED_ELSEWHERE = {
-    "architecture": "test_weights: only Llama's GGUFs have q and k permuted",
+    "family": "test_weights: the names of tensors, and only Llama's GGUFs have q and k permuted",
     "max_position": "test_sampling: a prompt beyond the context is refused",
 }
 
@@ -98,10 +109,9 @@ def test_every_config_field_is_known_to_matter():
 @pytest.mark.parametrize("name", OTHER_LOGITS)
 def test_config_values_that_have_no_weights_change_the_logits(name):
     # One layer's worth of everything, whatever the fixture's head width is.
-    config = ModelConfig(
-        architecture="llama", vocab_size=40, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2,
-        head_dim=12, d_ff=32, norm_eps=1e-5, rope=RopeConfig(theta=1e4), qkv_bias=False,
-        tied=True, max_position=512,
+    config = tiny.config(
+        vocab_size=40, d_model=24, n_layers=2, d_ff=32, norm_eps=1e-5, tied=True,
+        attention=(PLAIN, NONE), pattern=(0, 1),
     )  # fmt: skip
     draw = np.random.default_rng(0)
     shapes = param_shapes(config)
@@ -125,16 +135,6 @@ def test_config_values_that_have_weights_refuse_those_of_another_model(pair, nam
     value = not getattr(model.config, name) if value is None else value
     changed = dataclasses.replace(model.config, **{name: value})
     assert param_shapes(changed) != param_shapes(model.config)
-
-
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RopeConfig)])
-def test_every_field_of_a_llama3_rope_turns_the_frequencies(field):
-    rope = RopeConfig(theta=1e4, kind="llama3", factor=8.0, original_max_position=64)
-    value = "default" if field == "kind" else 1.5 * getattr(rope, field)
-    value = int(value) if field == "original_max_position" else value
-    changed = dataclasses.replace(rope, **{field: value})
-    gap = np.abs(rope_frequencies(rope, 32) - rope_frequencies(changed, 32))
-    assert gap.max() > 1e-3 * np.abs(rope_frequencies(rope, 32)).max()
 
 
 def test_bfloat16_weights_keep_their_dtype_and_stay_close(tmp_path):

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxsteer.errors import UserError
 from jaxsteer.model import checkpoint
-from jaxsteer.model.config import RopeConfig, from_hf
+from jaxsteer.model.config import from_hf
 from jaxsteer.model.convert import convert, fill
 from jaxsteer.model.layers import rope_frequencies
 from jaxsteer.model.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def test_a_gguf_tokenizer_splits_text_as_its_vocabulary_was_learned(pre, pieces,
         (lambda w: w.add_array("llama.attention.key_length", [64, 32]), "key_length"),
         (lambda w: w.add_uint32("llama.attention.value_length", 32), "value_length"),
         (lambda w: w.add_uint32("llama.attention.key_length", 0), "key_length=0 is not supported"),
-        (lambda w: w.add_tensor("rope_freqs.weight", np.full(32, 3, np.float32)), "rope_freqs"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(16, 3, np.float32)), "rope_freqs"),
         (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "yarn"),
         (lambda w: w.add_uint32("llama.expert_count", 8), "expert_count"),
     ],
@@ -104,7 +104,7 @@ def test_gguf_metadata_that_would_change_the_computation_is_refused(extra, messa
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_rope_is_recognised_in_a_gguf_by_its_factors(factor, tmp_path):
+def test_the_rotary_factors_in_a_gguf_are_used(factor, tmp_path):
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -125,8 +125,8 @@ def test_llama3_rope_is_recognised_in_a_gguf_by_its_factors(factor, tmp_path):
 
     write_gguf(tmp_path / "m.gguf", "F32", extra=extra)
     found = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "out", "float32")).config
-    assert found.rope == RopeConfig(theta=500000.0, kind="llama3", factor=factor)
-    np.testing.assert_allclose(rope_frequencies(found.rope, 64), theirs.inv_freq, rtol=1e-6)
+    rope = found.attention[0].rope
+    np.testing.assert_allclose(rope_frequencies(rope, 64), theirs.inv_freq, rtol=1e-6)
 
 
 def test_a_gguf_tokenizer_that_splits_text_in_an_unknown_way_is_refused(tmp_path):
@@ -151,7 +151,7 @@ def test_a_truncated_gguf_is_named(tmp_path):
 
 def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
     write_gguf(tmp_path / "m.gguf", "F32", architecture="mamba")
-    with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' .*supported: llama, qwen2"):
+    with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' .*supported: llama, "):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jaxsteer.model.layers import (
     attend,
     causal_mask,
     positions,
+    windowed,
     write_all,
     write_block,
     write_in_place,
@@ -34,7 +37,7 @@ def test_attention_over_two_caches_is_that_over_their_slots_in_one(rng, tokens):
     keys, values = draw(rng, 2, 10, 4), draw(rng, 2, 10, 4)
     visible = jnp.asarray(rng.random((tokens, 10)) < 0.6).at[:, 0].set(True)
     apart = [(keys[:, :7], values[:, :7]), (keys[:, 7:], values[:, 7:])]
-    found = attend(q, apart, visible)
+    found = attend(q, apart, visible, 0.5)
     # Softmax attention written out, in float64.
     score = np.einsum("tkgh,ksh->tkgs", *(np.asarray(x, np.float64) for x in (q, keys))) / 2
     weight = np.exp(score) * np.asarray(visible)[:, None, None]
@@ -48,7 +51,10 @@ def test_what_is_not_visible_weighs_nothing(rng):
     keys = draw(rng, 2, 6, 4)
     visible = jnp.arange(6)[None] < 4
     loud = keys.at[:, 4:].set(1e4)
-    first, second = (jax.jit(attend)(q, [(k, values)], visible) for k in (keys, loud))
+    first, second = (
+        jax.jit(functools.partial(attend, scale=0.5))(q, [(k, values)], visible)
+        for k in (keys, loud)
+    )
     np.testing.assert_array_equal(first, second)
 
 
@@ -70,3 +76,23 @@ def test_prompts_of_one_packed_sequence_do_not_see_each_other_and_count_on_their
     ]
     np.testing.assert_array_equal(causal_mask(segment_ids, before), expected)
     np.testing.assert_array_equal(positions(segment_ids, before)[:3], [1, 2, 1])
+
+
+def test_a_window_counts_visible_slots_and_not_those_between():
+    visible = jnp.array([[True, True, False, True, False], [False] * 4 + [True]])
+    expected = [[False, True, False, True, False], [False] * 4 + [True]]
+    np.testing.assert_array_equal(windowed(visible, 2), expected)
+    np.testing.assert_array_equal(windowed(visible, 0), visible)
+
+
+def test_a_window_of_a_packed_sequence_is_one_of_each_prompt():
+    mask = windowed(causal_mask(jnp.array([1, 1, 1, 2, 2, 2]), jnp.array([True])), 2)
+    # The slot of the prefix, and then those of both prompts.
+    assert np.asarray(mask).astype(int).tolist() == [
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]

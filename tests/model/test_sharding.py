@@ -16,7 +16,7 @@ from jaxsteer.data.wheels import cache_dir
 from jaxsteer.errors import UserError
 from jaxsteer.generation.prefill import Prefix
 from jaxsteer.model import sharding as parallel
-from jaxsteer.model.config import ModelConfig, RopeConfig
+from jaxsteer.model.config import from_hf
 from jaxsteer.model.convert import convert
 from jaxsteer.model.weights import param_shapes
 from tests import tiny
@@ -48,23 +48,9 @@ def runs(tmp_path_factory):
     return json.loads((folder / "out").read_text())
 
 
-def tiny_config(architecture="llama"):
+def tiny_config():
     """Sizes of tests.tiny, and a vocabulary of 62 that four do not divide."""
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=62,
-        d_model=32,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=12,
-        d_ff=48,
-        norm_eps=1e-6,
-        rope=RopeConfig(theta=1e4),
-        qkv_bias=architecture == "qwen2",
-        tied=architecture == "qwen2",
-        max_position=512,
-    )
+    return tiny.config()
 
 
 def mesh_of(data, model):
@@ -198,9 +184,10 @@ def test_a_mesh_that_is_no_rectangle_of_chips_is_made_in_their_order(monkeypatch
         assert made.axis_types == (AxisType.Auto, AxisType.Auto)
 
 
-def test_every_parameter_of_both_families_is_in_the_table():
-    for architecture in FAMILIES:
-        config = tiny_config(architecture)
+def test_every_parameter_of_all_families_is_in_the_table():
+    for name in tiny.FAMILIES:
+        hf = tiny.family(name)
+        config = from_hf(hf.config.to_dict() | {"architectures": [type(hf).__name__]}, "test")
         shapes, mesh = param_shapes(config), mesh_of(1, 1)
         shardings = parallel.param_shardings(config, mesh)
         assert shardings.keys() == shapes.keys()
