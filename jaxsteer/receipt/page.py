@@ -60,6 +60,7 @@ def html(receipt: Statement, digest: str) -> str:
         most_prompts=MOST_PROMPTS,
         prompts=[f"{f.n} {family_words(name)} prompts" for name, f in p.prompts.items()],
         untouched=list(_untouched(p)),
+        second_labels=_second_labels(p),
         verdicts=Counter(claim.verdict for claim in p.claims),
         bars=drawn,
         n_bars=len(every),
@@ -202,6 +203,22 @@ def _untouched(p: Predicate) -> Iterator[tuple[str, Rate]]:
         outcomes = run.get(family)
         if outcomes is not None and outcomes.n:
             yield family_words(family), outcomes.refusal
+
+
+def _second_labels(p: Predicate) -> str:
+    """How far the judges of refusals agree, with each other and with a person."""
+    pairs = [a for a in p.judges.agreement if a.question == "refusal"]
+    said = []
+    for a in pairs:
+        n = a.both_yes + a.only_first + a.only_second + a.both_no
+        same = percent((a.both_yes + a.both_no) / max(n, 1))
+        kappa = "" if a.kappa is None else f", kappa {a.kappa:.2f}"
+        said.append(f"{a.first} and {a.second} agree on {same} of {n}{kappa}")
+    if not any("human" in (a.first, a.second) for a in pairs):
+        said.append("no sample was labelled by hand")
+    if not any("strongreject-rubric" in (a.first, a.second) for a in pairs):
+        said.append("no model has judged these replies a second time")
+    return "; ".join(said)
 
 
 def _evidence(claim: Claim) -> list[str]:

@@ -137,6 +137,28 @@ def test_measured_geometry_is_shown_at_the_studys_layers(full):
     assert "layer 2 layer 3 persona, refusal +0.20 (p 0.2) +0.30 (p 0.3)" in text
 
 
+def test_agreement_on_refusals_stands_beside_the_headline_rate(drawn, full):
+    none = "no sample was labelled by hand; no model has judged these replies a second time."
+    assert f"Second labels: {none}" in " ".join(Tags(drawn).text.split())
+    receipt = statement.convert(full)
+    pair = statement.Agreement(
+        question="refusal",
+        first="keyword",
+        second="human",
+        both_yes=12,
+        only_first=1,
+        only_second=2,
+        both_no=35,
+        kappa=0.85,
+    )
+    judges = msgspec.structs.replace(receipt.predicate.judges, agreement=[pair])
+    predicate = msgspec.structs.replace(receipt.predicate, judges=judges)
+    shown = page.html(msgspec.structs.replace(receipt, predicate=predicate), "0" * 64)
+    text = " ".join(Tags(shown).text.split())
+    said = "keyword and human agree on 94 % of 50, kappa 0.85; no model has judged these"
+    assert said in text and text.index(said) < text.index("What the model did")
+
+
 def test_hostile_names_are_ascii_in_the_json(full):
     raw = statement.canonical_text(hostile(full)).encode()
     assert all(byte == 0x0A or 0x20 <= byte < 0x7F for byte in raw)
