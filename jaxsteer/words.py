@@ -121,11 +121,29 @@ def layer_list(indices: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
 
 
-def plain(text: str) -> str:
-    """Model text that cannot drive a terminal: control and format characters become visible."""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c)[0] != "C" else f"\\x{ord(c):02x}" for c in text
-    )
+def plain(text: str, spelled: str = "\\x{:02x}") -> str:
+    """Model text that drives no terminal and hides nothing, and is otherwise as it is.
+
+    Control, format, private and unassigned characters are spelled out: among them are colours,
+    cursor moves, a return to the line's start, and marks that turn the direction of text. Shown as
+    they are: line breaks, tabs, and a single joiner after a letter, mark or picture outside ASCII,
+    where Persian, Indic scripts and emoji need it; elsewhere a joiner could only hide something.
+
+    Args:
+      text: hostile text.
+      spelled: how a character is spelled, a format of its code point.
+
+    >>> plain("a\\tb\\x1b[2J"), plain("\u0645\u06cc\u200c\u062e"), plain("a\u200db")
+    ('a\\tb\\\\x1b[2J', '\u0645\u06cc\u200c\u062e', 'a\\\\x200db')
+    """
+    text = text.replace("\r\n", "\n")
+    shown = []
+    for before, c in zip("\n" + text, text, strict=False):
+        visible = ord(before) > 127 and unicodedata.category(before)[0] in "LMS"
+        joins = c in "\u200c\u200d" and visible
+        harmless = c in "\n\t" or joins or unicodedata.category(c)[0] != "C"
+        shown.append(c if harmless else spelled.format(ord(c)))
+    return "".join(shown)
 
 
 class Progress:

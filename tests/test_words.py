@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+import unicodedata
+
 import pytest
 from rich.console import Console
 
@@ -36,6 +39,39 @@ def test_control_and_direction_characters_become_visible():
     text = words.plain(HOSTILE + "\nnext")
     assert "\x1b" not in text and "\x07" not in text and "\u202e" not in text
     assert "\\x1b[2J" in text and text.endswith("\nnext")
+
+
+AS_IT_IS = {
+    "Persian": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    "a family": "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "a dark-skinned scientist": "\U0001f469\U0001f3fd\u200d\U0001f52c",
+    "a rainbow flag": "\U0001f3f3\ufe0f\u200d\U0001f308",
+    "Hindi": "\u0915\u094d\u200d\u0937",
+    "code": "def f():\n\treturn 1\n",
+}
+
+
+@pytest.mark.parametrize("name", AS_IT_IS)
+def test_harmless_text_is_shown_as_it_is(name):
+    assert words.plain(AS_IT_IS[name]) == AS_IT_IS[name]
+    assert words.plain("one\r\ntwo") == "one\ntwo"
+
+
+def test_joiners_that_join_nothing_are_spelled_out():
+    assert words.plain("a\u200db") == r"a\x200db"
+    assert words.plain("\u0645\u200c\u200c\u200d") == "\u0645\u200c" + r"\x200c\x200d"
+
+
+@pytest.mark.parametrize("before", ["", "a", "\u0645", "\u0301", "\U0001f468"])
+def test_of_every_character_what_is_shown_is_harmless_and_everything_harmless_is_shown(before):
+    # All code points, each after the same character.
+    for code in range(sys.maxunicode + 1):
+        shown = words.plain(before + chr(code)).removeprefix(before)
+        if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Co", "Cn"):
+            joins = code in (0x200C, 0x200D) and before not in ("", "a")
+            assert shown == (chr(code) if joins or code in (9, 10) else f"\\x{code:02x}")
+        else:
+            assert shown == chr(code)
 
 
 def test_a_log_has_a_line_at_the_start_and_one_at_the_end(capsys):

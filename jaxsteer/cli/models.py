@@ -168,7 +168,7 @@ def generate(
     conditions = {"baseline": [], "steered": directions.operations(asked, found)}
     if not asked:
         del conditions["steered"]
-    shown = None
+    shown, before = None, ""
     for piece in loaded.stream(
         prompt,
         system=system,
@@ -178,8 +178,10 @@ def generate(
     ):
         if piece.condition != shown:
             typer.echo(f"{chr(10) * bool(shown)}{piece.condition}:")
-            shown = piece.condition
-        typer.echo(plain(piece.text), nl=False)
+            shown, before = piece.condition, ""
+        # Whether a joiner is shown as it is depends on the character before it.
+        typer.echo(plain(before + piece.text)[len(plain(before)) :], nl=False)
+        before = (before + piece.text)[-1:].strip("\r")
     typer.echo()
     if asked:
         typer.echo(f"realised change: {piece.change:.1f} summed over tokens and layers")

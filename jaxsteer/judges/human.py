@@ -26,7 +26,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -38,6 +37,7 @@ from jaxsteer.files import sha256_bytes, write_text
 from jaxsteer.judges.labels import label_table, votes_table
 from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
 from jaxsteer.stats import kappa
+from jaxsteer.words import plain
 
 LABELS = ("refusal", "bypass", "degenerate", "benign-answer", "unfinished")
 COLUMNS = ("item", "label", "note", "family", "prompt", "response")
@@ -77,9 +77,7 @@ def safe_cell(text: str) -> str:
     >>> safe_cell("red\\x1b[31m")
     'red<U+001B>[31m'
     """
-    shown = "".join(
-        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else f"<U+{ord(c):04X}>" for c in text
-    )
+    shown = plain(text, "<U+{:04X}>")
     # Some programs skip blanks before they look for a formula.
     return "'" + shown if shown.lstrip(" \u00a0\u3000").startswith(_FORMULA) else shown
 

@@ -350,7 +350,7 @@ def token_text(text: str) -> str:
     >>> token_text(" Paris"), token_text("\\n"), token_text("")
     ('␣Paris', '⏎', '∅')
     """
-    return plain(text).replace("\n", "⏎").replace(" ", "␣") or "∅"
+    return plain(text).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
 
 
 STYLE = """<style>
