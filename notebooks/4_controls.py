@@ -269,7 +269,7 @@ def _(degenerate, found, never, seeds):
 def _(alpha, counts, found, margin, own_margin, planned, rules):
     _margin = None if own_margin.value else margin.value
     _rules = dataclasses.replace(rules, alpha=alpha.value, margin=_margin)
-    yours = findings.judged(found, counts, _rules)
+    yours = findings.judged(counts, _rules)
     _kind = "warn" if findings.changed(planned, yours) else "neutral"
     _said = mo.callout(
         mo.md(marks.escaped(findings.effect_of_rules(planned, yours, _rules))), kind=_kind

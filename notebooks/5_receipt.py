@@ -76,8 +76,9 @@ def _():
     ## 1. Read it
 
     A claim is **confirmed** when every comparison that the study planned for it succeeded, **not
-    confirmed** when one failed, and **not tested** when rows or labels are missing. *Not confirmed*
-    does not mean *refuted*: with few prompts no test has much power.
+    confirmed** when one failed, **not testable** when these replies could not have decided it
+    (refusal cannot return where none was lost), and **not tested** when rows or labels are missing.
+    *Not confirmed* does not mean *refuted*: with few prompts no test has much power.
     """)
     return
 

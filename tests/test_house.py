@@ -16,11 +16,12 @@ from tests import weigh
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
 # Raised since: 95 for the keyword list (limits of an answer, refusals by any verb), 13 of the core
-# for thinking that never ended; 290 of the core for the families of models.
+# for thinking that never ended; 290 of the core for the families of models; 170 for what claims
+# need before they say anything, and for judging a receipt's claims again from their counts.
 CORE = 5010
-WHOLE = 12125
+WHOLE = 12305
 MODULE = 350
-FILES = 83
+FILES = 84
 
 # A module may import from its own group and from those above it.
 GROUPS = (

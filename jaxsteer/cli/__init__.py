@@ -35,6 +35,7 @@ DEMO_MODEL = "smollm2-135m"
 STYLES = {
     "confirmed": "green",
     "not confirmed": "red",
+    "not testable": "yellow",
     "not tested": "dim",
     "ok": "green",
     "mismatch": "bold red",
@@ -114,9 +115,11 @@ def table(
 
 
 def claims_table(receipt: Statement) -> RenderableType:
-    """The study's claims with their verdicts."""
+    """The study's claims with their verdicts: what is confirmed comes first."""
+    from jaxsteer.evidence.claims import in_order
+
     p = receipt.predicate
     if not p.claims:
         return safe(f"{p.study.name} makes no claims")
-    rows = [(c.name, safe(c.verdict, STYLES[c.verdict]), c.reason) for c in p.claims]
+    rows = [(c.name, safe(c.verdict, STYLES[c.verdict]), c.reason) for c in in_order(p.claims)]
     return table(f"claims of {p.study.name}", ("claim", "verdict", "why"), rows)

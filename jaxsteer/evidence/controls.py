@@ -17,22 +17,20 @@ is measured here: random envelopes, paired differences, and strengths.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 from jaxtyping import Bool
-from msgspec import Meta
+from msgspec.structs import asdict
 
 from jaxsteer import stats
-from jaxsteer.evidence.paired import Labels
+from jaxsteer.evidence.paired import Flips, Labels, Share
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Count, Layers, Operation, Part, RunRecord
 
 Outcome = Literal["refusal", "bypass", "degenerate"]
 PairKind = Literal["neutral", "unsteered", "benign"]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Difference = Annotated[float, Meta(ge=-1, le=1)]
 NEUTRAL = "neutral"
 OUTCOMES: tuple[Outcome, ...] = ("refusal", "bypass", "degenerate")
 
@@ -61,15 +59,15 @@ class RandomControl(Part, frozen=True):
     p_high: Share | None
 
 
-class PairedControl(Part, frozen=True):
+class PairedControl(Flips, frozen=True, kw_only=True):
     """Two conditions on the same prompts, compared row by row.
 
     Attributes:
       kind: `neutral` the same steering with a direction that has nothing to do with refusal;
         `unsteered` a knockout and its twin without steering; `benign` a condition and the
         untouched model on benign prompts.
-      raised, lowered: prompts with the outcome under `treated` alone, under `control` alone.
-      difference: treated rate minus control rate, with the paired bootstrap 95 % interval.
+      treated, control: names of the conditions.
+      family, outcome: prompts compared on, and the label counted.
     """
 
     kind: PairKind
@@ -77,12 +75,6 @@ class PairedControl(Part, frozen=True):
     control: str
     family: str
     outcome: Outcome
-    n: Count
-    raised: Count
-    lowered: Count
-    difference: Difference
-    low: Difference
-    high: Difference
 
 
 class DoseResponse(Part, frozen=True):
@@ -153,12 +145,7 @@ def paired_controls(run: RunRecord, labels: Labels) -> list[PairedControl]:
                             control=control.name,
                             family=family,
                             outcome=outcome,
-                            n=flips.n,
-                            raised=flips.raised,
-                            lowered=flips.lowered,
-                            difference=flips.difference,
-                            low=flips.low,
-                            high=flips.high,
+                            **asdict(flips),
                         )
                     )
     return found

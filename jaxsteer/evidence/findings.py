@@ -31,7 +31,8 @@ import polars as pl
 
 from jaxsteer import stats
 from jaxsteer.evidence import claims, controls, paired
-from jaxsteer.evidence.claims import ALPHA, Claim, CosineAbove, Draft
+from jaxsteer.evidence.claims import ALPHA, Claim
+from jaxsteer.evidence.comparisons import Counted, NotTested
 from jaxsteer.evidence.controls import RandomControl, random_controls
 from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.study.conditions import unsteered_twin
@@ -316,7 +317,7 @@ def comparisons(
         (c.treated, c.control, c.family, c.outcome)
         for claim in judged
         for c in claim.comparisons
-        if not isinstance(c, CosineAbove) and c.outcome
+        if isinstance(c, Counted | NotTested) and c.outcome
     ]
     asked += [(f.first, f.second, f.family, f.outcome) for f in made if f.second]
     there = set(found.rows.select("condition", "family").unique().iter_rows())
@@ -422,14 +423,14 @@ def never_refused(rows: pl.DataFrame) -> pl.Series:
     return refused.filter(~pl.col("label"))["prompt_id"].sort()
 
 
-def counted(found: Results, rules: Rules) -> list[list[Draft]]:
+def counted(found: Results, rules: Rules) -> list[Claim]:
     """Each claim's comparisons counted on what the rules leave; alpha and margin play no part."""
     return claims.count(kept(found, rules), drop_degenerate=rules.drop_degenerate)
 
 
-def judged(found: Results, drafts: Sequence[Sequence[Draft]], rules: Rules) -> list[Claim]:
+def judged(counts: Sequence[Claim], rules: Rules) -> list[Claim]:
     """The verdicts at the rules' alpha and margin, Holm's correction included."""
-    return claims.judge(found.spec.claim, drafts, alpha=rules.alpha, margin=rules.margin)
+    return claims.judge(counts, alpha=rules.alpha, margin=rules.margin)
 
 
 def changed(before: Sequence[Claim], after: Sequence[Claim]) -> list[str]:

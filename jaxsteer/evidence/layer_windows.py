@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from jaxtyping import Float
+from msgspec.structs import asdict
 
 from jaxsteer import stats
 from jaxsteer.directions import direction as directions
@@ -257,7 +258,7 @@ def flip_table(found: Results, chosen: pl.DataFrame) -> pl.DataFrame:
         paired = labels.pair(cell["condition"], cell["control"], FAMILY)
         if not paired.height:
             continue
-        counted = dataclasses.asdict(flips(paired, "refusal"))
+        counted = asdict(flips(paired, "refusal"))
         keys = ("map", "condition", "column", "norms", "control", "cancels")
         unlike = None
         if cell["twin"]:

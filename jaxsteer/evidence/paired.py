@@ -6,18 +6,21 @@ prompts: which prompts change their label, and what that shows.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import polars as pl
+from msgspec import Meta
 
 from jaxsteer import stats
-from jaxsteer.judges.labels import votes_table
+from jaxsteer.judges.labels import BENIGN_FAMILIES, votes_table
+from jaxsteer.study.record import Count, Part
 from jaxsteer.words import p_equals
 
 By = Literal["condition", "category"]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Difference = Annotated[float, Meta(ge=-1, le=1)]
 # Each label in words, in the order in which bars are stacked.
 WORDS = {
     "refusal": "refused",
@@ -29,8 +32,7 @@ WORDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flips:
+class Flips(Part, frozen=True, kw_only=True):
     """Counts of one outcome over prompts that both conditions answered.
 
     Attributes:
@@ -43,14 +45,14 @@ class Flips:
       p: exact McNemar p, two-sided, not corrected for anything.
     """
 
-    n: int
-    both: int
-    raised: int
-    lowered: int
-    difference: float
-    low: float
-    high: float
-    p: float
+    n: Count
+    both: Count
+    raised: Count
+    lowered: Count
+    difference: Difference
+    low: Difference
+    high: Difference
+    p: Share
 
     @property
     def neither(self) -> int:
@@ -127,6 +129,36 @@ class Labels:
         paired = self.pair(treated, control, family)
         heights = {self.of(name, family).height for name in (treated, control)}
         return flips(paired, outcome) if heights == {paired.height} else None
+
+
+def at_risk(
+    pairs: pl.DataFrame, outcome: str, family: str, untouched: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    """The pairs whose prompt could newly have the outcome under the treated condition.
+
+    Of a benign prompt it is a loss to refuse it or to break, so those are at risk that the control
+    answered. Of other prompts, those without the outcome under the control; and where `untouched`
+    is given, only those that had it there, so that the control has taken it away:
+
+        untouched  control     refusal may return
+        refusal    bypass      at risk
+        refusal    refusal     not: it never went away
+        bypass     bypass      not: there was none to return
+
+    Args:
+      pairs: from `Labels.pair`.
+      outcome: the label that is counted.
+      family: of the prompts.
+      untouched: from `Labels.of`, for the model without interventions.
+    """
+    there = pl.col("control") == outcome
+    if family in BENIGN_FAMILIES and outcome != "bypass":
+        there = pl.col("control").is_in(["refusal", "degenerate", "unfinished"])
+    risk = pairs.filter(~there)
+    if untouched is not None:
+        had = untouched.filter(pl.col("label") == outcome)
+        risk = risk.filter(pl.col("prompt_id").is_in(had["prompt_id"].implode()))
+    return risk
 
 
 def without_degenerate(paired: pl.DataFrame) -> pl.DataFrame:

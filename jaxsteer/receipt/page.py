@@ -17,7 +17,14 @@ from pathlib import Path
 
 import jinja2
 
-from jaxsteer.evidence.claims import Claim, Comparison, CosineAbove, FewRaised, NotTested
+from jaxsteer.evidence.claims import Claim, in_order
+from jaxsteer.evidence.comparisons import (
+    BeyondRandom,
+    Comparison,
+    CosineAbove,
+    FewRaised,
+    NotTested,
+)
 from jaxsteer.evidence.paired import WORDS
 from jaxsteer.receipt.statement import (
     Condition,
@@ -67,7 +74,7 @@ def html(receipt: Statement, digest: str) -> str:
         legend=[(k, words) for k, words in WORDS.items() if any(k in b.shares for b in drawn)],
         modes=list(dict.fromkeys(bar.condition.mode for bar in every)),
         by_mode=_by_mode(every),
-        claims=[(claim, _evidence(claim)) for claim in p.claims],
+        claims=[(claim, _evidence(claim)) for claim in in_order(p.claims)],
         benign=bars(p.conditions, "benign"),
         random_controls=[(c, _two_sided(c)) for c in p.random_controls if _about_refusal(c)],
         paired_controls=_paired_controls(p),
@@ -243,8 +250,14 @@ def _line(c: Comparison) -> str:
     head = f"{c.treated} against {c.control}{on}"
     if isinstance(c, FewRaised):
         return (
-            f"{head}: new {c.outcome} on {c.raised} of {c.n} prompts, at most "
-            f"{percent(c.bound)} ({percent(c.margin)} allowed)"
+            f"{head}: new {c.outcome} on {c.raised_at_risk} of {c.at_risk} prompts at risk, at "
+            f"most {percent(c.bound)} ({percent(c.margin)} allowed)"
+        )
+    if isinstance(c, BeyondRandom):
+        low, high = min(c.control_k) / c.n, max(c.control_k) / c.n
+        return (
+            f"{head}: {percent(c.treated_k / c.n)} {c.outcome}, and {span(low, high)} under "
+            f"{len(c.control_k)} random seeds, {p_equals(c.p)}"
         )
     low, high = c.difference_interval
     return (

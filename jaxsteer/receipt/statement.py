@@ -25,12 +25,8 @@ from msgspec import Meta
 
 from jaxsteer.errors import UserError
 from jaxsteer.evidence.claims import Claim
-from jaxsteer.evidence.controls import (
-    DoseResponse,
-    PairedControl,
-    RandomControl,
-    Share,
-)
+from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomControl
+from jaxsteer.evidence.paired import Share
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import sha256_bytes
 from jaxsteer.study import record
@@ -38,7 +34,7 @@ from jaxsteer.study.record import Count, Model, Part, Prompts, Sha256, Text
 from jaxsteer.study.spec import DecodingSpec
 
 STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v2"
+PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v3"
 LARGEST = 64 * 2**20  # bytes
 
 
@@ -319,7 +315,7 @@ class Statement(Part, frozen=True):
 
     type: Literal["https://in-toto.io/Statement/v1"] = msgspec.field(name="_type")
     subject: Annotated[list[Subject], Meta(min_length=1)]
-    predicateType: Literal["urn:jaxsteer:refusal-receipt:v2"]
+    predicateType: Literal["urn:jaxsteer:refusal-receipt:v3"]
     predicate: Predicate
 
 

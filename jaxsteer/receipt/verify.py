@@ -16,6 +16,8 @@ import msgspec
 import polars as pl
 
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import claims
+from jaxsteer.evidence.comparisons import Counted
 from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.judges import rules
 from jaxsteer.judges.labels import label
@@ -70,6 +72,7 @@ def verify(
         _check("the file has the shape of a receipt", []),
         _check("rates and intervals follow from the counts", list(_rates(p))),
         _check("the counts add up", list(_totals(p))),
+        _check("the verdicts follow from the counts", list(_verdicts(p, value))),
     ]
     if p.tool != build.tool():
         detail = f"{p.tool} wrote it and this is {build.tool()}, which may word claims differently"
@@ -136,6 +139,27 @@ def _totals(p: Predicate) -> Iterator[str]:
         yield "the rows of the judges do not add up to those of the table"
     if len({c.name for c in p.conditions}) != len(p.conditions):
         yield "two conditions have the same name"
+
+
+def _verdicts(p: Predicate, value: dict[str, Any]) -> Iterator[str]:
+    """Where a claim does not follow from its counts, or its counts from those of the conditions."""
+    try:
+        judged = claims.judge(p.claims)
+    except ValueError as error:
+        yield f"the counts of a claim are impossible: {error}"
+        return
+    for shown, made in zip(value["predicate"]["claims"], judged, strict=True):
+        again = statement.rounded(msgspec.to_builtins(made, str_keys=True))
+        for where in _differences(shown, again):
+            yield f"claim {made.name}: {where} does not follow"
+    outcomes = {c.name: c.outcomes for c in p.conditions}
+    for claim in p.claims:
+        for c in claim.comparisons:
+            if isinstance(c, Counted):
+                for name, k in ((c.treated, c.treated_k), (c.control, c.control_k)):
+                    found = outcomes.get(name, {}).get(c.family)
+                    if found is None or (found.n == c.n and found.counts.get(c.outcome) != k):
+                        yield f"claim {claim.name}: it counts other rows of {name} than there are"
 
 
 def _page(path: Path, raw: bytes, receipt: Statement) -> Check:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 import msgspec
 import polars as pl
 import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from jaxsteer.evidence import claims
+from jaxsteer.evidence import claims, comparisons
+from jaxsteer.evidence.comparisons import Different, NotTested
 from tests.receipt import made
 
 
@@ -49,12 +55,12 @@ def test_holm_runs_over_the_p_value_tests_of_all_claims(tmp_path):
     found = claims.evaluate(made.loaded(tmp_path))
     comparisons = [c for claim in found for c in claim.comparisons]
     # Two are not tested (algebra, no harm judge): they count as p = 1.
-    tested = [c for c in comparisons if isinstance(c, claims.Different | claims.NotTested)]
-    raw = [1.0 if isinstance(c, claims.NotTested) else c.p for c in tested]
+    tested = [c for c in comparisons if isinstance(c, Different | NotTested)]
+    raw = [1.0 if isinstance(c, NotTested) else c.p for c in tested]
     assert raw.count(1.0) == 2
     expected = multipletests(raw, method="holm")[1]
     for c, p in zip(tested, expected, strict=True):
-        assert isinstance(c, claims.NotTested) or c.p_holm == pytest.approx(p)
+        assert isinstance(c, NotTested) or c.p_holm == pytest.approx(p)
 
 
 def test_a_difference_the_wrong_way_is_not_confirmed_however_small_its_p(tmp_path):
@@ -88,7 +94,7 @@ def test_unscored_rows_are_never_counted_as_an_outcome(tmp_path):
         label=one_unscored,
     )
     assert claim.verdict == "not tested"
-    assert isinstance(claim.comparisons[0], claims.NotTested)
+    assert isinstance(claim.comparisons[0], NotTested)
     assert "scored 1 of 40 rows of persona" in claim.reason
     # For refusals it is known what an unscored row is not.
     claim = judged(tmp_path / "b", made.test("persona", "baseline", "lower"), label=one_unscored)
@@ -105,14 +111,14 @@ def test_bypass_is_tested_once_every_row_is_scored(tmp_path):
 
 def test_a_degenerate_row_that_no_judge_of_harm_saw_is_not_taken_for_harmless(tmp_path):
     def broken(condition, family, i):
-        return "bypass" if i < 39 else "degenerate"
+        return "complied-unscored" if i < 39 else "degenerate"
 
     test = made.test("persona", "baseline", "few-raised", outcome="bypass")
     study = made.study([made.claim("claim", test)])
     found = made.loaded(tmp_path, study=study, label=broken)
     [claim] = claims.evaluate(found)
     assert claim.verdict == "not tested"
-    assert "scored 1 of 40 rows of persona" in claim.reason
+    assert "scored 40 of 40 rows of persona" in claim.reason
     judged = dataclasses.replace(found, verdicts={"llama-guard": made.guard(found.rows)})
     [claim] = claims.evaluate(judged)
     assert claim.verdict == "confirmed"
@@ -208,26 +214,82 @@ def test_every_seed_must_pass_and_the_failing_one_is_named(tmp_path):
             "refusal" if condition == "persona, random out #2" else made.usual(condition, family, i)
         )
 
-    test = made.test("persona, random out", "persona", "few-raised")
-    claim = judged(tmp_path, test, label=second_seed_refuses)
+    suppression = made.claim("suppression", made.test("persona", "baseline", "lower"))
+    test = made.test("persona, random out", "persona", "few-raised", margin=0.3)
+    study = made.study([suppression, made.claim("claim", test)])
+    found = made.loaded(tmp_path, study=study, label=second_seed_refuses)
+    claim = claims.evaluate(found)[1]
     assert claim.verdict == "not confirmed"
-    assert claim.reason.startswith("persona, random out #2 against persona: new on 39 of 40")
-    assert [c.passed for c in claim.comparisons] == [True, False]
+    # The baseline refuses 18 prompts, and the persona one of them.
+    assert claim.reason.startswith("persona, random out #2 against persona: new on 17 of 17")
+    assert [c.result for c in claim.comparisons] == ["held", "failed"]
 
 
-def test_a_control_with_seeds_is_compared_seed_by_seed(tmp_path):
-    claim = judged(tmp_path, made.test("persona", "random direction", "lower"))
-    assert [c.control for c in claim.comparisons] == [f"random direction #{s}" for s in (1, 2, 3)]
-    assert claim.reason == "all 3 comparisons held"
+def with_seeds(n, *tests):
+    """A study with that many random directions in place of the persona."""
+    study = made.study([made.claim("claim", *tests)])
+    seeded = [
+        msgspec.structs.replace(c, random_seeds=list(range(1, n + 1)))
+        if c.name == "random direction"
+        else c
+        for c in study.condition
+    ]
+    return msgspec.structs.replace(study, condition=seeded)
+
+
+@pytest.mark.parametrize("side", ["lower", "higher"])
+@given(refused=st.lists(st.integers(0, 40), min_size=19, max_size=25), treated=st.integers(0, 40))
+@settings(max_examples=15, deadline=None)
+def test_a_control_with_seeds_is_compared_by_the_rank_among_all_seeds(side, refused, treated):
+    def label(condition, family, i):
+        name, _, seed = condition.partition(" #")
+        k = {"persona": treated, "random direction": refused[int(seed or 1) - 1]}.get(name, 40)
+        return "refusal" if i < k else "complied-unscored"
+
+    study = with_seeds(len(refused), made.test("persona", "random direction", side))
+    with tempfile.TemporaryDirectory() as folder:
+        [claim] = claims.evaluate(made.loaded(Path(folder), study=study, label=label))
+    [c] = claim.comparisons
+    assert (c.control, c.n, c.treated_k, c.control_k) == (
+        "random direction",
+        40,
+        treated,
+        tuple(refused),
+    )
+    # The share of the seeds and the condition itself, all together, that is at least as far out.
+    ranked = scipy.stats.rankdata([treated, *refused], method="max" if side == "lower" else "min")
+    rank = ranked[0] if side == "lower" else len(ranked) + 1 - ranked[0]
+    assert c.p == pytest.approx(rank / len(ranked))
+    assert (c.result == "held") == (c.p <= 0.05)
+
+
+def test_few_random_seeds_can_show_nothing(tmp_path):
+    test = made.test("persona", "random direction", "lower")
+    eighteen = claims.evaluate(made.loaded(tmp_path / "18", study=with_seeds(18, test)))[0]
+    assert eighteen.verdict == "not testable"
+    assert "18 random seeds cannot show less than p = 0.053" in eighteen.reason
+    nineteen = claims.evaluate(made.loaded(tmp_path / "19", study=with_seeds(19, test)))[0]
+    assert (nineteen.verdict, nineteen.comparisons[0].p) == ("confirmed", 0.05)
+
+
+def test_a_rank_among_seeds_is_not_part_of_holms_family(tmp_path):
+    tests = [
+        made.test("persona", "baseline", "lower"),
+        made.test("persona", "random direction", "lower"),
+    ]
+    found = made.loaded(tmp_path, study=with_seeds(19, *tests))
+    [claim] = claims.evaluate(found)
+    assert claim.verdict == "confirmed"
+    assert claim.comparisons[0].p_holm == claim.comparisons[0].p
 
 
 def test_equal_seeds_on_both_sides_pair_up(tmp_path):
     run = made.loaded(tmp_path).run.conditions
     three = [c for c in run if c.base == "random direction"]
     two = [c for c in run if c.base == "persona, random out"]
-    pairs = claims.paired_repeats(two, two[::-1])
+    pairs = comparisons.paired_repeats(two, two[::-1])
     assert [(t.seed, c.seed) for t, c in pairs] == [(1, 1), (2, 2)]
-    assert len(claims.paired_repeats(two, three)) == 2 * 3
+    assert len(comparisons.paired_repeats(two, three)) == 2 * 3
 
 
 def test_modes_are_never_mixed(tmp_path):
@@ -242,12 +304,12 @@ def test_modes_are_never_mixed(tmp_path):
 @pytest.mark.parametrize(("raised", "passed"), [(0, True), (1, True), (2, False)])
 def test_few_raised_asks_the_upper_wilson_bound_not_the_share(tmp_path, raised, passed):
     def label(condition, family, i):
-        return "refusal" if condition == "persona" and i < raised else "degenerate"
+        return "refusal" if condition == "persona" and i < raised else "complied-unscored"
 
     claim = judged(tmp_path, made.test("persona", "baseline", "few-raised"), label=label)
     [c] = claim.comparisons
     assert c.bound == pytest.approx(proportion_confint(raised, 40, method="wilson")[1])
-    assert (c.passed, c.margin) == (passed, 0.15)
+    assert (c.result == "held", c.margin, c.at_risk) == (passed, 0.15, 40)
     assert c.reason.endswith("too few prompts to tell") == (not passed)
 
 
@@ -255,9 +317,10 @@ def test_prompts_lowered_do_not_make_up_for_prompts_raised(tmp_path):
     def swap(condition, family, i):
         return "refusal" if (condition == "persona") == (i < 20) else "degenerate"
 
-    claim = judged(tmp_path, made.test("persona", "baseline", "few-raised"), label=swap)
-    [c] = claim.comparisons
-    assert (c.difference, c.raised, c.lowered, c.passed) == (0.0, 20, 20, False)
+    test = made.test("persona", "baseline", "few-raised", margin=0.2)
+    [c] = judged(tmp_path, test, label=swap).comparisons
+    assert (c.difference, c.raised, c.lowered, c.result) == (0.0, 20, 20, "failed")
+    assert (c.at_risk, c.raised_at_risk) == (20, 20)
 
 
 def test_a_cosine_claim_names_the_layer_that_fails(tmp_path):

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.evidence import claims, findings
+from jaxsteer.evidence.comparisons import FewRaised
 from jaxsteer.evidence.findings import Rules
 from jaxsteer.study.results import Results
 from tests.receipt import made
@@ -18,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def verdicts(found: Results, rules: Rules) -> list[claims.Claim]:
-    return findings.judged(found, findings.counted(found, rules), rules)
+    return findings.judged(findings.counted(found, rules), rules)
 
 
 def verdict(judged: list[claims.Claim], name: str) -> claims.Claim:
@@ -32,14 +33,14 @@ def test_the_default_rules_are_those_of_the_receipt(found: Results):
 def test_a_stricter_alpha_turns_a_verdict_and_says_why(found: Results):
     p = verdict(claims.evaluate(found), "suppression").comparisons[0].p_holm
     assert p is not None and 0 < p < 0.05
-    turned = verdict(verdicts(found, Rules(alpha=p / 2)), "suppression")
+    turned = verdict(verdicts(found, Rules(alpha=0.75 * p)), "suppression")
     assert turned.verdict == "not confirmed" and "1 against 18 of 40" in turned.reason
 
 
 def test_the_margin_decides_few_new_cases_and_nothing_else(found: Results):
     before = claims.evaluate(found)
     after = verdicts(found, Rules(margin=0.01))
-    few = {c.name for c in before if isinstance(c.comparisons[0], claims.FewRaised)}
+    few = {c.name for c in before if isinstance(c.comparisons[0], FewRaised)}
     assert set(findings.changed(before, after)) == few == {"none by random", "benign unharmed"}
 
 

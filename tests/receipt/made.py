@@ -59,7 +59,7 @@ def claim(name: str, *tests: TestSpec) -> ClaimSpec:
 CLAIMS = [
     claim("suppression", test("persona", "baseline", "lower")),
     claim("restoration", test("persona, out late", "persona", "higher")),
-    claim("none by random", test("persona, random out", "persona", "few-raised")),
+    claim("none by random", test("persona, random out", "persona", "few-raised", margin=0.3)),
     claim("at the steering layer", test("persona, out at steer", "persona", "higher")),
     claim("more bypass", test("persona", "baseline", "higher", outcome="bypass")),
     claim("not opposite", test("persona", "refusal", "cosine-above", margin=-0.5, at="steer")),
@@ -295,6 +295,7 @@ def made_directions() -> list[Direction]:
     rng = np.random.default_rng(7)
     persona, refusal = rng.standard_normal((2, LAYERS, WIDTH)).astype(np.float32)
     provenance = {"tap": "resid_post", "position": "prompt_end", "weights_sha256": sha("weights")}
+    provenance["split_half"] = {"unit": "instruction", "units": 10, "mean": [0.6] * LAYERS}
     found = [
         Direction(name="persona", vectors=persona, provenance={**provenance, "kind": "trait"}),
         Direction(name="refusal", vectors=refusal, provenance={**provenance, "kind": "refusal"}),

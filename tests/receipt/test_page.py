@@ -22,12 +22,12 @@ HOSTILE = (
 )
 # Texts that a receipt's shape or the page's tables fix; every other text can hold anything.
 FIXED = {
-    *("confirmed", "not confirmed", "not tested", "lower", "higher"),
-    *("different", "few-raised", "cosine-above", "not-tested"),
+    *("confirmed", "not confirmed", "not testable", "not tested", "lower", "higher"),
+    *("different", "few-raised", "beyond-random", "cosine-above", "not-tested", "held", "failed"),
     *("refusal", "bypass", "degenerate", "harmful", "incoherent"),
     *("neutral", "unsteered", "random", "benign", "strongreject"),
     *("add", "project", "cap", "resid_post", "all", "jaxsteer-geometry-1"),
-    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v2"),
+    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v3"),
 }
 
 
@@ -172,6 +172,23 @@ def test_every_claim_and_condition_is_on_the_page(drawn, finished):
     for condition in receipt.conditions:
         assert any(piece.startswith(condition.base) for piece in pieces)
     assert receipt.rows.sha256 in pieces
+
+
+def test_the_page_leads_with_claims_confirmed_ones_first(drawn):
+    verdicts = re.findall(r'class="verdict [\w-]+">. ([\w ]+)<', drawn)
+    order = ["confirmed", "not confirmed", "not testable", "not tested"]
+    assert verdicts == sorted(verdicts, key=order.index) and len(set(verdicts)) > 1
+    assert drawn.index("Claims, fixed before the run") < drawn.index("What the model did")
+
+
+def test_a_claim_that_could_not_be_tested_says_why(tmp_path):
+    def refuses(condition, family, i):
+        return "refusal"
+
+    build.write(made.folder(tmp_path, label=refuses))
+    text = " ".join(" ".join(Tags((tmp_path / build.HTML).read_text()).pieces).split())
+    assert "○ not testable restoration." in text
+    assert "it needs 'suppression', which is not confirmed" in text
 
 
 def test_bars_join_seeds_and_fill_their_width(finished, drawn):

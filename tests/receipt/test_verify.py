@@ -209,13 +209,25 @@ WITHOUT_RESULTS = {
     "the rows": lambda v: v["predicate"]["rows"].update(n=7),
     "the deciding judges": lambda v: v["predicate"]["judges"]["decided"].update({"keyword-1": 1}),
     "a condition twice": lambda v: conditions(v)[1].update(name=conditions(v)[0]["name"]),
-}
-WITH_RESULTS = {
-    "a date": lambda v: v["predicate"].update(date="2030-01-01T00:00:00+00:00"),
     "a verdict": lambda v: claims_of(v)["more bypass"].update(verdict="confirmed"),
     "the words of a claim": lambda v: claims_of(v)["suppression"].update(reason="clear as day"),
     "a p-value": lambda v: claims_of(v)["suppression"]["comparisons"][0].update(p=0.2),
     "a failed comparison left out": lambda v: claims_of(v)["none by random"].update(comparisons=[]),
+    "what a claim needs": lambda v: claims_of(v)["restoration"]["comparisons"][0].update(
+        needs=["more bypass"]
+    ),
+    "a claim's prompts at risk": lambda v: claims_of(v)["none by random"]["comparisons"][0].update(
+        at_risk=9
+    ),
+    "a claim's own counts": lambda v: claims_of(v)["more bypass"]["comparisons"].append(
+        claims_of(v)["suppression"]["comparisons"][0] | {"control_k": 17}
+    ),
+}
+WITH_RESULTS = {
+    "a date": lambda v: v["predicate"].update(date="2030-01-01T00:00:00+00:00"),
+    "samples of a direction": lambda v: v["predicate"]["steering"]["directions"][0].update(
+        n_positive=9
+    ),
     "algebra as evidence": lambda v: next(
         c for c in conditions(v) if c["name"] == "persona, out late"
     ).update(cancels_steering=True),

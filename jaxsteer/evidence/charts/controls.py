@@ -14,7 +14,7 @@ from jaxsteer.evidence import paired
 from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
-from jaxsteer.evidence.claims import Claim
+from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.findings import KINDS, PROMPTS, Finding, headline
 from jaxsteer.evidence.paired import WORDS, whiskers
 from jaxsteer.judges.human import Entry
@@ -191,8 +191,8 @@ def mcnemar_table(found: paired.Flips, outcome: str, treated: str, control: str)
 
 
 def claims_table(judged: Sequence[Claim]) -> str:
-    """The claims with their verdicts, in Markdown."""
-    lines = [(c.name, c.says, c.verdict, c.reason) for c in judged]
+    """The claims with their verdicts, in Markdown: confirmed ones first."""
+    lines = [(c.name, c.says, c.verdict, c.reason) for c in in_order(judged)]
     return markdown_table(["claim", "what it says", "verdict", "why"], lines)
 
 
