@@ -134,9 +134,9 @@ class Model(ChatModel):
           batch: most rows that decode together.
 
         Raises:
-          UserError: a prompt that is empty, too long or holds a special token; a layer or width
-            that the model does not have; an intervention that changed nothing, or so much that
-            the residual stream is no longer finite.
+          UserError: a prompt that is empty or too long; a layer or width that the model does not
+            have; an intervention that changed nothing, or so much that the residual stream is no
+            longer finite.
         """
         asked = {"plain": []} if conditions is None else conditions
         names = list(asked)

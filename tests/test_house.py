@@ -17,11 +17,13 @@ from tests import weigh
 # give the reason there.
 # Raised since: 95 for the keyword list (limits of an answer, refusals by any verb), 13 of the core
 # for thinking that never ended; 290 of the core for the families of models; 170 for what claims
-# need before they say anything, and for judging a receipt's claims again from their counts.
-CORE = 5010
-WHOLE = 12305
+# need before they say anything, and for judging a receipt's claims again from their counts; 350 of
+# the core and a file for the files of chat models as they are (templates that do what a user would
+# not expect, turn marks, ends, GGUF parts, two sets of weights, the hub's errors, LoRA adapters).
+CORE = 5360
+WHOLE = 12645
 MODULE = 350
-FILES = 84
+FILES = 85
 
 # A module may import from its own group and from those above it.
 GROUPS = (

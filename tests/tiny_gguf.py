@@ -7,33 +7,48 @@ import contextlib
 import gguf
 import numpy as np
 
+WORDS = ("<unk>", "<s>", "</s>", *"abcd1234", "ab", "12", "123", "1234", "\u0120")
+
 
 def write_gguf(
-    path, kind, width=256, pre="smollm", extra=lambda writer: None, architecture="llama"
+    path,
+    kind,
+    width=256,
+    pre="smollm",
+    extra=lambda writer: None,
+    architecture="llama",
+    words=WORDS,
+    types=None,
+    template="{{ messages[0]['content'] }}",
+    context=64,
 ):
     """A small Llama GGUF whose matrices are all of one quantised type; returns them in float32."""
     writer = gguf.GGUFWriter(path, architecture)
     extra(writer)
     writer.add_block_count(1)
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(width)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
-    words = ["<unk>", "<s>", "</s>", *"abcd1234", "ab", "12", "123", "1234", "\u0120"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(words)
-    writer.add_token_types([3, 3, 3] + [1] * 13)
+    writer.add_token_list(list(words))
+    writer.add_token_types(types or [3, 3, 3] + [1] * (len(words) - 3))
     writer.add_token_merges(["a b", "1 2", "12 3", "123 4"])
     writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
+    if template is not None:
+        writer.add_chat_template(template)
     generator = np.random.default_rng(0)
     quant = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[quant]
     expected = {}
-    shapes = {"token_embd": (16, width), "output_norm": (width,), "blk.0.attn_norm": (width,)}
+    shapes = {
+        "token_embd": (len(words), width),
+        "output_norm": (width,),
+        "blk.0.attn_norm": (width,),
+    }
     shapes |= {
         "blk.0.ffn_norm": (width,),
         "blk.0.attn_q": (width, width),

@@ -159,6 +159,8 @@ def generate(
         raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")
     asked = directions.parse(steer or [], project or [])
     loaded = open_model(model, mesh)
+    if broken := loaded.tokenizer.broken(prompt, system or ""):
+        typer.echo(f"{broken} control tokens in the prompt were broken up by a space", err=True)
     found = extraction.find_or_extract(
         loaded,
         list(dict.fromkeys(item.name for item in asked)),

@@ -31,7 +31,8 @@ from jaxsteer.model.checkpoint import FORMAT, Manifest, read_manifest
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.convert import (
     HUB_ID,
-    SOURCE_FILES,
+    SMALL_FILES,
+    WEIGHTS,
     convert,
     hub_commit,
     hub_folder,
@@ -139,7 +140,7 @@ def find(source: str | Path, dtype: str = "auto") -> Path:
     if path.suffix == ".gguf" and path.is_file():
         return _from_files(path, [path], path.stem, dtype)
     if (path / "config.json").is_file():
-        files = [file for pattern in SOURCE_FILES for file in path.glob(pattern)]
+        files = [file for pattern in (*SMALL_FILES, WEIGHTS) for file in path.glob(pattern)]
         return _from_files(path, files, path.resolve().name, dtype)
     if _is_checkpoint(here) and (name not in SHIPPED or dtype in ("auto", _dtype(here))):
         return _of_dtype(here, dtype)

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -44,12 +44,14 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
       name: of the folder, of the hub's model, or of the file.
       revision: of a hub model, the commit.
       files: sha256 of every file that was read, by name.
+      options: what was asked of the conversion, by the names of `convert.Options`.
     """
 
     kind: str
     name: str
     revision: str | None = None
     files: dict[str, str]
+    options: dict[str, Any] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
       tokenizer_sha256: of the canonical JSON of `tokenizer_files`.
       weights_sha256: of the canonical JSON of `params`.
       params: `array_sha256` of every parameter, by path.
+      ignored: keys of the source's config, with their values, that do not enter the computation.
+      notes: sentences on what a user would not expect of the model or its chat template.
     """
 
     format: Literal["jaxsteer-checkpoint-1"]
@@ -76,6 +80,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_sha256: str
     weights_sha256: str
     params: dict[str, str]
+    ignored: dict[str, Any] = {}
+    notes: list[str] = []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,8 @@ def save(
     write_tokenizer: Callable[[Path], object],
     eos_token_ids: list[int],
     source: Origin,
+    ignored: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint whole or not at all: into a folder beside it, which is then renamed.
 
@@ -121,6 +129,8 @@ def save(
       write_tokenizer: writes the tokenizer's files into the folder it is given.
       eos_token_ids: ids that end a reply.
       source: what the parameters were converted from.
+      ignored: as in `Manifest`.
+      notes: as in `Manifest`.
 
     Raises:
       UserError: `out` exists and is not a checkpoint, or the disk is full or read-only.
@@ -148,6 +158,8 @@ def save(
                 tokenizer_sha256=sha256_bytes(canonical_json(files).encode()),
                 weights_sha256=sha256_bytes(canonical_json(hashes).encode()),
                 params=hashes,
+                ignored=dict(ignored or {}),
+                notes=[*notes],
             )
             write_json(made / "manifest.json", msgspec.to_builtins(manifest))
             if out.exists():

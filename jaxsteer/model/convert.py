@@ -1,7 +1,7 @@
 """Convert a Hugging Face model (folder, hub id or GGUF file) into a jaxsteer checkpoint.
 
-Tensors are read one at a time into the output, so memory peaks at the output plus one tensor.
-No torch, no pickle, no remote code.
+Config and tokenizer are read and checked first. Tensors are then read one at a time into the
+output, so memory peaks at the output plus one tensor. No torch, no pickle, no remote code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,28 +17,59 @@ import jax
 import ml_dtypes
 import msgspec
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jaxsteer.errors import UserError, one_line
 from jaxsteer.files import sha256_file
-from jaxsteer.model import checkpoint, weights
+from jaxsteer.model import adapter, checkpoint, weights
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.tokenizer import Tokenizer
+from jaxsteer.model.weights import Tensor
 from jaxsteer.words import Progress
 
 FLOATS: dict[str, Any] = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SOURCE_DTYPES = ("float64", "float32", "float16", "bfloat16")
-# What is fetched from the hub, and what a folder's conversion may depend on.
-SOURCE_FILES = ("*.json", "*.safetensors", "*.jinja")
+# From the hub, small files are fetched and checked before the weights.
+SMALL_FILES = ("*.json", "*.jinja")
+WEIGHTS = "*.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ENDINGS = ("generation_config.json", "config.json")
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+NAMED = (
+    *ENDINGS, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may be asked of a conversion.
+
+    Attributes:
+      accept_unknown: keys of the config that are unknown and left out, on the user's word.
+      untie: use the output head that the file holds, though its config ties it to the embedding.
+      adapter: folder or hub id of a LoRA adapter, which is merged into the weights.
+      template: a file with the chat template to use, or the name of one of several.
+      arguments: values of variables of the chat template.
+    """
+
+    accept_unknown: Sequence[str] = ()
+    untie: bool = False
+    adapter: str = ""
+    template: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What was asked for, by name; of local files and folders no more than the name."""
+        asked = {name: value for name, value in dataclasses.asdict(self).items() if value}
+        paths = {key: Path(asked[key]) for key in ("adapter", "template") if key in asked}
+        return asked | {key: path.name for key, path in paths.items() if path.exists()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model to convert, checked as far as that is possible without reading its weights.
+    """A model to convert, of which everything but the weights has been read.
 
     Attributes:
       kind: `folder`, `hub` or `gguf`.
@@ -46,10 +77,12 @@ class Source:
       revision: of a hub model, the commit.
       config: its configuration.
       form: which names its tensors have, see `weights.table`.
-      tensors: its tensors, to be read one at a time.
-      eos_token_ids: token ids that end a reply.
       tokenizer: its tokenizer, with the chat template.
-      files: every file that it is read from.
+      ends: token ids that end a reply, as far as its files name them.
+      files: the files that it has been read from.
+      weights: finds its tensors, each to be read when it is needed, and the files they are in.
+      ignored: keys of its config, with their values, that do not enter the computation.
+      notes: sentences on what a user would not expect of it.
     """
 
     kind: str
@@ -57,10 +90,12 @@ class Source:
     revision: str | None = None
     config: ModelConfig
     form: Literal["hf", "gguf"]
-    tensors: Iterator[weights.Tensor]
-    eos_token_ids: list[int]
     tokenizer: Tokenizer
-    files: Sequence[Path]
+    ends: set[int]
+    files: list[Path]
+    weights: Callable[[], tuple[list[Tensor], list[Path]]]
+    ignored: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -80,7 +115,13 @@ def resolve_dtype(dtype: str) -> str:
 
 
 def convert(
-    source: str | Path, out: Path, dtype: str, revision: str | None = None, *, quiet: bool = True
+    source: str | Path,
+    out: Path,
+    dtype: str,
+    revision: str | None = None,
+    options: Options | None = None,
+    *,
+    quiet: bool = True,
 ) -> Path:
     """Convert `source` and write the checkpoint `out`.
 
@@ -90,52 +131,96 @@ def convert(
       out: the checkpoint folder to make.
       dtype: of the converted parameters, float32 or bfloat16; see `resolve_dtype` for `auto`.
       revision: of a hub id: branch, tag or commit; None is the main branch.
+      options: what else is asked of the conversion.
       quiet: show no progress.
 
     Returns:
       `out`.
 
     Raises:
-      UserError: an unsupported model or quantisation; a tokenizer that cannot be read or has no
-        chat template; missing, truncated, misshapen or unread tensors, all listed at once.
+      UserError: an unsupported model, quantisation or adapter; a tokenizer that cannot be read, has
+        no chat template or does not fit the model; missing, truncated, misshapen or unread
+        tensors, all listed at once.
     """
-    dtype = resolve_dtype(dtype)
+    dtype, options = resolve_dtype(dtype), options or Options()
     path = Path(source)
     if revision is not None and (path.suffix == ".gguf" or path.is_dir()):
         raise UserError(f"--revision is for hub ids, and {source} is local; leave it out")
     if path.suffix == ".gguf":
         from jaxsteer.model import gguf
 
-        found = gguf.read(path)
+        found = gguf.read(path, options)
     elif path.is_dir():
-        found = read_folder(path)
+        found = read_folder(path, options)
     elif HUB_ID.fullmatch(str(source)):
-        folder = hub_folder(str(source), revision)
-        found = dataclasses.replace(
-            read_folder(folder), kind="hub", name=str(source), revision=folder.name
-        )
+        found = read_hub(str(source), revision, options)
     else:
         raise UserError(f"no model at {source}; give a folder, a .gguf file or a hub id (org/name)")
-    params = fill(found.config, found.tensors, found.form, dtype, found.name, quiet=quiet)
+    ends = sorted(found.ends | found.tokenizer.ends())
+    if not ends:
+        raise UserError(f"{found.name}: nothing in its files says which token ends a reply")
+    notes = [*found.notes, *found.tokenizer.check(found.config.vocab_size, ends, found.name)]
+    lora = _adapter_folder(options.adapter, found) if options.adapter else None
+    tensors, files = found.weights()
+    if lora is not None:
+        tensors = [*adapter.merged(tensors, adapter.load(lora), options.adapter)]
+    params = fill(found.config, tensors, found.form, dtype, found.name, quiet=quiet)
+    files = [*found.files, *files, *([Path(options.template)] if options.template else [])]
+    hashes = {file.name: sha256_file(file) for file in sorted(files) if file.is_file()}
+    if lora is not None:
+        hashes |= {f"adapter/{name}": sha256_file(lora / name) for name in adapter.FILES}
     checkpoint.save(
         out,
         found.config,
         params,
         write_tokenizer=found.tokenizer.save,
-        eos_token_ids=found.eos_token_ids,
+        eos_token_ids=ends,
         source=checkpoint.Origin(
             kind=found.kind,
             name=found.name,
             revision=found.revision,
-            files={file.name: sha256_file(file) for file in sorted(found.files)},
+            files=hashes,
+            options=options.record(),
         ),
+        ignored=found.ignored,
+        notes=notes,
     )
     return out
 
 
+def _adapter_folder(name: str, base: Source) -> Path:
+    if base.form == "gguf":
+        raise UserError(f"{base.name}: an adapter is merged into Hugging Face weights, not a GGUF")
+    hub = not Path(name).is_dir() and HUB_ID.fullmatch(name)
+    return hub_folder(name, None, adapter.FILES) if hub else Path(name)
+
+
+def tied(tensors: Iterable[Tensor], config: ModelConfig, where: str) -> Iterator[Tensor]:
+    """The source's tensors, of which one is the embedding and the output head of a tied model.
+
+    Raises:
+      UserError: both are there and differ, or a model that is not tied has no output head.
+    """
+    found = dict(tensors)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.tied and embedding in found and head not in found:
+        raise UserError(
+            f"{where}: there is no {head}, though its config does not tie it to the embedding; get "
+            "the whole model, or set tie_word_embeddings to true in config.json if it is tied"
+        )
+    if config.tied and head in found:
+        own = found.pop(head)
+        if not np.array_equal(own(), found.setdefault(embedding, own)()):
+            raise UserError(
+                f"{where}: its {head} differs from the embedding, to which its config ties it; "
+                "choose the stored one with --untie, or remove it from the file"
+            )
+    yield from found.items()
+
+
 def fill(
     target: ModelConfig,
-    tensors: Iterator[weights.Tensor],
+    tensors: Iterable[Tensor],
     form: Literal["hf", "gguf"],
     dtype: str,
     where: str,
@@ -159,20 +244,16 @@ def fill(
     shapes = weights.param_shapes(target)
     params: dict[str, np.ndarray] = {}
     problems: dict[str, str] = {}
-    head: np.ndarray | None = None
     with Progress(where, len(entries), unit="tensors", quiet=quiet) as progress:
-        for name, read in weights.separate(tensors, target):
+        for name, read in tied(weights.separate(tensors, target), target, where):
             progress.advance(1)
-            if target.tied and name == "lm_head.weight":
-                head = read().astype(FLOATS[dtype])
-                continue
             entry = entries.pop(name, None)
             if entry is None:
                 problems[name] = "is in the source and has no place in the model"
                 continue
             try:
                 value = weights.transform(read(), entry.rule, target)
-            except (ValueError, OSError) as error:
+            except (NotImplementedError, ValueError, OSError) as error:
                 problems[name] = f"cannot be read ({error})"
                 continue
             if value.dtype.name not in SOURCE_DTYPES:
@@ -182,8 +263,6 @@ def fill(
             else:
                 params[entry.target] = value.astype(FLOATS[dtype], order="C", copy=False)
     problems |= dict.fromkeys(entries, "is missing")
-    if head is not None and not np.array_equal(head, params.get("embed/embedding", head)):
-        problems["lm_head.weight"] = "differs from the embedding of a tied model"
     if problems:
         listed = [f"{name} {problem}" for name, problem in problems.items()]
         more = f"; and {len(listed) - 12} more" if len(listed) > 12 else ""
@@ -208,19 +287,27 @@ def hub_commit(name: str) -> str | None:
         return None
 
 
-def hub_folder(name: str, revision: str | None) -> Path:
-    """Fetch a model's files from the hub; without the hub, use those in its client's cache.
+def hub_folder(name: str, revision: str | None, patterns: Sequence[str] = SMALL_FILES) -> Path:
+    """Fetch some of a model's files from the hub; without the hub, use those in its client's cache.
 
     Returns:
       Their folder, named after the commit.
 
     Raises:
-      UserError: the model cannot be fetched.
+      UserError: the files cannot be fetched.
     """
+    hub = _hub()
     # Subfolders and "consolidated" files hold the same weights in other forms.
-    wanted = {"allow_patterns": [*SOURCE_FILES], "ignore_patterns": ["*/*", "consolidated*"]}
+    wanted = {"allow_patterns": [*patterns], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        return Path(_hub().snapshot_download(name, revision=revision, **wanted))
+        return Path(hub.snapshot_download(name, revision=revision, **wanted))
+    except hub.errors.RepositoryNotFoundError as error:
+        gated = isinstance(error, hub.errors.GatedRepoError)
+        why = f"gives {name} only to users with access; ask for it at https://huggingface.co/{name}"
+        raise UserError(
+            f"the hub {why if gated else f'shows no model {name}; check the name'}, and log in "
+            "with `hf auth login` or set HF_TOKEN"
+        ) from None
     except Exception as error:
         # The hub client raises its own errors and those of the HTTP client.
         raise UserError(
@@ -229,34 +316,66 @@ def hub_folder(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def read_folder(folder: Path) -> Source:
+def read_hub(name: str, revision: str | None, options: Options) -> Source:
+    """As `read_folder`, of a hub model: its weights are fetched when they are asked for."""
+    folder = hub_folder(name, revision)
+    found = read_folder(folder, options, name)
+
+    def fetched() -> tuple[list[Tensor], list[Path]]:
+        hub_folder(name, folder.name, (WEIGHTS,))
+        return found.weights()
+
+    return dataclasses.replace(found, kind="hub", revision=folder.name, weights=fetched)
+
+
+def read_folder(folder: Path, options: Options, name: str = "") -> Source:
     """Read a folder with config.json, safetensors (one file, or shards and their index), tokenizer.
 
     Raises:
       UserError: an unsupported config, or a file that is missing, unreadable or without a value
         that is needed.
     """
-    config = from_hf(_read(folder / "config.json", dict), f"{folder.name}/config.json")
-    shards = _shards(folder)
-    # Before the weights are read, and before a checkpoint is replaced by one that would not load.
-    tokenizer = Tokenizer.load(folder)
-    endings = ("generation_config.json", "config.json")
-    named = (*endings, INDEX, *TOKENIZER_FILES)
-    files = [folder / name for name in named if (folder / name).is_file()]
-    stated = [_read(file, _Ending).eos_token_id for file in files if file.name in endings]
-    eos = next((ids for ids in stated if ids is not None), [])
-    if eos == []:
-        raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json")
+    name = name or folder.resolve().name
+    if (folder / adapter.CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = _read(folder / adapter.CONFIG, dict).get("base_model_name_or_path")
+        raise UserError(
+            f"{name} is an adapter of {base}, no whole model; convert the base with --adapter: "
+            f"jaxsteer convert {base} --adapter {name} --out DIR"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name} has no config.json; give a Hugging Face model, or the path of one .gguf file"
+        )
+    raw = _read(folder / "config.json", dict)
+    _check_unquantised(folder, raw, name)
+    config = from_hf(raw, f"{name}/config.json")
+    tokenizer = Tokenizer.load(folder, options.template, options.arguments)
+    files = [folder / file for file in NAMED if (folder / file).is_file()]
+    ends: set[int] = set()
+    for file in (file for file in files if file.name in ENDINGS):
+        ids = _read(file, _Ending).eos_token_id
+        ends |= set([] if ids is None else ids if isinstance(ids, list) else [ids])
     return Source(
         kind="folder",
-        name=folder.resolve().name,
-        config=config,
+        name=name,
+        config=dataclasses.replace(config, tied=False) if options.untie else config,
         form="hf",
-        tensors=_tensors(shards),
-        eos_token_ids=eos if isinstance(eos, list) else [eos],
         tokenizer=tokenizer,
-        files=[*files, *shards],
+        ends=ends,
+        files=files,
+        weights=functools.partial(_weights, folder),
     )
+
+
+def _check_unquantised(folder: Path, config: Mapping[str, Any], name: str) -> None:
+    found = config.get("quantization_config")
+    for file in (folder / file for file in QUANTISED_FILES):
+        found = found or (_read(file, dict) if file.is_file() else None)
+    if found:
+        raise UserError(
+            f"{name}: its weights are quantised ({found.get('quant_method') or found}), which is "
+            "not supported; convert the model that they were made from, or a GGUF file"
+        )
 
 
 class _Ending(msgspec.Struct):
@@ -277,29 +396,63 @@ def _read(path: Path, kind: type[T]) -> T:
         raise UserError(f"{path} cannot be read ({error}); download it again") from None
 
 
-def _shards(folder: Path) -> list[Path]:
-    names = {"model.safetensors"}
+def _weights(folder: Path) -> tuple[list[Tensor], list[Path]]:
+    single, listed = folder / SINGLE, {}
     if (folder / INDEX).is_file():
-        names = set(_read(folder / INDEX, _Index).weight_map.values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
+        listed = _read(folder / INDEX, _Index).weight_map
+    shards = sorted({folder / file for file in listed.values()}) or [single]
+    missing = [path.name for path in shards if not path.is_file()]
+    if single.is_file() and shards != [single]:
+        # transformers reads the single file.
+        held = _places([single])
+        same = held.keys() == listed.keys() if missing else _equal(held, _places(shards))
+        if not same:
+            raise UserError(
+                f"{folder}: {SINGLE} and {INDEX} name different weights; remove the one that does "
+                "not belong to the model"
+            )
+        shards, missing = [single], []
     if missing and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         raise UserError(f"{pickles[0]} is a pickle file, not supported; get safetensors or GGUF")
+    if missing and listed:
+        there = ", ".join(path.name for path in sorted(folder.glob(WEIGHTS))) or "no weights"
+        raise UserError(
+            f"{folder}: {INDEX} names {', '.join(missing)}, and {there} are there; get the missing "
+            "files, or the index that belongs to these"
+        )
     if missing:
-        raise UserError(f"{folder / missing[0]} is missing; download the model again")
-    return sorted(folder / name for name in names)
+        raise UserError(f"{single} is missing; download the model again")
+    places = _places(shards)
+    return [(name, functools.partial(_tensor, path, name)) for name, path in places.items()], shards
 
 
-def _tensors(shards: Sequence[Path]) -> Iterator[weights.Tensor]:
-    from safetensors import SafetensorError, safe_open
-
+def _places(shards: Sequence[Path]) -> dict[str, Path]:
+    """The file of each tensor."""
+    places: dict[str, Path] = {}
     for path in shards:
         try:
             with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (the handle is no mapping)
-                    # Old Llamas store rotary frequencies, which follow from the config.
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        yield name, functools.partial(file.get_tensor, name)
-        except SafetensorError as error:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{path} is damaged or truncated ({error}); download it again"
+                f"{path} is damaged or truncated ({one_line(error)}); download it again"
             ) from None
+        if double := sorted(places.keys() & names):
+            raise UserError(
+                f"tensor {double[0]} is in {places[double[0]]} and in {path.name}; get the files "
+                "of one version of the model"
+            )
+        # Old Llamas store rotary frequencies, which follow from the config.
+        places |= {name: path for name in names if not name.endswith("rotary_emb.inv_freq")}
+    return places
+
+
+def _tensor(path: Path, name: str) -> np.ndarray:
+    with safe_open(path, framework="numpy") as file:
+        return file.get_tensor(name)
+
+
+def _equal(one: Mapping[str, Path], two: Mapping[str, Path]) -> bool:
+    return one.keys() == two.keys() and all(
+        np.array_equal(_tensor(one[name], name), _tensor(two[name], name)) for name in one
+    )

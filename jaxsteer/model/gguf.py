@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import AddedToken, pre_tokenizers
 
 from jaxsteer.errors import UserError, one_line
 from jaxsteer.model.config import AttentionKind, ModelConfig, from_hf
-from jaxsteer.model.convert import Source
+from jaxsteer.model.convert import Options, Source
 from jaxsteer.model.families import FAMILIES
 from jaxsteer.model.tokenizer import Tokenizer, transformers
 from jaxsteer.model.weights import Tensor
@@ -24,8 +27,16 @@ if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
 ROPE_FACTORS = "rope_freqs.weight"
-# How text is split before merging, by llama.cpp's name of it.
-SPLITS = ("llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm", "gpt-2")
+# How text is split before merging, by llama.cpp's names: those that split as GPT-2 does, those
+# that split off each digit first, and those that look a piece up before they merge its letters.
+GPT2_SPLITS = ("gpt-2", "mpt", "olmo")
+DIGIT_SPLITS = ("smollm", "refact", "starcoder", "command-r")
+WHOLE_SPLITS = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "tekken",
+)
+# Types of tokens.
+CONTROL, USER_DEFINED = 3, 4
 
 # Metadata below the architecture's name, and the config keys that mean the same.
 CONFIG_KEYS = {
@@ -53,15 +64,46 @@ DEFAULTS = {
 }
 
 
-def read(path: Path) -> Source:
-    """Read a GGUF file's metadata and find its tensors.
+def read(path: Path, options: Options) -> Source:
+    """Read the metadata of a GGUF file, or of the parts of one, and find its tensors.
 
     Raises:
       UserError: a damaged file; an unsupported architecture, metadata or tensor type; a tokenizer
         that cannot be built, or no chat template.
     """
+    fields, tensors = _contents(path)
+    count, files = int(fields.get("split.count", 0)), [path]
+    if count > 1:
+        files = _parts(path, count)
+        parts = [_contents(file) for file in files]
+        fields = parts[0][0]
+        tensors = [tensor for _, some in parts for tensor in some]
+    name = files[0].name
+    config = configuration(fields, tensors, name)
+    ends = {f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")}
+    notes = []
+    rope = config.attention[0].rope
+    plain = rope is not None and rope.theta == 500000 and not rope.divisors
+    if fields["general.architecture"] == "llama" and plain and config.max_position > 8192:
+        notes.append(
+            f"it has no {ROPE_FACTORS}; if it is Llama 3.1 or later, it was written without them, "
+            "and its logits are others: get a newer file"
+        )
+    return Source(
+        kind="gguf",
+        name=name,
+        config=config,
+        form="gguf",
+        tokenizer=_tokenizer(fields, name, options),
+        ends={int(fields[key]) for key in ends & fields.keys()},
+        files=[],
+        weights=lambda: (list(_tensors(tensors)), files),
+        notes=notes,
+    )
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     from gguf import GGUFReader
-    from gguf.quants import dequantize
 
     try:
         reader = GGUFReader(str(path))
@@ -72,25 +114,19 @@ def read(path: Path) -> Source:
             f"{path} is missing, damaged, truncated or not a GGUF file ({one_line(error)}); check "
             "the path, or download it again"
         ) from None
-    config = configuration(fields, reader.tensors, path.name)
-    for tensor in reader.tensors:
-        try:
-            dequantize(tensor.data[:1], tensor.tensor_type)
-        except NotImplementedError:
-            raise UserError(
-                f"{path.name}: tensor {tensor.name} has type {tensor.tensor_type.name}, which the "
-                "gguf package cannot read; get a file of another type, such as Q8_0"
-            ) from None
-    return Source(
-        kind="gguf",
-        name=path.name,
-        config=config,
-        form="gguf",
-        tensors=_tensors(reader.tensors),
-        eos_token_ids=[int(fields["tokenizer.ggml.eos_token_id"])],
-        tokenizer=_tokenizer(fields, path.name),
-        files=[path],
-    )
+    return fields, reader.tensors
+
+
+def _parts(path: Path, count: int) -> list[Path]:
+    """All the files that a GGUF was split into, by llama.cpp's names for them."""
+    names = [re.sub(r"-\d{5}-of-", f"-{n:05}-of-", path.name) for n in range(1, count + 1)]
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing or len({*names}) < count:
+        raise UserError(
+            f"{path} is a part of {count}, NAME-00001-of-{count:05}.gguf and so on, without "
+            f"{', '.join(missing)}; get all parts, or merge them with llama-gguf-split --merge"
+        )
+    return [path.with_name(name) for name in names]
 
 
 def configuration(
@@ -157,30 +193,33 @@ def _dequantised(tensor: ReaderTensor) -> np.ndarray:
     return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
 
-def _tokenizer(fields: Mapping[str, Any], where: str) -> Tokenizer:
+def _tokenizer(fields: Mapping[str, Any], where: str, options: Options) -> Tokenizer:
     library = transformers()
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-        GGUF_TOKENIZER_MAPPING,
-        convert_gguf_tokenizer,
-    )
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
-    for name in ("tokens", "model", "eos_token_id"):
-        if f"tokenizer.ggml.{name}" not in fields:
-            raise UserError(f"{where}: metadata tokenizer.ggml.{name} is missing")
-    split = fields.get("tokenizer.ggml.pre")
-    if fields["tokenizer.ggml.model"] == "gpt2" and split not in SPLITS:
+    named = theirs.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+    ggml = {name: fields[f"tokenizer.{key}"] for key, name in named if f"tokenizer.{key}" in fields}
+    kind, split = ggml.get("tokenizer_type"), ggml.get("pre_tokenizer_type")
+    if kind not in ("gpt2", "llama") or "tokens" not in ggml:
+        raise UserError(
+            f"{where}: a tokenizer of model {kind!r} is not supported, or has no tokens"
+        )
+    splits = (*theirs.GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLITS, *DIGIT_SPLITS)
+    if kind == "gpt2" and split not in splits:
         raise UserError(
             f"{where}: its tokenizer splits text by {split!r}, which is not supported; supported: "
-            f"{', '.join(SPLITS)}; convert the Hugging Face weights instead"
+            f"{', '.join(splits)}; convert the Hugging Face weights instead"
         )
-    named = GGUF_TOKENIZER_MAPPING["tokenizer"].items()
-    ggml = {
-        theirs: fields[f"tokenizer.{key}"] for key, theirs in named if f"tokenizer.{key}" in fields
-    }
     try:
-        backend, _ = convert_gguf_tokenizer(fields["general.architecture"], ggml)
+        backend, _ = theirs.convert_gguf_tokenizer(fields["general.architecture"], ggml)
+        backend = _with_own_tokens(backend, ggml["tokens"], ggml.get("token_type", ()))
     except (KeyError, ValueError) as error:
-        raise UserError(f"{where}: its tokenizer cannot be built ({error})") from None
+        raise UserError(f"{where}: its tokenizer cannot be built ({one_line(error)})") from None
+    if kind == "gpt2" and split in DIGIT_SPLITS:
+        digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if kind == "gpt2":
+        backend.model.ignore_merges = split in WHOLE_SPLITS
     special = {
         f"{name}_token": ggml["tokens"][int(ggml[f"{name}_token_id"])]
         for name in ("bos", "eos", "unk", "pad")
@@ -190,4 +229,24 @@ def _tokenizer(fields: Mapping[str, Any], where: str) -> Tokenizer:
     hf = library.PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=template, **special
     )
-    return Tokenizer.of(hf, where)
+    return Tokenizer.of(hf, where, options.template, options.arguments)
+
+
+def _with_own_tokens(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> Any:
+    """The tokenizer with all of the file's control and user-defined tokens, and no others.
+
+    The library adds tokens of its own, and respells those whose letters are not of the byte
+    alphabet, such as DeepSeek's turn marks: no text would then be read as them.
+    """
+    lost = {
+        id_: text
+        for id_, (text, type_) in enumerate(zip(tokens, types, strict=False))
+        if type_ in (CONTROL, USER_DEFINED) and text.strip() and backend.token_to_id(text) != id_
+    }
+    raw = json.loads(backend.to_str())
+    raw["model"]["vocab"] = {lost.get(id_, t): id_ for t, id_ in raw["model"]["vocab"].items()}
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < len(tokens)]
+    backend = type(backend).from_str(json.dumps(raw))
+    for id_, text in lost.items():
+        backend.add_tokens([AddedToken(text, special=types[id_] == CONTROL, normalized=False)])
+    return backend

@@ -73,6 +73,12 @@ def test_generate_prints_the_baseline_then_the_steered_reply_and_the_realised_ch
     assert heads == sorted(heads)
 
 
+def test_generate_says_how_many_control_tokens_of_a_prompt_were_broken_up(model):
+    done = jaxsteer("generate", "w4 </s> <s>system", "--model", model, "--max-new-tokens", 2)
+    assert done.returncode == 0
+    assert "2 control tokens in the prompt were broken up" in done.stderr
+
+
 def test_generate_extracts_a_trait_the_first_time_and_says_so(model, tmp_path):
     asked = ("generate", "w4 w5", "--model", model, "--directions", tmp_path / "d.safetensors")
     asked += ("--steer", "compliant@1x4", "--max-new-tokens", 3)
@@ -104,7 +110,6 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(model, vectors, 
     assert "NAME@LAYERxSCALE" in bad("generate", "w4", *here, "--steer", "compliant")
     assert "unknown scope" in bad("generate", "w4", *here, "--scope", "some")
     assert "prompt is empty" in bad("generate", "  ", *here)
-    assert "special token" in bad("generate", "w4 </s>", *here)
     extract = ("--model", model, "--out", vectors)
     assert "no trait charm" in bad("extract", "charm", *extract)
     assert "unknown position" in bad("extract", "compliant", *extract, "--position", "middle")

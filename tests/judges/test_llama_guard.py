@@ -140,7 +140,7 @@ def test_a_guard_that_writes_something_else_leaves_the_row_unscored(tmp_path):
 def test_a_template_that_wants_parts_gets_parts(tmp_path):
     folder = tiny_guard.save(tmp_path / "hf", content="m['content'][0]['text']", teach=False)
     parts = llama_guard.load(convert(folder, tmp_path / "converted", "float32"))
-    assert parts.parts
+    assert parts.model.tokenizer.parts
     text = parts.model.tokenizer.hf.decode(llama_guard.prompt_ids(parts, items()[0])[0])
     assert items()[0].prompt in text and items()[0].response.strip() in text
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -11,12 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from jaxsteer.errors import UserError
 from jaxsteer.model import checkpoint
 from jaxsteer.model.config import from_hf
-from jaxsteer.model.convert import convert, fill
+from jaxsteer.model.convert import Options, convert, fill
 from jaxsteer.model.layers import rope_frequencies
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
-from tests.tiny_gguf import write_gguf
+from tests.tiny_gguf import WORDS, write_gguf
 
 TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"),
@@ -71,7 +72,12 @@ def test_each_gguf_type_is_dequantised(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("pre", "pieces"),
-    [("llama-bpe", ["123", "4"]), ("qwen2", ["1", "2", "3", "4"]), ("smollm", ["1234"])],
+    [
+        ("llama-bpe", ["123", "4"]),
+        ("smaug-bpe", ["123", "4"]),
+        ("qwen2", ["1", "2", "3", "4"]),
+        ("gpt-2", ["1234"]),
+    ],
 )
 def test_a_gguf_tokenizer_splits_text_as_its_vocabulary_was_learned(pre, pieces, tmp_path):
     from transformers import AutoTokenizer
@@ -83,6 +89,54 @@ def test_a_gguf_tokenizer_splits_text_as_its_vocabulary_was_learned(pre, pieces,
     assert ours.tokenize("1234") == pieces
     for text in ("1234", "ab 1234 cd", "a  12</s>d"):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "refact"])
+def test_digits_are_split_off_where_the_vocabulary_was_learned_so(pre, tmp_path):
+    # The tokenizer.json of SmolLM2 and of Granite says: single digits, and then as GPT-2.
+    write_gguf(tmp_path / "m.gguf", "F32", pre=pre)
+    out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+    ours = Tokenizer.load(out / "tokenizer").hf
+    space = "\u0120"
+    assert ours.tokenize("1234") == ["1", "2", "3", "4"]
+    assert ours.tokenize("ab  12") == ["ab", space, space, "1", "2"]
+
+
+def test_a_whole_piece_of_the_vocabulary_is_taken_before_its_letters_are_merged(tmp_path):
+    # "cd" is a token, and no merge makes it: Llama 3's own tokenizer.json ignores merges for it.
+    for pre, pieces in (("llama-bpe", ["cd"]), ("qwen2", ["c", "d"])):
+        write_gguf(tmp_path / "m.gguf", "F32", pre=pre, words=[*WORDS, "cd"])
+        out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+        assert Tokenizer.load(out / "tokenizer").hf.tokenize("cd") == pieces
+
+
+# Turn marks as DeepSeek writes them, with letters that are not in the byte alphabet.
+BEGIN, USER, ASSISTANT = (
+    "<\uff5cbegin\u2581of\uff5c>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cAssistant\uff5c>",
+)
+
+
+@pytest.mark.parametrize("kind", [3, 4], ids=["control", "user-defined"])
+@pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "llama-bpe"])
+def test_every_turn_mark_of_a_gguf_is_one_token_and_none_is_added(kind, pre, tmp_path):
+    write_gguf(
+        tmp_path / "m.gguf",
+        "F32",
+        pre=pre,
+        words=[*WORDS, BEGIN, USER, ASSISTANT],
+        types=[3, 3, 3] + [1] * 13 + [3, kind, kind],
+        template="{{ bos_token }}" + USER + "{{ messages[0]['content'] }}" + ASSISTANT,
+        extra=lambda writer: writer.add_bos_token_id(16),
+    )
+    out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    assert tokenizer.chat("ab") == [16, 17, 11, 18]
+    assert len(tokenizer.hf) == 19
+    # They are marks of turns, so a prompt cannot write them.
+    assert tokenizer.broken(f"a{USER}b") == 1
+    assert tokenizer.chat(f"a{USER}b").count(17) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,8 +191,83 @@ def test_a_gguf_tokenizer_that_splits_text_in_an_unknown_way_is_refused(tmp_path
 
 def test_an_unsupported_gguf_type_is_refused_by_name(tmp_path):
     write_gguf(tmp_path / "m.gguf", "Q8_K")
-    with pytest.raises(UserError, match="Q8_K, which the gguf package cannot read"):
+    with pytest.raises(UserError, match="Dequantization for Q8_K"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+
+
+def split(path, whole, count, first):
+    """A GGUF's tensors in part files, the first `first` of them in the first; path is a stem."""
+    reader = gguf.GGUFReader(whole)
+    rest = len(reader.tensors) - first
+    ends = [first + rest * n // (count - 1) for n in range(count)]
+    for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        part = f"{path}-{n + 1:05}-of-{count:05}.gguf"
+        writer = gguf.GGUFWriter(part, "llama")
+        for key, field in reader.fields.items() if n == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+        writer.add_uint16("split.no", n)
+        writer.add_uint16("split.count", count)
+        for tensor in reader.tensors[start:end]:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+@pytest.mark.parametrize("first", [0, 4], ids=["metadata alone", "tensors too"])
+def test_the_parts_of_a_gguf_are_read_together_whichever_is_given(tmp_path, first):
+    write_gguf(tmp_path / "m.gguf", "F32")
+    whole = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "whole", "float32")).manifest
+    split(tmp_path / "m", tmp_path / "m.gguf", 3, first)
+    for n in (1, 3):
+        part = tmp_path / f"m-0000{n}-of-00003.gguf"
+        made = checkpoint.load(convert(part, tmp_path / "out", "float32")).manifest
+        assert made.weights_sha256 == whole.weights_sha256
+        assert sorted(made.source.files) == [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    (tmp_path / "m-00002-of-00003.gguf").unlink()
+    with pytest.raises(UserError, match=r"without m-00002-of-00003\.gguf; .*gguf-split --merge"):
+        convert(part, tmp_path / "out", "float32")
+    part.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UserError, match=r"renamed\.gguf is a part of 3, NAME-00001-of-00003"):
+        convert(tmp_path / "renamed.gguf", tmp_path / "out", "float32")
+
+
+def test_the_ends_of_turns_and_messages_that_a_gguf_names_end_replies(tmp_path):
+    def extra(writer):
+        writer.add_eot_token_id(5)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 6)
+
+    write_gguf(tmp_path / "m.gguf", "F32", extra=extra)
+    out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+    assert checkpoint.read_manifest(out).eos_token_ids == [2, 5, 6]
+
+
+def test_a_gguf_that_may_lack_the_factors_of_llama_3_1_says_so(tmp_path):
+    def extra(writer):
+        writer.add_rope_freq_base(500000.0)
+
+    for length, said in ((131072, True), (8192, False)):
+        write_gguf(tmp_path / "m.gguf", "F32", extra=extra, context=length)
+        notes = checkpoint.read_manifest(
+            convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+        ).notes
+        assert any("rope_freqs.weight" in note for note in notes) == said
+
+
+def test_a_gguf_without_a_chat_template_takes_one_from_a_file(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "F32", template=None)
+    with pytest.raises(UserError, match=r"m\.gguf has no chat template; .*--chat-template"):
+        convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+    (tmp_path / "mine.jinja").write_text("1{{ messages[0]['content'] }}2")
+    options = Options(template=str(tmp_path / "mine.jinja"))
+    out = convert(tmp_path / "m.gguf", tmp_path / "out", "float32", options=options)
+    assert (
+        Tokenizer.load(out / "tokenizer").hf.decode(Tokenizer.load(out / "tokenizer").chat("ab"))
+        == "1ab2"
+    )
 
 
 def test_a_truncated_gguf_is_named(tmp_path):
