@@ -198,6 +198,7 @@ def save(model: Any, folder: Path, shard: str | None = None) -> Path:
 STUDY = """
 name = "tiny"
 system = "generic"
+allow_uninformative = true
 dose = 3.0
 layers = { steer = 1, late = 1.0 }
 [data]
@@ -208,6 +209,9 @@ max_new_tokens = 6
 batch = 4
 [directions]
 persona = { kind = "trait", trait = "compliant" }
+[selection]
+prompts = 2
+max_new_tokens = 4
 [[condition]]
 name = "baseline"
 benign = true

@@ -307,9 +307,7 @@ def _selection(found: Results) -> statement.Selection:
         raise UserError(f"{path} is missing; run the study again")
     return statement.Selection(
         sha256=sha256_file(path),
-        dose_candidates=list(msgspec.to_builtins(known.dose_candidates)),
-        refusal_candidates=list(msgspec.to_builtins(known.refusal_candidates)),
-        refusal_near_miss=list(known.refusal_near_miss),
+        **msgspec.structs.asdict(found.run.candidates),
     )
 
 

@@ -31,6 +31,7 @@ from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import sha256_bytes
 from jaxsteer.study import record
 from jaxsteer.study.record import Count, Model, Part, Prompts, Sha256, Text
+from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import DecodingSpec
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -232,19 +233,14 @@ class Judges(Part, frozen=True):
     agreement: list[Agreement]
 
 
-class Selection(Part, frozen=True):
-    """How layers and dose were chosen, on prompts that are not reported on.
+class Selection(Candidates, frozen=True):
+    """How policy, layers and strengths were chosen, on prompts that are not reported on.
 
     Attributes:
       sha256: of setup.json.
-      dose_candidates, refusal_candidates: every candidate with its scores.
-      refusal_near_miss: why the chosen refusal layer did not pass, if it did not.
     """
 
     sha256: Sha256
-    dose_candidates: list[dict[str, Any]]
-    refusal_candidates: list[dict[str, Any]]
-    refusal_near_miss: list[str]
 
 
 class Rows(Part, frozen=True):

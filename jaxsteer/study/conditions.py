@@ -45,7 +45,7 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
 
     Args:
       at: the expression.
-      named: layers by name; `last` is the last one.
+      named: layers by name; `last` is the last one, and `window` goes on to `window_last`.
       n_layers: blocks of the model.
       where: begins the message of an error.
 
@@ -54,6 +54,8 @@ def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str)
     """
     found: set[int] = set()
     for part in at.replace(" ", "").split(","):
+        if part == "window" and "window_last" in named:
+            part = "window..window_last"
         start, stop = (_resolve_layer(end, named, n_layers, where) for end in ends(part))
         if stop < start:
             raise UserError(
@@ -106,7 +108,11 @@ def system_prompts(spec: StudySpec) -> dict[str, str]:
 
 
 def conditions(
-    spec: StudySpec, layers: Mapping[str, int], dose: float, n_layers: int
+    spec: StudySpec,
+    layers: Mapping[str, int],
+    dose: float,
+    n_layers: int,
+    refusal_dose: float = 1.0,
 ) -> list[Condition]:
     """The spec's conditions: repeats over modes, strengths and seeds, then the twins.
 
@@ -117,6 +123,7 @@ def conditions(
       layers: by name: the spec's own, `steer` and `refusal`.
       dose: what the strength "dose" means, in natural norms.
       n_layers: blocks of the model.
+      refusal_dose: what the strength "refusal_dose" means, likewise.
 
     Raises:
       UserError: an unknown layer, mode or policy, additions of nothing only, or a repeated seed,
@@ -132,7 +139,7 @@ def conditions(
             where = f"study {spec.name}, condition {name!r}"
             place: dict[str, Any] = {"named": layers, "n_layers": n_layers, "where": where}
             resolve = functools.partial(resolve_layers, **place)
-            units = {"norm": 1.0, "dose": dose, "each": scale or 0.0}
+            units = {"norm": 1.0, "dose": dose, "refusal_dose": refusal_dose, "each": scale or 0.0}
             made = tuple(_operation(op, seed, units, resolve) for op in item.ops)
             if made and all(isinstance(op, Add) and op.scale == 0 for op in made):
                 raise UserError(f"{where}: a strength of 0 changes nothing; drop it")

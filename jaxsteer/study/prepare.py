@@ -1,7 +1,8 @@
-"""What a study needs before its rows run: directions, layers and the persona's strength.
+"""What a study needs before its rows run: policy, directions, layers and strengths.
 
-Layers and strength are selected on HarmBench and our harmless prompts, never on a prompt that is
-reported on. Each step is saved when it is done, so an interrupted setup continues:
+All are selected on HarmBench and our harmless prompts, never on a prompt that is reported on. A
+study under whose policy the untouched model refuses harmful prompts hardly more than harmless ones
+stops here. Each step is saved when it is done, so an interrupted setup continues:
 
     directions.safetensors  the directions so far, with provenance
     setup.json              the candidates so far with their scores, then the choices
@@ -10,9 +11,10 @@ reported on. Each step is saved when it is done, so an interrupted setup continu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -26,35 +28,39 @@ from jaxsteer.directions.extraction import FromChats, InStudy, Random, Settings
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.interventions import Add, Operation, Project
 from jaxsteer.study import selection
 from jaxsteer.study.conditions import depth, resolve_layers
-from jaxsteer.study.selection import DoseCandidate, RefusalCandidate
-from jaxsteer.study.spec import StudySpec
+from jaxsteer.study.selection import Candidates, Rater, RestoringCandidate
+from jaxsteer.study.spec import CHOOSE, AddSpec, StudySpec
 from jaxsteer.words import Progress
 
-VERSION = "2"
+VERSION = "3"
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(Candidates, frozen=True, kw_only=True):
     """setup.json.
 
     Attributes:
       key: hash of everything the setup depends on.
-      refusal_candidates: the layers the refusal direction's was chosen from; none if it is fixed.
-      refusal_near_miss: why the chosen one did not pass, if it did not.
-      dose_candidates: the layers and strengths the persona's were chosen from; none if fixed.
+      policy: name of the policy.
       layers: layer numbers by name (`steer`, `refusal`, and the spec's own).
       dose: the persona's strength in natural norms.
+      refusal_dose: strength of the refusal direction at `late_refusal`.
       directions: sha256 of each direction by name; None until the setup is complete.
     """
 
     key: str
-    refusal_candidates: tuple[RefusalCandidate, ...] = ()
-    refusal_near_miss: tuple[str, ...] = ()
-    dose_candidates: tuple[DoseCandidate, ...] = ()
-    layers: dict[str, int] = {}
+    policy: str = ""
+    layers: dict[str, int] = msgspec.field(default_factory=dict)
     dose: float = 1.0
+    refusal_dose: float = 1.0
     directions: dict[str, str] | None = None
+
+    @property
+    def candidates(self) -> Candidates:
+        """The candidates alone."""
+        return msgspec.convert(self, Candidates, from_attributes=True)
 
     def save(self, out: Path) -> None:
         """Write it to a results folder."""
@@ -65,10 +71,12 @@ class Setup(NamedTuple):
     """What a study runs with.
 
     Attributes:
+      spec: the study, its policy filled in.
       directions: by name, random ones included.
       record: the choices and how they were made.
     """
 
+    spec: StudySpec
     directions: dict[str, Direction]
     record: Record
 
@@ -78,12 +86,14 @@ class Split(NamedTuple):
 
     Attributes:
       harmful, harmless: score the layer of the refusal direction.
-      persona: HarmBench prompts that score the persona's layer and strength.
+      persona: HarmBench prompts that score all other choices.
+      ordinary: as many harmless prompts, which score the policy.
     """
 
     harmful: list[list[int]]
     harmless: list[list[int]]
     persona: list[list[int]]
+    ordinary: list[list[int]]
 
 
 def split(spec: StudySpec, model: ChatModel) -> Split:
@@ -100,8 +110,8 @@ def split(spec: StudySpec, model: ChatModel) -> Split:
     harmful = data.sample(data.harmbench(), 0, extraction.SPLIT_SEED)
     harmless = data.sample(data.harmless(), 0, extraction.SPLIT_SEED)
     train, validation = chosen.refusal_train, chosen.refusal_train + chosen.refusal_validation
-    end = validation + chosen.prompts
-    for name, needed, there in (("HarmBench", end, harmful), ("harmless", validation, harmless)):
+    end, most = validation + chosen.prompts, max(validation, chosen.prompts)
+    for name, needed, there in (("HarmBench", end, harmful), ("harmless", most, harmless)):
         if needed > len(there):
             raise UserError(
                 f"study {spec.name}: [selection] asks for {needed} {name} prompts (refusal_train, "
@@ -115,7 +125,14 @@ def split(spec: StudySpec, model: ChatModel) -> Split:
         harmful=ids(harmful[train:validation]),
         harmless=ids(harmless[: chosen.refusal_validation]),
         persona=ids(harmful[validation:end]),
+        ordinary=ids(harmless[: chosen.prompts]),
     )
+
+
+def policies(spec: StudySpec) -> list[StudySpec]:
+    """The study under each policy that it may run under."""
+    chosen = spec.selection.policies if spec.system == CHOOSE else (spec.system,)
+    return [replace(spec, system=name) for name in chosen]
 
 
 def key(spec: StudySpec, model: ChatModel) -> str:
@@ -124,20 +141,21 @@ def key(spec: StudySpec, model: ChatModel) -> str:
     Raises:
       UserError: no such policy or trait.
     """
-    settings = extraction_settings(spec)
+    sources = [
+        extraction.contrast(kind, extraction_settings(each)).source_sha256
+        for each in policies(spec)
+        for kind in spec.directions.values()
+        if isinstance(kind, FromChats)
+    ]
     value = [
         VERSION,
         model.weights_sha256,
         model.tokenizer_sha256,
-        data.policy(spec.system).sha256,
-        [
-            extraction.contrast(kind, settings).source_sha256
-            for kind in spec.directions.values()
-            if isinstance(kind, FromChats)
-        ],
+        [data.policy(each.system).sha256 for each in policies(spec)],
+        sources,
         [p.id for p in (*data.harmless(), *data.harmbench())],
         msgspec.to_builtins([spec.directions, spec.selection, spec.layers, spec.dose]),
-        _random_seeds(spec),
+        [spec.refusal_dose, spec.allow_uninformative, open_choices(spec), _random_seeds(spec)],
     ]
     return sha256_bytes(canonical_json(value).encode())
 
@@ -146,7 +164,7 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
     """Make a study's setup in its results folder, or read it.
 
     Raises:
-      UserError: a file that cannot be read, or no candidate passes.
+      UserError: a file that cannot be read, a study that would say nothing, or no candidate passes.
     """
     record, path = read_record(out), out / "directions.safetensors"
     if record is None or record.key != key(spec, model):
@@ -154,14 +172,13 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
         path.unlink(missing_ok=True)
         # Saved first, so that an interrupted setup finds its own directions again.
         record.save(out)
+    record = _with_policy(spec, model, record, out)
+    spec = replace(spec, system=record.policy)
     found = _directions(spec, model, path)
-    dose = 1.0 if spec.dose is None else spec.dose
-    record = replace(record, layers=named_layers(spec, model), dose=dose)
-    if open_choices(spec):
-        record = _chosen(spec, model, found, record, out)
+    record = _Choices(spec, model, found, record, out).made()
     record = replace(record, directions=hashes(found))
     record.save(out)
-    return Setup(directions=found, record=record)
+    return Setup(spec, found, record)
 
 
 def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
@@ -170,7 +187,8 @@ def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
     if record is None or record.key != key(spec, model):
         return None
     found = directions.load(path) if path.is_file() else {}
-    return Setup(directions=found, record=record) if hashes(found) == record.directions else None
+    made = Setup(replace(spec, system=record.policy), found, record)
+    return made if hashes(found) == record.directions else None
 
 
 def read_record(out: Path) -> Record | None:
@@ -200,17 +218,25 @@ def extraction_settings(spec: StudySpec) -> Settings:
     return Settings(policy=spec.system, refusal_prompts=train, skipped=validation)
 
 
-def open_choices(spec: StudySpec) -> dict[str, Sequence[float]]:
-    """What the selection still has to choose of `steer`, `dose` and `refusal`: its candidates."""
+def open_choices(spec: StudySpec) -> list[str]:
+    """What the selection still has to choose, in the order in which it does."""
     persona, refusal = "persona" in spec.directions, "refusal" in spec.directions
-    still: dict[str, Sequence[float]] = {}
-    if persona and "steer" not in spec.layers:
-        still["steer"] = spec.selection.layers
-    if persona and spec.dose is None:
-        still["dose"] = spec.selection.scales
-    if refusal and "refusal" not in spec.layers:
-        still["refusal"] = spec.selection.refusal_layers
-    return still
+    places = [op.at or "" for item in spec.condition for op in item.ops]
+    units = [op.unit for item in spec.condition for op in item.ops if isinstance(op, AddSpec)]
+
+    def named(layer: str) -> bool:
+        return any(re.search(rf"(?<![\w-]){layer}(?!\w)", at) for at in places)
+
+    is_open = {
+        "policy": spec.system == CHOOSE,
+        "refusal": refusal and "refusal" not in spec.layers,
+        "steer": persona and "steer" not in spec.layers,
+        "dose": persona and spec.dose is None,
+        "window": persona and "window" not in spec.layers and named("window"),
+        "late_refusal": refusal and "late_refusal" not in spec.layers and named("late_refusal"),
+        "refusal_dose": refusal and spec.refusal_dose is None and "refusal_dose" in units,
+    }
+    return [name for name, holds in is_open.items() if holds]
 
 
 def named_layers(spec: StudySpec, model: ChatModel) -> dict[str, int]:
@@ -269,44 +295,135 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
     return found
 
 
-def _chosen(
-    spec: StudySpec, model: ChatModel, found: Mapping[str, Direction], record: Record, out: Path
-) -> Record:
-    """The record with all open choices made; candidates are scored once, and saved."""
-    still, chosen, n_layers = open_choices(spec), spec.selection, model.config.n_layers
-    prompts, fixed = split(spec, model), dict(record.layers)
-    if "refusal" in still:
-        if not record.refusal_candidates:
-            refusals = selection.refusal_candidates(
-                model,
-                found["refusal"],
-                prompts.harmful,
-                prompts.harmless,
-                [depth(share, n_layers) for share in still["refusal"]],
-                openings(spec, model),
-                kl_limit=chosen.kl_limit,
-            )
-            record = replace(record, refusal_candidates=refusals)
-            record.save(out)
-        near_miss = chosen.allow_near_miss
-        best = selection.choose_refusal(record.refusal_candidates, allow_near_miss=near_miss)
-        fixed["refusal"] = best.layer
-        record = replace(record, layers=fixed, refusal_near_miss=best.reasons)
-    if still.keys() & {"steer", "dose"}:
-        if not record.dose_candidates:
-            layers = [depth(share, n_layers) for share in still.get("steer", ())]
-            doses = selection.dose_candidates(
-                model,
-                found["persona"],
-                prompts.persona,
-                layers or [fixed["steer"]],
-                still.get("dose", [record.dose]),
-                max_new_tokens=chosen.max_new_tokens,
-                batch=spec.decoding.batch,
-            )
-            record = replace(record, dose_candidates=doses)
-            record.save(out)
-        cell = selection.choose_dose(record.dose_candidates, chosen.max_degenerate)
-        fixed["steer"] = cell.layer
-        record = replace(record, layers=fixed, dose=cell.scale)
-    return record
+def _with_policy(spec: StudySpec, model: ChatModel, record: Record, out: Path) -> Record:
+    """The record with the study's policy, and how the untouched model answers under it.
+
+    Raises:
+      UserError: it does not tell harmful prompts from harmless ones.
+    """
+    if not record.policies:
+        # In order of length: of equal ones the first is taken.
+        each = sorted(policies(spec), key=lambda each: len(data.policy(each.system).text))
+        prompts = {study.system: split(study, model) for study in each}
+        asked = {name: (found.persona, found.ordinary) for name, found in prompts.items()}
+        scored = selection.policy_candidates(_rater(spec, model), asked)
+        record = replace(record, policies=scored)
+        record.save(out)
+    best = selection.choose_policy(record.policies)
+    reason = selection.uninformative(best, spec.selection.least_youden)
+    if reason and not spec.allow_uninformative:
+        raise UserError(f"study {spec.name}: {reason}, or set allow_uninformative = true")
+    return replace(record, policy=best.policy)
+
+
+def _rater(spec: StudySpec, model: ChatModel) -> Rater:
+    return Rater(model, spec.selection.max_new_tokens, spec.decoding.batch)
+
+
+class _Choices:
+    """The choices of a study in the making; candidates are scored once, and saved."""
+
+    def __init__(
+        self, spec: StudySpec, model: ChatModel, found: Mapping[str, Direction], record: Record,
+        out: Path,
+    ) -> None:  # fmt: skip
+        self.spec, self.model, self.found, self.record, self.out = spec, model, found, record, out
+        self.chosen, self.still = spec.selection, open_choices(spec)
+        self.prompts, self.rater = split(spec, model), _rater(spec, model)
+        self.layers, self.dose = named_layers(spec, model), spec.dose
+        self.refusal_dose = spec.refusal_dose
+
+    def made(self) -> Record:
+        """The record with all open choices made."""
+        if "refusal" in self.still:
+            self._refusal()
+        if {"steer", "dose"} & {*self.still}:
+            self._persona()
+        if "window" in self.still:
+            self._window()
+        if {"late_refusal", "refusal_dose"} & {*self.still}:
+            self._late_refusal()
+        doses = [1.0 if dose is None else dose for dose in (self.dose, self.refusal_dose)]
+        return replace(self.record, layers=self.layers, dose=doses[0], refusal_dose=doses[1])
+
+    def _scored(self, field: str, score: Callable[[], Sequence[Any]]) -> Any:
+        """The candidates in a field of the record, scored now if it has none."""
+        if not getattr(self.record, field):
+            self.record = replace(self.record, **{field: score()})
+            self.record.save(self.out)
+        return getattr(self.record, field)
+
+    def _depths(self, shares: Sequence[float]) -> list[int]:
+        return [depth(share, self.model.config.n_layers) for share in shares]
+
+    def _refusal(self) -> None:
+        candidates = self._scored(
+            "refusals",
+            lambda: selection.refusal_candidates(
+                self.model,
+                self.found["refusal"],
+                self.prompts.harmful,
+                self.prompts.harmless,
+                self._depths(self.chosen.refusal_layers),
+                openings(self.spec, self.model),
+                kl_limit=self.chosen.kl_limit,
+            ),
+        )
+        near_miss = self.chosen.allow_near_miss
+        best = selection.choose_refusal(candidates, allow_near_miss=near_miss)
+        self.layers["refusal"] = best.layer
+        self.record = replace(self.record, refusal_near_miss=best.reasons)
+
+    def _persona(self) -> None:
+        layers = self._depths(self.chosen.layers)
+        layers = layers if "steer" in self.still else [self.layers["steer"]]
+        scales = self.chosen.scales if self.dose is None else (self.dose,)
+        persona, prompts = self.found["persona"], self.prompts.persona
+        candidates = self._scored(
+            "doses",
+            lambda: selection.dose_candidates(self.rater, persona, prompts, layers, scales),
+        )
+        best = selection.choose_dose(candidates, self.chosen.max_degenerate)
+        self.layers["steer"], self.dose = best.layer, best.scale
+
+    def _restoring(
+        self, field: str, grid: Mapping[tuple[int, int, float], Sequence[Operation]], title: str
+    ) -> tuple[RestoringCandidate, tuple[str, ...]]:
+        vectors, dose = self.found["persona"].vectors, 1.0 if self.dose is None else self.dose
+        persona = Add(direction=vectors, layers=(self.layers["steer"],), scale=dose)
+        prompts, chosen = self.prompts.persona, self.chosen
+        candidates = self._scored(
+            field,
+            lambda: selection.restoring_candidates(self.rater, persona, prompts, grid, title),
+        )
+        limits, near_miss = (chosen.max_degenerate, chosen.max_change), chosen.allow_near_miss
+        return selection.choose_restoring(candidates, *limits, allow_near_miss=near_miss)
+
+    def _window(self) -> None:
+        steer, vectors = self.layers["steer"], (self.found["persona"].vectors,)
+        grid = {
+            (first, width, 0.0): [
+                Project(
+                    directions=vectors, layers=tuple(range(first, first + width)), measured_at=steer
+                )
+            ]
+            for first in (steer + start for start in self.chosen.windows.starts)
+            for width in self.chosen.windows.widths
+            if first + width <= self.model.config.n_layers
+        }
+        best, why = self._restoring("windows", grid, "window")
+        self.layers |= {"window": best.layer, "window_last": best.layer + best.width - 1}
+        self.record = replace(self.record, window_near_miss=why)
+
+    def _late_refusal(self) -> None:
+        vectors, fixed = self.found["refusal"].vectors, self.layers.get("late_refusal")
+        layers = self._depths(self.chosen.late.layers) if fixed is None else [fixed]
+        scales = self.chosen.late.scales if "refusal_dose" in self.still else (self.refusal_dose,)
+        grid = {
+            (layer, 1, scale or 1.0): [Add(direction=vectors, layers=(layer,), scale=scale or 1.0)]
+            for layer in layers
+            for scale in scales
+        }
+        best, why = self._restoring("late", grid, "late refusal")
+        self.layers["late_refusal"], self.refusal_dose = best.layer, best.scale
+        self.record = replace(self.record, late_near_miss=why)

@@ -8,7 +8,6 @@ that `describe` makes of them are for people only.
 from __future__ import annotations
 
 import datetime
-import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,12 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Scope, Tap
+from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import StudySpec
 from jaxsteer.words import layer_list
 
 FILE = "run.json"
-FORMAT: Final = "jaxsteer-run-2"
+FORMAT: Final = "jaxsteer-run-3"
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
 # No study has more rows or layers; a loop over a larger, damaged number would never end.
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
@@ -159,13 +159,14 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
       model, policy, modes: what was run, and the texts of its system prompts.
       prompts: by family; a family without prompts is left out.
       layers: 0-based layers by name.
-      dose: strength of the persona, in natural norms.
+      dose, refusal_dose: strengths of persona and late refusal, in natural norms.
+      candidates: what policy, layers and strengths were chosen from.
       directions: sha256 of each direction, by name.
       conditions: all of them, in the order of the rows.
       environment: software, hardware and starting time (UTC).
     """
 
-    format: Literal["jaxsteer-run-2"]
+    format: Literal["jaxsteer-run-3"]
     key: Sha256
     study: StudySpec
     model: Model
@@ -174,6 +175,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     prompts: dict[str, Prompts]
     layers: dict[str, Count]
     dose: float
+    refusal_dose: float
+    candidates: Candidates
     directions: dict[str, Sha256]
     conditions: list[Condition]
     environment: dict[str, str]
@@ -193,12 +196,10 @@ def asked(
     spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
 ) -> dict[str, Any]:
     """The fields of the record that are known before anything is prepared."""
-    text = functools.partial(msgspec.convert, type=Text, from_attributes=True)
     return {
         "study": spec,
         "model": msgspec.convert(model.identity(), Model),
-        "policy": text(prompts.policy(spec.system)),
-        "modes": [text(prompts.mode(name)) for name in spec.modes],
+        "modes": [text_of(prompts.mode(name)) for name in spec.modes],
         "prompts": {
             family: Prompts(
                 n=len(found),
@@ -209,6 +210,11 @@ def asked(
             if found
         },
     }
+
+
+def text_of(found: prompts.Policy | prompts.Mode) -> Text:
+    """A policy or mode as the record holds it."""
+    return msgspec.convert(found, Text, from_attributes=True)
 
 
 def make(identity: Mapping[str, Any]) -> RunRecord:

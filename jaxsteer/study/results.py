@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from msgspec.structs import replace
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import (
@@ -106,8 +107,8 @@ class Results:
 
     @property
     def spec(self) -> StudySpec:
-        """The study."""
-        return self.run.study
+        """The study, with its policy filled in."""
+        return replace(self.run.study, system=self.run.policy.name)
 
 
 def load(folder: Path) -> Results:

@@ -79,11 +79,14 @@ def run_study(
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         identity = record.asked(spec, model, families)
         prepared = _prepared(spec, model, out, identity, hosts)
-        layers, dose = prepared.record.layers, prepared.record.dose
+        spec, made = prepared.spec, prepared.record
         shape = (model.config.n_layers, model.config.d_model)
-        found = conditions.conditions(spec, layers, dose, model.config.n_layers)
+        layers, n_layers = made.layers, model.config.n_layers
+        found = conditions.conditions(spec, layers, made.dose, n_layers, made.refusal_dose)
         arrays = conditions.stacked(found, prepared.directions, shape)
-        identity |= {"layers": layers, "dose": dose}
+        identity |= {"layers": layers, "dose": made.dose, "refusal_dose": made.refusal_dose}
+        identity["policy"] = record.text_of(data.policy(spec.system))
+        identity["candidates"] = made.candidates
         identity["directions"] = prepare.hashes(prepared.directions)
         identity["conditions"] = conditions.mark_cancelling(found, arrays)
         run = record.make(identity)
@@ -186,7 +189,7 @@ def _finish(
     finished = {row_id for shard in shards for row_id in shard["row_id"]}
     done = {i for i, row in enumerate(planned) if rows.name(row) in finished}
     wanted = run.study.decoding
-    asked = rows.requests(run.study, model, run.conditions, planned)
+    asked = rows.requests(prepared.spec, model, run.conditions, planned)
     # Rows of one packed sequence run in one process, because they share work.
     packed = pack(asked, model.config.max_position - wanted.max_new_tokens)
     share = hosts.share([f"sequence {n}" for n in packed.sequence])

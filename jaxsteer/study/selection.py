@@ -1,18 +1,26 @@
-"""Choose the refusal direction's layer, and the persona's layer and strength, by stated rules.
+"""Choose policy, layers, strengths and window by stated rules.
 
-Both rules read HarmBench and our harmless prompts only. What they choose is reported on
+The rules read HarmBench and our harmless prompts only. What they choose is reported on
 StrongREJECT and our benign prompts. Every candidate is one condition of one compiled program.
+
+    policy        tells harmful from harmless prompts best
+    refusal       the layer of Arditi et al. 2024 for the refusal direction
+    steer, dose   the persona refuses least among candidates that do not break the model
+    window        projecting the persona out there restores refusal most, and does little alone
+    late_refusal  adding the refusal direction there restores refusal most, and does little alone
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from jaxtyping import Float
+from msgspec import structs
 from scipy.special import log_softmax, logsumexp
 
 from jaxsteer.directions import activations
@@ -20,7 +28,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
-from jaxsteer.generation.requests import shared_length
+from jaxsteer.generation.requests import Request, shared_length
 from jaxsteer.judges.rules import is_degenerate, is_refusal
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
@@ -31,7 +39,12 @@ from jaxsteer.model.interventions import (
     compile_conditions,
     everywhere,
 )
-from jaxsteer.words import Progress, percent
+from jaxsteer.stats import newcombe
+from jaxsteer.words import Progress, percent, signed
+
+# Token ids of some prompts, and what is done to the model that answers them.
+Prompts = Sequence[Sequence[int]]
+Cell = tuple[Prompts, Sequence[Operation]]
 
 
 class RefusalCandidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,19 +59,86 @@ class RefusalCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     layer: int
-    bypass: float
-    induce: float
-    kl: float
+    bypass: float | None
+    induce: float | None
+    kl: float | None
     reasons: tuple[str, ...]
 
 
-class DoseCandidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One (layer, strength) cell of the persona's selection grid, with rates over its prompts."""
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Shares of replies, by the rules that need no model."""
+
+    refusal: float
+    degenerate: float
+
+
+class DoseCandidate(Rates, frozen=True, kw_only=True):
+    """One (layer, strength) cell of the persona's selection grid; strength 0 is the baseline."""
 
     layer: int
     scale: float
-    refusal: float
-    degenerate: float
+
+
+class PolicyCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """How the untouched model answers under one policy.
+
+    Attributes:
+      policy: its name.
+      n: prompts a side.
+      harmful, harmless: refusal rates.
+      youden: harmful - harmless, which is Youden's J (1950, Cancer 3:32) of refusing.
+      low, high: its 95 % interval (Newcombe).
+    """
+
+    policy: str
+    n: int
+    harmful: float
+    harmless: float
+    youden: float
+    low: float
+    high: float
+
+
+class RestoringCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation that may bring refusal back under the persona.
+
+    Attributes:
+      layer: first layer of the operation.
+      width: number of its layers; 0 is no operation at all.
+      scale: strength of the direction that it adds; 0 where it projects one out.
+      steered: with the persona.
+      alone: without it: the unsteered twin.
+    """
+
+    layer: int
+    width: int
+    scale: float
+    steered: Rates
+    alone: Rates
+
+
+class Candidates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a study's choices were made from, with the scores of each candidate.
+
+    Attributes:
+      policies: how the untouched model answers; one entry where the study names its policy.
+      refusals: layers of the refusal direction's vector; none if it is fixed.
+      refusal_near_miss: why the chosen one did not pass, if it did not.
+      doses: layers and strengths of the persona; none if both are fixed.
+      windows: windows in which the persona is projected out; none if it is fixed or not used.
+      window_near_miss: why the chosen one did not pass, if it did not.
+      late: late layers and strengths of the refusal direction, likewise.
+      late_near_miss: likewise.
+    """
+
+    policies: tuple[PolicyCandidate, ...] = ()
+    refusals: tuple[RefusalCandidate, ...] = ()
+    refusal_near_miss: tuple[str, ...] = ()
+    doses: tuple[DoseCandidate, ...] = ()
+    windows: tuple[RestoringCandidate, ...] = ()
+    window_near_miss: tuple[str, ...] = ()
+    late: tuple[RestoringCandidate, ...] = ()
+    late_near_miss: tuple[str, ...] = ()
 
 
 def refusal_score(
@@ -127,7 +207,8 @@ def refusal_candidates(
                 "a score is not finite": not np.isfinite([bypass, divergence, induce]).all(),
             }
             held = tuple(reason for reason, holds in reasons.items() if holds)
-            scores = {"bypass": bypass, "induce": induce, "kl": divergence}
+            every = {"bypass": bypass, "induce": induce, "kl": divergence}
+            scores = {name: score if np.isfinite(score) else None for name, score in every.items()}
             candidates.append(RefusalCandidate(layer=layer, reasons=held, **scores))
     return tuple(candidates)
 
@@ -145,8 +226,8 @@ def choose_refusal(
     """
     eligible = [c for c in candidates if not c.reasons]
     if eligible:
-        return min(eligible, key=lambda c: c.bypass)
-    nearest = sorted(candidates, key=lambda c: (not np.isfinite(c.kl), len(c.reasons), c.kl))
+        return min(eligible, key=lambda c: c.bypass or 0.0)
+    nearest = sorted(candidates, key=lambda c: (c.kl is None, len(c.reasons), c.kl or 0.0))
     if allow_near_miss:
         return nearest[0]
     shown = "; ".join(f"resid_post.{c.layer}: {', '.join(c.reasons)}" for c in nearest[:3])
@@ -163,52 +244,173 @@ def _compiled(model: ChatModel, cells: Sequence[Sequence[Operation]]) -> Interve
     return compile_conditions(cells, scopes, n_layers=config.n_layers, d_model=config.d_model)
 
 
-def rates(
-    model: ChatModel,
-    prompts: Sequence[Sequence[int]],
-    cells: Sequence[Sequence[Operation]],
-    title: str,
-    *,
-    max_new_tokens: int,
-    batch: int,
-) -> list[tuple[float, float]]:
-    """Refusal and degenerate rate of the prompts under each cell's operations, decoded greedily."""
-    shared, n = shared_length(prompts), len(prompts)
-    requests = [
-        engine.Request(tokens=prompt, condition=cell, shared=shared)
-        for cell, prompt in itertools.product(range(len(cells)), prompts)
-    ]
-    counts = np.zeros((len(cells), 2))
-    decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos)
-    with Progress(title, len(requests)) as progress:
-        for replies in engine.run(model, requests, _compiled(model, cells), decoding, batch=batch):
-            for reply in replies:
-                found = is_refusal(reply.text), is_degenerate(reply.text)
-                counts[requests[reply.index].condition] += found
-            progress.advance(len(replies))
-    return [(float(refused / n), float(broken / n)) for refused, broken in counts]
+class Rater(NamedTuple):
+    """Decodes prompts greedily under operations, and rates the replies.
+
+    Attributes:
+      model: the model.
+      max_new_tokens: length of the replies.
+      batch: rows that decode together.
+    """
+
+    model: ChatModel
+    max_new_tokens: int
+    batch: int
+
+    def rates(self, cells: Sequence[Cell], title: str) -> list[Rates]:
+        """The rates of each cell's prompts under its operations."""
+        requests = []
+        for condition, (prompts, _) in enumerate(cells):
+            shared = shared_length(prompts)
+            requests += [Request(tokens=p, condition=condition, shared=shared) for p in prompts]
+        counts, arrays = np.zeros((len(cells), 2)), _compiled(self.model, [ops for _, ops in cells])
+        decoding = Decoding(max_new_tokens=self.max_new_tokens, eos=self.model.eos)
+        with Progress(title, len(requests)) as progress:
+            for replies in engine.run(self.model, requests, arrays, decoding, batch=self.batch):
+                for reply in replies:
+                    found = is_refusal(reply.text), is_degenerate(reply.text)
+                    counts[requests[reply.index].condition] += found
+                progress.advance(len(replies))
+        shares = counts / [[len(prompts)] for prompts, _ in cells]
+        return [Rates(refusal=refusal, degenerate=broken) for refusal, broken in shares.tolist()]
+
+
+def policy_candidates(
+    rater: Rater, policies: Mapping[str, tuple[Prompts, Prompts]]
+) -> tuple[PolicyCandidate, ...]:
+    """Score policies, by name the harmful and as many harmless prompts under each."""
+    cells: list[Cell] = [(prompts, []) for both in policies.values() for prompts in both]
+    refused, found = iter([rates.refusal for rates in rater.rates(cells, "policies")]), []
+    for name, (prompts, _) in policies.items():
+        n, harmful, harmless = len(prompts), next(refused), next(refused)
+        low, high = newcombe(round(harmful * n), n, round(harmless * n), n)
+        rates = {"harmful": harmful, "harmless": harmless, "youden": harmful - harmless}
+        found.append(PolicyCandidate(policy=name, n=n, low=low, high=high, **rates))
+    return tuple(found)
+
+
+def choose_policy(candidates: Sequence[PolicyCandidate]) -> PolicyCandidate:
+    """The policy with the highest J; of equal ones the first."""
+    return max(candidates, key=lambda c: c.youden)
+
+
+def uninformative(chosen: PolicyCandidate, least: float) -> str:
+    """Why a study under this policy would say nothing, in one sentence; "" if it may say something.
+
+    Args:
+      chosen: the policy.
+      least: the smallest J that is informative.
+    """
+    if chosen.youden >= least - 1e-9:
+        return ""
+    mend = "it hardly tells them apart; choose a policy that says more clearly what to refuse"
+    if min(chosen.harmful, chosen.harmless) > 0.9:
+        mend = "nearly everything gets one label; choose a milder policy"
+    elif max(chosen.harmful, chosen.harmless) < 0.1:
+        mend = "nearly everything gets one label; choose a stricter policy, or another model"
+    return (
+        f"under policy {chosen.policy} the untouched model refuses {percent(chosen.harmful)} of "
+        f"harmful and {percent(chosen.harmless)} of harmless prompts (J {signed(chosen.youden)}, "
+        f"needed: {least:g}): {mend}"
+    )
 
 
 def dose_candidates(
-    model: ChatModel,
+    rater: Rater,
     direction: Direction,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     layers: Sequence[int],
     scales: Sequence[float],
-    *,
-    max_new_tokens: int,
-    batch: int,
 ) -> tuple[DoseCandidate, ...]:
-    """Refusal and degenerate rates over the (layer, strength) grid; strength 0 is the baseline."""
+    """Rates over the (layer, strength) grid of a direction, and of its baseline."""
     grid, v = [(0, 0.0), *itertools.product(layers, scales)], direction.vectors
-    cells = [
-        [Add(direction=v, layers=(layer,), scale=scale)] if scale else [] for layer, scale in grid
+    cells: list[Cell] = [
+        (prompts, [Add(direction=v, layers=(layer,), scale=scale)] if scale else [])
+        for layer, scale in grid
     ]
-    title = "persona layer and strength"
-    found = rates(model, prompts, cells, title, max_new_tokens=max_new_tokens, batch=batch)
+    found = zip(grid, rater.rates(cells, "persona layer and strength"), strict=True)
     return tuple(
-        DoseCandidate(layer=layer, scale=scale, refusal=refusal, degenerate=degenerate)
-        for (layer, scale), (refusal, degenerate) in zip(grid, found, strict=True)
+        DoseCandidate(layer=layer, scale=scale, **structs.asdict(rates))
+        for (layer, scale), rates in found
+    )
+
+
+def restoring_candidates(
+    rater: Rater,
+    persona: Operation,
+    prompts: Prompts,
+    grid: Mapping[tuple[int, int, float], Sequence[Operation]],
+    title: str,
+) -> tuple[RestoringCandidate, ...]:
+    """Rates of operations with the persona and without it.
+
+    Args:
+      rater: how to decode.
+      persona: what suppresses refusal.
+      prompts: harmful ones, as token ids.
+      grid: the operations by first layer, width and strength.
+      title: of the progress bar.
+    """
+    every = {(0, 0, 0.0): [], **grid}
+    cells: list[Cell] = []
+    for made in every.values():
+        cells += [(prompts, [persona, *made]), (prompts, made)]
+    found = rater.rates(cells, title)
+    return tuple(
+        RestoringCandidate(layer=layer, width=width, scale=scale, steered=steered, alone=alone)
+        for (layer, width, scale), steered, alone in zip(
+            every, found[::2], found[1::2], strict=True
+        )
+    )
+
+
+def choose_restoring(
+    candidates: Sequence[RestoringCandidate],
+    max_degenerate: float,
+    max_change: float,
+    *,
+    allow_near_miss: bool,
+) -> tuple[RestoringCandidate, tuple[str, ...]]:
+    """The candidate with the most refusal under the persona, of those that do little by themselves.
+
+    Of equal ones the narrowest, then the weakest, then the earliest.
+
+    Args:
+      candidates: the one without an operation included.
+      max_degenerate: largest tolerated rise of the degenerate rate by the operation alone.
+      max_change: largest tolerated change of the refusal rate by it, up or down.
+      allow_near_miss: whether to take the one that does least by itself when none is eligible.
+
+    Returns:
+      The candidate, and why it is not eligible; nothing when it is.
+
+    Raises:
+      UserError: none is eligible; the message shows the nearest.
+    """
+    plain = next(c.alone for c in candidates if not c.width)
+
+    def excess(c: RestoringCandidate) -> float:
+        broken = c.alone.degenerate - plain.degenerate - max_degenerate
+        moved = abs(c.alone.refusal - plain.refusal) - max_change
+        return max(broken, 0.0) + max(moved, 0.0)
+
+    def order(c: RestoringCandidate) -> tuple[float, ...]:
+        return -c.steered.refusal, c.width, c.scale, c.layer
+
+    cells = [c for c in candidates if c.width]
+    if eligible := [c for c in cells if excess(c) < 1e-9]:
+        return min(eligible, key=order), ()
+    best = min(cells, key=lambda c: (excess(c), *order(c)))
+    alone = (
+        f"alone it moves refusal from {percent(plain.refusal)} to {percent(best.alone.refusal)}, "
+        f"broken replies from {percent(plain.degenerate)} to {percent(best.alone.degenerate)}"
+    )
+    if allow_near_miss:
+        return best, (alone,)
+    raise UserError(
+        f"no candidate leaves the unsteered model as it is; the nearest begins at "
+        f"resid_post.{best.layer} and is {best.width} wide: {alone}. Raise max_change or "
+        "max_degenerate, or set allow_near_miss = true to take and record it"
     )
 
 

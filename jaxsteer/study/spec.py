@@ -30,6 +30,8 @@ Layer = Annotated[str, Meta(pattern="^[^.,]+$")]
 Seed = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 # The table of replies stores these in 64 bits.
 RandomSeed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+# A study's `system` that is to be chosen.
+CHOOSE = "choose"
 # The end of the names of the controls that conditions get without their additions.
 UNSTEERED = ", unsteered"
 # A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
@@ -54,11 +56,29 @@ class DataSpec(Spec, frozen=True, kw_only=True):
     seed: int = 0
 
 
+class WindowsSpec(Spec, frozen=True, kw_only=True):
+    """Candidate windows: first layer in layers after `steer`, and number of layers."""
+
+    starts: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (1, 2, 3, 4)
+    widths: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (1, 2, 3, 4)
+
+
+class LateSpec(Spec, frozen=True, kw_only=True):
+    """Candidate places to add refusal late: shares of depth, and strengths in natural norms."""
+
+    layers: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.7, 0.8, 0.9)
+    scales: Annotated[tuple[Finite, ...], Meta(min_length=1)] = (1.0, 2.0, 4.0)
+
+
 class SelectionSpec(Spec, frozen=True, kw_only=True):
     """What the selection rules choose from; they use HarmBench and our harmless prompts only.
 
     Attributes:
-      prompts: HarmBench prompts on which the persona's layer and strength are chosen.
+      prompts: HarmBench prompts on which policy, persona, window and late refusal are chosen, and
+        harmless prompts on which the policy is.
+      policies: candidate policies of a study with system = "choose".
+      least_youden: the least that the untouched model must tell harmful from harmless prompts by,
+        as the refusal rate of the ones minus that of the others.
       layers: candidate layers of the persona, as fractions of depth.
       scales: candidate strengths, in natural norms.
       max_new_tokens: reply length during selection.
@@ -68,10 +88,15 @@ class SelectionSpec(Spec, frozen=True, kw_only=True):
       refusal_layers: candidate layers of the refusal direction, as fractions of depth.
       refusal_openings: texts whose first tokens open a refusal in this model family.
       kl_limit: largest tolerated KL on harmless prompts, in nats.
+      windows: candidates of `window`, where the persona is projected out.
+      late: candidates of `late_refusal`, where the refusal direction is added.
+      max_change: largest tolerated change of the refusal rate by either of them without persona.
       allow_near_miss: take the nearest candidate when none passes, and record why.
     """
 
     prompts: Positive = 32
+    policies: tuple[str, ...] = ()
+    least_youden: Share = 0.1
     layers: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.5, 0.6, 0.7)
     scales: Annotated[tuple[Finite, ...], Meta(min_length=1)] = (1.0, 2.0, 4.0)
     max_new_tokens: Positive = 24
@@ -81,6 +106,9 @@ class SelectionSpec(Spec, frozen=True, kw_only=True):
     refusal_layers: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.3, 0.4, 0.5, 0.6, 0.7)
     refusal_openings: Annotated[tuple[Text, ...], Meta(min_length=1)] = ("I",)
     kl_limit: Finite = 0.1
+    windows: WindowsSpec = WindowsSpec()
+    late: LateSpec = LateSpec()
+    max_change: Share = 0.1
     allow_near_miss: bool = False
 
 
@@ -101,8 +129,8 @@ class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add")
       direction: its name.
       at: layers at `resid_post`: `steer`, `steer+2`, `20`, `22,24`, `steer+1..last`.
       scale: strength, in `unit`.
-      unit: natural norms of the direction, the study's dose (TOML's scale = "dose" or "-dose"),
-        or each of the condition's `scales` ("each" or "-each").
+      unit: natural norms of the direction, the study's `dose` or `refusal_dose` (TOML's scale =
+        "dose" or "-dose"), or each of the condition's `scales` ("each" or "-each").
       measured_at: layer whose vector is used; by default each layer uses its own.
       norm_of: rescale the vector to the norm of the direction of this name first.
       norm_at: the layer of that norm; by default each layer's own.
@@ -111,7 +139,7 @@ class AddSpec(Spec, frozen=True, kw_only=True, tag_field="operation", tag="add")
     direction: str
     at: str
     scale: Finite = 1.0
-    unit: Literal["norm", "dose", "each"] = "norm"
+    unit: Literal["norm", "dose", "refusal_dose", "each"] = "norm"
     measured_at: Layer | None = None
     norm_of: str | None = None
     norm_at: Layer | None = None
@@ -202,15 +230,19 @@ class StudySpec(Spec, frozen=True, kw_only=True):
     Attributes:
       name: names the results folder.
       about: one sentence on the question.
-      system: safety policy, the system prompt of every condition (after the mode's, if any).
+      system: safety policy, the system prompt of every condition (after the mode's, if any), or
+        "choose".
       data: prompts.
       decoding: how replies are generated.
       directions: how each is made, by the name that conditions use; `random` is always there.
       selection: how open layers and the dose are chosen.
       layers: layers by a name such as `late` or `late-two`. A fraction (0.3) is a share of depth,
-        a whole number (20) a block. `steer` and `refusal` are chosen by the selection rules unless
-        given here.
+        a whole number (20) a block. `steer`, `refusal`, `window` (which ends at `window_last`) and
+        `late_refusal` are chosen by the selection rules unless given here.
       dose: strength of the persona in natural norms; chosen by the selection rule unless given.
+      refusal_dose: strength of the refusal direction at `late_refusal`, likewise.
+      allow_uninformative: run it although the untouched model does not tell harmful prompts from
+        harmless ones.
       modes: persona system prompts that every condition is crossed with, by name or path likewise.
       condition: the conditions.
       claim: planned comparisons.
@@ -225,6 +257,8 @@ class StudySpec(Spec, frozen=True, kw_only=True):
     selection: SelectionSpec = SelectionSpec()
     layers: dict[str, Count | Share] = {}
     dose: Finite | None = None
+    refusal_dose: Finite | None = None
+    allow_uninformative: bool = False
     modes: list[str] = []
     condition: Annotated[list[ConditionSpec], Meta(min_length=1)]
     claim: list[ClaimSpec] = []
@@ -298,6 +332,8 @@ def _problems(spec: StudySpec) -> Iterator[str]:
                 f"layers: {name!r} cannot name a layer; use letters, digits, _ and -, beginning "
                 "with a letter, but not `last` and no end that reads as an offset (steer-2)"
             )
+    if (spec.system == CHOOSE) != bool(spec.selection.policies):
+        yield 'system = "choose" needs [selection] policies to choose from, and they need it'
     order = list(spec.directions)
     for name, direction in spec.directions.items():
         if re.fullmatch(r"random(-\d+)?", name):

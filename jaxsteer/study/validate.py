@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
@@ -35,20 +36,16 @@ def study(
       UserError: the errors that preparing and running the study would raise, for what is wrong in
         the spec, with what it names, or with its prompts.
     """
-    prepare.key(spec, model)  # Reads the policy and the traits.
+    prepare.key(spec, model)  # Reads the policies and the traits.
     still, n_layers = prepare.open_choices(spec), model.config.n_layers
+    spec = max(prepare.policies(spec), key=lambda each: len(data.policy(each.system).text))
     dose = 1.0 if spec.dose is None else spec.dose
     room, split = model.config.max_position, prepare.split(spec, model)
     if "refusal" in still:
         prepare.openings(spec, model)
-    if still.keys() & {"steer", "dose"}:
-        check_lengths(map(len, split.persona), room - spec.selection.max_new_tokens)
-    fixed = prepare.named_layers(spec, model)
-    shares = {name: found for name, found in still.items() if name != "dose"}
-    extremes = [
-        {name: depth(pick(found), n_layers) for name, found in shares.items()} | fixed
-        for pick in (max, min)
-    ]
+    asked = [*split.persona, *split.ordinary]
+    check_lengths(map(len, asked), room - spec.selection.max_new_tokens)
+    extremes = [_layers(spec, model, pick) for pick in (max, min)]
     found = [conditions(spec, layers, dose, n_layers) for layers in extremes]
     names = {condition.base for every in found for condition in every}
     for claim in spec.claim:
@@ -62,10 +59,34 @@ def study(
                     f"{where}: there is no condition {min(missing)!r}; only a condition that "
                     "adds and projects has an unsteered twin, unless the study has an equal one"
                 )
-    asked = rows.requests(spec, model, found[0], rows.cross(found[0], families))
-    lengths = (len(request.tokens) for request in asked)
+    requests = rows.requests(spec, model, found[0], rows.cross(found[0], families))
+    lengths = (len(request.tokens) for request in requests)
     check_lengths(lengths, room - spec.decoding.max_new_tokens)
-    return asked
+    return requests
+
+
+def _layers(
+    spec: StudySpec, model: ChatModel, pick: Callable[[Sequence[float]], float]
+) -> dict[str, int]:
+    """Layers by name: the fixed ones, and of each open choice the candidate that `pick` takes."""
+    still, chosen, n_layers = prepare.open_choices(spec), spec.selection, model.config.n_layers
+    shares = {
+        "steer": chosen.layers,
+        "refusal": chosen.refusal_layers,
+        "late_refusal": chosen.late.layers,
+    }
+    layers = {name: depth(pick(found), n_layers) for name, found in shares.items() if name in still}
+    layers |= prepare.named_layers(spec, model)
+    if "window" in still:
+        first = layers["steer"] + int(pick(chosen.windows.starts))
+        if first >= n_layers:
+            raise UserError(
+                f"study {spec.name}: [selection] windows may begin at resid_post.{first}; this "
+                f"model has resid_post.0 to resid_post.{n_layers - 1}"
+            )
+        last = first + int(pick(chosen.windows.widths)) - 1
+        layers |= {"window": first, "window_last": min(last, n_layers - 1)}
+    return layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +103,7 @@ class Plan:
       cache_bytes: size of the keys and values of the rows that decode together.
       seconds: rough time of the rows on one device, without preparation and compilation, every
         reply at full length.
-      open_choices: what is selected before the rows run: `steer`, `dose`, `refusal`.
+      open_choices: what is selected before the rows run, such as `steer` and `dose`.
     """
 
     conditions: int
@@ -121,7 +142,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         weights_bytes=sum(leaf.nbytes for leaf in leaves),
         cache_bytes=batch * (longest + new) * token_bytes,
         seconds=operations / _operations_per_second(config, batch),
-        open_choices=list(prepare.open_choices(spec)),
+        open_choices=prepare.open_choices(spec),
     )
 
 

@@ -303,6 +303,23 @@ def made_directions() -> list[Direction]:
     return found + [direction.random_like(found[0], seed) for seed in (1, 2, 3)]
 
 
+WELL = {"refusal": 0.5, "degenerate": 0.0}
+CANDIDATES: dict[str, Any] = {
+    "policies": [
+        {"policy": "safety-v1", "n": 32, "harmful": 0.5, "harmless": 0.125, "youden": 0.375}
+        | {"low": 0.155, "high": 0.553}
+    ],
+    "doses": [
+        {"layer": 0, "scale": 0.0, **WELL},
+        {"layer": 3, "scale": 4.0, "refusal": 0.0, "degenerate": 0.0625},
+    ],
+    "windows": [
+        {"layer": layer, "width": width, "scale": 0.0, "steered": WELL, "alone": WELL}
+        for layer, width in ((0, 0), (4, 2))
+    ],
+}
+
+
 def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[str, Any]:
     policy, made = POLICY, made_directions()
     identity = {
@@ -324,6 +341,8 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
         ],
         "layers": {"steer": 3, "refusal": 2},
         "dose": DOSE,
+        "refusal_dose": 1.0,
+        "candidates": CANDIDATES,
         "directions": {d.name: d.sha256 for d in made},
         "conditions": conditions(study),
         "prompts": {
@@ -353,11 +372,9 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
 
 
 SETUP = {
+    **CANDIDATES,
     "key": sha("setup"),
-    "dose_candidates": [
-        {"layer": 0, "scale": 0.0, "refusal": 0.5, "degenerate": 0.0},
-        {"layer": 3, "scale": 4.0, "refusal": 0.0, "degenerate": 0.0625},
-    ],
+    "policy": "safety-v1",
     "layers": {"steer": 3, "refusal": 2},
     "dose": 4.0,
 }

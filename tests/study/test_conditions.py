@@ -215,6 +215,12 @@ def test_layer_expressions(text, expected):
     assert conditions.resolve_layers(text, NAMED, L, "test") == expected
 
 
+def test_a_window_goes_on_to_its_last_layer():
+    named = {"window": 3, "window_last": 5}
+    assert conditions.resolve_layers("window, 8", named, L, "test") == (3, 4, 5, 8)
+    assert conditions.resolve_layers("window+1", named, L, "test") == (4,)
+
+
 @pytest.mark.parametrize("name", ["late2", "late-two", "late_2", "Late", "spät"])
 @pytest.mark.parametrize(("offset", "expected"), [("", 6), ("+1", 7), ("-2..last", 4)])
 def test_a_layer_may_have_any_name_that_a_study_may_give_it(name, offset, expected):

@@ -8,7 +8,7 @@ from jaxsteer.directions import direction, extraction
 from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import prepare, run, selection, spec
+from jaxsteer.study import prepare, results, run, selection, spec
 from tests import tiny
 
 
@@ -134,13 +134,12 @@ def test_another_process_reads_a_setup_only_when_it_is_complete(model, study, tm
 OPEN = [
     ("dose = 3.0\n", ""),
     ("layers = { steer = 1, late = 1.0 }", "layers = { late = 1.0 }"),
+    (PERSONA, PERSONA + 'refusal = { kind = "refusal" }\n'),
     (
-        PERSONA,
-        PERSONA
-        + 'refusal = { kind = "refusal" }\n'
-        + "[selection]\nprompts = 2\nlayers = [0.5]\nscales = [1.0]\nmax_new_tokens = 2\n"
-        + "max_degenerate = 1.0\nrefusal_train = 2\nrefusal_validation = 2\n"
-        + "refusal_layers = [0.5]\nallow_near_miss = true\n",
+        "max_new_tokens = 4\n",
+        "max_new_tokens = 2\nlayers = [0.5]\nscales = [1.0]\nmax_degenerate = 1.0\n"
+        "refusal_train = 2\nrefusal_validation = 2\nrefusal_layers = [0.5]\n"
+        "allow_near_miss = true\n",
     ),
 ]
 
@@ -168,3 +167,84 @@ def test_a_damaged_setup_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(UserError, match=r"setup\.json cannot be read") as caught:
         prepare.read_record(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_study_that_would_say_nothing_stops_before_anything_is_extracted(
+    model, tmp_path, extracted
+):
+    study = spec.load(tiny.study_file(tmp_path, ("allow_uninformative = true\n", "")))
+    with pytest.raises(UserError, match=r"study tiny: under policy generic .* stricter") as caught:
+        run.run_study(study, model, tmp_path / "results")
+    assert "\n" not in str(caught.value) and not extracted
+    assert prepare.read_record(tmp_path / "results").policies[0].youden == 0
+
+
+CHOOSE = [
+    ('system = "generic"', 'system = "choose"'),
+    ("prompts = 2\n", 'prompts = 2\npolicies = ["safety-strict", "safety-brief", "generic"]\n'),
+]
+
+
+def test_a_policy_is_chosen_and_the_run_records_it_with_how_it_was_scored(model, tmp_path):
+    study = spec.load(tiny.study_file(tmp_path, *CHOOSE))
+    run.run_study(study, model, tmp_path / "results")
+    found = results.load(tmp_path / "results")
+    # All are equally good for a model that never refuses, so the shortest is taken.
+    assert (found.run.policy.name, found.spec.system, found.run.study.system) == (
+        "generic",
+        "generic",
+        "choose",
+    )
+    assert {c.policy for c in found.run.candidates.policies} == {
+        "generic",
+        "safety-brief",
+        "safety-strict",
+    }
+    run.run_study(study, model, tmp_path / "results")
+
+
+WINDOW = [
+    *OPEN,
+    ('{ project = "persona", at = "late" }', '{ project = "persona", at = "window" }'),
+    (
+        '{ add = "random", at = "steer", scale = 4.0 }',
+        '{ add = "random", at = "steer", scale = 4.0 }, '
+        '{ add = "refusal", at = "late_refusal", scale = "refusal_dose" }',
+    ),
+    (
+        "prompts = 2\n",
+        "prompts = 2\nmax_change = 1.0\nwindows = { starts = [1], widths = [1, 2] }\n"
+        "late = { layers = [1.0], scales = [2.0, 3.0] }\n",
+    ),
+]
+
+
+def test_a_window_and_a_late_refusal_are_chosen_and_resolved_in_the_conditions(model, tmp_path):
+    study = spec.load(tiny.study_file(tmp_path, *WINDOW))
+    run.run_study(study, model, tmp_path / "results")
+    record = prepare.read_record(tmp_path / "results")
+    # Two layers do not fit behind the steering layer of a model of three.
+    assert [(c.layer, c.width) for c in record.windows] == [(0, 0), (2, 1)]
+    assert [(c.layer, c.width, c.scale) for c in record.late] == [
+        (0, 0, 0.0),
+        (2, 1, 2.0),
+        (2, 1, 3.0),
+    ]
+    found = results.load(tmp_path / "results").run
+    assert found.candidates == record.candidates
+    assert (found.layers["window"], found.layers["window_last"]) == (2, 2)
+    (out, late) = (found.named(name).operations[1] for name in ("persona, out", "random #1"))
+    assert out.layers == (2,)
+    assert (late.layers, late.scale) == ((2,), record.refusal_dose)
+
+
+def test_fixed_windows_and_doses_are_not_chosen(model, tmp_path):
+    changes = [
+        *WINDOW,
+        ("layers = { late = 1.0 }", "layers = { late = 1.0, window = 2, window_last = 2 }"),
+        ("system =", "refusal_dose = 5.0\nsystem ="),
+    ]
+    study = spec.load(tiny.study_file(tmp_path, *changes))
+    assert prepare.open_choices(study) == ["refusal", "steer", "dose", "late_refusal"]
+    made = prepare.prepare(study, model, tmp_path / "results").record
+    assert made.windows == () and {c.scale for c in made.late if c.width} == {5.0}

@@ -17,7 +17,7 @@ from jaxsteer.generation import engine as rows
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import results, run, spec
+from jaxsteer.study import prepare, results, run, spec
 from tests import tiny
 
 
@@ -64,6 +64,7 @@ def test_a_studys_only_probe_is_not_read_alone(model, study, tmp_path, monkeypat
         asked.append(probes)
         return plain(*of, probes=probes, **options)
 
+    prepare.prepare(study, model, tmp_path / "results")
     monkeypatch.setattr(rows, "run", watched)
     run.run_study(study, model, tmp_path / "results")
     # The persona's, and one of zeros beside it: see `test_rows`.
@@ -120,6 +121,7 @@ def test_an_interrupted_run_continues_to_the_same_table(model, study, tmp_path, 
 def test_the_finished_rows_of_a_stopped_run_are_kept(model, tmp_path):
     # Fewer than a shard's worth.
     study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 64")))
+    prepare.prepare(study, model, tmp_path / "results")
     ended, go = [], rows.run
 
     def stopped_after_the_first(*args, **kwargs):
@@ -139,6 +141,7 @@ def test_the_finished_rows_of_a_stopped_run_are_kept(model, tmp_path):
 def test_an_error_raised_while_rows_are_closed_reaches_the_caller(model, tmp_path, monkeypatch):
     """A generator that is forgotten, not closed, would swallow it."""
     study = spec.load(tiny.study_file(tmp_path, ("batch = 4", "batch = 1")))
+    prepare.prepare(study, model, tmp_path / "results")
     go = rows.run
 
     class Stopped(BaseException):
@@ -165,6 +168,7 @@ def test_an_error_raised_while_rows_are_closed_reaches_the_caller(model, tmp_pat
 
 
 def test_rows_are_written_in_time_however_few_have_ended(model, study, tmp_path, monkeypatch):
+    prepare.prepare(study, model, tmp_path / "results")
     monkeypatch.setattr(run, "OFTEN", 0)
     batches, go = [], rows.run
 

@@ -14,8 +14,15 @@ from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, everywhere
+from jaxsteer.stats import newcombe
 from jaxsteer.study import selection
-from jaxsteer.study.selection import DoseCandidate, RefusalCandidate
+from jaxsteer.study.selection import (
+    DoseCandidate,
+    PolicyCandidate,
+    Rates,
+    RefusalCandidate,
+    RestoringCandidate,
+)
 from tests import oracle, tiny
 
 
@@ -81,7 +88,7 @@ def test_a_candidate_whose_scores_are_no_numbers_is_filtered(pair):
     vectors = np.ones((3, 32), np.float32)
     direction = Direction(name="refusal", vectors=vectors, provenance={})
     (found,) = selection.refusal_candidates(broken, direction, [[3, 9]], [[3, 8]], [1], [11])
-    assert np.isnan(found.induce) and "not finite" in " ".join(found.reasons)
+    assert found.induce is None and "not finite" in " ".join(found.reasons)
 
 
 def refusal(layer, bypass, kl=0.01, reasons=()):
@@ -101,7 +108,7 @@ def test_with_none_eligible_the_near_misses_are_shown_or_the_nearest_taken():
     ]
     with pytest.raises(UserError, match=r"resid_post\.3: KL 0\.20.*resid_post\.2.*resid_post\.1"):
         selection.choose_refusal(found, allow_near_miss=False)
-    broken = refusal(4, np.nan, np.nan, ("a score is not finite",))
+    broken = refusal(4, None, None, ("a score is not finite",))
     assert selection.choose_refusal([broken, *found], allow_near_miss=True).layer == 3
 
 
@@ -125,3 +132,89 @@ def test_equal_doses_are_settled_by_health_then_strength_then_depth():
 def test_a_grid_that_breaks_the_model_everywhere_is_refused():
     with pytest.raises(UserError, match="weaker strengths"):
         selection.choose_dose([cell(0, 0.0, 0.5, 0.0), cell(4, 9.0, 0.0, 0.9)], 0.1)
+
+
+def policy(name, harmful, harmless, n=32):
+    return PolicyCandidate(
+        policy=name,
+        n=n,
+        harmful=harmful,
+        harmless=harmless,
+        youden=harmful - harmless,
+        low=-1.0,
+        high=1.0,
+    )
+
+
+def test_the_policy_that_tells_the_prompts_apart_best_wins_and_of_equal_ones_the_first():
+    found = [policy("a", 0.5, 0.25), policy("b", 1.0, 1.0), policy("c", 0.25, 0.0)]
+    assert selection.choose_policy(found).policy == "a"
+    assert selection.choose_policy(found[::-1]).policy == "c"
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "said"),
+    [
+        (1.0, 0.97, "nearly everything gets one label; choose a milder policy"),
+        (0.03, 0.0, "nearly everything gets one label; choose a stricter policy"),
+        (0.5, 0.45, "hardly tells them apart"),
+        (0.2, 0.6, "J \u22120.40, needed: 0.1"),
+        (0.5, 0.4, ""),
+    ],
+)
+def test_a_study_that_would_say_nothing_is_told_why(harmful, harmless, said):
+    reason = selection.uninformative(policy("mine", harmful, harmless), 0.1)
+    assert said in reason and bool(reason) == bool(said)
+    assert not reason or "under policy mine the untouched model refuses" in reason
+
+
+def test_policies_are_scored_by_the_rule_on_what_the_model_says(pair):
+    _, model = pair
+    # Its words are `w7` and the like, which no rule reads as a refusal.
+    rater = selection.Rater(model, 3, 8)
+    both = ([[3, 9, 33, 7], [3, 9, 5]], [[3, 8, 8], [3, 8, 41, 12]])
+    (found,) = selection.policy_candidates(rater, {"p": both})
+    low, high = newcombe(0, 2, 0, 2)
+    assert (found.policy, found.n, found.youden) == ("p", 2, 0.0)
+    assert (found.low, found.high) == (low, high)
+
+
+def restoring(layer, width, steered, alone, broken=0.0, scale=0.0):
+    return RestoringCandidate(
+        layer=layer,
+        width=width,
+        scale=scale,
+        steered=Rates(refusal=steered, degenerate=0.0),
+        alone=Rates(refusal=alone, degenerate=broken),
+    )
+
+
+def chosen(*cells, near_miss=False):
+    plain = restoring(0, 0, 0.0, 0.5, broken=0.1)
+    return selection.choose_restoring([plain, *cells], 0.1, 0.1, allow_near_miss=near_miss)
+
+
+def test_the_window_that_restores_most_is_taken_of_those_that_do_little_alone():
+    strong, broken = restoring(4, 4, 0.9, 0.2), restoring(4, 3, 0.8, 0.5, broken=0.3)
+    assert chosen(strong, broken, restoring(5, 2, 0.3, 0.6), restoring(6, 1, 0.2, 0.4)) == (
+        restoring(5, 2, 0.3, 0.6),
+        (),
+    )
+
+
+def test_equal_windows_are_settled_by_width_then_strength_then_depth():
+    cells = [
+        restoring(4, 2, 0.3, 0.5, scale=1.0),
+        restoring(6, 1, 0.3, 0.5, scale=2.0),
+        restoring(7, 1, 0.3, 0.5, scale=1.0),
+        restoring(5, 1, 0.3, 0.5, scale=1.0),
+    ]
+    assert chosen(*cells)[0] == cells[3]
+
+
+def test_without_a_harmless_window_the_nearest_is_shown_or_taken():
+    cells = [restoring(4, 2, 0.9, 0.1), restoring(5, 1, 0.3, 0.3)]
+    with pytest.raises(UserError, match=r"nearest begins at resid_post\.5 .* from 50 % to 30 %"):
+        chosen(*cells)
+    best, why = chosen(*cells, near_miss=True)
+    assert best == cells[1] and "alone it moves refusal from 50 % to 30 %" in why[0]

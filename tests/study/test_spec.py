@@ -105,6 +105,7 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             'it = { kind = "minus", of = ["persona", "refusal"] }\nrefusal = { kind = "refusal" }',
             r"directions\.it\.of names 'refusal', which comes later",
         ),
+        ('system = "safety-v2"', 'system = "choose"', "needs .* policies to choose from"),
         ("neutral =", "random-1 =", r"directions\.random-1.* random controls"),
         ("neutral =", "random =", r"directions\.random: .* random controls"),
     ],

@@ -11,15 +11,17 @@ from jaxsteer.study import results, run, selection, spec, validate
 from tests import tiny
 
 DIRECTION = 'persona = { kind = "trait", trait = "compliant" }\n'
-SELECTION = "[selection]\nprompts = 2\nlayers = [0.5]\nscales = [1.0]\nmax_new_tokens = 4\n"
+SELECTION = "[selection]\nprompts = 2\nmax_new_tokens = 4\n"
+CANDIDATES = "layers = [0.5]\nscales = [1.0]\n"
 REFUSAL = ("[directions]\n", '[directions]\nrefusal = { kind = "refusal" }\n')
 OPEN = ("dose = 3.0\n", "")
 
 
 def chosen(old, new):
     """The study with an open dose and layers, and a [selection] changed in one place."""
-    assert old in SELECTION
-    return OPEN, ("steer = 1, ", ""), (DIRECTION, DIRECTION + SELECTION.replace(old, new))
+    written = SELECTION + CANDIDATES
+    assert old in written
+    return OPEN, ("steer = 1, ", ""), (SELECTION, written.replace(old, new))
 
 
 def claimed(control, expect):
@@ -39,7 +41,7 @@ WRONG = {
     ),
     "no room for a prompt": ([("new_tokens = 6", "new_tokens = 500")], "at most 12 fit"),
     "no token": (
-        [REFUSAL, (DIRECTION, DIRECTION + SELECTION + 'refusal_openings = [" "]\n')],
+        [REFUSAL, (SELECTION, SELECTION + 'refusal_openings = [" "]\n')],
         "refusal_openings holds ' '",
     ),
     "a claim's layer": (
@@ -58,7 +60,7 @@ WRONG = {
         r"'persona, out'.*resid_post\.-1 ",
     ),
     "a layer that is not chosen": (
-        [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm") + SELECTION)]
+        [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm"))]
         + [('"persona", at', '"charm", at')] * 3,
         "cannot read layer 'steer'",
     ),
@@ -159,4 +161,4 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
 
 def test_a_plan_says_what_is_still_to_choose(model):
     planned = validate.plan(spec.load("mode-audit"), model)
-    assert planned.open_choices == ["steer", "dose", "refusal"]
+    assert planned.open_choices == ["refusal", "steer", "dose"]
