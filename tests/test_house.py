@@ -16,13 +16,14 @@ from tests import weigh
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
 # Raised since: 95 for the keyword list (limits of an answer, refusals by any verb), 13 of the core
-# for thinking that never ended; 290 of the core for the families of models; 170 for what claims
-# need before they say anything, and for judging a receipt's claims again from their counts; 350 of
-# the core and a file for the files of chat models as they are (templates that do what a user would
-# not expect, turn marks, ends, GGUF parts, two sets of weights, the hub's errors, LoRA adapters); 230 of the core
-# for choosing policy, window and late refusal by rule, and for studies that would say nothing.
-CORE = 5590
-WHOLE = 12875
+# for thinking that never ended; 360 of the core for the families of models, GGUFs included; 170 for
+# what claims need before they say anything, and for judging a receipt's claims again from their
+# counts; 350 of the core and a file for the files of chat models as they are (templates that do
+# what a user would not expect, turn marks, ends, GGUF parts, two sets of weights, the hub's errors,
+# LoRA adapters); 230 of the core for choosing policy, window and late refusal by rule, and for
+# studies that would say nothing.
+CORE = 5655
+WHOLE = 12940
 MODULE = 350
 FILES = 85
 

@@ -125,7 +125,7 @@ NUMBERS = (
     "num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "query_pre_attn_scalar",
     "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier",
-    "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "embedding_multiplier", "residual_multiplier", "logits_scaling", "partial_rotary_factor",
 )  # fmt: skip
 # Those of them that count something.
 COUNTS = {*SIZES[:-1], *NUMBERS[:4]}
@@ -199,7 +199,7 @@ def from_hf(
     """
     name, text = _text_part(config, where)
     family = FAMILIES[name]
-    problems = [_problem(key, value, family) for key, value in text.items()]
+    problems = [_problem(key, value, family, names or {}) for key, value in text.items()]
     if any(problems):
         known = ", ".join(sorted({*READ, *ONLY, *family.keys}))
         raise UserError(f"{where}: {'; '.join(filter(None, problems))}; known keys: {known}")
@@ -298,16 +298,17 @@ def _text_part(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str,
     return named, text
 
 
-def _problem(key: str, value: Any, family: Family) -> str | None:
+def _problem(key: str, value: Any, family: Family, names: Mapping[str, str]) -> str | None:
+    name = names.get(key, key)
     if key in READ or key in family.keys or key in INERT:
         return None
     if key not in ONLY:
         shown = reprlib.repr(value)
-        return f"{key} is unknown, so its effect would be ignored (its value is {shown})"
+        return f"{name} is unknown, so its effect would be ignored (its value is {shown})"
     values, supported = ONLY[key]
     if isinstance(value, list):
         value = sorted(set(map(str, value)))
-    return None if value in values else f"{key}={value!r} is not supported, only {supported}"
+    return None if value in values else f"{name}={value!r} is not supported, only {supported}"
 
 
 def _check_number(

@@ -25,6 +25,8 @@ class Family:
       scaled_embedding: whether the embedding is multiplied by the root of its width.
       fused: whether q, k and v are one tensor of the source, and gate and up another.
       gguf_pairs: whether a GGUF stores the rows of q and k with rotary pairs side by side.
+      gguf_depth: layers of the model whose queries are scaled by d_model / heads and not by the
+        width of a head, which a GGUF does not say; 0 for none.
     """
 
     model_type: str
@@ -34,6 +36,7 @@ class Family:
     scaled_embedding: bool = False
     fused: bool = False
     gguf_pairs: bool = False
+    gguf_depth: int = 0
 
 
 _WINDOWS = ("sliding_window", "layer_types")
@@ -72,11 +75,12 @@ FAMILIES: Mapping[str, Family] = {
         scaled_embedding=True,
     ),
     "Gemma2ForCausalLM": Family(
-        model_type="gemma2", gguf="gemma2", keys=_GEMMA2, fixed=_AROUND, scaled_embedding=True
+        model_type="gemma2", gguf="gemma2", keys=_GEMMA2, fixed=_AROUND, scaled_embedding=True,
+        gguf_depth=46,
     ),
     "Gemma3ForCausalLM": Family(
         model_type="gemma3_text", gguf="gemma3", keys=_GEMMA3,
-        fixed=_AROUND | {"qk_norm": "head"}, scaled_embedding=True,
+        fixed=_AROUND | {"qk_norm": "head"}, scaled_embedding=True, gguf_depth=62,
     ),
     "Olmo2ForCausalLM": Family(
         model_type="olmo2", gguf="olmo2", keys=("attention_bias",), fixed=_AFTER

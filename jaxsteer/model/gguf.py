@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import AddedToken, pre_tokenizers
 
 from jaxsteer.errors import UserError, one_line
-from jaxsteer.model.config import AttentionKind, ModelConfig, from_hf
+from jaxsteer.model.config import READ, AttentionKind, ModelConfig, from_hf
 from jaxsteer.model.convert import Options, Source
 from jaxsteer.model.families import FAMILIES
 from jaxsteer.model.tokenizer import Tokenizer, transformers
@@ -26,7 +26,10 @@ from jaxsteer.model.weights import Tensor
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
 
+# Tensors that say what each rotary frequency is divided by; two of them up to a first length of
+# the context, and beyond it.
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 # How text is split before merging, by llama.cpp's names: those that split as GPT-2 does, those
 # that split off each digit first, and those that look a piece up before they merge its letters.
 GPT2_SPLITS = ("gpt-2", "mpt", "olmo")
@@ -48,17 +51,40 @@ CONFIG_KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "layer_types",
+    "attention.scale": "attention_multiplier",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
     "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
 }
-# Metadata that must equal the width of a head.
-HEAD_WIDTHS = ("attention.value_length", "rope.dimension_count")
-# Metadata that follows from the tensors.
-IMPLIED = ("vocab_size", "tensor_data_layout")
+# The same of the config's table of the rotary embedding.
+ROPE_KEYS = {
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.yarn_attn_factor": "attention_factor",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+    "attention.temperature_scale": "llama_4_scaling_beta",
+}
+# Metadata that follows from the tensors or from other metadata.
+IMPLIED = (
+    "vocab_size", "tensor_data_layout", "attention.value_length", "rope.dimension_count",
+    "rope.scaling.finetuned",
+)  # fmt: skip
 # Values that mean the same as no value.
 DEFAULTS = {
     "rope.scaling.type": "none",
     "rope.scaling.factor": 1.0,
     "rope.scale_linear": 1.0,
+    "attention.sliding_window": 0,
     "expert_count": 0,
     "expert_used_count": 0,
 }
@@ -135,7 +161,7 @@ def configuration(
     """The configuration that a GGUF's metadata and the names and shapes of its tensors describe.
 
     Raises:
-      UserError: as `config.from_hf`, or rotary factors that are not those of a known model.
+      UserError: as `config.from_hf`, or rotary factors that do not fit the model.
     """
     named = fields.get("general.architecture")
     of_name = [hf for hf, family in FAMILIES.items() if family.gguf == named]
@@ -146,42 +172,94 @@ def configuration(
     if "token_embd.weight" not in by_name:
         raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")
     values: dict[str, Any] = {
-        "architectures": of_name,
         "vocab_size": int(by_name["token_embd.weight"].shape[-1]),
         "tie_word_embeddings": "output.weight" not in by_name,
     }
+    rope: dict[str, Any] = {}
     for key, value in fields.items():
         head, _, name = key.partition(".")
-        if name in CONFIG_KEYS and head == named:
-            values[CONFIG_KEYS[name]] = value
-        elif head == named and name not in (*HEAD_WIDTHS, *IMPLIED) and DEFAULTS.get(name) != value:
-            values[key] = value  # `from_hf` refuses it by this name
-    names = {hf: f"{named}.{name}" for name, hf in CONFIG_KEYS.items()}
+        if head == named and name in ROPE_KEYS and DEFAULTS.get(name) != value:
+            rope[ROPE_KEYS[name]] = value
+        elif head == named and name not in IMPLIED and DEFAULTS.get(name) != value:
+            values[CONFIG_KEYS.get(name, key)] = value  # `from_hf` refuses an unknown key
+    if SHORT in by_name and LONG in by_name:
+        factors = {"short_factor": _factors(by_name[SHORT]), "long_factor": _factors(by_name[LONG])}
+        rope |= {"rope_type": "longrope"} | factors
+    values |= _rope(values, rope)
+    # Several architectures may have one name; the metadata is read by one of them.
+    own = values.keys() - READ
+    hf = next((name for name in of_name if own <= {*FAMILIES[name].keys}), of_name[0])
+    read = FAMILIES[hf].keys
+    implied = {
+        "attention_bias": "blk.0.attn_output.bias" in by_name,
+        "mlp_bias": "blk.0.ffn_up.bias" in by_name,
+        "original_max_position_embeddings": rope.get("original_max_position_embeddings"),
+        **_from_sizes(values, fields.get(f"{named}.rope.dimension_count"), FAMILIES[hf].gguf_depth),
+    }
+    values |= {key: value for key, value in implied.items() if value is not None and key in read}
+    values["architectures"] = [hf]
+    names = {hf: f"{named}.{name}" for name, hf in (CONFIG_KEYS | ROPE_KEYS).items()}
     config = from_hf(values, where, names)
-    for name in HEAD_WIDTHS:
-        width = fields.get(f"{named}.{name}", config.head_dim)
-        if width != config.head_dim:
-            raise UserError(
-                f"{where}: {named}.{name}={width!r} is not supported, only the width of a head, "
-                f"{config.head_dim}"
-            )
+    for name, width in (
+        ("attention.value_length", config.head_dim),
+        ("rope.dimension_count", config.rotary_dim),
+    ):
+        value = fields.get(f"{named}.{name}", width)
+        if value != width:
+            raise UserError(f"{where}: {named}.{name}={value!r} is not supported, only {width}")
     if ROPE_FACTORS not in by_name:
         return config
-    # What each rotary frequency is divided by.
-    factors = tuple(np.array(by_name[ROPE_FACTORS].data, float).tolist())
-    if len(factors) != config.rotary_dim // 2:
+    divisors = tuple(_factors(by_name[ROPE_FACTORS]))
+    if len(divisors) != config.rotary_dim // 2:
         raise UserError(f"{where}: {ROPE_FACTORS} does not fit heads of {config.head_dim}")
 
     def divided(kind: AttentionKind) -> AttentionKind:
-        rope = kind.rope and dataclasses.replace(kind.rope, divisors=factors)
+        rope = kind.rope and dataclasses.replace(kind.rope, divisors=divisors)
         return dataclasses.replace(kind, rope=rope)
 
     return dataclasses.replace(config, attention=tuple(map(divided, config.attention)))
 
 
+def _from_sizes(values: Mapping[str, Any], rotated: Any, depth: int) -> dict[str, Any]:
+    """Keys that follow from the sizes of a model; none of sizes that `from_hf` refuses."""
+    keys = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    width, heads, layers = sizes = [values.get(key) or 0 for key in keys]
+    head_dim = values.get("head_dim", 1)
+    if not all(isinstance(size, int) and size > 0 for size in (*sizes, head_dim)):
+        return {}
+    head_dim = values.get("head_dim", width // heads)
+    scalar = width // heads if layers == depth else head_dim
+    partial = rotated / head_dim if isinstance(rotated, int) else None
+    return {"partial_rotary_factor": partial, "query_pre_attn_scalar": scalar}
+
+
+def _rope(values: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding in HF's form: one table, or one for each type of layer."""
+    if "mscale_all_dim" in rope:
+        rope["mscale"] = 1.0
+    # Phi-3 says the original length without a scaling, too.
+    rope = rope if "rope_type" in rope else {"rope_type": "default"}
+    slides = values.get("layer_types")
+    if not isinstance(slides, list):
+        return {"rope_scaling": rope}
+    theta = values.pop("rope_theta", 1e4)
+    local = values.pop("rope_local_base_freq", theta)
+    return {
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "rope_parameters": {
+            "full_attention": rope | {"rope_theta": theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
+
+
+def _factors(tensor: ReaderTensor) -> list[float]:
+    return np.array(tensor.data, float).tolist()
+
+
 def _tensors(tensors: list[ReaderTensor]) -> Iterator[Tensor]:
     for tensor in tensors:
-        if tensor.name != ROPE_FACTORS:
+        if tensor.name not in (ROPE_FACTORS, SHORT, LONG):
             yield tensor.name, functools.partial(_dequantised, tensor)
 
 

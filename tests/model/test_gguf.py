@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -11,24 +13,19 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jaxsteer.errors import UserError
 from jaxsteer.model import checkpoint
-from jaxsteer.model.config import from_hf
+from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.convert import Options, convert, fill
+from jaxsteer.model.gguf import configuration
 from jaxsteer.model.layers import rope_frequencies
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import flatten, param_shapes, table, unpermute
 from tests import tiny
-from tests.tiny_gguf import WORDS, write_gguf
+from tests.tiny_gguf import WORDS, permute, write_family, write_gguf
 
 TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"),
     *("Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
-
-
-def permute(value, heads):
-    """llama.cpp's own reordering of q and k on the way into a GGUF."""
-    rows, width = value.shape
-    return value.reshape(heads, 2, rows // heads // 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
 def test_unpermute_undoes_llama_cpps_order(rng):
@@ -289,3 +286,59 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path, data):
     (tmp_path / "m.gguf").write_bytes(data)
     with pytest.raises(UserError, match=r"m\.gguf is missing, damaged, .* or not a GGUF"):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+
+
+# How llama.cpp stores each family: its name, what it adds to norms, whether q and k are in pairs;
+# and values that its files cannot say otherwise.
+GGUF_FAMILIES = {
+    "llama": ("llama", 0.0, True, {}),
+    "qwen2": ("qwen2", 0.0, False, {"use_sliding_window": False}),
+    "qwen3": ("qwen3", 0.0, False, {}),
+    "gemma": ("gemma", 1.0, False, {}),
+    "gemma2": ("gemma2", 1.0, False, {"query_pre_attn_scalar": 12}),
+    "gemma3_text": (
+        "gemma3", 1.0, False,
+        {"query_pre_attn_scalar": 12, "num_hidden_layers": 6, "sliding_window_pattern": 6},
+    ),
+    "olmo2": ("olmo2", 0.0, False, {}),
+    "olmo3": ("olmo2", 0.0, False, {}),
+    "phi3": ("phi3", 0.0, False, {}),
+    "phi4": ("phi3", 0.0, False, {}),
+    "smollm3": ("smollm3", 0.0, True, {"no_rope_layer_interval": 4, "use_sliding_window": False}),
+    "granite": ("granite", 0.0, True, {}),
+    "ministral3": ("mistral3", 0.0, True, {"sliding_window": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_FAMILIES)
+def test_a_gguf_of_every_family_is_the_model_of_the_folder_it_was_made_from(name, tmp_path):
+    architecture, norms, pairs, other = GGUF_FAMILIES[name]
+    hf = tiny.family(name, **other)
+    write_family(tmp_path / "m.gguf", hf, architecture, norms=norms, pairs=pairs)
+    ours = checkpoint.load(convert(tmp_path / "m.gguf", tmp_path / "a", "float32"))
+    theirs = checkpoint.load(convert(tiny.save(hf, tmp_path / "hf"), tmp_path / "b", "float32"))
+    for kind, expected in zip(ours.config.attention, theirs.config.attention, strict=True):
+        assert kind.window == expected.window and (kind.rope is None) == (expected.rope is None)
+        if kind.rope is not None:
+            np.testing.assert_allclose(kind.rope.divisors, expected.rope.divisors, rtol=1e-6)
+            assert kind.rope.theta == expected.rope.theta
+            assert kind.rope.scale == pytest.approx(expected.rope.scale)
+    same = {f.name: getattr(theirs.config, f.name) for f in dataclasses.fields(ModelConfig)}
+    for field, value in same.items():
+        if field != "attention":
+            assert getattr(ours.config, field) == pytest.approx(value), field
+    for path, value in flatten(theirs.params).items():
+        np.testing.assert_allclose(flatten(ours.params)[path], value, atol=2e-7)
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(2, 12), (46, 8)])
+def test_the_largest_gemma_2_scales_queries_by_the_mean_width_of_its_heads(layers, scale):
+    fields = {
+        "general.architecture": "gemma2", "gemma2.context_length": 64, "gemma2.block_count": layers,
+        "gemma2.embedding_length": 32, "gemma2.feed_forward_length": 48,
+        "gemma2.attention.head_count": 4, "gemma2.attention.key_length": 12,
+        "gemma2.attention.layer_norm_rms_epsilon": 1e-6, "gemma2.attention.sliding_window": 8,
+    }  # fmt: skip
+    table = SimpleNamespace(name="token_embd.weight", shape=[32, 64])
+    found = configuration(fields, [table], "test")
+    assert found.attention_scale == pytest.approx(scale**-0.5)
