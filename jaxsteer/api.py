@@ -38,6 +38,7 @@ from jaxsteer.model.interventions import (
     Tap,
     compile_conditions,
 )
+from jaxsteer.model.tokenizer import Tokenizer
 
 Layers = int | str | Sequence[int]
 
@@ -188,20 +189,20 @@ class Model(ChatModel):
         tokens = self.tokenizer.chat(prompt, system)
         use_compile_cache()
         decoding = Decoding(max_new_tokens=max_new_tokens, eos=self.eos)
-        for index, name in enumerate(asked):
-            prompt_read = stepwise.read(self, tokens, stepwise.only(stacked, index), decoding)
-            change, ids, shown = _change(prompt_read), list[int](), ""
-            for reading in stepwise.reply(self, prompt_read):
-                change += _change(reading)
-                ids += reading.tokens
-                text = self.tokenizer.reply(ids)
-                # A letter may take several tokens: until it is whole it decodes to U+FFFD.
-                whole = text.rstrip("\ufffd")
-                yield Piece(condition=name, text=whole[len(shown) :], change=change)
-                shown = whole
-            rest = self.tokenizer.reply(ids)[len(shown) :]
-            yield Piece(condition=name, text=rest, change=change)
-            _check_changes(name, asked[name], [change])
+        readings = stepwise.read_each(self, tokens, stacked, decoding)
+        texts = [
+            _Text(name, _change(reading)) for name, reading in zip(asked, readings, strict=True)
+        ]
+        steps = stepwise.reply_each(self, readings)
+        for text in texts:
+            # All rows run in step; the text of those that are not yet shown waits.
+            while not text.ended and (step := next(steps, None)):
+                for each, reading in zip(texts, step, strict=True):
+                    each.read(self.tokenizer, reading)
+                yield from text.taken()
+            text.end(self.tokenizer)
+            yield from text.taken()
+            _check_changes(text.condition, asked[text.condition], [text.change])
 
     def _compiled(
         self, conditions: Mapping[str, Sequence[Operation]], scope: Scope
@@ -212,6 +213,43 @@ class Model(ChatModel):
             n_layers=self.config.n_layers,
             d_model=self.config.d_model,
         )
+
+
+class _Text:
+    """The text of one reply while it is written.
+
+    Attributes:
+      condition: name of its condition.
+      change: norm of the realised change so far.
+      ended: whether the reply is complete.
+    """
+
+    def __init__(self, condition: str, change: float):
+        self.condition, self.change, self.ended = condition, change, False
+        self._ids, self._shown, self._pieces = list[int](), "", list[Piece]()
+
+    def read(self, tokenizer: Tokenizer, reading: stepwise.Reading | None) -> None:
+        """Take the next token; None after the last."""
+        if reading is None:
+            self.ended = True
+            return
+        self.change += _change(reading)
+        self._ids += reading.tokens
+        # A letter may take several tokens: until it is whole it decodes to U+FFFD.
+        self._add(tokenizer.reply(self._ids).rstrip("\ufffd"))
+
+    def end(self, tokenizer: Tokenizer) -> None:
+        """Take what is left of an incomplete letter too."""
+        self._add(tokenizer.reply(self._ids))
+
+    def taken(self) -> list[Piece]:
+        """The pieces since the last call."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _add(self, text: str) -> None:
+        new, self._shown = text[len(self._shown) :], text
+        self._pieces.append(Piece(condition=self.condition, text=new, change=self.change))
 
 
 def _change(reading: stepwise.Reading) -> float:

@@ -267,7 +267,7 @@ def _gather_all(
 
 
 @jax.jit
-def _stacked(changes: Sequence[dict[str, decoder.Realised]]) -> dict[str, decoder.Realised]:
+def stacked(changes: Sequence[dict[str, decoder.Realised]]) -> dict[str, decoder.Realised]:
     """The realised change of all layers in order, by tap."""
     found = {}
     for tap in dict.fromkeys(tap for change in changes for tap in change):
@@ -280,7 +280,7 @@ def as_prefix(batch: PromptBatch) -> Prefix:
     """Prompts that have been read, as the prefixes of other prompts; one to a packed sequence."""
     whole = dataclasses.replace(batch, real=np.ones(batch.real.shape, bool))
     cache, changes = _gather_all(whole, batch.real.shape[1])
-    return Prefix(cache=cache, real=jnp.asarray(batch.real), realised=_stacked(changes))
+    return Prefix(cache=cache, real=jnp.asarray(batch.real), realised=stacked(changes))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "decoding", "slots"))
@@ -310,7 +310,7 @@ def first_token(
     kept = model.config.vocab_size if decoding.keep_logits else 0
     real, ids = jnp.asarray(batch.real), jnp.asarray(batch.ids)
     count = real.shape[0]
-    realised, before = _stacked(changes), jnp.zeros((count, 0), bool)
+    realised, before = stacked(changes), jnp.zeros((count, 0), bool)
     if batch.prefix is not None:
         before = jnp.asarray(batch.prefix.real)
         realised = jax.tree.map(jnp.add, realised, batch.prefix.realised)

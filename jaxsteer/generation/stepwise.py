@@ -1,12 +1,13 @@
 """One prompt, then its reply token by token: generation to watch, and the tests' reference.
 
 `engine` serves studies: it packs prompts, shares work between rows, and keeps sums over tokens.
-Here one row runs alone, and all results of a forward pass are available directly after it:
-next-token logits, the projections of every token at every layer, the realised change.
+Here one prompt is read under one condition, or under several in step, and all results of a forward
+pass are available directly after it: next-token logits, the projections of every token at every
+layer, the realised change.
 
     read(prompt) -> Reading -> reply: Reading, Reading, ...     one forward pass each
 
-A prompt is left-padded, so that all prompts of a bucket run the same program. For 3 real tokens in
+A prompt is left-padded, so that all prompts of a bucket run the same programs. For 3 real tokens in
 a bucket of 4, and 2 new tokens:
 
     slot       0    1   2   3   4   5
@@ -14,9 +15,11 @@ a bucket of 4, and 2 new tokens:
     position   -    0   1   2   3   4      counted over real tokens
     visible to x:   a   b   c   x          padding is never visible, never steered
 
-One program is compiled for each prompt bucket and one for a token of its reply. Static: model
-graph, `Decoding`. Dynamic: tokens, interventions, probes, sampling; so another strength, layer or
-direction compiles nothing.
+Three programs make a pass: the embedding, a group of layers, which runs for each group, and the
+choice of the next token. Each is compiled for each prompt bucket and for one token of the reply; a
+program of all layers would take ten times as long to load. Static: model graph, `Decoding`.
+Dynamic: tokens, interventions, probes, sampling; so another strength, layer or direction compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -24,19 +27,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsteer.generation import prefill
 from jaxsteer.generation.decode import Decoding, Sampling, choose
+from jaxsteer.generation.layer_sharing import layer_groups
 from jaxsteer.generation.requests import bucket, left_pad
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.layers import causal_mask, positions
 
@@ -46,21 +51,21 @@ TAP = "resid_post"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-    """One row between two forward passes.
+    """The rows of one prompt, a row for each condition, between two forward passes.
 
     Attributes:
       cache: keys and values per layer: the left-padded prompt, then the reply.
       held: which cache slots hold a real token.
       slot: the cache slot of the next pass's first token; 0 before the prompt is read.
-      chosen: how many tokens of the reply have been chosen.
-      interventions: the row's.
+      chosen: how many tokens of each reply have been chosen.
+      interventions: each row's.
       probes: unit directions per layer whose projections are wanted.
-      row_id: stable number of the row, for sampling.
+      row_id: stable number of the prompt, for sampling.
       sampling: dynamic sampling settings.
     """
 
     cache: decoder.Cache
-    held: Bool[AnyArray, " slot"]
+    held: Bool[AnyArray, "row slot"]
     slot: Int[AnyArray, ""]
     chosen: Int[AnyArray, ""]
     interventions: Interventions
@@ -71,7 +76,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One forward pass: of the prompt, or of a token of the reply.
+    """One forward pass of one row: of the prompt, or of a token of the reply.
 
     Attributes:
       tokens: the ids that were read, padding left out.
@@ -80,7 +85,7 @@ class Reading:
       projections: of the stream at `resid_post` after interventions onto the probes, float32.
       realised: realised change per tap, summed over the tokens; leaves [layer, ...].
       decoding: the decoding settings.
-      state: what the next pass continues from.
+      state: what the next pass of all rows continues from.
     """
 
     tokens: list[int]
@@ -92,79 +97,165 @@ class Reading:
     state: State
 
 
-@functools.partial(jax.jit, static_argnames=("definition", "decoding"))
-def forward(
-    definition: nnx.GraphDef[decoder.Decoder],
-    decoding: Decoding,
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What layers need to know of the tokens that a pass reads.
+
+    Attributes:
+      positions: rotary positions.
+      visible: the cache slots that each attends to.
+      steered: which are steered.
+      real: which are no padding.
+    """
+
+    positions: Int[Array, "*row token"]
+    visible: Bool[Array, "*row token slot"]
+    steered: Bool[Array, "*row token"]
+    real: Bool[Array, "*row token"]
+
+
+Realised = dict[str, decoder.Realised]
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def embed_tokens(
+    config: ModelConfig,
     params: decoder.Params,
-    tokens: Int[AnyArray, " token"],
-    real: Bool[AnyArray, " token"],
+    tokens: Int[AnyArray, "row token"],
+    real: Bool[AnyArray, "row token"],
     state: State,
-) -> tuple[State, tuple[Array, Array, Array, dict[str, decoder.Realised]]]:
-    """Read some tokens and choose the next.
+) -> tuple[Tokens, Float[Array, "row token d_model"], Realised, Bool[Array, "row slot"]]:
+    """The stream before the first layer, the change at `embed`, and which slots are held now.
 
     Args:
-      definition: from `decoder.graph`; static.
-      decoding: static decoding settings.
+      config: the model's; static.
       params: the model's parameters.
-      tokens: a left-padded prompt, or one token of its reply.
+      tokens: a left-padded prompt in each row, or one token of its reply.
       real: which of them are real.
-      state: the row so far.
-
-    Returns:
-      The row's new state; then next-token logits, the chosen token, projections of all tokens
-      (padding too) and the realised change.
+      state: the rows so far.
     """
-    model = decoder.bind(definition, params)
-    tokens, real, held, slot = map(jnp.asarray, (tokens, real, state.held, state.slot))
-    earlier = jnp.broadcast_to(held, (tokens.shape[0], held.shape[0]))
-    asked, probes = state.interventions, jnp.asarray(state.probes)
-    out = model(
-        tokens,
-        positions(real, held),
-        lax.dynamic_update_slice_in_dim(earlier, causal_mask(real), slot, axis=1),
-        state.cache,
-        slot,
-        steering=decoder.Steering(
-            interventions=asked,
+    model, slot = _bound(config, params), jnp.asarray(state.slot)
+
+    def one(tokens: Array, real: Array, held: Array, asked: Interventions) -> Any:
+        earlier = jnp.broadcast_to(held, (tokens.shape[0], held.shape[0]))
+        read = Tokens(
+            positions=positions(real, held),
+            visible=lax.dynamic_update_slice_in_dim(earlier, causal_mask(real), slot, axis=1),
             steered=real & jnp.where(slot == 0, asked.on_prompt, asked.on_response),
             real=real,
-            probes=probes,
-        ),
-        capture=decoder.Capture(taps=(TAP,), weights=jnp.eye(tokens.shape[0])),
+        )
+        taps = _taps(read, asked, jnp.zeros((1, 0, model.config.d_model)))
+        h = model.embedded(tokens, taps)
+        held = lax.dynamic_update_slice_in_dim(held, real, slot, axis=0)
+        return read, h, taps.results()[1], held
+
+    rows = (tokens, real, state.held, state.interventions)
+    return jax.vmap(one)(*jax.tree.map(jnp.asarray, rows))
+
+
+def _bound(config: ModelConfig, params: decoder.Params) -> decoder.Decoder:
+    # The graph is not an argument of the programs: to compare its hash takes 10 ms at every call.
+    return decoder.bind(decoder.graph(config, params["embed"]["embedding"].dtype), params)
+
+
+def _taps(tokens: Tokens, interventions: Interventions, probes: Array) -> decoder.Taps:
+    steering = decoder.Steering(
+        interventions=interventions, steered=tokens.steered, real=tokens.real, probes=probes
     )
-    projections = jnp.einsum(
-        "ltd,lpd->ltp", out.captured[TAP], probes, precision=lax.Precision.HIGHEST
-    )
-    logits = model.logits(out.hidden[-1:])[0]
-    chosen, row_id = jnp.asarray(state.chosen), jnp.asarray(state.row_id)
-    token = choose(logits, row_id, chosen, state.sampling, decoding.sample)
-    after = dataclasses.replace(
-        state,
-        cache=out.cache,
-        held=lax.dynamic_update_slice_in_dim(held, real, slot, axis=0),
-        slot=slot + tokens.shape[0],
-        chosen=chosen + 1,
-    )
-    return after, (logits, token, projections, out.realised)
+    every = jnp.eye(tokens.real.shape[0])
+    return decoder.Taps(steering, decoder.Capture(taps=(TAP,), weights=every))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def read_layers(
+    config: ModelConfig,
+    params: decoder.Params,
+    tokens: Tokens,
+    h: Float[Array, "row token d_model"],
+    state: State,
+) -> tuple[Float[Array, "row token d_model"], decoder.Cache, Array, Realised]:
+    """Run the tokens of a pass through some layers.
+
+    Args:
+      config: the model's; static.
+      params: of these layers.
+      tokens: from `embed_tokens`.
+      h: the stream before these layers.
+      state: the rows so far; its cache, interventions and probes are those of these layers.
+
+    Returns:
+      The stream after them and their cache, with the pass's tokens written; the projections
+      [row, layer, token, probe] and the realised change.
+    """
+    definition = decoder.blocks_graph(config, len(params["layers"]), h.dtype)
+    layers, slot = decoder.bind(definition, params).layers, jnp.asarray(state.slot)
+    probes = jnp.asarray(state.probes)
+
+    def one(read: Tokens, h: Array, cache: decoder.Cache, asked: Interventions) -> Any:
+        taps, where = _taps(read, asked, probes), (read.positions, read.visible)
+        h, cache = decoder.run_blocks(config, layers, h, *where, cache, slot, taps)
+        captured, realised = taps.results()
+        exact = lax.Precision.HIGHEST
+        projections = jnp.einsum("ltd,lpd->ltp", captured[TAP], probes, precision=exact)
+        return h, cache, projections, realised
+
+    return jax.vmap(one)(tokens, h, state.cache, jax.tree.map(jnp.asarray, state.interventions))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "decoding"))
+def choose_next(
+    config: ModelConfig,
+    decoding: Decoding,
+    params: decoder.Params,
+    h: Float[Array, "row token d_model"],
+    state: State,
+) -> tuple[Float[Array, "row vocab"], Int[Array, " row"]]:
+    """Next-token logits after the last token of each row, and the token chosen from them."""
+    model = _bound(config, params)
+    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(h[:, -1:])[:, 0]
+    about = jnp.asarray(state.row_id), jnp.asarray(state.chosen)
+    pick = functools.partial(choose, sampling=state.sampling, sample=decoding.sample)
+    return logits, jax.vmap(lambda row: pick(row, *about))(logits)
 
 
 def _read(
-    model: ChatModel, decoding: Decoding, tokens: Sequence[int], width: int, state: State
-) -> Reading:
-    """Read tokens, left-padded to a width."""
-    padded, real = left_pad([list(tokens)], width)
-    after, found = forward(model.definition, decoding, model.params, padded[0], real[0], state)
-    logits, token, projections, realised = jax.device_get(found)
-    return Reading(
-        tokens=list(tokens),
-        logits=logits,
-        next=int(token),
-        projections=projections[:, width - len(tokens) :],
-        realised=realised,
-        decoding=decoding,
-        state=after,
-    )
+    model: ChatModel, decoding: Decoding, tokens: list[list[int]], width: int, state: State
+) -> list[Reading]:
+    """Read tokens of every row, left-padded to a width."""
+    padded, real = left_pad(tokens, width)
+    bare = dataclasses.replace(state, cache=[])
+    read, h, at_embed, held = embed_tokens(model.config, model.params, padded, real, bare)
+    cache, projections, changes = [], [], [at_embed]
+    for first, last in layer_groups(model.config.n_layers):
+        some = dataclasses.replace(
+            state,
+            cache=state.cache[first:last],
+            interventions=state.interventions.layers(first, last),
+            probes=state.probes[first:last],
+        )
+        params = prefill.group_params(model.params, first, last)
+        h, written, projected, change = read_layers(model.config, params, read, h, some)
+        cache += written
+        projections.append(projected)
+        changes.append(change)
+    logits, chosen = choose_next(model.config, decoding, model.params, h, bare)
+    slot, count = np.asarray(state.slot + width), np.asarray(state.chosen + 1)
+    after = dataclasses.replace(state, cache=cache, held=held, slot=slot, chosen=count)
+    found = (logits, chosen, jnp.concatenate(projections, axis=1), prefill.stacked(changes))
+    logits, chosen, projected, realised = jax.device_get(found)
+    return [
+        Reading(
+            tokens=row,
+            logits=logits[i],
+            next=int(chosen[i]),
+            projections=projected[i][:, width - len(row) :],
+            realised=jax.tree.map(lambda leaf, i=i: leaf[i], realised),
+            decoding=decoding,
+            state=after,
+        )
+        for i, row in enumerate(tokens)
+    ]
 
 
 def only(interventions: Interventions, condition: int) -> Interventions:
@@ -177,34 +268,51 @@ def read(
     prompt: Sequence[int],
     interventions: Interventions,
     decoding: Decoding,
+    **options: Any,
+) -> Reading:
+    """Read one prompt under one intervention, one condition's arrays (see `only`).
+
+    Options and errors are those of `read_each`.
+    """
+    stacked = jax.tree.map(lambda a: np.asarray(a)[None], interventions)
+    (reading,) = read_each(model, prompt, stacked, decoding, **options)
+    return reading
+
+
+def read_each(
+    model: ChatModel,
+    prompt: Sequence[int],
+    interventions: Interventions,
+    decoding: Decoding,
     *,
     probes: Float[np.ndarray, "layer probe d_model"] | None = None,
     sampling: Sampling | None = None,
     row_id: int = 0,
     width: int = 0,
-) -> Reading:
-    """Read one prompt under one intervention.
+) -> list[Reading]:
+    """Read one prompt under each of several conditions, in step: the weights are read once for all.
 
     Args:
       model: a loaded model.
       prompt: token ids.
-      interventions: one condition's arrays, see `only`.
-      decoding: decoding settings, of the reply too.
+      interventions: stacked conditions.
+      decoding: decoding settings, of the replies too.
       probes: unit directions whose projections are wanted; None for none.
       sampling: sampling settings, unread when greedy.
-      row_id: stable number of the row, folded into the sampling seed.
+      row_id: stable number of the prompt, folded into the sampling seed.
       width: pad to at least this many tokens, so that prompts shorter than it share a program.
 
     Raises:
       UserError: the prompt and its reply do not fit the model's context.
     """
     config, room = model.config, decoding.max_new_tokens
-    limit = config.max_position - room
+    limit, count = config.max_position - room, len(interventions.on_prompt)
     padded = bucket(max(len(prompt), min(width, limit)), limit)
     dtype = model.params["embed"]["embedding"].dtype
+    cache = decoder.empty_cache(config, config.n_layers, padded + room, dtype)
     begin = State(
-        cache=decoder.empty_cache(config, config.n_layers, padded + room, dtype),
-        held=np.zeros(padded + room, bool),
+        cache=jax.tree.map(lambda kv: jnp.broadcast_to(kv, (count, *kv.shape)), cache),
+        held=np.zeros((count, padded + room), bool),
         slot=np.array(0, np.int32),
         chosen=np.array(0, np.int32),
         interventions=interventions,
@@ -212,7 +320,7 @@ def read(
         row_id=np.array(row_id, np.uint32),
         sampling=sampling or Sampling(),
     )
-    return _read(model, decoding, prompt, padded, begin)
+    return _read(model, decoding, [list(prompt)] * count, padded, begin)
 
 
 def reply(model: ChatModel, reading: Reading) -> Iterator[Reading]:
@@ -220,9 +328,17 @@ def reply(model: ChatModel, reading: Reading) -> Iterator[Reading]:
 
     Every token is read, the last one too, so each has its projections.
     """
-    decoding = reading.decoding
+    for step in reply_each(model, [reading]):
+        yield from filter(None, step)
+
+
+def reply_each(model: ChatModel, readings: list[Reading]) -> Iterator[list[Reading | None]]:
+    """Yield the replies of `read_each` in step: a token of each, None for one that has ended."""
+    decoding, live = readings[0].decoding, [True] * len(readings)
     for _ in range(decoding.max_new_tokens):
-        if reading.next in decoding.eos:
+        live = [on and row.next not in decoding.eos for on, row in zip(live, readings, strict=True)]
+        if not any(live):
             return
-        reading = _read(model, decoding, [reading.next], 1, reading.state)
-        yield reading
+        # A row that has ended runs beside the others, unseen.
+        readings = _read(model, decoding, [[row.next] for row in readings], 1, readings[0].state)
+        yield [row if on else None for on, row in zip(live, readings, strict=True)]

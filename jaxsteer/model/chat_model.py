@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,16 @@ class ChatModel:
           UserError: not a checkpoint, or a file that does not match the manifest.
         """
         shardings = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
-        loaded = checkpoint.load(folder, verify=verify, shardings=shardings)
+        with ThreadPoolExecutor(1) as pool:
+            # Read while the weights are: each takes a second.
+            tokenizer = pool.submit(Tokenizer.load, folder / "tokenizer")
+            loaded = checkpoint.load(folder, verify=verify, shardings=shardings)
         return cls(
             name=folder.name,
             config=loaded.config,
             definition=graph(loaded.config, loaded.params["embed"]["embedding"].dtype),
             params=loaded.params,
-            tokenizer=Tokenizer.load(loaded.tokenizer_dir),
+            tokenizer=tokenizer.result(),
             eos=tuple(loaded.manifest.eos_token_ids),
             weights_sha256=loaded.manifest.weights_sha256,
             tokenizer_sha256=loaded.manifest.tokenizer_sha256,

@@ -91,13 +91,11 @@ class Checkpoint:
     Attributes:
       config: the model's configuration.
       params: nested dict of arrays, paths as in `weights.param_shapes`.
-      tokenizer_dir: folder of the tokenizer's files.
       manifest: the manifest as read.
     """
 
     config: ModelConfig
     params: dict[str, Any]
-    tokenizer_dir: Path
     manifest: Manifest
 
 
@@ -303,7 +301,7 @@ def load(
         ) from None
     if verify:
         _verify(path, params, manifest)
-    return Checkpoint(config=config, params=params, tokenizer_dir=tokenizer, manifest=manifest)
+    return Checkpoint(config=config, params=params, manifest=manifest)
 
 
 def _verify(path: Path, params: dict[str, Any], manifest: Manifest) -> None:

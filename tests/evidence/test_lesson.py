@@ -80,12 +80,12 @@ def test_moved_is_the_total_variation_distance():
 
 
 def test_every_kind_layer_and_strength_runs_the_same_two_programs(steerable):
-    stepwise.forward.clear_cache()
+    stepwise.read_layers.clear_cache()
     for kind, layer, strength in (("add", 0, 2.0), ("project", 1, 1.0), ("cap", 2, 0.5)):
         operations = steerable.operation(kind, "persona", layer, strength)
         list(steerable.replies(steerable.read(PROMPT, operations)))
     list(steerable.replies(steerable.read(PROMPT, [])))
-    assert stepwise.forward._cache_size() == 2
+    assert stepwise.read_layers._cache_size() == 2
 
 
 def test_the_neighbour_that_fixes_the_shapes_changes_nothing(steerable):

@@ -144,8 +144,8 @@ def test_another_strength_layer_or_direction_compiles_nothing(model, vectors):
         stacked = compiled(model, [[Add(direction=direction, layers=(layer,), scale=scale)]])
         with compiles.counted() as found:
             run(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
-        counts.append(found["forward"])
-    # One program reads the prompt, another each token of the reply.
+        counts.append(found["read_layers"])
+    # One program reads the prompt, layer by layer, another each token of the reply.
     assert counts == [2, 0, 0]
 
 
@@ -155,6 +155,27 @@ def test_a_projection_reads_as_zero_where_it_was_removed(model, vectors):
     assert np.abs(reading.projections[1]).max() < 1e-4
     assert max(np.abs(c.projections[1]).max() for c in steps) < 1e-4
     assert np.abs(reading.projections[0]).min() > 0
+
+
+def test_conditions_that_are_read_in_step_have_the_replies_that_each_has_alone(model, vectors):
+    stacked = compiled(model, [[], [Add(direction=vectors, layers=(1,), scale=3.0)]])
+    alone = [
+        run(model, PROMPTS[1], stepwise.only(stacked, c), unit(vectors), room=20) for c in range(2)
+    ]
+    # The first reply ends early: its row then has nothing to say.
+    ending = ChatModel(**{**vars(model), "eos": (*model.eos, tokens_of(alone[0][1])[4])})
+    decoding = Decoding(max_new_tokens=20, eos=ending.eos)
+    readings = stepwise.read_each(ending, PROMPTS[1], stacked, decoding, probes=unit(vectors))
+    steps = list(stepwise.reply_each(ending, readings))
+    for c, (prompt, reply) in enumerate(alone):
+        np.testing.assert_allclose(readings[c].logits, prompt.logits, atol=1e-4)
+        mine = [step[c] for step in steps if step[c] is not None]
+        free = tokens_of(reply)
+        ends = [i for i, token in enumerate(free) if token in ending.eos]
+        assert tokens_of(mine) == free[: min(ends, default=len(free))]
+        for one, other in zip(mine, reply, strict=False):
+            np.testing.assert_allclose(one.projections, other.projections, atol=1e-4)
+    assert steps[-1][0] is None and steps[-1][1] is not None
 
 
 def test_a_prompt_without_room_for_its_reply_is_refused(model, vectors):
