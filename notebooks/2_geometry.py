@@ -257,6 +257,25 @@ def _(found, window):
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
+    More instructions make a direction better known. Below, each half has only so many of them;
+    where a curve ends still rising, more instructions would help.
+    """)
+    return
+
+
+@app.cell
+def _(found, window):
+    _grown = cosines.growth(found, window)
+    _unit = "instruction" if "instruction" in _grown["unit"] else "prompt"
+    charts.growth_chart(_grown, _unit, window) if _unit in _grown["unit"] else mo.callout(
+        mo.md("Not measured. Run `jaxsteer geometry RESULTS --model DIR` again."), kind="warn"
+    )
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
     ## Lengths
 
     The norm of the stream grows with depth, and so do the directions, which are differences of its

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from jaxsteer.data.wheels import use_compile_cache
 from jaxsteer.errors import UserError
-from jaxsteer.words import plain
+from jaxsteer.words import plain, signed
 
 if TYPE_CHECKING:
     from jaxsteer.api import Model
@@ -117,9 +117,20 @@ def table(
 def claims_table(receipt: Statement) -> RenderableType:
     """The study's claims with their verdicts: what is confirmed comes first."""
     from jaxsteer.evidence.claims import in_order
+    from jaxsteer.receipt.statement import known, poorly_known
 
     p = receipt.predicate
     if not p.claims:
         return safe(f"{p.study.name} makes no claims")
     rows = [(c.name, safe(c.verdict, STYLES[c.verdict]), c.reason) for c in in_order(p.claims)]
-    return table(f"claims of {p.study.name}", ("claim", "verdict", "why"), rows)
+    made = table(f"claims of {p.study.name}", ("claim", "verdict", "why"), rows)
+    poor = [
+        f"{name} at layer {layer} ({signed(cosine)})"
+        for claim in p.claims
+        for (name, layer), cosine in known(p, claim).items()
+        if cosine is not None and poorly_known(cosine)
+    ]
+    if poor:
+        words = ", ".join(dict.fromkeys(poor))
+        made.caption = safe(f"poorly known directions, by the agreement of halves: {words}")
+    return made

@@ -378,13 +378,19 @@ def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
 
 
 def geometry_table(found: Measurements) -> Table:
-    """Reliability of each direction: the range over layers of the mean agreement of halves."""
+    """Reliability of each direction: the range over layers of the mean agreement of halves.
+
+    `growth` is the mean over layers for halves of 1, 2, 4 and so on units a side.
+    """
     rows = []
     for name, measured in found.directions.items():
         for unit, halves in measured.reliability.items():
             over_layers = f"{signed(min(halves.mean))} to {signed(max(halves.mean))}"
-            rows.append((name, unit, str(halves.units), over_layers))
+            means = ((n, sum(mean) / len(mean)) for n, mean in sorted(halves.growth.items()))
+            growth = ", ".join(f"{n}: {signed(mean)}" for n, mean in means)
+            rows.append((name, unit, str(halves.units), over_layers, growth))
         if measured.not_measured:
-            rows.append((name, measured.not_measured, "", ""))
+            rows.append((name, measured.not_measured, "", "", ""))
     numbers = ("units", "over layers")
-    return table("agreement of random halves", ("direction", "halves by", *numbers), rows, numbers)
+    columns = ("direction", "halves by", *numbers, "growth with units a side in each half")
+    return table("agreement of random halves", columns, rows, numbers)

@@ -200,6 +200,10 @@ def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
         "weights_sha256": model.weights_sha256,
         "tokenizer_sha256": model.tokenizer_sha256,
     }
+    if (halves := found.split_half()) is not None:
+        mean = [round(float(value), 6) for value in halves]
+        units = len(np.unique(found.units[found.labelled]))
+        provenance["split_half"] = {"unit": found.labelled, "units": units, "mean": mean}
     if made_of.replayed_under or made_of.position != "prompt_end":
         sampled = {**samples.SAMPLED, "max_new_tokens": made_of.max_new_tokens}
         provenance |= {"seed": made_of.seed, "sampled": sampled}

@@ -94,11 +94,35 @@ class Samples:
 
     def direction(self) -> Layers:
         """Mean of group 0 minus the mean of the other groups' means, float32, summed in float64."""
-        first, *others = (
-            self.values[self.group == group].mean(axis=0, dtype=np.float64)
-            for group in np.unique(self.group)
-        )
-        return (first - np.mean(others, axis=0)).astype(np.float32)
+        return _difference(self.values, self.group).astype(np.float32)
+
+    def split_half(self, repeats: int = 20, seed: int = 0) -> Float[np.ndarray, " layer"] | None:
+        """Mean cosine of the directions of two random halves of the labelled units, by layer.
+
+        Each side's units are halved, `repeats` times. None where a side has fewer than two units;
+        `evidence.reliability` says what it means, and measures more of it.
+        """
+        ids, found = self.units[self.labelled], []
+        sides = [np.unique(ids[self.positive]), np.unique(ids[~self.positive])]
+        if min(map(len, sides)) < 2:
+            return None
+        generator = np.random.Generator(np.random.PCG64(seed))
+        for _ in range(repeats):
+            chosen = [generator.permutation(side)[: len(side) // 2] for side in sides]
+            first = np.isin(ids, np.concatenate(chosen))
+            one, two = (_difference(self.values[h], self.group[h]) for h in (first, ~first))
+            norms = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+            found.append(np.einsum("ld,ld->l", one, two) / np.where(norms > 0, norms, 1.0))
+        return np.mean(found, axis=0)
+
+
+def _difference(
+    values: Float[np.ndarray, "sample layer d_model"], group: Int[np.ndarray, " sample"]
+) -> Float[np.ndarray, "layer d_model"]:
+    first, *others = (
+        values[group == one].mean(axis=0, dtype=np.float64) for one in np.unique(group)
+    )
+    return first - np.mean(others, axis=0)
 
 
 def sample_replies(

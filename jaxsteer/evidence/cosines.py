@@ -339,6 +339,22 @@ def reliability(found: Geometry, window: Window) -> pl.DataFrame:
     return pl.DataFrame(lines, schema={**schema, **floats}, orient="row")
 
 
+def growth(found: Geometry, window: Window) -> pl.DataFrame:
+    """How halves agree by their size: direction, unit, units (in a half, a side), mean, low, high.
+
+    The mean over the window's layers, and the smallest and largest of them.
+    """
+    lines = []
+    for name, measured in _measured(found).items():
+        for unit, halves in measured.reliability.items():
+            for units, curve in sorted(halves.growth.items()):
+                inside = curve[window[0] : window[1] + 1]
+                lines.append((name, unit, units, float(np.mean(inside)), min(inside), max(inside)))
+    schema = {"direction": pl.String, "unit": pl.String, "units": pl.Int64}
+    floats = dict.fromkeys(("mean", "low", "high"), pl.Float64)
+    return pl.DataFrame(lines, schema={**schema, **floats}, orient="row")
+
+
 def unreliable(found: Geometry) -> dict[str, str]:
     """Directions whose reliability was not measured, and why."""
     return {k: m.not_measured for k, m in _measured(found).items() if m.not_measured}

@@ -51,6 +51,7 @@ class Halves(msgspec.Struct, frozen=True, kw_only=True):
       units: how many there are to halve.
       mean, low, high: of the cosine of two halves, with its 95 % range.
       spearman_brown: the mean, stepped up to the full number of units.
+      growth: the mean of smaller halves, by the number of units that each has a side.
     """
 
     units: Count
@@ -58,6 +59,7 @@ class Halves(msgspec.Struct, frozen=True, kw_only=True):
     low: list[float]
     high: list[float]
     spearman_brown: list[float]
+    growth: dict[int, list[float]] = {}
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -231,6 +233,12 @@ def _described(direction: Direction, samples: Samples | str, halves: int, seed: 
             low=_rounded(low),
             high=_rounded(high),
             spearman_brown=_rounded([stats.spearman_brown(float(r)) for r in mean]),
+            growth={
+                n: _rounded(
+                    split_half(samples, unit, halves=halves, seed=seed, size=n).mean(axis=0)
+                )
+                for n in _sizes(samples, unit)
+            },
         )
     return msgspec.structs.replace(
         entry,
@@ -277,6 +285,14 @@ def _pair(
     return Pair(first=first.name, second=second.name, cosine=_rounded(observed), null=null)
 
 
+def _sizes(samples: Samples, unit: str) -> list[int]:
+    """1, 2, 4 and so on, and the largest number of units a side that a half can have."""
+    ids = samples.units[unit]
+    each = (np.unique(ids[side]) for side in (samples.positive, ~samples.positive))
+    most = min(map(len, each)) // 2
+    return sorted({most} | {2**k for k in range(most.bit_length())})
+
+
 def _rounded(values: Any) -> list[float]:
     return [round(float(value), 6) for value in values]
 
@@ -300,12 +316,12 @@ def difference_weights(
 
 
 def split_half(
-    samples: Samples, unit: str, *, halves: int = 100, seed: int = 0
+    samples: Samples, unit: str, *, halves: int = 100, seed: int = 0, size: int | None = None
 ) -> Float[np.ndarray, "half layer"]:
     """Cosines between the directions of two random halves of the units, for each repeat.
 
     A unit of both sides, such as a question, is in the same half on both. Units of one side are
-    halved on each side.
+    halved on each side. With `size`, each half has that many units a side; the rest is left out.
 
     Raises:
       UserError: a side has fewer than two units.
@@ -316,13 +332,13 @@ def split_half(
         raise UserError(f"one {unit} on each side cannot be halved; use another unit")
     sides = [up] if np.array_equal(up, down) else [up, down]
     generator = np.random.Generator(np.random.PCG64(seed))
-    first = np.zeros((halves, len(ids)), bool)
+    kept = np.zeros((2, halves, len(ids)), bool)
     for repeat in range(halves):
-        chosen = [generator.permutation(side)[: len(side) // 2] for side in sides]
-        first[repeat] = np.isin(ids, np.concatenate(chosen))
-    one, two = (
-        difference_weights(np.broadcast_to(samples.positive, h.shape), h) for h in (first, ~first)
-    )
+        for side in sides:
+            order, n = generator.permutation(side), len(side) // 2 if size is None else size
+            kept[0, repeat] |= np.isin(ids, order[:n])
+            kept[1, repeat] |= np.isin(ids, order[n : None if size is None else 2 * n])
+    one, two = (difference_weights(np.broadcast_to(samples.positive, h.shape), h) for h in kept)
     found = np.zeros((halves, samples.values.shape[1]))
     for layer, gram in enumerate(_grams(samples)):
         dots, norms = _dots(one, gram, two), _dots(one, gram, one) * _dots(two, gram, two)

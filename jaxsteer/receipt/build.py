@@ -190,9 +190,10 @@ def _steering(found: Results, run: RunRecord) -> statement.Steering:
 
 
 def _direction(found: directions.Direction) -> statement.Direction:
-    kept = ("kind", "tap", "position", "source_sha256", "n_positive", "n_negative")
+    kept = ("kind", "tap", "position", "source_sha256", "n_positive", "n_negative", "split_half")
     known = {key: found.provenance[key] for key in kept if found.provenance.get(key)}
-    return statement.Direction(name=found.name, sha256=found.sha256, **known)
+    made = {"name": found.name, "sha256": found.sha256, **known}
+    return msgspec.convert(made, statement.Direction)
 
 
 def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:

@@ -27,6 +27,7 @@ from jaxsteer.evidence.comparisons import (
 )
 from jaxsteer.evidence.paired import WORDS
 from jaxsteer.receipt.statement import (
+    WELL_KNOWN,
     Condition,
     DoseResponse,
     Outcomes,
@@ -35,6 +36,8 @@ from jaxsteer.receipt.statement import (
     RandomControl,
     Rate,
     Statement,
+    known,
+    poorly_known,
 )
 from jaxsteer.study.record import describe
 from jaxsteer.words import p_equals, p_value, percent, plain, points, signed, span
@@ -64,6 +67,7 @@ def html(receipt: Statement, digest: str) -> str:
         style=style,
         style_sha256=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         most=MOST,
+        well_known=WELL_KNOWN,
         most_prompts=MOST_PROMPTS,
         prompts=[f"{f.n} {family_words(name)} prompts" for name, f in p.prompts.items()],
         untouched=list(_untouched(p)),
@@ -74,7 +78,7 @@ def html(receipt: Statement, digest: str) -> str:
         legend=[(k, words) for k, words in WORDS.items() if any(k in b.shares for b in drawn)],
         modes=list(dict.fromkeys(bar.condition.mode for bar in every)),
         by_mode=_by_mode(every),
-        claims=[(claim, _evidence(claim)) for claim in in_order(p.claims)],
+        claims=[(claim, _evidence(p, claim)) for claim in in_order(p.claims)],
         benign=bars(p.conditions, "benign"),
         random_controls=[(c, _two_sided(c)) for c in p.random_controls if _about_refusal(c)],
         paired_controls=_paired_controls(p),
@@ -228,13 +232,18 @@ def _second_labels(p: Predicate) -> str:
     return "; ".join(said)
 
 
-def _evidence(claim: Claim) -> list[str]:
-    """The comparisons that decided a claim, in words."""
-    if claim.verdict != "confirmed":
-        return [claim.reason]
-    shown = claim.comparisons
-    more = [f"and {len(shown) - 3} more, all held"] if len(shown) > 3 else []
-    return [*map(_line, shown[:3]), *more]
+def _evidence(p: Predicate, claim: Claim) -> list[str]:
+    """The comparisons that decided a claim, and how well its directions are known, in words."""
+    lines, shown = [claim.reason], claim.comparisons
+    if claim.verdict == "confirmed":
+        more = [f"and {len(shown) - 3} more, all held"] if len(shown) > 3 else []
+        lines = [*map(_line, shown[:3]), *more]
+    halves = [
+        f"{name} at layer {layer} {'not measured' if cosine is None else signed(cosine)}"
+        + (" (poorly known)" if poorly_known(cosine) else "")
+        for (name, layer), cosine in known(p, claim).items()
+    ]
+    return [*lines, f"agreement of halves: {', '.join(halves)}"] if halves else lines
 
 
 def _line(c: Comparison) -> str:

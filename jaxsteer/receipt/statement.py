@@ -25,6 +25,7 @@ from msgspec import Meta
 
 from jaxsteer.errors import UserError
 from jaxsteer.evidence.claims import Claim
+from jaxsteer.evidence.comparisons import CosineAbove
 from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomControl
 from jaxsteer.evidence.paired import Share
 from jaxsteer.evidence.reliability import Measurements
@@ -35,6 +36,7 @@ from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import DecodingSpec
 
 STATEMENT = "https://in-toto.io/Statement/v1"
+WELL_KNOWN = 0.5  # of a split-half cosine
 PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v3"
 LARGEST = 64 * 2**20  # bytes
 
@@ -82,6 +84,20 @@ class Study(Part, frozen=True):
     spec_sha256: Sha256
 
 
+class SplitHalf(Part, frozen=True):
+    """How well a direction is known: two random halves of what it was made of, compared.
+
+    Attributes:
+      unit: what was halved, such as an instruction with all its questions.
+      units: how many of them there are.
+      mean: mean cosine of the two halves' directions, by layer.
+    """
+
+    unit: str
+    units: Count
+    mean: list[float]
+
+
 class Direction(Part, frozen=True):
     """One direction: what made it, and the sha256 of its vectors.
 
@@ -93,6 +109,7 @@ class Direction(Part, frozen=True):
       position: token whose state was averaged; "" where that makes no sense.
       source_sha256: of the prompts or the trait's instructions; "" where there are none.
       n_positive, n_negative: samples a side; 0 where there are none.
+      split_half: how well it is known; null where it was not measured.
     """
 
     name: str
@@ -103,6 +120,7 @@ class Direction(Part, frozen=True):
     source_sha256: str = ""
     n_positive: Count = 0
     n_negative: Count = 0
+    split_half: SplitHalf | None = None
 
 
 class Steering(Part, frozen=True):
@@ -313,6 +331,35 @@ class Statement(Part, frozen=True):
     subject: Annotated[list[Subject], Meta(min_length=1)]
     predicateType: Literal["urn:jaxsteer:refusal-receipt:v3"]
     predicate: Predicate
+
+
+def known(p: Predicate, claim: Claim) -> dict[tuple[str, int], float | None]:
+    """The split-half cosines behind a claim: of each direction at the layer it was taken from.
+
+    None where it was not measured. Random directions are left out, since nothing is to be known.
+    """
+    used: dict[tuple[str, int], None] = {}
+    conditions = {c.name: c for c in p.conditions}
+    for c in claim.comparisons:
+        if isinstance(c, CosineAbove):
+            used |= {(name, layer): None for name in (c.treated, c.control) for layer in c.cosines}
+            continue
+        for condition in (conditions.get(c.treated), conditions.get(c.control)):
+            for op in condition.operations if condition else ():
+                layers = op.layers[:1] if op.measured_at is None else (op.measured_at,)
+                used |= {(op.direction, layer): None for layer in layers}
+    halves = {d.name: d.split_half for d in p.steering.directions if d.kind != "random"}
+    means = {name: half.mean if half else [] for name, half in halves.items()}
+    return {
+        (name, layer): means[name][layer] if layer < len(means[name]) else None
+        for name, layer in used
+        if name in means
+    }
+
+
+def poorly_known(cosine: float | None) -> bool:
+    """Whether a direction is known so little that claims on it are marked."""
+    return cosine is not None and cosine < WELL_KNOWN
 
 
 def json_schema() -> dict[str, Any]:

@@ -64,6 +64,9 @@ def test_a_trait_is_the_difference_of_means_of_hf_states_at_the_last_prompt_toke
     expected = mean(TRAIT.positive) - mean(TRAIT.negative)
     np.testing.assert_allclose(made.vectors[:-1], expected, atol=2e-5)
     assert made.provenance["n_positive"] == made.provenance["n_negative"] == 75
+    halves = made.provenance["split_half"]
+    assert (halves["unit"], halves["units"]) == ("instruction", 10)
+    assert len(halves["mean"]) == len(made.vectors)
     assert made.provenance["weights_sha256"] == model.weights_sha256
 
 

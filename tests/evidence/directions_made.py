@@ -76,6 +76,12 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
                     "low": half.min(axis=0).tolist(),
                     "high": half.max(axis=0).tolist(),
                     "spearman_brown": half.mean(axis=0).tolist(),
+                    "growth": {
+                        n: reliability.split_half(found, unit, halves=20, size=n)
+                        .mean(axis=0)
+                        .tolist()
+                        for n in (1, 2)
+                    },
                 }
                 for unit, half in split.items()
             },

@@ -69,6 +69,36 @@ def test_a_difference_the_wrong_way_is_not_confirmed_however_small_its_p(tmp_pat
     assert "1 against 18 of 40" in claim.reason
 
 
+def test_a_difference_that_no_reply_could_have_shown_is_not_testable(tmp_path):
+    def label(condition, family, i):
+        refused = {"baseline": 5, "persona": 0}.get(condition, 36)
+        return "refusal" if i < refused else "complied-unscored"
+
+    lower = judged(tmp_path / "a", made.test("persona", "baseline", "lower"), label=label)
+    assert lower.verdict == "not testable"
+    assert "5 of 40 have the outcome (refusal) under baseline" in lower.reason
+    assert "if every one lost it, adjusted p = 0.062" in lower.reason
+    test = made.test("baseline", "persona by strength", "higher", outcome="bypass")
+    higher = made.test("random direction", "persona, out late, unsteered", "higher")
+    assert judged(tmp_path / "b", higher, label=label).verdict == "not testable"
+    assert judged(tmp_path / "c", test, label=label).verdict == "not tested"
+
+
+def test_a_claim_that_names_what_it_needs_waits_for_it(tmp_path):
+    tests = made.test("persona", "baseline", "lower")
+    needy = msgspec.structs.replace(made.claim("second", tests), needs=["first"])
+    for way, verdict in (("lower", "confirmed"), ("higher", "not testable")):
+        first = made.claim("first", made.test("persona", "baseline", way))
+        found = made.loaded(tmp_path / way, study=made.study([first, needy]))
+        assert claims.evaluate(found)[1].verdict == verdict
+
+
+def test_refusal_cannot_return_where_no_claim_says_that_it_went(tmp_path):
+    claim = judged(tmp_path, made.test("persona, out late", "persona", "higher"))
+    assert claim.verdict == "not testable"
+    assert "it needs a claim that persona lowers refusal, and the study has none" in claim.reason
+
+
 def test_what_cancels_its_own_steering_is_no_evidence(tmp_path):
     for pair in [("persona, out at steer", "persona"), ("baseline", "persona, out at steer")]:
         claim = judged(tmp_path / pair[0], made.test(*pair, "higher"))
@@ -335,6 +365,29 @@ def test_a_cosine_claim_names_the_layer_that_fails(tmp_path):
     assert c.cosines[3] == pytest.approx(float(expected), abs=1e-6)
     assert claim.verdict == "not confirmed"
     assert "at resid_post.2" in claim.reason
+
+
+@pytest.mark.parametrize(
+    ("halves", "verdict", "said"),
+    [
+        # Spearman-Brown steps 0.4 up to 0.57 and 0.3 up to 0.46: no cosine is below -0.46.
+        (0.4, "confirmed", ""),
+        (0.3, "not testable", "even exact opposites would have a cosine of -0.46"),
+        (None, "not testable", "was not measured"),
+    ],
+)
+def test_directions_that_are_hardly_known_cannot_be_shown_not_to_be_opposite(
+    tmp_path, monkeypatch, halves, verdict, said
+):
+    directions = made.made_directions()
+    for one in directions[:2]:
+        one.provenance.pop("split_half")
+        if halves is not None:
+            one.provenance["split_half"] = {"mean": [halves] * made.LAYERS}
+    monkeypatch.setattr(made, "made_directions", lambda: directions)
+    test = made.test("persona", "refusal", "cosine-above", margin=-0.5)
+    claim = judged(tmp_path, test)
+    assert claim.verdict == verdict and said in claim.reason
 
 
 def test_a_direction_that_is_not_the_one_that_was_run_is_not_compared(tmp_path):

@@ -179,3 +179,17 @@ def test_the_papers_values_sit_at_the_same_share_of_depth():
     table = cosines.paper(32)
     assert table["cosine"].to_list() == [-0.180, -0.279]
     assert table["layer"].to_list() == pytest.approx([20.0, 20 / 27 * 31])
+
+
+def test_growth_is_averaged_over_the_window(found):
+    table = cosines.growth(found, (2, 4))
+    assert set(table["unit"]) == {"instruction", "question"}
+    one = table.row(
+        by_predicate=(pl.col("direction") == "persona")
+        & (pl.col("unit") == "instruction")
+        & (pl.col("units") == 2),
+        named=True,
+    )
+    curve = found.measured.directions["persona"].reliability["instruction"].growth[2][2:5]
+    assert one["mean"] == pytest.approx(sum(curve) / 3)
+    assert (one["low"], one["high"]) == (min(curve), max(curve))

@@ -54,6 +54,32 @@ def theirs_cosine(a, b):
     return cosine(a.astype(np.float64), b.astype(np.float64))
 
 
+def test_the_reliability_kept_with_a_direction_is_that_of_twenty_halvings(rng):
+    made = instructed(rng, shared=2.0)
+    expected = reliability.split_half(made, "instruction", halves=20).mean(axis=0)
+    np.testing.assert_allclose(made.split_half(), expected, atol=1e-5)
+
+
+def test_one_instruction_a_side_has_no_halves(rng):
+    assert instructed(rng, instructions=1).split_half() is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
+def test_smaller_halves_agree_as_far_as_their_noise_allows(rng, size):
+    # No noise but that of the instructions: two directions of n instructions a side are the effect
+    # plus independent noise of variance 2 / n a dimension.
+    side = np.ones((1, 400), np.float32)
+    noise = 2.0 * rng.standard_normal((64, 1, 400)).astype(np.float32)
+    made = Samples(
+        values=noise + side * (np.arange(64) < 32)[:, None, None],
+        group=(np.arange(64) >= 32).astype(int),
+        units={"instruction": np.arange(64)},
+        labelled="instruction",
+    )
+    found = reliability.split_half(made, "instruction", halves=200, size=size).mean()
+    assert found == pytest.approx(1 / (1 + 2 * 4 / size), abs=0.05)
+
+
 @pytest.mark.parametrize("unit", ["instruction", "question"])
 def test_halves_are_directions_of_disjoint_units(rng, unit):
     made = instructed(rng, instructions=2, questions=2)

@@ -191,6 +191,33 @@ def test_a_claim_that_could_not_be_tested_says_why(tmp_path):
     assert "it needs 'suppression', which is not confirmed" in text
 
 
+def with_halves(finished, mean):
+    """The receipt with a persona whose halves agree so far at every layer."""
+    receipt = statement.load(finished / build.JSON)
+    made = {"unit": "instruction", "units": 10, "mean": [mean] * made_layers(receipt)}
+    directions = [
+        msgspec.structs.replace(d, split_half=msgspec.convert(made, statement.SplitHalf))
+        if d.name == "persona"
+        else d
+        for d in receipt.predicate.steering.directions
+    ]
+    steering = msgspec.structs.replace(receipt.predicate.steering, directions=directions)
+    predicate = msgspec.structs.replace(receipt.predicate, steering=steering)
+    return msgspec.structs.replace(receipt, predicate=predicate)
+
+
+def made_layers(receipt):
+    return len(receipt.predicate.steering.directions[0].split_half.mean)
+
+
+def test_a_poorly_known_direction_is_marked_beside_each_claim_on_it(finished):
+    poor = page.html(with_halves(finished, 0.22), "0" * 64)
+    known = page.html(with_halves(finished, 0.5), "0" * 64)
+    claims = len(statement.load(finished / build.JSON).predicate.claims)
+    assert poor.count("persona at layer 3 +0.22 (poorly known)") == claims
+    assert "(poorly known)" not in known and known.count("persona at layer 3 +0.50") == claims
+
+
 def test_bars_join_seeds_and_fill_their_width(finished, drawn):
     receipt = statement.load(finished / build.JSON).predicate
     found = {bar.name: bar for bar in page.bars(receipt.conditions, "strongreject")}

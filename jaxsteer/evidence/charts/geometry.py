@@ -274,6 +274,46 @@ def _reliability_panel(table: pl.DataFrame, x: alt.X, y: alt.Y) -> alt.LayerChar
     return marks.panel(layers, table["direction"][0], subtitle=counts, subtitleFontSize=11.5)
 
 
+def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.LayerChart:
+    """How far halves agree by the number of units in each, a line a direction.
+
+    Args:
+      table: from `cosines.growth`; at least one line of the unit.
+      unit: what is counted.
+      window: the layers averaged.
+    """
+    shown = table.filter(pl.col("unit") == unit)
+    names = shown["direction"].unique(maintain_order=True).to_list()
+    colours = alt.Scale(domain=names, range=[marks.colour(name) for name in names])
+    x = alt.X(
+        "units:Q",
+        title=f"{unit}s a side in each half",
+        scale=alt.Scale(type="log", base=2, nice=False),
+        axis=alt.Axis(values=sorted(set(shown["units"])), format="d"),
+    )
+    low = min(0.0, float(shown["low"].min()))  # type: ignore[arg-type]
+    scale = alt.Scale(domain=[low, 1], nice=False)
+    y = alt.Y("mean:Q", title="cosine of the halves", scale=scale)
+    colour = alt.Color("direction:N", scale=colours, legend=None)
+    line = (
+        alt.Chart(shown)
+        .mark_line(point=alt.OverlayMarkDef(size=40))
+        .encode(
+            x=x, y=y, color=colour, tooltip=marks.tooltip("direction units", signed="mean low high")
+        )
+    )
+    ends = alt.Chart(shown.group_by("direction", maintain_order=True).last())
+    words = marks.labelled(ends.encode(x=x, y=y, color=colour), "direction")
+    layers = [marks.band(shown, x, y, colour, detail="direction:N"), line, words]
+    chart = alt.LayerChart(layer=layers).properties(width=480, height=240)
+    least = shown.sort("units", "mean", descending=[True, False]).row(0, named=True)
+    finding = (
+        f"With {least['units']} {unit}s a side in each half, {least['direction']} agrees with "
+        f"itself by {signed(least['mean'])} over {span(window)}"
+    )
+    return marks.titled(chart, finding, "mean over halvings and layers; band: range over layers")
+
+
 def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
     """Norms over the window on a logarithmic axis, beside the norm of the stream itself.
 

@@ -95,3 +95,12 @@ def test_a_hundred_directions_still_make_a_readable_square():
     assert len(kept) == 60 and "60 of 100 directions" in spec["title"]["subtitle"][0]
     assert spec["width"] <= 1000 and "text" not in [k["mark"]["type"] for k in spec["layer"]]
     assert cosines.extremes(averaged, set()).height == 24
+
+
+def test_the_growth_chart_has_a_line_a_direction_and_names_the_least_known(found):
+    table = cosines.growth(found, WHOLE)
+    drawn = charts.growth_chart(table, "instruction", WHOLE).to_dict()
+    assert [layer["mark"]["type"] for layer in drawn["layer"]] == ["area", "line", "text"]
+    last = table.filter((pl.col("unit") == "instruction") & (pl.col("units") == 2))
+    least = last.sort("mean")["direction"][0]
+    assert f"half, {least} agrees" in " ".join(drawn["title"]["text"])
