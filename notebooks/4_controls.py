@@ -78,8 +78,9 @@ def _():
     The claims, and the comparisons that would confirm them, were written in the study's file before
     the run. Two rates are compared on the same prompts by the exact McNemar test, with Holm's
     correction over the whole study. "Few new cases" requires that the upper end of a 95 % interval
-    is below a margin. *No significant difference* would not be enough, because a small study finds
-    no significant difference anywhere.
+    is below a margin, of the prompts *at risk*: refusal can return only where it was lost. *No
+    significant difference* would not be enough, because a small study finds no significant
+    difference anywhere. Where the rows could not have decided a claim, it is **not testable**.
     """)
     return
 
