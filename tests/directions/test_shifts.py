@@ -20,7 +20,7 @@ POLICY = "w1 w2 w3"
 
 @pytest.fixture(scope="module")
 def hf():
-    return tiny.qwen2()
+    return tiny.llama()
 
 
 @pytest.fixture(scope="module")
