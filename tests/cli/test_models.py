@@ -9,14 +9,14 @@ from jaxsteer.data import prompts
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from tests import tiny
-from tests.cli.command import jaxsteer
+from tests.cli.command import here, jaxsteer
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     source = tiny.save(tiny.llama(), folder / "hf")
-    done = jaxsteer("convert", source, "--out", folder / "tiny")
+    done = here("convert", source, "--out", folder / "tiny")
     assert done.returncode == 0, done.stderr
     return folder / "tiny"
 
@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 def vectors(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("vectors") / "d.safetensors"
     for names in (["compliant", "random-3"], ["refusal"]):
-        done = jaxsteer("extract", *names, "--model", model, "--out", path)
+        done = here("extract", *names, "--model", model, "--out", path)
         assert done.returncode == 0, done.stderr
     return path
 
@@ -39,7 +39,7 @@ def test_extract_adds_to_what_a_file_holds(vectors):
 def test_a_direction_that_replaces_another_of_its_name_says_so(model, tmp_path):
     def extract(*options):
         asked = ("extract", "compliant", "--model", model, "--out", tmp_path / "d.safetensors")
-        return jaxsteer(*asked, *options).stdout
+        return here(*asked, *options).stdout
 
     first, again = extract(), extract()
     assert again == first and "; replaces" not in first
@@ -64,7 +64,7 @@ def test_a_trait_or_a_file_that_will_not_do_is_refused_before_a_model_is_loaded(
 def test_generate_prints_the_baseline_then_the_steered_reply_and_the_realised_change(
     model, vectors
 ):
-    done = jaxsteer(
+    done = here(
         *("generate", "w4 w5", "--model", model, "--directions", vectors),
         *("--steer", "compliant@1x4", "--project", "compliant@2", "--max-new-tokens", 6),
     )
@@ -82,20 +82,20 @@ def test_generate_says_how_many_control_tokens_of_a_prompt_were_broken_up(model)
 def test_generate_extracts_a_trait_the_first_time_and_says_so(model, tmp_path):
     asked = ("generate", "w4 w5", "--model", model, "--directions", tmp_path / "d.safetensors")
     asked += ("--steer", "compliant@1x4", "--max-new-tokens", 3)
-    first, again = jaxsteer(*asked), jaxsteer(*asked)
+    first, again = here(*asked), here(*asked)
     assert "extracting compliant" in first.stderr and "extracting" not in again.stderr
     assert first.stdout == again.stdout
 
 
 def test_generate_runs_on_a_mesh(model):
     asked = ("generate", "w4 w5", "--model", model, "--max-new-tokens", 6)
-    alone, spread = jaxsteer(*asked), jaxsteer(*asked, "--mesh", "data=4,model=2", devices=8)
+    alone, spread = here(*asked), jaxsteer(*asked, "--mesh", "data=4,model=2", devices=8)
     assert spread.returncode == 0, spread.stderr
     assert spread.stdout == alone.stdout and "baseline" in alone.stdout
 
 
 def bad(*arguments, **limits):
-    done = jaxsteer(*arguments, **limits)
+    done = jaxsteer(*arguments, **limits) if limits else here(*arguments)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1, done.stderr
     return lines[0]
@@ -130,7 +130,7 @@ def test_a_device_that_is_not_there_is_one_line(model, tmp_path, command):
 
 
 def test_a_seed_of_more_than_32_bits_is_refused_before_a_model_is_loaded(tmp_path):
-    done = jaxsteer("extract", "compliant", "--model", tmp_path, "--seed", 2**31)
+    done = here("extract", "compliant", "--model", tmp_path, "--seed", 2**31)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "Invalid value for '--seed'" in done.stderr
 

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
-import signal
-import subprocess
-import sys
 
 import msgspec
 import pytest
 
-from jaxsteer.cli.__main__ import main
 from jaxsteer.receipt import build
+from tests.cli.command import here, jaxsteer
 from tests.receipt import made
 from tests.receipt.test_page import HOSTILE
 
 
 def run(*args):
     """(exit code, stdout, stderr) of `jaxsteer ARGS`, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["jaxsteer", *map(str, args)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return code or 0, out.getvalue(), err.getvalue()
+    done = here(*args)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +128,6 @@ def test_a_process_of_its_own_behaves_the_same(folder, tmp_path):
     build.write(folder, tmp_path)
     path = tmp_path / build.JSON
     path.write_text(path.read_text().replace('"k": 18', '"k": 17', 1))
-    command = [sys.executable, "-m", "jaxsteer.cli", "receipt", "verify", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = jaxsteer("receipt", "verify", path)
     assert (done.returncode, done.stderr) == (1, "")
     assert "does not match" in done.stdout

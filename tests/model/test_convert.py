@@ -19,7 +19,7 @@ from jaxsteer.model.config import from_hf
 from jaxsteer.model.convert import convert
 from jaxsteer.model.weights import flatten, param_shapes, table
 from tests import tiny
-from tests.cli.command import jaxsteer
+from tests.cli.command import here
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +250,6 @@ def test_a_source_that_is_nothing_is_refused(tmp_path):
 
 
 def test_other_types_than_these_are_refused_and_listed(tmp_path):
-    done = jaxsteer("convert", tmp_path, "--out", tmp_path / "out", "--dtype", "int8")
+    done = here("convert", tmp_path, "--out", tmp_path / "out", "--dtype", "int8")
     assert done.returncode == 2
     assert "supported: auto, float32, bfloat16" in done.stderr
