@@ -37,8 +37,12 @@ def replies(
     probes: Float[np.ndarray, "layer probe d_model"] | None = None,
     sampling: Sampling | None = None,
 ) -> list[Expected]:
-    """Each request's reply, in their order; arguments as for `engine.run`."""
-    return [_reply(model, r, interventions, decoding, probes, sampling) for r in requests]
+    """Each request's reply, in their order; arguments as for `engine.run`.
+
+    Prompts are padded to the longest, so that one program reads all of them.
+    """
+    width = max(len(request.tokens) for request in requests)
+    return [_reply(model, r, interventions, decoding, probes, sampling, width) for r in requests]
 
 
 def _reply(
@@ -48,6 +52,7 @@ def _reply(
     decoding: Decoding,
     probes: np.ndarray | None,
     sampling: Sampling | None,
+    width: int,
 ) -> Expected:
     prompt = stepwise.read(
         model,
@@ -57,6 +62,7 @@ def _reply(
         probes=probes,
         sampling=sampling,
         row_id=request.row_id,
+        width=width,
     )
     steps = list(stepwise.reply(model, prompt))
     stopped = [prompt, *steps][-1].next in decoding.eos and len(steps) < decoding.max_new_tokens

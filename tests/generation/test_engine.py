@@ -93,7 +93,9 @@ def test_no_requests_give_no_batches(model):
     assert run(model, []) == []
 
 
-@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize(
+    "batch", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(32, marks=pytest.mark.slow)]
+)
 def test_a_row_is_the_same_to_the_bit_beside_other_rows(model, rng, batch):
     v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
     conditions = [
@@ -125,7 +127,7 @@ def test_a_row_is_the_same_to_the_bit_beside_other_rows(model, rng, batch):
 
 
 # 20 slots are a full vector and a rest, in whatever a CPU does with the rows of a product.
-@pytest.mark.parametrize("probes", [2, 3])
+@pytest.mark.parametrize("probes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equal_rows_have_equal_projections_to_the_bit_in_every_slot(model, rng, probes):
     n_layers, d_model = model.config.n_layers, model.config.d_model
     stacked = compile_conditions([[]], ["all"], n_layers=n_layers, d_model=d_model)

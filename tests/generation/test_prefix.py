@@ -17,7 +17,13 @@ from jaxsteer.model.interventions import Add, Project, compile_conditions
 from tests import tiny
 
 
-@pytest.fixture(scope="module", params=[tiny.llama, tiny.qwen2], ids=["llama", "qwen2"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(tiny.llama, id="llama"),
+        pytest.param(tiny.qwen2, id="qwen2", marks=pytest.mark.slow),
+    ],
+)
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prefix")
     return ChatModel.load(

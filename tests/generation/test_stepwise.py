@@ -73,6 +73,7 @@ def test_tokens_are_those_of_the_engine_steered_and_not(model, vectors, scope):
     assert any(expected[2 * i] != expected[2 * i + 1] for i in range(len(PROMPTS)))
 
 
+@pytest.mark.slow
 def test_tokens_of_the_real_model_are_those_of_the_engine(smollm2):
     shape = (smollm2.config.n_layers, smollm2.config.d_model)
     vectors = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
