@@ -174,6 +174,7 @@ def read_layers(
     tokens: Tokens,
     h: Float[Array, "row token d_model"],
     state: State,
+    number: Int[AnyArray, ""],
 ) -> tuple[Float[Array, "row token d_model"], decoder.Cache, Array, Realised]:
     """Run the tokens of a pass through some layers.
 
@@ -183,6 +184,7 @@ def read_layers(
       tokens: from `embed_tokens`.
       h: the stream before these layers.
       state: the rows so far; its cache, interventions and probes are those of these layers.
+      number: of the first of these layers in the model.
 
     Returns:
       The stream after them and their cache, with the pass's tokens written; the projections
@@ -194,7 +196,9 @@ def read_layers(
 
     def one(read: Tokens, h: Array, cache: decoder.Cache, asked: Interventions) -> Any:
         taps, where = _taps(read, asked, probes), (read.positions, read.visible)
-        h, cache = decoder.run_blocks(config, layers, h, *where, cache, slot, taps)
+        h, cache = decoder.run_blocks(
+            config, layers, h, *where, cache, slot, taps, first=jnp.asarray(number)
+        )
         captured, realised = taps.results()
         exact = lax.Precision.HIGHEST
         projections = jnp.einsum("ltd,lpd->ltp", captured[TAP], probes, precision=exact)
@@ -235,7 +239,9 @@ def _read(
             probes=state.probes[first:last],
         )
         params = prefill.group_params(model.params, first, last)
-        h, written, projected, change = read_layers(model.config, params, read, h, some)
+        h, written, projected, change = read_layers(
+            model.config, params, read, h, some, np.array(first, np.int32)
+        )
         cache += written
         projections.append(projected)
         changes.append(change)

@@ -116,6 +116,22 @@ def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model
     np.testing.assert_allclose(reading.logits, logits[0, len(PROMPTS[1]) - 1], atol=1e-3)
 
 
+def test_layers_of_two_kinds_are_read_each_by_its_number(tmp_path):
+    # A window of 8 tokens in every second of four layers.
+    made = tiny.save(tiny.family("gemma3_text"), tmp_path / "hf")
+    mixed = ChatModel.load(convert(made, tmp_path / "out", "float32"))
+    prompt = list(range(3, 33))
+    reading, steps = run(mixed, prompt, stepwise.only(compiled(mixed, [[]]), 0), None)
+    whole = prompt + tokens_of(steps)
+    tokens, real = left_pad([whole], len(whole))
+    _, logits = activations.read(
+        mixed.definition, mixed.params, tokens, real, np.zeros((1, 0, len(whole)), np.float32), (),
+        last_only=False,
+    )  # fmt: skip
+    found = np.stack([reading.logits, *(step.logits for step in steps)])
+    np.testing.assert_allclose(found, logits[0, len(prompt) - 1 :], atol=1e-3)
+
+
 def test_an_added_direction_raises_its_own_projection_by_its_strength_at_its_layer(model, vectors):
     norms = np.linalg.norm(vectors, axis=1)
     stacked = compiled(model, [[], [Add(direction=vectors, layers=(1,), scale=2.0)]])
