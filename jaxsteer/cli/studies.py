@@ -25,6 +25,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.words import percent, plain, signed, span
 
 if TYPE_CHECKING:
+    from jaxsteer.evidence.power import Power
     from jaxsteer.study.validate import Plan
 
 
@@ -60,6 +61,7 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
+    from jaxsteer.evidence import power
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
     from jaxsteer.study import run, spec, validate
@@ -76,7 +78,10 @@ def sweep(
     harmful = 0 if full else limit
     console = Console(width=None if sys.stdout.isatty() else 110)
     if plan:
-        console.print(plan_table(validate.plan(asked, loaded, limit=harmful), asked.name))
+        planned = validate.plan(asked, loaded, limit=harmful)
+        console.print(plan_table(planned, asked.name))
+        shown = power.powers(asked, planned.conditions, planned.prompts)
+        console.print(power_table([(found, power.words(found)) for found in shown], asked.name))
         return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     folder = out or Path("results") / f"{asked.name}-{loaded.name}{suffix}"
@@ -128,7 +133,7 @@ def plan_table(plan: Plan, title: str) -> Table:
     table.add_column(justify="right")
     megabytes = 1 / 2**20
     for name, value in (
-        ("conditions (controls included)", f"{plan.conditions}"),
+        ("conditions (controls included)", f"{len(plan.conditions)}"),
         ("rows", f"{plan.rows}"),
         ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.own_tokens:,} not in a shared prefix)"),
         ("new tokens, at most", f"{plan.new_tokens:,}"),
@@ -138,6 +143,17 @@ def plan_table(plan: Plan, title: str) -> Table:
         ("still to choose", ", ".join(plan.open_choices) or "nothing"),
     ):
         table.add_row(name, value)
+    return table
+
+
+def power_table(found: Sequence[tuple[Power, str]], title: str) -> Table:
+    """What each planned comparison could show, in words."""
+    table = Table(title=f"what the claims of {title} could show", title_justify="left")
+    for name in ("claim", "comparison", "could show"):
+        table.add_column(name)
+    for test, said in found:
+        names = f"{plain(test.treated)} against {plain(test.control)}"
+        table.add_row(Text(plain(test.claim)), Text(names), said)
     return table
 
 

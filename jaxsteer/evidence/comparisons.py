@@ -239,7 +239,8 @@ class Counting:
             if reason := self._unusable(test, condition):
                 return _untested(test, *names, reason)
         pairs = self.labels.pair(treated.name, control.name, test.family)
-        if pairs.height < self.labels.of(treated.name, test.family).height:
+        sizes = [self.labels.of(name, test.family).height for name in names[:2]]
+        if pairs.height < min(sizes):
             return _untested(test, *names, "the two ran on different prompts")
         if self.drop_degenerate and test.outcome != "degenerate":
             pairs = paired.without_degenerate(pairs)
@@ -279,8 +280,8 @@ class Counting:
             if reason := self._unusable(test, condition):
                 return _untested(test, *names, reason)
         pairs = [self.labels.pair(treated.name, c.name, test.family) for c in seeds]
-        sizes = {self.labels.of(c.name, test.family).height for c in (treated, *seeds)}
-        if sizes != {pair.height for pair in pairs}:
+        sizes = {self.labels.of(c.name, test.family).height for c in seeds}
+        if len(sizes) > 1 or sizes != {pair.height for pair in pairs}:
             return _untested(test, *names, "the two ran on different prompts")
         assert test.expect in ("lower", "higher")
         return BeyondRandom(
@@ -305,6 +306,8 @@ class Counting:
             )
         prompts = self.found.run.prompts.get(test.family)
         expected = 0 if prompts is None else prompts.n
+        if condition.prompts is not None and test.family not in BENIGN_FAMILIES:
+            expected = min(expected, condition.prompts)
         if not rows.height:
             return f"{name} has no {test.family} rows"
         if rows.height != expected:

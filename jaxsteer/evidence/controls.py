@@ -42,7 +42,7 @@ class RandomControl(Part, frozen=True):
       control: name in the specification of the random condition.
       treated: name of the condition compared, or "" when the study has none of the same shape.
       n: seeds; low, mean, high: the rate under them.
-      value: the rate of the treated condition.
+      value: the rate of the treated condition on the prompts of the control.
       p_low, p_high: empirical one-sided p, at least 1 / (n + 1).
     """
 
@@ -110,7 +110,9 @@ def random_controls(run: RunRecord, labels: Labels) -> list[RandomControl]:
                 rates = [labels.rate(c.name, family, outcome) for c in seeds]
                 known = [rate for rate in rates if rate is not None]
                 if len(known) == len(seeds):
-                    value = labels.rate(treated.name, family, outcome) if treated else None
+                    value = None
+                    if treated:
+                        value = labels.rate(treated.name, family, outcome, like=seeds[0].name)
                     envelope = stats.envelope(known, 0.0 if value is None else value)
                     found.append(
                         RandomControl(

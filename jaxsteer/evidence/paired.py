@@ -106,11 +106,18 @@ class Labels:
         rows = self.of(condition, family)
         return bool(rows.height) and (outcome != "bypass" or bool(rows["harm_known"].all()))
 
-    def rate(self, condition: str, family: str, outcome: str) -> float | None:
-        """Share of rows with the outcome, or None where it is not known of every row."""
+    def rate(self, condition: str, family: str, outcome: str, like: str = "") -> float | None:
+        """Share of rows with the outcome, or None where it is not known of every row.
+
+        With `like`, only of the prompts that the condition of that name has too.
+        """
         if not self.known(condition, family, outcome):
             return None
         rows = self.of(condition, family)
+        if like:
+            rows = rows.join(self.of(like, family), on="prompt_id", how="semi")
+            if not rows.height:
+                return None
         return int((rows["label"] == outcome).sum()) / rows.height
 
     def pair(self, treated: str, control: str, family: str) -> pl.DataFrame:

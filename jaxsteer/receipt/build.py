@@ -21,7 +21,7 @@ from jaxsteer import stats
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, controls, reliability
+from jaxsteer.evidence import claims, controls, power, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
@@ -118,6 +118,9 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
         selection=_selection(found),
         geometry=_geometry(found, run) if measured else None,
         claims=claims.evaluate(found),
+        power=power.powers(
+            run.study, run.conditions, {family: asked.n for family, asked in run.prompts.items()}
+        ),
         rows=statement.Rows(n=found.rows.height, sha256=table),
         files=_files(found, measured),
         environment={k: v for k, v in run.environment.items() if k != "started"},

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jinja2
 
+from jaxsteer.evidence import power
 from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.comparisons import (
     BeyondRandom,
@@ -79,6 +80,7 @@ def html(receipt: Statement, digest: str) -> str:
         modes=list(dict.fromkeys(bar.condition.mode for bar in every)),
         by_mode=_by_mode(every),
         claims=[(claim, _evidence(p, claim)) for claim in in_order(p.claims)],
+        power=list(dict.fromkeys(f"{found.claim}: {power.words(found)}" for found in p.power)),
         benign=bars(p.conditions, "benign"),
         random_controls=[(c, _two_sided(c)) for c in p.random_controls if _about_refusal(c)],
         paired_controls=_paired_controls(p),

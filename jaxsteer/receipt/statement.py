@@ -28,6 +28,7 @@ from jaxsteer.evidence.claims import Claim
 from jaxsteer.evidence.comparisons import CosineAbove
 from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomControl
 from jaxsteer.evidence.paired import Share
+from jaxsteer.evidence.power import Power
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import sha256_bytes
 from jaxsteer.study import record
@@ -192,7 +193,7 @@ class Change(Part, frozen=True):
     rows_unchanged: Count
 
 
-class Condition(record.Condition, frozen=True):
+class Condition(record.Condition, frozen=True, kw_only=True):
     """One condition of the run record, and its results.
 
     Attributes:
@@ -296,6 +297,7 @@ class Predicate(Part, frozen=True):
       date: when the run began (UTC).
       files: sha256 of the results folder's files.
       samples: null unless asked for.
+      power: what each planned comparison could show at this size.
       geometry: how well the directions are known; null where `jaxsteer geometry` was not run.
     """
 
@@ -318,6 +320,7 @@ class Predicate(Part, frozen=True):
     selection: Selection
     geometry: Measurements | None
     claims: list[Claim]
+    power: list[Power]
     rows: Rows
     files: dict[str, Sha256]
     environment: dict[str, str]

@@ -5,7 +5,8 @@ A layer is written `21` or `steer+2`, several `22,24` or `22..29` or `steer+1..l
 A projection that contains the vector just added at the same tap gives exactly what projecting
 without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such a condition is marked
 `cancels_steering`. Every knockout (a condition that adds and projects) gets its twin without
-steering, named `NAME, unsteered`, because only the difference between the two is evidence.
+steering, named `NAME, unsteered`, because only the difference between the two is evidence. A
+repeat with a random direction has none: it is a control itself.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ def conditions(
                     cancels_steering=False,
                     unsteered_twin_of="",
                     system_sha256=sha256_bytes(systems[mode].encode()),
+                    prompts=item.prompts,
                 )
             )
     names = [condition.name for condition in found]
@@ -167,18 +169,19 @@ def conditions(
 def unsteered_twin(conditions: Sequence[Condition], condition: Condition) -> Condition | None:
     """The control of a knockout: the same projection in the same mode, without the addition.
 
-    Knockouts that differ in what they add share one.
+    Knockouts that differ in what they add share one. Random directions are controls themselves, and
+    have none.
     """
-    kept = unsteered(condition.operations)
-    wanted = (condition.mode, condition.scope, kept)
-    twins = (c for c in conditions if (c.mode, c.scope, c.operations) == wanted)
+    kept = unsteered(condition.operations) if condition.seed is None else ()
+    wanted = (condition.mode, condition.scope, condition.prompts, kept)
+    twins = (c for c in conditions if (c.mode, c.scope, c.prompts, c.operations) == wanted)
     return next(twins, None) if kept else None
 
 
 def _twins(found: Sequence[Condition]) -> list[Condition]:
     twins: list[Condition] = []
     for condition in found:
-        kept = unsteered(condition.operations)
+        kept = unsteered(condition.operations) if condition.seed is None else ()
         if kept and unsteered_twin([*found, *twins], condition) is None:
             name, base = condition.name + UNSTEERED, condition.base + UNSTEERED
             twin = replace(condition, name=name, base=base, operations=kept, benign=False)

@@ -96,6 +96,7 @@ class Condition(Part, frozen=True):
       cancels_steering: the projection undoes the addition by algebra, whatever the model does.
       unsteered_twin_of: name of the knockout this is the control of, or "".
       system_sha256: of the whole system prompt.
+      prompts: number of harmful prompts, the first by rank; null is all.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Condition(Part, frozen=True):
     cancels_steering: bool
     unsteered_twin_of: str
     system_sha256: Sha256
+    prompts: Count | None = None
 
 
 class Source(Part, frozen=True):

@@ -43,7 +43,7 @@ def cross(found: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]) 
         for condition in found
         for family, asked in families.items()
         if family != "benign" or condition.benign
-        for prompt in asked
+        for prompt in (asked if family == "benign" else asked[: condition.prompts])
     ]
 
 

@@ -170,6 +170,7 @@ class ConditionSpec(Spec, frozen=True, kw_only=True):
       ops: what is applied; none is the plain model.
       scope: which tokens are steered.
       benign: whether the benign prompts run under it too.
+      prompts: run it on so many of the harmful prompts only, the first by rank; by default on all.
       random_seeds: repeat it per seed, with direction `random` replaced by that seed's vector.
       scales: repeat it per strength, which operations name as scale = "each".
     """
@@ -178,6 +179,7 @@ class ConditionSpec(Spec, frozen=True, kw_only=True):
     ops: list[OperationSpec] = []
     scope: Literal["all", "prompt", "response"] = "all"
     benign: bool = False
+    prompts: Positive | None = None
     random_seeds: list[RandomSeed] = []
     scales: list[Finite] = []
 

@@ -24,6 +24,7 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare, rows
 from jaxsteer.study.conditions import conditions, depth, resolve_layers
+from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import StudySpec
 
 
@@ -94,7 +95,9 @@ class Plan:
     """The cost of a study.
 
     Attributes:
-      conditions: number of conditions, twins and repeats included.
+      conditions: all conditions, twins and repeats included, with the layers that are still open
+        at their deepest candidates.
+      prompts: number of prompts by family.
       rows: number of (condition, prompt) rows.
       prompt_tokens: prompt tokens of all rows.
       own_tokens: of these, the ones after the prefix that rows share.
@@ -106,7 +109,8 @@ class Plan:
       open_choices: what is selected before the rows run, such as `steer` and `dose`.
     """
 
-    conditions: int
+    conditions: list[Condition]
+    prompts: dict[str, int]
     rows: int
     prompt_tokens: int
     own_tokens: int
@@ -124,7 +128,10 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
       UserError: as running it would, for what is wrong in the spec or with its prompts.
     """
     config, new = model.config, spec.decoding.max_new_tokens
-    asked = study(spec, model, rows.prompts(spec, limit))
+    families = rows.prompts(spec, limit)
+    asked = study(spec, model, families)
+    under = prepare.policies(spec)[0]
+    found = conditions(under, _layers(spec, model, max), spec.dose or 1.0, config.n_layers)
     batch = engine.slots_for(spec.decoding.batch, len(asked))
     leaves = jax.tree.leaves(model.params)
     own = sum(len(request.own) for request in asked)
@@ -134,7 +141,8 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     # A token costs 2 operations per parameter.
     operations = 2 * sum(leaf.size for leaf in leaves) * (own + len(asked) * new)
     return Plan(
-        conditions=len({request.condition for request in asked}),
+        conditions=found,
+        prompts={family: len(prompts) for family, prompts in families.items()},
         rows=len(asked),
         prompt_tokens=sum(len(request.tokens) for request in asked),
         own_tokens=own,

@@ -83,7 +83,8 @@ def test_without_suppression_nothing_that_presupposes_it_is_decided(name):
 
     found = judged(name, world)
     assert found["suppression"].verdict == "not confirmed"
-    for claim in ("restoration late", "no restoration by random", "refusal early fails"):
+    for claim in ("restoration", "restoration late", "restoration by own vectors",
+                  "no restoration by random", "refusal early fails"):  # fmt: skip
         if claim in found:
             assert found[claim].verdict == "not testable"
             assert "it needs 'suppression', which is not confirmed" in found[claim].reason
@@ -94,11 +95,7 @@ def test_a_need_is_met_mode_by_mode():
     restoration = spec.ClaimSpec(
         name="restoration",
         says="It returns.",
-        tests=[
-            spec.TestSpec(
-                treated="persona, out over late window", control="persona", expect="higher"
-            )
-        ],
+        tests=[spec.TestSpec(treated="persona, out of window", control="persona", expect="higher")],
     )
     study = msgspec.structs.replace(study, claim=[*study.claim, restoration])
 

@@ -31,16 +31,14 @@ def test_a_random_control_belongs_to_the_condition_of_its_own_norm(name):
     assert treated(study, "random, norm of I-Thou", "random") == "I-Thou, natural"
     assert treated(study, "random direction", "random") == "persona"
     assert treated(study, "persona, random out at 22", "random") == "persona, out at 22"
+    assert treated(study, "neutral persona", "neutral") == "persona"
 
 
 def test_the_demos_controls_belong_to_the_persona():
     study = spec.load("smollm2-demo")
     assert treated(study, "random direction", "random") == "persona"
     assert treated(study, "neutral persona", "neutral") == "persona"
-    assert (
-        treated(study, "persona, random out over late window", "random")
-        == "persona, out over late window"
-    )
+    assert treated(study, "persona, random out of window", "random") == "persona, out of window"
 
 
 def test_a_random_direction_is_as_long_as_the_persona_unless_told_otherwise():
@@ -86,6 +84,6 @@ def test_a_knockout_with_refusal_added_shares_the_twin_of_the_one_without(name):
 
 def test_what_only_adds_or_only_projects_has_no_unsteered_twin():
     run = compiled(spec.load("smollm2-demo"))
-    for name in ("baseline", "persona", "refusal out everywhere", "persona, refusal added late"):
+    for name in ("baseline", "persona", "random direction #1", "persona, refusal added late"):
         [condition] = [c for c in run if c.name == name]
         assert conditions.unsteered_twin(run, condition) is None

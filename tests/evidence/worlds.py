@@ -40,7 +40,7 @@ def results(study: StudySpec, world: World, folder: Path) -> Results:
             for c in run.conditions
             for family, n in sizes.items()
             if family != "benign" or c.benign
-            for i in range(n)
+            for i in range(n if family == "benign" else min(n, c.prompts or n))
         ],
         schema=columns,
         schema_overrides={"seed": pl.Int64, "scale": pl.Float64},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from jaxsteer.directions.direction import Direction
 from jaxsteer.study import conditions
 from jaxsteer.study.record import Add, Condition
-from jaxsteer.study.spec import StudySpec
+from jaxsteer.study.spec import CHOOSE, StudySpec
 
 
 def directions(found: Sequence[Condition], n_layers: int) -> dict[str, Direction]:
@@ -27,7 +28,10 @@ def directions(found: Sequence[Condition], n_layers: int) -> dict[str, Direction
 
 def compiled(study: StudySpec, n_layers: int = 32) -> list[Condition]:
     """A study's conditions as a run records them, steered at block 17."""
-    named = {"steer": 17, "refusal": 14} | {
+    if study.system == CHOOSE:
+        study = msgspec.structs.replace(study, system="generic")
+    chosen = {"steer": 17, "refusal": 14, "window": 18, "window_last": 19, "late_refusal": 26}
+    named = chosen | {
         name: layer if isinstance(layer, int) else conditions.depth(layer, n_layers)
         for name, layer in study.layers.items()
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,12 +11,12 @@ from jaxsteer.study import conditions, record, spec
 from tests.study import stand_ins
 
 L, D = 10, 8
-NAMED = {"steer": 5, "early": 2, "refusal": 4, "late_refusal": 8}
+NAMED = {"steer": 5, "early": 2, "refusal": 4, "late_refusal": 8, "window": 6, "window_last": 7}
 
 
 def directions(seed=0):
     draw = np.random.default_rng(seed)
-    names = ("persona", "neutral", "refusal", "random-1", "random-2", "random-3")
+    names = ("persona", "neutral", "refusal", *(f"random-{seed}" for seed in range(1, 20)))
     return {
         n: Direction(name=n, vectors=draw.standard_normal((L, D)).astype(np.float32), provenance={})
         for n in names
@@ -32,30 +33,47 @@ def words(condition):
     return [record.describe(operation) for operation in condition.operations]
 
 
+def demo():
+    """The demo's study, with a policy as its rule would choose it."""
+    return msgspec.structs.replace(spec.load("smollm2-demo"), system="safety-v2")
+
+
 def test_the_demo_study_has_its_planned_conditions_and_every_knockout_its_twin():
-    found = by_name(spec.load("smollm2-demo"))
-    for name in ("baseline", "persona", "random direction #3", "refusal out everywhere"):
+    found = by_name(demo())
+    for name in ("baseline", "persona", "random direction #19", "neutral persona"):
         assert name in found
-    knockouts = [c for c in found.values() if ", out" in c.name and not c.unsteered_twin_of]
-    assert len(knockouts) == 4
+    knockouts = [c for c in found.values() if "out " in c.name and not c.unsteered_twin_of]
+    knockouts = [c for c in knockouts if c.seed is None]
+    assert len(knockouts) == 3
     for knockout in knockouts:
         twin = found[f"{knockout.name}, unsteered"]
         assert twin.unsteered_twin_of == knockout.name
         assert twin.operations == knockout.operations[1:]
+        assert twin.prompts == knockout.prompts
+
+
+def test_a_repeat_with_a_random_direction_is_a_control_itself_and_has_no_twin():
+    found = by_name(demo())
+    repeats = [name for name in found if name.startswith("persona, random out of window")]
+    assert len(repeats) == 19
 
 
 def test_only_the_knockout_at_the_steering_layer_cancels_steering():
-    found = by_name(spec.load("smollm2-demo"))
+    found = by_name(demo())
     assert [c.name for c in found.values() if c.cancels_steering] == [
         "persona, out at steering layer"
     ]
 
 
 def test_dose_and_offsets_are_resolved_into_readable_sites():
-    found = by_name(spec.load("smollm2-demo"))
+    found = by_name(demo())
     assert words(found["persona"]) == ["add persona at resid_post.5 x4"]
-    late = "project persona at resid_post.6..9 (measured at resid_post.5)"
-    assert late in words(found["persona, out over late window"])
+    window = "project persona at resid_post.6..7 (measured at resid_post.5)"
+    assert window in words(found["persona, out of window"])
+    assert "project persona at resid_post.6..7" in words(
+        found["persona, own vectors out of window"]
+    )
+    assert words(found["persona, refusal added late"])[1] == "add refusal at resid_post.8 x1"
 
 
 def compiled(tmp_path, text):

@@ -152,7 +152,7 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
     summary = run.run_study(study, model, tmp_path / "results")
     table = results.load(tmp_path / "results").rows
     assert planned.rows == sum(entry["n"] for entry in summary) == table.height
-    assert planned.conditions == len({entry["condition"] for entry in summary})
+    assert len(planned.conditions) == len({entry["condition"] for entry in summary})
     assert planned.new_tokens >= table["n_tokens"].sum()
     assert 0 < planned.own_tokens < planned.prompt_tokens
     assert planned.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+from scipy.stats import binomtest
+
+from jaxsteer.evidence import power
+from jaxsteer.study import spec
+from tests.study.stand_ins import compiled
+
+SIZES = {"strongreject": 96, "benign": 40}
+
+
+def of(name, sizes):
+    study = spec.load(name)
+    return power.powers(study, compiled(study), sizes)
+
+
+def test_a_difference_needs_as_many_prompts_as_mcnemar_with_holm_asks_for():
+    found = of("smollm2-demo", SIZES)
+    (suppression,) = [f for f in found if f.claim == "suppression"]
+    # Five comparisons share Holm's correction: p below 0.05 / 5 for the first.
+    tests = 5
+    assert binomtest(0, suppression.limit).pvalue * tests < 0.05
+    assert binomtest(0, suppression.limit - 1).pvalue * tests >= 0.05
+    assert "must change" in power.words(suppression)
+
+
+def test_every_claim_of_the_demo_is_decidable():
+    found = of("smollm2-demo", SIZES)
+    assert found and not [f for f in found if f.limit is None]
+    assert {f.n for f in found if f.kind == "beyond-random"} == {19}
+
+
+def test_a_study_too_small_to_confirm_anything_is_told_so():
+    found = of("smollm2-demo", {"strongreject": 4, "benign": 4})
+    small = [f for f in found if f.kind != "beyond-random"]
+    assert small and not [f for f in small if f.limit is not None]
+    assert "no outcome can confirm it with 4 prompts" in power.words(small[0])
+
+
+def test_few_raised_tolerates_what_its_bound_leaves():
+    (early,) = [f for f in of("smollm2-demo", SIZES) if f.claim == "refusal early fails"]
+    bound = [binomtest(k, 96).proportion_ci(0.95, "wilson").high for k in range(97)]
+    assert bound[early.limit] <= 0.15 < bound[early.limit + 1]
+
+
+@pytest.mark.parametrize("name", spec.shipped())
+def test_every_shipped_study_says_what_it_could_show(name):
+    found = of(name, {"strongreject": 313, "benign": 50})
+    assert {f.claim for f in found} <= {claim.name for claim in spec.load(name).claim}
+    assert all(power.words(f) for f in found)
