@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -46,6 +49,22 @@ def convert(
         typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, else bfloat16."),
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    adapter: Annotated[
+        str, typer.Option(help="LoRA adapter to merge into it: folder or hub id, as PEFT saves it.")
+    ] = "",
+    chat_template: Annotated[
+        str, typer.Option(help="File with the chat template to use, or the name of one of several.")
+    ] = "",
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for a variable of the template: enable_thinking=false."),
+    ] = None,
+    accept_unknown: Annotated[
+        list[str] | None, typer.Option(help="Unknown key of its config to leave out.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Use its own output head though its config ties it.")
+    ] = False,
 ) -> None:
     """Convert an HF folder, a hub id or a .gguf file into a checkpoint.
 
@@ -53,11 +72,75 @@ def convert(
 
     float32 on a GPU or TPU is slow: matrix products run in full float32 precision.
     """
+    from jaxsteer.model.checkpoint import read_manifest
+    from jaxsteer.model.convert import Options
     from jaxsteer.model.convert import convert as convert_model
 
     check_device()
-    convert_model(source, out, dtype, revision)
+    options = Options(
+        accept_unknown=accept_unknown or [],
+        untie=untie,
+        adapter=adapter,
+        template=chat_template,
+        arguments=dict(map(_argument, template_arg or [])),
+    )
+    convert_model(source, out, dtype, revision, options)
+    made = read_manifest(out)
     typer.echo(f"wrote {out}")
+    for note in made.notes:
+        typer.echo(note, err=True)
+    if made.ignored:
+        typer.echo(f"keys of its config without effect: {', '.join(made.ignored)}", err=True)
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """A variable's name and value, which is JSON, one of Python's constants, or text.
+
+    >>> _argument("enable_thinking=False")
+    ('enable_thinking', False)
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--template-arg {text} has no value; write {text}=VALUE")
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return name, read(value)
+    return name, value
+
+
+@app.command("chat-template")
+def chat_template_(
+    model: str,
+    prompt: str,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+) -> None:
+    """Print a prompt as the model reads it, token by token, and what ends a reply.
+
+    Example: jaxsteer chat-template smollm2-135m "Who are you?"
+    """
+    from jaxsteer.files import sha256_bytes
+    from jaxsteer.model import chat_model
+    from jaxsteer.model.checkpoint import read_manifest
+    from jaxsteer.model.tokenizer import Tokenizer
+
+    folder = chat_model.find(model)
+    manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder / "tokenizer")
+    text = tokenizer.prompt(prompt, system)
+    read = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+    last = len(read["input_ids"]) - 1
+    for index, id_ in enumerate(read["input_ids"]):
+        start, end = read["offset_mapping"][index]
+        at = "  prompt_end" if index == last else ""
+        typer.echo(f"{index:5d} {id_:7d}  {text[start:end]!r}{at}")
+    ends = [f"{id_} {tokenizer.hf.convert_ids_to_tokens(id_)!r}" for id_ in manifest.eos_token_ids]
+    typer.echo(f"a reply ends with: {', '.join(ends)}")
+    digest = sha256_bytes(tokenizer.hf.chat_template.encode())
+    set_to = "".join(f", {name}={value!r}" for name, value in tokenizer.arguments.items())
+    typer.echo(f"chat template: sha256 {digest}{set_to}")
+    for note in manifest.notes:
+        typer.echo(note)
+    if broken := tokenizer.broken(prompt, system or ""):
+        typer.echo(f"{broken} control tokens in the prompt were broken up by a space")
 
 
 @app.command()

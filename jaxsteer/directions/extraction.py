@@ -207,6 +207,9 @@ def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
     if made_of.replayed_under or made_of.position != "prompt_end":
         sampled = {**samples.SAMPLED, "max_new_tokens": made_of.max_new_tokens}
         provenance |= {"seed": made_of.seed, "sampled": sampled}
+    texts = [text for chat in made_of.chats for text in (chat.system or "", chat.user)]
+    if broken := model.tokenizer.broken(*texts):
+        provenance["broken_tokens"] = broken
     return Direction(name=name, vectors=found.direction(), provenance=provenance)
 
 

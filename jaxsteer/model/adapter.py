@@ -73,6 +73,10 @@ def load(folder: Path) -> Adapter:
 def _scaled(
     config: Mapping[str, Any], tensors: dict[str, np.ndarray]
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    if not tensors:
+        raise ValueError("it holds no matrices")
+    if other := [n for n in tensors if not n.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise ValueError(f"beside A and B it holds {', '.join(other[:3])}")
     while tensors:
         name = next(iter(tensors)).rpartition(".lora_")[0]
         a, b = (tensors.pop(f"{name}.lora_{x}.weight").astype(np.float32) for x in "AB")

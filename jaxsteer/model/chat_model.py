@@ -235,6 +235,8 @@ def _convert(source: str | Path, out: Path, dtype: str, revision: str | None = N
     called = source.name if isinstance(source, Path) else source
     _say(f"converting {called} to {dtype}, once, into {out}")
     convert(source, out, dtype, revision, quiet=False)
+    for note in read_manifest(out).notes:
+        _say(f"{called}: {note}")
 
 
 def _say(line: str) -> None:

@@ -144,6 +144,17 @@ INERT = {
     "is_encoder_decoder", "id2label", "label2id", "problem_type", "rope_interleaved",
     "resid_pdrop", "embd_pdrop", "cache_implementation", "_attn_implementation_autoset",
     "torchscript", "unsloth_fixed", "unsloth_version",
+    "unsloth_needs_bf16", "use_cache_quantization", "tie_encoder_decoder", "is_decoder",
+    "finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "sep_token_id",
+    "use_bfloat16", "tf_legacy_loss", "gradient_checkpointing", "attn_implementation",
+    "_attn_implementation", "_flash_attn_2_enabled", "_commit_hash", "num_labels",
+    # How to generate, which earlier versions of transformers wrote here with their defaults.
+    "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "decoder_start_token_id", "remove_invalid_values", "output_scores", "return_dict_in_generate",
 }  # fmt: skip
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
@@ -160,6 +171,9 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretraining_tp": ((1, None), "1"),
     "use_sliding_window": ((False, None), "false"),
     "use_mrope": ((False, None), "false"),
+    "add_cross_attention": ((False, None), "false"),
+    "cross_attention_hidden_size": ((None,), "null"),
+    "pruned_heads": ((None, {}), "none"),
     "use_bidirectional_attention": ((False, None), "false"),
     "partial_rotary_factor": ((1, None), "1"),
     "layer_types": ((None, [], ["full_attention"]), "full_attention everywhere"),
@@ -201,8 +215,10 @@ def from_hf(
     family = FAMILIES[name]
     problems = [_problem(key, value, family, names or {}) for key, value in text.items()]
     if any(problems):
-        known = ", ".join(sorted({*READ, *ONLY, *family.keys}))
-        raise UserError(f"{where}: {'; '.join(filter(None, problems))}; known keys: {known}")
+        raise UserError(
+            f"{where}: {'; '.join(filter(None, problems))}; convert another model, or take the "
+            "responsibility for unknown keys with --accept-unknown KEY"
+        )
     required = SIZES if text is config else ()
     for key in (*required, *(key for key in NUMBERS if text.get(key) is not None)):
         _check_number(text, key, where, names or {})
@@ -279,6 +295,12 @@ def _attention(
     return kinds, min(limit for _, limit in found.values())
 
 
+def known_keys(config: Mapping[str, Any], where: str) -> tuple[set[str], set[str]]:
+    """Keys that enter the computation of a model of this config, and all other known ones."""
+    read = {*READ, "hidden_act", *FAMILIES[_text_part(config, where)[0]].keys}
+    return read, {*INERT, *ONLY} - read
+
+
 def _text_part(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
     """The key of its family, and the config of the part of a model that reads text."""
     listed = config.get("architectures") or ["(none)"]
@@ -335,6 +357,7 @@ def _standard(text: Mapping[str, Any], family: Family, where: str) -> dict[str, 
     library = transformers()
     library.utils.logging.set_verbosity_error()
     some = {key: text[key] for key in text if key in family.keys or key not in INERT}
+    some = {key: value for key, value in some.items() if value is not None or key not in ONLY}
     try:
         made = library.AutoConfig.for_model(family.model_type, **copy.deepcopy(some))
         return made.to_dict()

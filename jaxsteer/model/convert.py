@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from jaxsteer.errors import UserError, one_line
 from jaxsteer.files import sha256_file
 from jaxsteer.model import adapter, checkpoint, weights
-from jaxsteer.model.config import ModelConfig, from_hf
+from jaxsteer.model.config import ModelConfig, from_hf, known_keys
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import Tensor
 from jaxsteer.words import Progress
@@ -272,7 +272,8 @@ def fill(
 
 def _hub() -> Any:
     # Imported late, and without its advice on tokens and caches; failures it raises.
-    import huggingface_hub
+    import huggingface_hub.errors
+    import huggingface_hub.utils.logging
 
     huggingface_hub.utils.logging.set_verbosity_error()
     return huggingface_hub
@@ -336,11 +337,11 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
         that is needed.
     """
     name = name or folder.resolve().name
-    if (folder / adapter.CONFIG).is_file() and not (folder / "config.json").is_file():
+    if (folder / adapter.CONFIG).is_file():
         base = _read(folder / adapter.CONFIG, dict).get("base_model_name_or_path")
         raise UserError(
-            f"{name} is an adapter of {base}, no whole model; convert the base with --adapter: "
-            f"jaxsteer convert {base} --adapter {name} --out DIR"
+            f"{name} is an adapter of {base}; convert the base with it: jaxsteer convert {base} "
+            f"--adapter {name} --out DIR"
         )
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -348,13 +349,19 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
         )
     raw = _read(folder / "config.json", dict)
     _check_unquantised(folder, raw, name)
-    config = from_hf(raw, f"{name}/config.json")
+    where = f"{name}/config.json"
+    read, other = known_keys(raw, where)
+    if known := {*options.accept_unknown} & (read | other):
+        raise UserError(f"{where}: {', '.join(sorted(known))} is known and cannot be left out")
+    taken = {key: value for key, value in raw.items() if key not in options.accept_unknown}
+    config = from_hf(taken, where)
     tokenizer = Tokenizer.load(folder, options.template, options.arguments)
     files = [folder / file for file in NAMED if (folder / file).is_file()]
     ends: set[int] = set()
     for file in (file for file in files if file.name in ENDINGS):
         ids = _read(file, _Ending).eos_token_id
-        ends |= set([] if ids is None else ids if isinstance(ids, list) else [ids])
+        # Some configs write -1 for none.
+        ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if i is not None and i >= 0}
     return Source(
         kind="folder",
         name=name,
@@ -364,6 +371,7 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
         ends=ends,
         files=files,
         weights=functools.partial(_weights, folder),
+        ignored={key: value for key, value in raw.items() if key not in read},
     )
 
 

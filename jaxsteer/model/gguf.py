@@ -105,7 +105,8 @@ def read(path: Path, options: Options) -> Source:
         fields = parts[0][0]
         tensors = [tensor for _, some in parts for tensor in some]
     name = files[0].name
-    config = configuration(fields, tensors, name)
+    taken = {key: value for key, value in fields.items() if key not in options.accept_unknown}
+    config = configuration(taken, tensors, name)
     ends = {f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")}
     notes = []
     rope = config.attention[0].rope
@@ -115,12 +116,16 @@ def read(path: Path, options: Options) -> Source:
             f"it has no {ROPE_FACTORS}; if it is Llama 3.1 or later, it was written without them, "
             "and its logits are others: get a newer file"
         )
+    tokenizer = _tokenizer(fields, name, options)
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    if fields.get("tokenizer.ggml.add_bos_token") and bos not in tokenizer.chat("a")[:1]:
+        notes.append("llama.cpp puts a beginning-of-sequence token before chats; the template none")
     return Source(
         kind="gguf",
         name=name,
         config=config,
         form="gguf",
-        tokenizer=_tokenizer(fields, name, options),
+        tokenizer=tokenizer,
         ends={int(fields[key]) for key in ends & fields.keys()},
         files=[],
         weights=lambda: (list(_tensors(tensors)), files),

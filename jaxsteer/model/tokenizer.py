@@ -150,7 +150,11 @@ class Tokenizer:
             write_json(folder / ARGUMENTS, dict(self.arguments))
 
     def chat(self, user: str, system: str | None = None) -> list[int]:
-        """Token ids of one user turn (and system prompt) up to where the reply begins.
+        """Token ids of `prompt`."""
+        return self.encode(self.prompt(user, system))
+
+    def prompt(self, user: str, system: str | None = None) -> str:
+        """One user turn (and system prompt) as the template writes it, up to where a reply begins.
 
         Without `system` the template decides (some insert a default system prompt); "" asks for an
         explicitly empty one. Control tokens that the texts hold are broken up.
@@ -169,7 +173,7 @@ class Tokenizer:
         text = self.render(turns, reply=True)
         if system and system.strip() not in text:
             raise UserError("the chat template leaves out the system prompt; run without one")
-        return self.encode(text)
+        return text
 
     def conversation(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of a whole conversation as the template writes it, for judge models.

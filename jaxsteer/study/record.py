@@ -114,12 +114,18 @@ class Condition(Part, frozen=True):
 
 
 class Source(Part, frozen=True):
-    """What the checkpoint was converted from, with the sha256 of each file."""
+    """What the checkpoint was converted from, with the sha256 of each file.
+
+    Attributes:
+      options: what was asked of the conversion, such as an adapter or variables of the chat
+        template; left out if nothing was.
+    """
 
     kind: str
     name: str
     files: dict[str, Sha256]
     revision: str = ""
+    options: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Model(Part, frozen=True):
@@ -144,11 +150,17 @@ class Text(Part, frozen=True):
 
 
 class Prompts(Part, frozen=True):
-    """One prompt family: how many, their hash, where they come from."""
+    """One prompt family: how many, their hash, where they come from.
+
+    Attributes:
+      broken_tokens: control tokens of the model that these prompts spell out, each broken up by a
+        space; left out if there is none.
+    """
 
     n: Count
     sha256: Sha256
     source: str
+    broken_tokens: Count | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,6 +219,7 @@ def asked(
                 n=len(found),
                 sha256=sha256_bytes(canonical_json([[p.id, p.text] for p in found]).encode()),
                 source=SOURCES[family],
+                broken_tokens=model.tokenizer.broken(*(p.text for p in found)) or msgspec.UNSET,
             )
             for family, found in families.items()
             if found

@@ -64,7 +64,7 @@ def requests(
       rows: from `cross`.
 
     Raises:
-      UserError: a prompt that holds one of the tokenizer's special tokens.
+      UserError: an empty prompt, or a chat template that refuses one.
     """
     index = {condition.name: c for c, condition in enumerate(found)}
     by_mode = system_prompts(spec)

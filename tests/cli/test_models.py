@@ -79,6 +79,41 @@ def test_generate_says_how_many_control_tokens_of_a_prompt_were_broken_up(model)
     assert "2 control tokens in the prompt were broken up" in done.stderr
 
 
+def test_chat_template_shows_the_tokens_of_a_prompt_and_what_ends_a_reply(model):
+    done = jaxsteer("chat-template", model, "w4 </s> w5", "--system", "w6")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    read = [line.split(maxsplit=2) for line in lines if "'" in line and line[4].isdigit()]
+    ids = [int(words[1]) for words in read]
+    assert ids == [1, 4, 12, 2, 1, 3, 10, *ids[7:-4], 11, 2, 1, 5]
+    assert [words[2].endswith("prompt_end") for words in read] == [False] * (len(read) - 1) + [True]
+    assert read[1][2] == "'system'"
+    assert "a reply ends with: 2 '</s>'" in lines
+    assert "1 control tokens in the prompt were broken up by a space" in lines
+
+
+def test_a_hub_model_that_cannot_be_had_is_one_line(tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    said = bad("convert", "some/model", "--out", tmp_path / "out", **offline)
+    assert "cannot fetch some/model from the hub" in said and "attribute" not in said
+
+
+def test_convert_takes_a_template_and_its_variables_and_says_what_is_unusual(tmp_path):
+    source = tiny.save(tiny.llama(), tmp_path / "hf")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0]['content'] }}{% if not think %} w9{% endif %}")
+    asked = ("--chat-template", template, "--template-arg")
+    done = jaxsteer("convert", source, "--out", tmp_path / "out", *asked, "think=False")
+    assert done.returncode == 0, done.stderr
+    assert "goes before the user's text" in done.stderr
+    assert "keys of its config without effect: " in done.stderr
+    shown = jaxsteer("chat-template", tmp_path / "out", "w4").stdout
+    assert "'w9'  prompt_end" in shown and "think=False" in shown
+    assert "goes before the user's text" in shown
+    said = bad("convert", source, "--out", tmp_path / "out", *asked, "think")
+    assert "--template-arg think has no value; write think=VALUE" in said
+
+
 def test_generate_extracts_a_trait_the_first_time_and_says_so(model, tmp_path):
     asked = ("generate", "w4 w5", "--model", model, "--directions", tmp_path / "d.safetensors")
     asked += ("--steer", "compliant@1x4", "--max-new-tokens", 3)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import huggingface_hub
 import jax
@@ -16,7 +17,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file
 from jaxsteer.model import checkpoint
 from jaxsteer.model.config import from_hf
-from jaxsteer.model.convert import convert
+from jaxsteer.model.convert import Options, convert
+from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import flatten, param_shapes, table
 from tests import tiny
 from tests.cli.command import here
@@ -181,6 +183,210 @@ def test_weights_that_are_no_floats_are_refused(copy, tmp_path):
     edit(copy, change)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has type int8"):
         convert(copy, tmp_path / "out", "float32")
+
+
+def settings(folder, name="config.json", **changes):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_keys_that_have_no_effect_are_taken_and_listed(copy, tmp_path):
+    harmless = {
+        "use_mrope": False, "unsloth_version": "2026.3.3", "max_length": 20, "do_sample": False,
+        "pruned_heads": {}, "torchscript": False,
+    }  # fmt: skip
+    settings(copy, attention_bias=None, mlp_bias=None, **harmless)
+    made = convert(copy, tmp_path / "out", "float32")
+    ignored = checkpoint.read_manifest(made).ignored
+    assert ignored.items() >= harmless.items()
+    assert not {"hidden_size", "hidden_act", "rope_parameters"} & ignored.keys()
+
+
+def test_unknown_keys_are_named_together_and_taken_on_the_users_word(copy, tmp_path):
+    settings(copy, sinks=4, gates={"every": 2})
+    with pytest.raises(UserError, match=r"sinks is unknown.*; gates is unknown.*--accept-unknown"):
+        convert(copy, tmp_path / "out", "float32")
+    options = Options(accept_unknown=["sinks", "gates"])
+    made = checkpoint.load(convert(copy, tmp_path / "out", "float32", options=options)).manifest
+    assert made.ignored["gates"] == {"every": 2}
+    assert made.source.options == {"accept_unknown": ["sinks", "gates"]}
+    with pytest.raises(UserError, match="hidden_size is known and cannot be left out"):
+        convert(copy, tmp_path / "x", "float32", options=Options(accept_unknown=["hidden_size"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ("config.json", {"quantization_config": {"load_in_4bit": True}}, "load_in_4bit"),
+        ("quant_config.json", {"w_bit": 4, "version": "gemm"}, "gemm"),
+    ],
+)
+def test_quantised_weights_are_refused_by_their_method(copy, tmp_path, name, change, said):
+    if name != "config.json":
+        (copy / name).write_text("{}")
+    settings(copy, name, **change)
+    with pytest.raises(UserError, match=rf"hf: its weights are quantised \(.*{said}"):
+        convert(copy, tmp_path / "out", "float32")
+
+
+def test_a_tied_model_of_which_only_the_head_is_stored_is_read(copy, tmp_path):
+    settings(copy, tie_word_embeddings=True)
+    edit(copy, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    head = load_file(copy / "model.safetensors")["lm_head.weight"]
+    params = flatten(checkpoint.load(convert(copy, tmp_path / "out", "float32")).params)
+    np.testing.assert_array_equal(params["embed/embedding"], head)
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused_or_untied_on_request(copy, tmp_path):
+    settings(copy, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding.*--untie"):
+        convert(copy, tmp_path / "out", "float32")
+    made = checkpoint.load(convert(copy, tmp_path / "out", "float32", options=Options(untie=True)))
+    head = load_file(copy / "model.safetensors")["lm_head.weight"]
+    np.testing.assert_array_equal(flatten(made.params)["head/kernel"], head.T)
+    assert made.manifest.source.options == {"untie": True}
+
+
+def test_a_tied_model_with_the_embedding_stored_twice_is_read(copy, tmp_path):
+    settings(copy, tie_word_embeddings=True)
+    edit(copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    made = checkpoint.load(convert(copy, tmp_path / "out", "float32"))
+    assert "head/kernel" not in flatten(made.params)
+
+
+def test_an_untied_model_without_a_head_says_so(copy, tmp_path):
+    edit(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(UserError, match=r"there is no lm_head\.weight, though its config does not"):
+        convert(copy, tmp_path / "out", "float32")
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Shards and their index, and the same weights in a single file."""
+    sharded = tiny.save(tiny.llama(), tmp_path / "both", shard="20KB")
+    shutil.copyfile(
+        tiny.save(tiny.llama(), tmp_path / "single") / "model.safetensors",
+        sharded / "model.safetensors",
+    )
+    return sharded
+
+
+def test_a_single_file_and_shards_with_the_same_weights_are_read(both, tmp_path):
+    made = checkpoint.read_manifest(convert(both, tmp_path / "out", "float32"))
+    assert "model.safetensors" in made.source.files
+    assert not any(name.startswith("model-0") for name in made.source.files)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t: t["model.norm.weight"].fill(1), lambda t: t.popitem()]
+)
+def test_a_single_file_and_shards_with_other_weights_are_refused(both, tmp_path, change):
+    edit(both, change)
+    with pytest.raises(UserError, match=r"index\.json name different weights; remove the one"):
+        convert(both, tmp_path / "out", "float32")
+
+
+def test_a_stale_index_beside_the_whole_model_does_no_harm(both, tmp_path):
+    for shard in both.glob("model-0*"):
+        shard.unlink()
+    whole = convert(tmp_path / "single", tmp_path / "whole", "float32")
+    made = convert(both, tmp_path / "out", "float32")
+    one, two = (checkpoint.read_manifest(folder).weights_sha256 for folder in (whole, made))
+    assert one == two
+
+
+def test_an_index_of_other_shards_names_both(tmp_path):
+    sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    other = {name: f"other-{file}" for name, file in index["weight_map"].items()}
+    settings(sharded, "model.safetensors.index.json", weight_map=other)
+    with pytest.raises(UserError, match=r"names other-model-00001.*, and model-00001.* are there"):
+        convert(sharded, tmp_path / "out", "float32")
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path):
+    sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
+    one, two = sorted(sharded.glob("model-0*.safetensors"))[:2]
+    name, value = next(iter(load_file(one).items()))
+    save_file({**load_file(two), name: value}, two)
+    with pytest.raises(UserError, match=rf"tensor {name} is in .*{one.name} and in {two.name}"):
+        convert(sharded, tmp_path / "out", "float32")
+
+
+def test_replies_end_on_all_that_the_files_and_the_template_say(copy, tmp_path):
+    settings(copy, eos_token_id=[2, 7])
+    settings(copy, "generation_config.json", eos_token_id=[8, -1])
+    settings(copy, "tokenizer_config.json", eos_token="<unk>")
+    made = checkpoint.read_manifest(convert(copy, tmp_path / "out", "float32"))
+    # The template writes </s> after an assistant's turn.
+    assert made.eos_token_ids == [0, 2, 7, 8]
+
+
+def test_nothing_that_ends_a_reply_is_an_error(copy, tmp_path):
+    settings(copy, eos_token_id=None)
+    settings(copy, "generation_config.json", eos_token_id=[])
+    settings(copy, "tokenizer_config.json", eos_token=None)
+    (copy / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(UserError, match="nothing in its files says which token ends a reply"):
+        convert(copy, tmp_path / "out", "float32")
+
+
+def test_a_template_from_a_file_and_its_variables_are_kept_and_recorded(copy, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(tiny.TEMPLATE + "{% if not think|default(true) %}w9{% endif %}")
+    options = Options(template=str(file), arguments={"think": False})
+    out = convert(copy, tmp_path / "out", "float32", options=options)
+    assert Tokenizer.load(out / "tokenizer").chat("w1")[-1] == 15
+    about = checkpoint.read_manifest(out).source
+    assert about.options == {"template": "mine.jinja", "arguments": {"think": False}}
+    assert about.files["mine.jinja"] == sha256_file(file)
+
+
+def test_a_folder_without_a_config_says_what_to_give(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty has no config\.json; give a Hugging Face model"):
+        convert(tmp_path / "empty", tmp_path / "out", "float32")
+
+
+def test_the_hub_says_why_a_model_cannot_be_had_and_what_to_do(tmp_path, monkeypatch):
+    def refused(kind):
+        def fetch(*arguments, **options):
+            raise kind(
+                "401 Client Error.", response=types.SimpleNamespace(headers={}, request=None)
+            )
+
+        return fetch
+
+    errors = huggingface_hub.errors
+    for kind, said in (
+        (
+            errors.GatedRepoError,
+            r"only to users with access; ask for it at https://.*hf auth login",
+        ),
+        (errors.RepositoryNotFoundError, "shows no model some/model; check the name, and log in"),
+        (errors.HfHubHTTPError, r"cannot fetch some/model from the hub \(401"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refused(kind))
+        with pytest.raises(UserError, match=said):
+            convert("some/model", tmp_path / "out", "float32")
+
+
+def test_the_weights_of_a_hub_model_are_fetched_after_everything_else_was_checked(
+    source, tmp_path, monkeypatch
+):
+    asked = []
+
+    def fetch(name, revision, allow_patterns, **options):
+        asked.append((revision, allow_patterns))
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UserError, match="no chat template nowhere"):
+        convert("some/model", tmp_path / "out", "float32", options=Options(template="nowhere"))
+    assert asked == [(None, ["*.json", "*.jinja"])]
+    convert("some/model", tmp_path / "out", "float32")
+    assert asked[1:] == [(None, ["*.json", "*.jinja"]), ("hf", ["*.safetensors"])]
 
 
 def test_a_revision_of_something_that_has_none_is_refused(source, tmp_path):
