@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from jaxsteer.errors import heed_stop
+
 console = Console(stderr=True)
 
 
@@ -181,7 +183,11 @@ class Progress:
         return self
 
     def advance(self, count: int, tokens: int = 0) -> None:
-        """Report `count` more finished items, and the tokens they generated."""
+        """Report `count` more finished items, and the tokens they generated.
+
+        Raises:
+          Stopped: a stop signal was heard, so the items must be safe before this call.
+        """
         self.done += count
         self.fresh += count
         self.tokens += tokens
@@ -201,6 +207,7 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+        heed_stop()
 
     def __exit__(
         self,

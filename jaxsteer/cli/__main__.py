@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import os
 import sys
+import time
 import traceback
 from typing import NoReturn
 
@@ -13,44 +15,23 @@ from jaxsteer.cli import (  # noqa: F401 (importing registers the commands)
     results,
     studies,
 )
-from jaxsteer.errors import UserError
-from jaxsteer.generation.distributed import leave
+from jaxsteer.data.wheels import cache_dir
+from jaxsteer.errors import Stopped, UserError, heed_stop, listen, one_line
+from jaxsteer.generation.distributed import leave, sharing
 from jaxsteer.words import plain
 
 # Commands that continue a stopped run when they are run again.
 GO_ON = {"prepare", "sweep", "judge"}
 
 
-class Stopped(SystemExit):
-    """A stop signal arrived (Ctrl-C, or a preemption): unwind, then say how to continue.
-
-    It is a `SystemExit`, because asyncio logs any other exception of a handler and continues.
-    """
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-# The stop signals received so far.
-_asked: list[int] = []
-
-
-def _stop(number: int, frame: object) -> None:
-    _asked.append(number)
-    raise Stopped(number)
-
-
 def _while_stopping(error: BaseException | None) -> bool:
-    """True if the error was raised while handling a stop, so the last rows may not be saved."""
+    """Whether the error was raised while a stop unwound, so that the last rows may not be saved."""
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__
     return error is not None
 
 
 def _say_stopped(number: int) -> NoReturn:
-    # A second Ctrl-C would interrupt Python's own shutdown and print a traceback.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
     kept = ""
     if GO_ON.intersection(sys.argv[1:2]):
         # The same command, with --fresh, would start again from no rows.
@@ -61,13 +42,43 @@ def _say_stopped(number: int) -> NoReturn:
     leave(128 + number)
 
 
-def main() -> None:
-    """Entry point: user errors become one line on stderr and exit code 2."""
-    _asked.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+def _say_fault(error: Exception) -> NoReturn:
+    """One line on an error of our own, with the version and where its traceback was written."""
+    # Imported here because --help is to be fast.
+    import importlib.metadata
+
+    path = cache_dir() / "faults" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    trace = "".join(traceback.format_exception(error))
     try:
-        app()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(trace, encoding="utf-8", errors="backslashreplace")
+        where = f"its traceback is in {path}"
+    except OSError:
+        where = f"its traceback cannot be written to {path}:\n{trace}"
+    said = f"{type(error).__name__}: {one_line(error)}"
+    version = importlib.metadata.version("jaxsteer")
+    print(
+        plain(f"jaxsteer: a fault of jaxsteer {version} ({said}); please report it, {where}"),
+        file=sys.stderr,
+    )
+    leave(1)
+
+
+def main() -> None:
+    """Run the command; user errors become one line on stderr and exit code 2.
+
+    Raises:
+      SystemExit: always, with the exit code.
+    """
+    listen()
+    try:
+        try:
+            app()
+        except BaseException as error:
+            # A stop that no loop looked at is heard here, unless this went wrong while stopping.
+            if not _while_stopping(error):
+                heed_stop()
+            raise
     except UserError as error:
         # A message may quote names from files; their control characters must not be printed.
         print(f"jaxsteer: {plain(str(error))}", file=sys.stderr)
@@ -75,16 +86,29 @@ def main() -> None:
     except Stopped as stopped:
         _say_stopped(stopped.number)
     except Exception as error:
-        if _asked and not _while_stopping(error):
-            # Native code that called Python turned the stop into an error of its own.
-            _say_stopped(_asked[0])
         if isinstance(error, OSError) and error.filename is not None:
             # The system rejects a path that the user gave: name too long, no permission.
             print(f"jaxsteer: {plain(str(error.filename))}: {error.strerror}", file=sys.stderr)
             leave(2)
-        traceback.print_exc()
-        leave(1)
+        _say_fault(error)
+
+
+def script() -> None:
+    """Entry point: `main`, and the end of the process. All is written then, so it ends at once.
+
+    Python's own shutdown takes up to a second after JAX was used, and hears no signal. A process
+    that shares a run goes through it, since JAX then waits for the other processes.
+    """
+    try:
+        main()
+    except SystemExit as ended:
+        if sharing():
+            raise
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 0)
 
 
 if __name__ == "__main__":
-    main()
+    script()

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, heed_stop
 from jaxsteer.generation.layer_sharing import run_prefixes
 from jaxsteer.generation.prefill import Prefix, take
 from jaxsteer.generation.requests import bucket, grouped, left_pad, parts
@@ -172,6 +172,7 @@ def forward(
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     steered = None if interventions is None else interventions.rows(np.full(BATCH, condition))
     for width, members in batches([len(r) for r in rows], config.max_position, BATCH):
+        heed_stop()
         filler = BATCH - len(members)
         tokens, real = left_pad([rows[i] for i in members] + [[]] * filler, width)
         weights = np.zeros((BATCH, len(asked), width), np.float32)

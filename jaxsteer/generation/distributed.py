@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, heed_stop
 from jaxsteer.files import stable_id
 
 # Seconds without a heartbeat after which a process counts as lost. JAX's own 100 would leave a
@@ -101,6 +101,7 @@ class Hosts:
         """What `find` returns; with several hosts, retried until their files must be visible."""
         limit = time.monotonic() + (VISIBLE if self.count > 1 else 0)
         while (found := find()) is None and time.monotonic() < limit:
+            heed_stop()
             time.sleep(1)
         return found
 
@@ -159,13 +160,19 @@ def _interruptibly(wait: Callable[[], None]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(EVERY)
+        heed_stop()
     if failed:
         raise failed[0]
 
 
+def sharing() -> bool:
+    """Whether this process has joined others that share a run."""
+    return _joined.is_set()
+
+
 def leave(code: int) -> NoReturn:
     """End this process; when it shares a run, at once, so that JAX ends the others too."""
-    if _joined.is_set():
+    if sharing():
         # An orderly exit would first wait for the other processes.
         sys.stdout.flush()
         sys.stderr.flush()

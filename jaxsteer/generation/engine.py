@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, heed_stop
 from jaxsteer.generation import decode, layer_sharing, prefill
 from jaxsteer.generation.decode import DecodeState, Decoding, Sampling
 from jaxsteer.generation.layer_sharing import Prompts
@@ -168,6 +168,7 @@ def run(
     running = interleave([_loop(job, rows) for rows in shares])
     with contextlib.closing(running):
         for replies in running:
+            heed_stop()
             if replies:
                 yield replies
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jaxsteer.errors import heed_stop
 from jaxsteer.generation import prefill
 from jaxsteer.generation.prefill import LayerOutput, Prefix, PromptBatch, SequenceBatch, take
 from jaxsteer.generation.requests import PackedPrompts, Request, grouped, one_each, parts
@@ -167,6 +168,7 @@ def _deeper(
             yield some, _batch(prompts, filled(some, BATCH), outputs, paths)
         return
     for entries in parts(_entries(prompts, len(outputs), paths), size):
+        heed_stop()
         # Held by no variable here, so that memory never holds the outputs of two batches.
         yield from _deeper(prompts, *_run(prompts, outputs, paths, entries, size), size)
 

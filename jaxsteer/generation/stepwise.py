@@ -35,6 +35,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jaxsteer.errors import heed_stop
 from jaxsteer.generation import prefill
 from jaxsteer.generation.decode import Decoding, Sampling, choose
 from jaxsteer.generation.layer_sharing import layer_groups
@@ -345,6 +346,7 @@ def reply_each(model: ChatModel, readings: list[Reading]) -> Iterator[list[Readi
         live = [on and row.next not in decoding.eos for on, row in zip(live, readings, strict=True)]
         if not any(live):
             return
+        heed_stop()
         # A row that has ended runs beside the others, unseen.
         readings = _read(model, decoding, [[row.next] for row in readings], 1, readings[0].state)
         yield [row if on else None for on, row in zip(live, readings, strict=True)]

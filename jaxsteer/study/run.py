@@ -217,8 +217,10 @@ def _finish(
         def keep() -> None:
             lines = [rows.line(planned[reply.index], reply, probed) for reply in ended]
             results.write_shard(folder, run.key, pl.DataFrame(lines, schema_overrides=rows.TYPES))
-            progress.advance(len(ended), sum(len(reply.tokens) for reply in ended))
+            count, tokens = len(ended), sum(len(reply.tokens) for reply in ended)
+            # Before the report, which raises after a stop signal: no row is written twice.
             ended.clear()
+            progress.advance(count, tokens)
 
         try:
             # Closed here, because an error raised in a generator's deletion would be lost.
