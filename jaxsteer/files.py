@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, heed_stop
 
 if TYPE_CHECKING:
     import polars as pl
@@ -100,7 +100,34 @@ def locked(folder: Path) -> Iterator[None]:
     with held:
         # Not in judges/, which has a lock of its own.
         for stale in (*folder.glob(".*.*"), *(folder / "shards").glob(".*.*")):
-            stale.unlink(missing_ok=True)
+            if stale.suffix != ".lock":
+                stale.unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process reads, changes and writes a file; for a moment, not for a run.
+
+    Raises:
+      UserError: the lock beside the file cannot be written.
+      Stopped: a stop signal was heard while it waited.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    held = None
+    while held is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = lock.acquire(timeout=0.5)
+        except Timeout:
+            heed_stop()
+        except OSError as error:
+            raise UserError(
+                f"cannot write or lock {path}: {error.strerror}; choose another --out"
+            ) from error
+    with held:
         yield
 
 

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import polars as pl
 import pytest
 
 from jaxsteer import files
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, locked, write_json
+from jaxsteer.files import atomic_path, locked, one_at_a_time, write_json
 from jaxsteer.judges import verdicts
 from jaxsteer.study import results
 from tests.receipt import made
@@ -45,6 +47,24 @@ def test_a_folder_is_free_again_after_use(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_taking_a_folder_leaves_the_locks_of_its_files(tmp_path):
+    with one_at_a_time(tmp_path / "d.safetensors"), locked(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".d.safetensors.lock", ".lock"}
+
+
+def test_a_file_is_changed_by_one_at_a_time(tmp_path):
+    path = tmp_path / "count.json"
+    write_json(path, 0)
+
+    def more(_):
+        with one_at_a_time(path):
+            write_json(path, json.loads(path.read_text()) + 1)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(more, range(40)))
+    assert json.loads(path.read_text()) == 40
 
 
 def test_a_file_system_without_locks_is_not_reported_as_in_use(tmp_path, monkeypatch):

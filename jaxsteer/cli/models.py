@@ -192,8 +192,7 @@ def extract(
     for name, kind in named:
         made = extraction.extract(loaded, name, kind, found=found, settings=settings)
         instead = _replacing(found.get(made.name), made)
-        found[made.name] = made
-        directions.save(out, list(found.values()))
+        found = directions.add(out, made, loaded)
         typer.echo(f"{out}: {made.name}, {made.vectors.shape}, {made.sha256[:12]}{instead}")
 
 

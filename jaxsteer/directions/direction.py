@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import atomic_path, canonical_json, sha256_bytes
+from jaxsteer.files import atomic_path, canonical_json, one_at_a_time, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Layers, Operation, Project
 
@@ -117,6 +117,29 @@ def save(path: Path, directions: Sequence[Direction]) -> None:
         except SafetensorError as error:
             # Its own errors for the file system's: a full disk, for one.
             raise OSError(0, str(error).rsplit(": ", 1)[-1]) from None
+
+
+def add(path: Path, made: Direction, model: ChatModel) -> dict[str, Direction]:
+    """Add a direction to a file, which other processes may change at the same time.
+
+    Args:
+      path: the directions file, which need not exist; one of the same name is replaced.
+      made: the direction.
+      model: the model that all directions of the file belong to.
+
+    Returns:
+      All directions of the file as it now is.
+
+    Raises:
+      UserError: a file of another model, or one that cannot be read or written.
+    """
+    with one_at_a_time(path):
+        found = load(path) if path.is_file() else {}
+        for known in found.values():
+            check_model(known, model, str(path))
+        found[made.name] = made
+        save(path, list(found.values()))
+    return found
 
 
 def load(path: Path) -> dict[str, Direction]:

@@ -272,8 +272,8 @@ def find_or_extract(
             check_writable(path)
             say(f"extracting {name}; it is kept in {path}")
             assert kind is not None
-            found[name] = extract(model, name, kind, found=found, settings=settings)
-            direction.save(path, list(found.values()))
+            made = extract(model, name, kind, found=found, settings=settings)
+            found |= direction.add(path, made, model)
     return found
 
 

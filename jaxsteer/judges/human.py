@@ -33,7 +33,7 @@ from typing import Literal
 import polars as pl
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import sha256_bytes, write_text
+from jaxsteer.files import one_at_a_time, sha256_bytes, write_text
 from jaxsteer.judges.labels import label_table, votes_table
 from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
 from jaxsteer.stats import kappa
@@ -191,14 +191,15 @@ def fill(path: Path, item: str, label: str, note: str = "") -> int:
     """
     if label not in LABELS:
         raise UserError(f"label {label[:20]!r} is none of {', '.join(LABELS)}")
-    before = entries(path)
-    if item not in [entry.item for entry in before]:
-        raise UserError(f"{path} has no item {item[:20]!r}; export the sample again")
-    after = [
-        dataclasses.replace(entry, label=label, note=note) if entry.item == item else entry
-        for entry in before
-    ]
-    _write(path, after)
+    with one_at_a_time(path):
+        before = entries(path)
+        if item not in [entry.item for entry in before]:
+            raise UserError(f"{path} has no item {item[:20]!r}; export the sample again")
+        after = [
+            dataclasses.replace(entry, label=label, note=note) if entry.item == item else entry
+            for entry in before
+        ]
+        _write(path, after)
     return sum(bool(entry.label.strip()) for entry in after)
 
 

@@ -6,9 +6,11 @@ run recorded. Building it again from the same folder gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
+import os
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -24,7 +26,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims, controls, power, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
-from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_text
+from jaxsteer.files import canonical_json, locked, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.human import agreements
 from jaxsteer.judges.labels import LABELS
 from jaxsteer.judges.verdicts import response_sha256, text_hashes
@@ -56,9 +58,12 @@ def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[P
       The paths of receipt.json and receipt.html.
 
     Raises:
-      UserError: no results, damaged results, or an unwritable folder.
+      UserError: no results, damaged results, a judge at work on them, or an unwritable folder.
     """
-    text = statement.canonical_text(build(folder, samples=samples))
+    judged = folder / "judges"
+    # A judge that writes meanwhile would make hashes of one moment and labels of another.
+    with locked(judged) if os.access(judged, os.W_OK) else contextlib.nullcontext():
+        text = statement.canonical_text(build(folder, samples=samples))
     target = out or folder
     # The page is made from the file's own text, as `verify` makes it.
     receipt = statement.convert(statement.parse(text.encode(), JSON))

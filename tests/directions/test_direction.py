@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -51,6 +53,16 @@ def test_saved_directions_come_back_with_their_provenance(rng, tmp_path):
     for one in saved:
         assert found[one.name].sha256 == one.sha256
         assert found[one.name].provenance == one.provenance
+
+
+def test_directions_added_at_the_same_time_are_all_kept(rng, tmp_path, model):
+    path, known = tmp_path / "d.safetensors", {"weights_sha256": model.weights_sha256}
+    made = [direction(rng, f"v{i}", **known) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda one: directions.add(path, one, model), made))
+    assert {n: d.sha256 for n, d in directions.load(path).items()} == {
+        one.name: one.sha256 for one in made
+    }
 
 
 def test_the_hash_changes_with_any_value(rng):
