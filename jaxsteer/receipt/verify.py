@@ -15,10 +15,11 @@ from typing import Any, Literal
 import msgspec
 import polars as pl
 
+from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims
 from jaxsteer.evidence.comparisons import Counted
-from jaxsteer.files import sha256_bytes, sha256_file
+from jaxsteer.files import canonical_json, sha256_bytes, sha256_file
 from jaxsteer.judges import rules
 from jaxsteer.judges.labels import label
 from jaxsteer.judges.verdicts import text_hashes
@@ -194,11 +195,34 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     # The digest was compared above, and another version is listed as unchecked.
     again["predicate"] |= {key: value["predicate"].get(key) for key in ("digest", "tool")}
     yield _check(rebuilt, list(_differences(value, again)))
-    problems, others = check_labels(results.load(folder))
+    loaded = results.load(folder)
+    yield _prompts(p, loaded)
+    problems, others = check_labels(loaded)
     yield _check("labels that need no model follow from the replies", problems)
     if others:
         detail = f"{', '.join(others)} gave some, and this version of jaxsteer has other rules"
         yield _unchecked("labels by other versions of the rules", detail)
+
+
+def _prompts(p: Predicate, found: Results) -> Check:
+    """The pinned sets are read again, because a run may have read others under their name."""
+    what = "the prompts are those of the pinned sets"
+    try:
+        pinned = {"strongreject": prompts.strongreject(), "benign": prompts.benign()}
+    except UserError as error:
+        return _unchecked(what, str(error))
+    problems = []
+    for family, shown in p.prompts.items():
+        texts = {prompt.id: prompt.text for prompt in pinned.get(family, [])}
+        rows = found.rows.filter(pl.col("family") == family)
+        ids = rows["prompt_id"].unique(maintain_order=True).to_list()
+        own = [name for name in ids if name not in texts]
+        asked = [[name, texts[name]] for name in ids if name in texts]
+        if own:
+            problems.append(f"{len(own)} of {len(ids)} {family} prompts are others, as {own[0]}")
+        elif sha256_bytes(canonical_json(asked).encode()) != shown.sha256:
+            problems.append(f"the {family} prompts that were run have other texts")
+    return _check(what, problems)
 
 
 def _changed(files: dict[str, str], folder: Path) -> Iterator[str]:

@@ -124,7 +124,7 @@ def test_the_summary_follows_the_first_judge_when_the_second_fails(tmp_path):
     replied = pl.lit("Here is how it is done, step by step.").alias("response")
     pl.read_parquet(path).with_columns(replied).write_parquet(path)
     assert refused(folder)["baseline"] == 0.45
-    with pytest.raises(UserError, match="is in no known set"):
+    with pytest.raises(UserError, match="got no reply"):
         run(*("judge", folder, "--judge", "keyword", "--judge", "coherence"),
             *("--base-url", "http://127.0.0.1:9/v1", "--judge-model", "m"))  # fmt: skip
     rows = studies.load(folder).rows.filter(condition="baseline", family="strongreject")

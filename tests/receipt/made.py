@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import msgspec
 import numpy as np
 import polars as pl
 
+from jaxsteer.data import prompts
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import Refusal, Trait
@@ -187,6 +189,12 @@ def reply_with_label(label: str, i: int) -> str:
     return f"reply {i} that is {label}" + (" and so on" * 12 if label == "degenerate" else "")
 
 
+@functools.cache
+def pinned(family: str) -> list[prompts.Prompt]:
+    """The pinned prompts of a family, of which studies here take the first."""
+    return prompts.strongreject() if family == "strongreject" else prompts.benign()
+
+
 def rows(
     study: StudySpec,
     label: Label = usual,
@@ -203,7 +211,7 @@ def rows(
                 judge = {"refusal": rules.KEYWORD.label, "degenerate": rules.DEGENERATE.label}.get(
                     given, ""
                 )
-                prompt = f"{'sr' if family == 'strongreject' else 'bn'}-{sha(f'{family}{i}')[:8]}"
+                prompt = pinned(family)[i].id
                 lines.append(
                     {
                         "row_id": f"{condition['name']}/{prompt}",
@@ -346,12 +354,15 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
         "directions": {d.name: d.sha256 for d in made},
         "conditions": conditions(study),
         "prompts": {
-            "strongreject": {
-                "n": study.data.harmful,
-                "sha256": sha("sr"),
-                "source": "StrongREJECT",
-            },
-            "benign": {"n": study.data.benign, "sha256": sha("bn"), "source": "ours"},
+            family: {
+                "n": n,
+                "sha256": sha(canonical_json([[p.id, p.text] for p in pinned(family)[:n]])),
+                "source": source,
+            }
+            for family, n, source in (
+                ("strongreject", study.data.harmful, "StrongREJECT"),
+                ("benign", study.data.benign, "ours"),
+            )
         },
     }
     return {

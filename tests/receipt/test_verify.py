@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -58,6 +59,25 @@ def test_what_was_not_given_is_said_to_be_unchecked(finished, tmp_path):
         "the model's files",
         "the author of the receipt",
     ]
+
+
+def test_prompts_other_than_the_pinned_ones_are_named(finished, monkeypatch):
+    pinned, what = verify.prompts.strongreject(), "the prompts are those of the pinned sets"
+
+    def checked(found):
+        monkeypatch.setattr(verify.prompts, "strongreject", found)
+        checks = verify.verify(finished / build.JSON, folder=finished)
+        return next((c.status, c.detail) for c in checks if c.what == what)
+
+    def cannot():
+        raise UserError("no network")
+
+    assert checked(lambda: pinned)[0] == "ok"
+    assert "1 of 40 strongreject prompts are others" in checked(lambda: pinned[1:])[1]
+    other = dataclasses.replace(pinned[3], text="Another text under its name.")
+    status, detail = checked(lambda: [*pinned[:3], other, *pinned[4:]])
+    assert status == "mismatch" and "have other texts" in detail
+    assert checked(cannot) == ("unchecked", "no network")
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])
