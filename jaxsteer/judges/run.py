@@ -22,10 +22,11 @@ import polars as pl
 
 from jaxsteer.data import prompts as data
 from jaxsteer.errors import UserError
-from jaxsteer.judges import rubric, rules, verdicts
+from jaxsteer.judges import models, rules, verdicts
 from jaxsteer.judges.client import Client, Endpoint
 from jaxsteer.judges.labels import BENIGN_FAMILIES, label_table
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord, Store
+from jaxsteer.model import sharding
 from jaxsteer.words import Progress
 
 
@@ -185,29 +186,25 @@ def _by_rule(record: JudgeRecord, find: Callable[[str], Finding]) -> tuple[Judge
 
 
 def _by_guard(options: Options) -> tuple[JudgeRecord, Judge]:
-    # Imported here because it needs JAX, which the other judges do not.
-    from jaxsteer.judges import llama_guard
-    from jaxsteer.model import sharding
-
     if options.guard is None:
         raise UserError("judge llama-guard is a model; give its checkpoint as --guard-model")
     mesh = None if options.mesh is None else sharding.mesh(options.mesh)
-    guard = llama_guard.load(options.guard, mesh)
+    guard = models.load_guard(options.guard, mesh)
 
     def run(items: Sequence[Item], keep: Keep) -> None:
-        for findings in llama_guard.judge(guard, items, batch=options.guard_batch):
+        for findings in models.ask_guard(guard, items, batch=options.guard_batch):
             keep(findings)
 
     return guard.record(), run
 
 
-def _by_rubric(asked: rubric.Rubric, options: Options) -> tuple[JudgeRecord, Judge]:
+def _by_rubric(asked: models.Rubric, options: Options) -> tuple[JudgeRecord, Judge]:
     if options.endpoint is None:
         raise UserError(f"judge {asked.name} needs an endpoint; give --base-url and --judge-model")
     client = Client(options.endpoint)
 
     def run(items: Sequence[Item], keep: Keep) -> None:
-        asyncio.run(rubric.ask_all(asked, client, items, keep))
+        asyncio.run(models.ask_all(asked, client, items, keep))
 
     return asked.record(options.endpoint), run
 
@@ -218,7 +215,7 @@ JUDGES: dict[str, Callable[[Options], tuple[JudgeRecord, Judge]]] = {
     "keyword": lambda options: _by_rule(rules.KEYWORD, rules.refusal_finding),
     "degenerate": lambda options: _by_rule(rules.DEGENERATE, rules.degenerate_finding),
     "llama-guard": _by_guard,
-    "strongreject-rubric": lambda o: _by_rubric(rubric.strongreject(o.rubric), o),
-    "coherence": lambda options: _by_rubric(rubric.coherence(), options),
-    "leakage": lambda options: _by_rubric(rubric.leakage(), options),
+    "strongreject-rubric": lambda o: _by_rubric(models.strongreject(o.rubric), o),
+    "coherence": lambda options: _by_rubric(models.coherence(), options),
+    "leakage": lambda options: _by_rubric(models.leakage(), options),
 }

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.judges import rubric
+from jaxsteer.judges import models
 from jaxsteer.judges.client import GIVE_UP, Answer, Client, Endpoint, Unanswered, check
 from jaxsteer.judges.verdicts import Item
 from tests.judges.scripted import Reply, Scripted, says, serve
@@ -217,7 +217,7 @@ def test_as_many_calls_are_in_flight_as_allowed_and_no_more(tmp_path):
 
     with serve(script) as server:
         client = Client(settings(server, concurrency=3), cache=tmp_path)
-        asyncio.run(rubric.ask_all(rubric.coherence(), client, items, kept.extend))
+        asyncio.run(models.ask_all(models.coherence(), client, items, kept.extend))
     assert len(kept) == 24 and server.at_once == 3
 
 
