@@ -76,6 +76,26 @@ def _(results):
     return found, names
 
 
+@app.cell(hide_code=True)
+def _(found):
+    _tried = layer_windows.candidates(found)
+    mo.stop(_tried.is_empty())
+    mo.vstack(
+        [
+            mo.md(r"""
+    ## How the window was chosen
+
+    Not by looking at the maps below. On other prompts (HarmBench), the study tried each candidate
+    with the persona and without it. It took the one that brings most refusals back, among those
+    that do little *alone*: a projection that breaks the model, or that makes it refuse by itself,
+    proves nothing.
+    """),
+            mo.ui.table(_tried, selection=None),
+        ]
+    )
+    return
+
+
 @app.cell
 def _(found, names):
     _modes = {mode or "no mode": mode for mode in layer_windows.modes(found)}

@@ -42,9 +42,10 @@ LINES = {
     "policy alone": "baseline",
     "+ persona direction at `resid_post.17`, x4": "persona",
     "+ persona measured against an ordinary manner": "neutral persona",
-    "persona, projected out two layers later": "persona, out two layers later",
-    "that projection alone, without steering": "persona, out two layers later, unsteered",
-    "persona, projected out of the whole late window": "persona, out over late window",
+    "persona, projected out of the window": "persona, out of window",
+    "that projection alone, without steering": "persona, out of window, unsteered",
+    "persona, each layer's own vector projected out": "persona, own vectors out of window",
+    "persona, refusal direction added early": "persona, refusal added early",
     "persona, refusal direction added late": "persona, refusal added late",
 }
 

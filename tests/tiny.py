@@ -52,8 +52,12 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig(**values | changes)
 
 
-def llama() -> LlamaForCausalLM:
-    """Llama with llama3 rope, grouped queries, an untied head and a head_dim of its own."""
+def llama(**sizes: int) -> LlamaForCausalLM:
+    """Llama with llama3 rope, grouped queries, an untied head and a head_dim of its own.
+
+    Args:
+      sizes: fields of its config that differ from `COMMON`.
+    """
     torch.manual_seed(0)
     rope = {
         "rope_type": "llama3",
@@ -63,7 +67,8 @@ def llama() -> LlamaForCausalLM:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }
-    config = LlamaConfig(**COMMON, head_dim=12, tie_word_embeddings=False, rope_parameters=rope)
+    own = {"head_dim": 12, "tie_word_embeddings": False, "rope_parameters": rope}
+    config = LlamaConfig(**COMMON | own | sizes)
     return _shaken(LlamaForCausalLM(config))
 
 

@@ -364,8 +364,12 @@ def envelope_table(found: Results, made: Sequence[Finding]) -> pl.DataFrame:
             if (c.base, c.mode, c.scale) == shape and not c.unsteered_twin_of
         ]
         for slot, condition in enumerate([treated, *seeds]):
-            counts, _ = labels.counts(condition.name, f.family)
-            k, n = counts[f.outcome], counts.total()
+            # The seeds may have run on a part of the prompts; the treated condition is cut to it.
+            table = labels.of(condition.name, f.family)
+            if seeds:
+                others = labels.of(seeds[0].name, f.family)
+                table = table.join(others, on="prompt_id", how="semi")
+            k, n = int((table["label"] == f.outcome).sum()), table.height
             if n:
                 kind = "random" if slot else "treated"
                 line = (row, f.outcome, kind, condition.name, slot, n, k / n)

@@ -26,7 +26,7 @@ from jaxsteer.evidence.paired import Labels, flips
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Project
 from jaxsteer.study.results import Results
-from jaxsteer.words import layer_list, points
+from jaxsteer.words import layer_list, percent, points
 
 Map = Literal["knockout", "refusal"]
 Phase = Literal["prompt", "response"]
@@ -363,3 +363,33 @@ def along_depth(
         .sort(pl.col("condition").replace_strict(rank, return_dtype=pl.Int64), "layer")
         .collect()
     )
+
+
+def candidates(found: Results) -> pl.DataFrame:
+    """What the study's window and late refusal were chosen from, on prompts not reported on.
+
+    Returns:
+      One line per candidate, the chosen one marked: what (`window` or `late refusal`), layers,
+      strength (of an addition), chosen, then rates: refused with the persona, refused alone and
+      broken alone. The lines without layers are the persona and the untouched model.
+    """
+    tried, layers = found.run.candidates, found.run.layers
+    late = layers.get("late_refusal")
+    taken = {
+        "window": (layers.get("window"), layers.get("window_last"), 0.0),
+        "late refusal": (late, late, found.run.refusal_dose),
+    }
+    lines = [
+        {
+            "what": what,
+            "layers": layer_list(range(c.layer, c.layer + c.width)),
+            "strength": c.scale or None,
+            "chosen": (c.layer, c.layer + c.width - 1, c.scale) == taken[what],
+            "refused with persona": percent(c.steered.refusal),
+            "refused alone": percent(c.alone.refusal),
+            "broken alone": percent(c.alone.degenerate),
+        }
+        for what, cells in (("window", tried.windows), ("late refusal", tried.late))
+        for c in cells
+    ]
+    return pl.DataFrame(lines, schema_overrides={"strength": pl.Float64})

@@ -221,6 +221,7 @@ def extraction_settings(spec: StudySpec) -> Settings:
 def open_choices(spec: StudySpec) -> list[str]:
     """What the selection still has to choose, in the order in which it does."""
     persona, refusal = "persona" in spec.directions, "refusal" in spec.directions
+    both = persona and refusal
     places = [op.at or "" for item in spec.condition for op in item.ops]
     units = [op.unit for item in spec.condition for op in item.ops if isinstance(op, AddSpec)]
 
@@ -233,8 +234,8 @@ def open_choices(spec: StudySpec) -> list[str]:
         "steer": persona and "steer" not in spec.layers,
         "dose": persona and spec.dose is None,
         "window": persona and "window" not in spec.layers and named("window"),
-        "late_refusal": refusal and "late_refusal" not in spec.layers and named("late_refusal"),
-        "refusal_dose": refusal and spec.refusal_dose is None and "refusal_dose" in units,
+        "late_refusal": both and "late_refusal" not in spec.layers and named("late_refusal"),
+        "refusal_dose": both and spec.refusal_dose is None and "refusal_dose" in units,
     }
     return [name for name, holds in is_open.items() if holds]
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 import polars as pl
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar as theirs_mcnemar
@@ -8,6 +11,7 @@ from statsmodels.stats.proportion import proportion_confint
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import layer_windows
 from jaxsteer.study import results
+from jaxsteer.study.selection import Candidates
 from tests.evidence import windows_made
 from tests.receipt import made
 
@@ -133,3 +137,16 @@ def test_a_million_rows_become_a_few_cells(found):
     large = results.Results(folder=found.folder, run=found.run, rows=many, verdicts={})
     table = layer_windows.table(large, layer_windows.cells(large, "persona"))
     assert table["n"].sum() > 900_000 and table.height < 40
+
+
+def test_the_candidates_of_the_window_are_listed_with_the_chosen_one(tmp_path):
+    found = made.loaded(tmp_path / "made")
+    run = msgspec.structs.replace(found.run, layers={"window": 4, "window_last": 5})
+    table = layer_windows.candidates(dataclasses.replace(found, run=run))
+    assert table["what"].unique().to_list() == ["window"]
+    assert table.select("layers", "chosen", "refused alone").rows() == [
+        ("", False, "50 %"),
+        ("4..5", True, "50 %"),
+    ]
+    nothing = msgspec.structs.replace(run, candidates=Candidates())
+    assert layer_windows.candidates(dataclasses.replace(found, run=nothing)).is_empty()

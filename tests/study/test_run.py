@@ -57,6 +57,15 @@ def test_every_planned_row_is_in_the_table_once(finished):
     assert set(results.SCHEMA) <= set(loaded.rows.columns)
 
 
+def test_a_condition_may_run_on_the_first_prompts_only(model, tmp_path):
+    cut = ("random_seeds = [1, 2]", "random_seeds = [1, 2]\nprompts = 2")
+    run.run_study(spec.load(tiny.study_file(tmp_path, cut)), model, tmp_path / "results")
+    table = results.load(tmp_path / "results").rows
+    by_name = {name: rows["prompt_id"].to_list() for (name,), rows in table.group_by("condition")}
+    for seed in (1, 2):
+        assert by_name[f"random #{seed}"] == by_name["persona, out"][:2]
+
+
 def test_a_studys_only_probe_is_not_read_alone(model, study, tmp_path, monkeypatch):
     asked, plain = [], rows.run
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+from msgspec.structs import replace
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation.distributed import Hosts
@@ -162,3 +163,31 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
 def test_a_plan_says_what_is_still_to_choose(model):
     planned = validate.plan(spec.load("mode-audit"), model)
     assert planned.open_choices == ["refusal", "steer", "dose"]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A tiny model of 32 layers, which all shipped studies fit."""
+    folder = tmp_path_factory.mktemp("deep")
+    hf = tiny.llama(num_hidden_layers=32, max_position_embeddings=2048)
+    return ChatModel.load(convert(tiny.save(hf, folder / "hf"), folder / "out", "float32"))
+
+
+@pytest.mark.parametrize("name", spec.shipped())
+def test_every_shipped_study_can_be_planned(deep, name):
+    planned = validate.plan(spec.load(name), deep, limit=2)
+    assert planned.rows > 0 and planned.conditions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", spec.shipped())
+def test_every_shipped_study_runs_to_its_end(deep, tmp_path, name):
+    whole = spec.load(name)
+    few = replace(whole.selection, prompts=2, refusal_train=4, refusal_validation=2)
+    few = replace(few, max_new_tokens=2, allow_near_miss=True, max_degenerate=1.0)
+    small = {"data": spec.DataSpec(harmful=2, benign=2), "selection": few}
+    decoding = replace(whole.decoding, max_new_tokens=2)
+    study = replace(whole, **small, decoding=decoding, allow_uninformative=True)
+    assert run.run_study(study, deep, tmp_path / "results")
+    found = results.load(tmp_path / "results")
+    assert set(found.rows["condition"]) == {c.name for c in found.run.conditions}
