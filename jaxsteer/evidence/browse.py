@@ -87,11 +87,8 @@ def _so_far(folder: Path, run: RunRecord) -> Results:
 
 
 def _banner(found: Results) -> Iterator[str]:
-    prompts_of = found.run.prompts
-    wanted = {
-        c.name: sum(p.n for family, p in prompts_of.items() if family != "benign" or c.benign)
-        for c in found.run.conditions
-    }
+    run = found.run
+    wanted = {c.name: sum(run.size(c, family) for family in run.prompts) for c in run.conditions}
     there = dict(found.rows.group_by("condition").len().iter_rows())
     short = [name for name, n in wanted.items() if there.get(name, 0) < n]
     if short:

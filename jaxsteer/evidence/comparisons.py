@@ -304,10 +304,7 @@ class Counting:
                 f"{name} removes at its own layer the vector it adds, so it equals the projection "
                 "alone: true by algebra, no evidence"
             )
-        prompts = self.found.run.prompts.get(test.family)
-        expected = 0 if prompts is None else prompts.n
-        if condition.prompts is not None and test.family not in BENIGN_FAMILIES:
-            expected = min(expected, condition.prompts)
+        expected = self.found.run.size(condition, test.family)
         if not rows.height:
             return f"{name} has no {test.family} rows"
         if rows.height != expected:

