@@ -160,9 +160,14 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
     assert planned.open_choices == []
 
 
-def test_a_plan_says_what_is_still_to_choose(model):
-    planned = validate.plan(spec.load("mode-audit"), model)
-    assert planned.open_choices == ["refusal", "steer", "dose"]
+def test_a_plan_says_what_is_still_to_choose(deep):
+    planned = validate.plan(spec.load("mode-audit"), deep)
+    assert planned.open_choices == ["refusal", "steer", "dose", "window"]
+
+
+def test_a_window_that_may_begin_behind_the_last_layer_is_refused(model):
+    with pytest.raises(UserError, match=r"windows may begin at resid_post\.3; this model has"):
+        validate.plan(spec.load("mode-audit"), model)
 
 
 @pytest.fixture(scope="module")
