@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 
+from jaxsteer.directions import direction
+from jaxsteer.directions.direction import Direction
 from jaxsteer.evidence import lesson
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from tests import tiny
+from tests.notebooks import script
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 
 NOTEBOOK = ROOT / "notebooks/1_how_steering_works.py"
@@ -154,17 +159,30 @@ def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
     assert reader.errors == []
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(NOTEBOOK), "--", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.slow
+def test_it_runs_as_a_script_with_the_real_model(checkpoint, directions_dir):
+    done = script.process(NOTEBOOK, "--model", checkpoint, "--results", directions_dir)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_it_runs_as_a_script(checkpoint, directions_dir):
-    done = script("--model", str(checkpoint), "--results", str(directions_dir))
+def test_it_runs_as_a_script_with_a_tiny_model(tmp_path, rng):
+    folder = convert(tiny.save(tiny.llama(), tmp_path / "hf"), tmp_path / "tiny", "float32")
+    model = ChatModel.load(folder)
+    shape = (model.config.n_layers, model.config.d_model)
+    made = [
+        Direction(
+            name=name,
+            vectors=rng.standard_normal(shape).astype(np.float32),
+            provenance={"weights_sha256": model.weights_sha256},
+        )
+        for name in ("persona", "refusal", "random-1")
+    ]
+    direction.save(tmp_path / "directions.safetensors", made)
+    done = script.here(NOTEBOOK, "--model", folder, "--results", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_a_model_it_says_what_to_run_and_ends_well(tmp_path):
-    done = script("--model", str(tmp_path / "none"), "--results", str(tmp_path))
+    done = script.here(NOTEBOOK, "--model", tmp_path / "none", "--results", tmp_path)
     assert done.returncode == 0
     assert "make demo" in done.stdout and "Traceback" not in done.stdout + done.stderr

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from tests.evidence import directions_made
+from tests.notebooks import script
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 
 NOTEBOOK = ROOT / "notebooks/2_geometry.py"
@@ -91,17 +89,12 @@ def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
     assert reader.errors == []
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(NOTEBOOK), "--", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_it_runs_as_a_script(folder):
-    done = script("--results", str(folder))
+    done = script.here(NOTEBOOK, "--results", folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_results_it_says_what_to_run_and_ends_well(tmp_path):
-    done = script("--results", str(tmp_path))
+    done = script.here(NOTEBOOK, "--results", tmp_path)
     assert done.returncode == 0
     assert "make demo" in done.stdout and "Traceback" not in done.stdout + done.stderr

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from jaxsteer.study import results
+from tests.notebooks import script
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 from tests.receipt import made
 
@@ -80,18 +79,13 @@ def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
     assert reader.errors == []
 
 
-def script(folder) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(NOTEBOOK), "--", "--results", str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_it_runs_as_a_script(folder):
-    done = script(folder)
+def test_it_runs_as_a_script_in_a_process_of_its_own(folder):
+    done = script.process(NOTEBOOK, "--results", folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_without_results_it_says_what_to_run_and_ends_well(tmp_path):
-    done = script(tmp_path / "none")
+    done = script.here(NOTEBOOK, "--results", tmp_path / "none")
     assert done.returncode == 0
     assert "make demo" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
@@ -102,7 +96,7 @@ def test_a_damaged_run_record_ends_it_well(tmp_path):
     for condition in run["conditions"]:
         del condition["benign"]
     (damaged / "run.json").write_text(json.dumps(run))
-    done = script(damaged)
+    done = script.here(NOTEBOOK, "--results", damaged)
     assert (done.returncode, done.stderr) == (0, "")
     assert "run.json" in done.stdout and "`benign`" in done.stdout
 
@@ -113,5 +107,5 @@ def test_an_interrupted_run_is_shown_as_far_as_it_got(tmp_path, folder):
     unfinished.mkdir()
     (unfinished / "run.json").write_text((folder / "run.json").read_text())
     results.write_shard(unfinished / "shards", run["key"], made.rows(made.study()).head(100))
-    done = script(unfinished)
+    done = script.here(NOTEBOOK, "--results", unfinished)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

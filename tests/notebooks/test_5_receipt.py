@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import polars as pl
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from jaxsteer.data import prompts
 from jaxsteer.judges import human
 from jaxsteer.receipt import build
+from tests.notebooks import script
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 from tests.receipt import made
 
@@ -137,13 +136,8 @@ def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
     assert reader.errors == []
 
 
-def script(folder, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(NOTEBOOK), "--", "--results", str(folder), *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_it_runs_as_a_script(folder, second):
-    done = script(folder, "--second", str(second))
+    done = script.here(NOTEBOOK, "--results", folder, "--second", second)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -152,11 +146,11 @@ def test_a_changed_receipt_is_refused_and_the_rest_still_shown(tmp_path, folder)
     value = json.loads((folder / "receipt.json").read_text())
     value["predicate"]["study"]["name"] = "other"
     (other / "receipt.json").write_text(json.dumps(value))
-    done = script(other)
+    done = script.here(NOTEBOOK, "--results", other)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_results_it_says_what_to_run_and_ends_well(tmp_path):
-    done = script(tmp_path / "none")
+    done = script.here(NOTEBOOK, "--results", tmp_path / "none")
     assert done.returncode == 0
     assert "make demo" in done.stdout and "Traceback" not in done.stdout + done.stderr
