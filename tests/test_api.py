@@ -44,35 +44,46 @@ def test_a_direction_is_kept_with_its_model(model, persona, capfd):
     np.testing.assert_allclose(like, np.linalg.norm(persona.vectors, axis=1), rtol=1e-5)
 
 
-def test_generate_gives_one_reply_for_each_condition_and_prompt(model, persona):
+# Two prompts, three conditions and four tokens wherever possible: the same programs.
+PROMPTS = ["w4 w5", "w6"]
+
+
+@pytest.fixture(scope="module")
+def conditions(persona):
     steer = js.add(persona, at=1, scale=4)
-    conditions = {"plain": [], "steered": [steer], "out": [steer, js.project(persona, at="1..2")]}
-    made = model.generate(["w4 w5", "w6"], conditions=conditions, max_new_tokens=4)
+    return {"plain": [], "steered": [steer], "out": [steer, js.project(persona, at="1..2")]}
+
+
+@pytest.fixture(scope="module")
+def made(model, conditions):
+    return model.generate(PROMPTS, conditions=conditions, max_new_tokens=4)
+
+
+def test_generate_gives_one_reply_for_each_condition_and_prompt(model, conditions, made):
     table = made.table()
     assert table.columns == ["condition", "prompt", "reply", "label", "change"]
     assert table["condition"].to_list() == [name for name in conditions for _ in range(2)]
     assert (table["change"] > 0).to_list() == [False] * 2 + [True] * 4
-    alone = model.generate(["w6"], conditions={"steered": [steer]}, max_new_tokens=4)
+    steered = {"steered": conditions["steered"]}
+    alone = model.generate(PROMPTS[1:], conditions=steered, max_new_tokens=4)
     assert alone.rows[0].text == made.rows[3].text
 
 
-def test_stream_writes_the_reply_of_generate(model, persona):
-    conditions = {"plain": [], "steered": [js.add(persona, at=1, scale=4)]}
-    pieces = list(model.stream("w4 w5", conditions=conditions, max_new_tokens=5))
+def test_stream_writes_the_reply_of_generate(model, conditions, made):
+    pieces = list(model.stream(PROMPTS[0], conditions=conditions, max_new_tokens=4))
     written = {
         name: "".join(piece.text for piece in pieces if piece.condition == name)
         for name in conditions
     }
-    made = model.generate(["w4 w5"], conditions=conditions, max_new_tokens=5)
-    assert list(written.values()) == [reply.text for reply in made.rows]
+    assert list(written.values()) == [reply.text for reply in made.rows[::2]]
 
 
-def test_an_intervention_without_effect_is_an_error(model, persona):
-    nothing = {"idle": [js.add(persona, at=1, scale=0)]}
-    with pytest.raises(UserError, match="'idle' changed nothing"):
-        model.generate(["w4"], conditions=nothing, max_new_tokens=2)
-    with pytest.raises(UserError, match="'idle' changed nothing"):
-        list(model.stream("w4", conditions=nothing, max_new_tokens=2))
+def test_an_intervention_without_effect_is_an_error(model, conditions, persona):
+    nothing = conditions | {"out": [js.add(persona, at=1, scale=0)]}
+    with pytest.raises(UserError, match="'out' changed nothing"):
+        model.generate(PROMPTS, conditions=nothing, max_new_tokens=4)
+    with pytest.raises(UserError, match="'out' changed nothing"):
+        list(model.stream(PROMPTS[0], conditions=nothing, max_new_tokens=4))
 
 
 def test_importing_jaxsteer_imports_no_jax():

@@ -10,7 +10,7 @@ from jaxsteer.model.convert import convert
 from tests import parity, tiny
 
 
-@pytest.mark.parametrize("build", [tiny.llama, tiny.qwen2])
+@pytest.mark.parametrize("build", [tiny.llama, pytest.param(tiny.qwen2, marks=pytest.mark.slow)])
 def test_tiny_models_agree_with_hf_at_every_step_steered_and_not(build, tmp_path):
     folder = tiny.save(build(), tmp_path / "hf")
     model = ChatModel.load(convert(folder, tmp_path / "out", "float32"))

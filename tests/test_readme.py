@@ -14,14 +14,22 @@ from tests.conftest import ROOT
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs_and_is_short(smollm2, monkeypatch, capsys):
-    # The fixture makes sure that the model is there.
+def python_example():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert code.count("\n") <= 10
+    return code
+
+
+def test_the_python_example_is_short():
+    assert python_example().count("\n") <= 10
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(smollm2, monkeypatch, capsys):
+    # The fixture makes sure that the model is there.
     if not (ROOT / "checkpoints/smollm2-135m/manifest.json").is_file():
         pytest.fail("no checkpoints/smollm2-135m; run `make model`")
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(python_example(), "README.md", "exec"), {})
     shown = capsys.readouterr().out
     assert all(f"│ {name} " in shown for name in ("plain", "steered", "restored"))
 

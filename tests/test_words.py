@@ -62,16 +62,30 @@ def test_joiners_that_join_nothing_are_spelled_out():
     assert words.plain("\u0645\u200c\u200c\u200d") == "\u0645\u200c" + r"\x200c\x200d"
 
 
-@pytest.mark.parametrize("before", ["", "a", "\u0645", "\u0301", "\U0001f468"])
-def test_of_every_character_what_is_shown_is_harmless_and_everything_harmless_is_shown(before):
-    # All code points, each after the same character.
-    for code in range(sys.maxunicode + 1):
+BEFORE = ["", "a", "\u0645", "\u0301", "\U0001f468"]
+
+
+def check_shown(before, codes):
+    """What is shown of each character after the same one."""
+    for code in codes:
         shown = words.plain(before + chr(code)).removeprefix(before)
         if unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Co", "Cn"):
             joins = code in (0x200C, 0x200D) and before not in ("", "a")
             assert shown == (chr(code) if joins or code in (9, 10) else f"\\x{code:02x}")
         else:
             assert shown == chr(code)
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_of_a_character_what_is_shown_is_harmless_and_everything_harmless_is_shown(before):
+    # The scripts of most languages and all general punctuation, and some of everything else.
+    check_shown(before, [*range(0x3000), *range(0x3000, sys.maxunicode + 1, 97)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", BEFORE)
+def test_that_holds_for_every_character(before):
+    check_shown(before, range(sys.maxunicode + 1))
 
 
 def test_a_log_has_a_line_at_the_start_and_one_at_the_end(capsys):

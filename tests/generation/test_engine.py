@@ -167,19 +167,20 @@ def test_each_row_has_its_own_conditions_change(model, rng):
         [Add(direction=v, layers=(0,), scale=2.0)],
         [Project(directions=(v,), layers=(2,))],
     ]
-    requests = [Request(tokens=p, condition=c) for c in (2, 0, 1) for p in PROMPTS[1:3]]
+    requests = [Request(tokens=p, condition=c) for c in (2, 0, 1) for p in PROMPTS]
     replies = sorted(
         (r for b in run(model, requests, conditions) for r in b), key=lambda r: r.index
     )
     changed = [np.flatnonzero(reply.prompt["resid_post"].change).tolist() for reply in replies]
-    assert changed == [[2], [2], [], [], [0], [0]]
+    assert changed == [[2]] * len(PROMPTS) + [[]] * len(PROMPTS) + [[0]] * len(PROMPTS)
 
 
 def test_total_change_sums_tokens_layers_and_taps(model, rng):
     v = rng.standard_normal((model.config.n_layers, model.config.d_model)).astype(np.float32)
     both = [Add(direction=v, layers=(0,), scale=1.0), Add(direction=v, layers=(1,), scale=3.0,
             tap="resid_mid")]  # fmt: skip
-    ((reply,),) = run(model, [Request(tokens=PROMPTS[1])], [both])
+    found = run(model, [Request(tokens=p) for p in PROMPTS], [both])
+    (reply,) = (r for batch in found for r in batch if r.index == 1)
     # Two prompt tokens and four of the five new ones are read by the model.
     expected = 6 * (np.linalg.norm(v[0]) + 3 * np.linalg.norm(v[1]))
     assert engine.total_change(reply) == pytest.approx(expected, rel=1e-4)

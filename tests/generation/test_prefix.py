@@ -72,6 +72,8 @@ def test_tokens_and_realised_changes_equal_those_of_whole_prompts(model, rng, sc
                 np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4)
 
 
+# The tests of `decode` sample rows with a shared prefix too.
+@pytest.mark.slow
 def test_samples_equal_those_of_whole_prompts(model, rng):
     sampling = Sampling(seed=5, temperature=1.0, top_p=0.9)
     made = conditions(model, rng)
