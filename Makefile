@@ -81,7 +81,8 @@ tpu-check: .venv/made-tpu ## compile full-size sweeps for TPUs, without having o
 		TPU_WORKER_HOSTNAMES=localhost TPU_ACCELERATOR_TYPE=v5litepod-8 $(BIN)/python -m tests.bench.tpu $(CHECK)
 
 # Two processes, since most tests use one core; a file stays in one process, since its tests share fixtures.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
+# The order of files is that of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: .venv/made-dev model ## run the short tests, against HF transformers on torch and the real SmolLM2
 	$(PYTEST) -m "not slow"

@@ -25,6 +25,25 @@ jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+# The files that take longest come first: if one were the last, a process would wait for the other.
+FIRST = (
+    "generation/test_decode.py",
+    "model/test_families.py",
+    "cli/test_models.py",
+    "generation/test_engine.py",
+    "generation/test_sampling.py",
+    "directions/test_extraction.py",
+    "directions/test_shifts.py",
+    "study/test_run.py",
+    "test_api.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {ROOT / "tests" / name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(FIRST)))
+
+
 # Each compiled program maps memory, and Linux lets a process have 65,530 maps.
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 40_000
