@@ -126,9 +126,13 @@ def judge(
         typer.echo(said(outcome))
 
 
+# A judge that gives at least so many replies, and this share of them, one verdict says little.
+ENOUGH, ONE_SIDED = 20, 0.95
+
+
 def said(outcome: judging.Outcome) -> str:
     """One judge's verdicts in a few lines, made safe to print, since a reason may quote a reply."""
-    from jaxsteer.words import plain
+    from jaxsteer.words import percent, plain
 
     counts = ", ".join(f"{n} {verdict}" for verdict, n in outcome.verdicts.items())
     line = f"{outcome.judge}: {outcome.asked} rows: {counts or 'none scored'}"
@@ -136,6 +140,10 @@ def said(outcome: judging.Outcome) -> str:
         line += f", {sum(outcome.unscored.values())} unscored"
     if outcome.missing:
         line += f", {outcome.missing} not judged yet"
+    most, n = max(outcome.verdicts.values(), default=0), sum(outcome.verdicts.values())
+    # Of replies, most are whole: that the judges of broken ones say so is no sign of a fault.
+    if n >= ENOUGH and most >= ONE_SIDED * n and not outcome.judge.startswith(("coh", "deg")):
+        line += f"; {percent(most / n)} got one verdict, so it tells conditions hardly apart"
     reasons = [f"  unscored {n}: {reason}" for reason, n in list(outcome.unscored.items())[:3]]
     if len(outcome.unscored) > 3:
         reasons.append(f"  and {len(outcome.unscored) - 3} other reasons")

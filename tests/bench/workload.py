@@ -59,8 +59,8 @@ def demo(model: ChatModel, results: Path) -> Workload:
     """
     study = spec.load(spec.STUDIES / "smollm2-demo.toml")
     prepared = prepare.prepare(study, model, results)
-    chosen = prepared.record
-    compiled = conditions(study, chosen.layers, chosen.dose, model.config.n_layers)
+    study, chosen, n_layers = prepared.spec, prepared.record, model.config.n_layers
+    compiled = conditions(study, chosen.layers, chosen.dose, n_layers, chosen.refusal_dose)
     shape = (model.config.n_layers, model.config.d_model)
     crossed = rows.cross(compiled, rows.prompts(study))
     requests = rows.requests(study, model, compiled, crossed)

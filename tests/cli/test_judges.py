@@ -24,10 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from jaxsteer import files
+from jaxsteer.cli import results as cli
 from jaxsteer.cli.__main__ import app
 from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.judges import verdicts
+from jaxsteer.judges.run import Outcome
 from jaxsteer.model.convert import convert
 from jaxsteer.study import results as studies
 from jaxsteer.study.spec import ConditionSpec
@@ -357,3 +359,19 @@ def test_the_real_smollm2_judges_over_http_and_what_it_cannot_say_is_unscored(
         assert (
             table.filter(unscored)["reason"].str.contains("^(unparsable|the judge refused)").all()
         )
+
+
+@pytest.mark.parametrize(
+    ("judge", "given", "told"),
+    [
+        ("keyword-3", {"refusal": 96, "other": 4}, True),
+        ("keyword-3", {"refusal": 94, "other": 6}, False),
+        ("keyword-3", {"other": 19}, False),
+        ("degenerate-2", {"coherent": 100}, False),
+        ("llama-guard-1", {"safe": 100}, True),
+    ],
+)
+def test_a_judge_that_gives_nearly_every_reply_one_verdict_is_pointed_out(judge, given, told):
+    n = sum(given.values())
+    outcome = Outcome(judge=judge, asked=n, verdicts=given, unscored={}, missing=0)
+    assert ("got one verdict" in cli.said(outcome)) == told
