@@ -2,9 +2,10 @@
 
     python -m tests.parity docs/parity.md
 
-Tests check the limits; this states the figures. Two tiny random models have every feature of the
-code (llama3 rope, grouped queries, an untied head, a head_dim other than d_model / n_heads; biases
-and a tied head), and the real SmolLM2 is large enough for rounding errors to add up.
+Tests check the limits; this states the figures. Two tiny random models are measured in both dtypes
+(llama3 rope, grouped queries, an untied head, a head_dim other than d_model / n_heads; biases and a
+tied head), and one of every family in float32. The real SmolLM2 is large enough for rounding errors
+to add up.
 """
 
 from __future__ import annotations
@@ -208,7 +209,52 @@ def lines(folder: Path) -> Iterator[Line]:
         )
 
 
-def render(measured: Sequence[Line]) -> str:
+# What the tiny model of each family has that a plain Llama has not.
+FEATURES = {
+    "llama": "biases everywhere, linear rope",
+    "mistral": "sliding window",
+    "ministral": "sliding windows in some layers",
+    "ministral3": "yarn rope with its scale, sliding window",
+    "qwen2": "q, k, v biases, sliding windows in some layers",
+    "qwen3": "norms of q and k per head, biases, yarn rope",
+    "gemma": "norms that add 1, tanh-GELU, scaled embedding",
+    "gemma2": "four norms a layer, soft caps, query scale, sliding windows in some layers",
+    "gemma3_text": "as Gemma 2 without soft caps, norms of q and k per head, two ropes",
+    "olmo2": "norms after attention and MLP, norms of q and k over all heads, biases",
+    "olmo3": "as OLMo 2, with two ropes and sliding windows in some layers",
+    "phi3": "joined tensors, sliding window",
+    "phi4": "joined tensors, longrope on three quarters of a head",
+    "smollm3": "no rope and sliding windows in some layers",
+    "granite": "multipliers of embedding, attention, residual and logits",
+}
+
+
+def family_lines(folder: Path) -> Iterator[tuple[str, Line, Line]]:
+    """For each family its name, and the lines without steering and with it, in float32."""
+    for name in tiny.FAMILIES:
+        saved = tiny.save(tiny.family(name), folder / name)
+        model = ChatModel.load(convert(saved, folder / f"{name}-out", "float32"))
+        hf = hf_model({"pretrained_model_name_or_path": str(saved)}, "float32")
+        plain, steered = (measure(name, model, hf, o) for o in ([], steering(model)))
+        yield name, plain, steered
+
+
+def family_table(found: Sequence[tuple[str, Line, Line]]) -> str:
+    """A row per family."""
+    table = [
+        "| model | prefill max | decode max | steered prefill | steered decode | argmax | greedy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, plain, steered in found:
+        parts = [plain.prefill, plain.decode, steered.prefill, steered.decode]
+        argmax = f"{sum(p.argmax for p in parts)} / {sum(p.tokens for p in parts)}"
+        greedy = f"{plain.greedy + steered.greedy} / {plain.replies + steered.replies}"
+        cells = [f"{name}: {FEATURES[name]}", *(f"{part.highest:.1e}" for part in parts)]
+        table.append(f"| {' | '.join([*cells, argmax, greedy])} |")
+    return "\n".join(table)
+
+
+def render(measured: Sequence[Line], families: Sequence[tuple[str, Line, Line]]) -> str:
     """The page."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
@@ -232,6 +278,10 @@ Versions: Python {platform.python_version()}, {versions}.
 
 {chr(10).join(table)}
 
+A row for each family of models, float32, on tiny random models with the features of the family:
+
+{family_table(families)}
+
 How it was measured:
 
 - {PROMPTS} prompts of mixed length, left-padded in one batch, {NEW_TOKENS} new tokens, greedy. HF
@@ -247,21 +297,22 @@ How it was measured:
   bfloat16 costs without jaxsteer; compare the bfloat16 lines with it. jaxsteer keeps norms,
   softmax, rotary embedding, attention scores and interventions in float32, HF rounds some of them.
   A random tiny model has many near ties, so its replies differ sooner.
-- Tiny models: random weights, 3 layers, width 32. Llama has llama3 rope, grouped queries, an
-  untied head and a head_dim that is not d_model / heads; Qwen2 has biases and a tied head.
-  SmolLM2 is converted from its pinned Q4_1 GGUF.
+- Tiny models: random weights, 3 or 4 layers, width 32, windows of 8 tokens. Llama has llama3 rope,
+  grouped queries, an untied head and a head_dim that is not d_model / heads; Qwen2 has biases and a
+  tied head. SmolLM2 is converted from its pinned Q4_1 GGUF.
 """
 
 
 def main(path: Path) -> None:
     """Measure everything and write the page."""
     torch.set_grad_enabled(False)
-    measured = []
     with tempfile.TemporaryDirectory() as folder:
+        families = list(family_lines(Path(folder)))
+        measured = []
         for line in lines(Path(folder)):
             print(line, file=sys.stderr, flush=True)
             measured.append(line)
-    write_text(path, render(measured))
+    write_text(path, render(measured, families))
 
 
 if __name__ == "__main__":

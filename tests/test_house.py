@@ -16,7 +16,7 @@ from tests import weigh
 # has been reached so far. Lower them with the code; raise one only in the commit that needs it, and
 # give the reason there.
 # Raised since: 95 for the keyword list (limits of an answer, refusals by any verb), 13 of the core
-# for thinking that never ended; 360 of the core for the families of models, GGUFs included; 170 for
+# for thinking that never ended; 366 of the core for the families of models, GGUFs included; 170 for
 # what claims need before they say anything, and for judging a receipt's claims again from their
 # counts; 350 of the core and a file for the files of chat models as they are (templates that do
 # what a user would not expect, turn marks, ends, GGUF parts, two sets of weights, the hub's errors,
@@ -28,7 +28,7 @@ from tests import weigh
 # and keys on the user's word, for the options of convert, and for chat-template.
 # 20 of the core and 110 more for stop signals, locks, and faults said in one line; 25, 5 of them of
 # the core, for the table of what a window was chosen from; 6 for one-sided judges.
-CORE = 5834
+CORE = 5840
 WHOLE = 13562
 MODULE = 350
 FILES = 85

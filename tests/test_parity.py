@@ -24,8 +24,12 @@ def test_tiny_models_agree_with_hf_at_every_step_steered_and_not(build, tmp_path
             assert part.highest <= 1e-4 and part.argmax == part.tokens
         assert line.prefill.tokens > 200 and line.decode.tokens > 200
         assert line.greedy == line.replies == parity.PROMPTS
-    page = parity.render(measured)
-    assert page.count("| 16 / 16 |") == 2
+    page = parity.render(measured, [("llama", *measured)])
+    assert page.count("| 16 / 16 |") == 2 and page.count("| 32 / 32 |") == 1
+
+
+def test_every_family_has_a_row_that_says_what_sets_it_apart():
+    assert parity.FEATURES.keys() == tiny.FAMILIES.keys()
 
 
 def test_differences_are_counted_over_tokens():

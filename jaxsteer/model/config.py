@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -116,16 +116,25 @@ class ModelConfig:
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# Fields that are a key of every family's config, and of some with the value for all others.
+SAME = {
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+SOME: dict[str, tuple[str, bool | float]] = {
+    "qkv_bias": ("attention_bias", False), "o_bias": ("attention_bias", False),
+    "mlp_bias": ("mlp_bias", False), "attention_softcap": ("attn_logit_softcapping", 0.0),
+    "embedding_scale": ("embedding_multiplier", 1.0), "logit_divisor": ("logits_scaling", 1.0),
+    "residual_scale": ("residual_multiplier", 1.0),
+    "logit_softcap": ("final_logit_softcapping", 0.0),
+}  # fmt: skip
 # Numbers above 0 that every config gives, and those that it may give.
-SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
+SIZES = ("max_position_embeddings", *SAME.values())
 NUMBERS = (
     "num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings",
-    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping", "attention_multiplier",
-    "embedding_multiplier", "residual_multiplier", "logits_scaling", "partial_rotary_factor",
+    "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "partial_rotary_factor",
 )  # fmt: skip
 # Those of them that count something.
 COUNTS = {*SIZES[:-1], *NUMBERS[:4]}
@@ -198,7 +207,10 @@ _EVERY_ROPE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
 def from_hf(
-    config: Mapping[str, Any], where: str, names: Mapping[str, str] | None = None
+    config: Mapping[str, Any],
+    where: str,
+    names: Mapping[str, str] | None = None,
+    accept: Collection[str] = (),
 ) -> ModelConfig:
     """Check and read a config in Hugging Face's form; of a model of text and images its text part.
 
@@ -206,6 +218,7 @@ def from_hf(
       config: the decoded config.json.
       where: the source's name in errors.
       names: in errors, what the source calls a key, where that is not HF's name.
+      accept: unknown keys that are left out.
 
     Raises:
       UserError: an unsupported architecture or rope type, a missing key or a value of the wrong
@@ -213,13 +226,16 @@ def from_hf(
     """
     name, text = _text_part(config, where)
     family = FAMILIES[name]
+    if known := {*accept} & {*READ, *INERT, *ONLY, *family.keys, *family.inert}:
+        raise UserError(f"{where}: {', '.join(sorted(known))} is known and cannot be left out")
+    text = {key: value for key, value in text.items() if key not in accept}
     problems = [_problem(key, value, family, names or {}) for key, value in text.items()]
     if any(problems):
         raise UserError(
             f"{where}: {'; '.join(filter(None, problems))}; convert another model, or take the "
             "responsibility for unknown keys with --accept-unknown KEY"
         )
-    required = SIZES if text is config else ()
+    required = () if "text_config" in config else SIZES
     for key in (*required, *(key for key in NUMBERS if text.get(key) is not None)):
         _check_number(text, key, where, names or {})
     values = _standard(text, family, where)
@@ -228,7 +244,9 @@ def from_hf(
         value = values.get(key) if key in family.keys else None
         return default if value is None else value
 
-    n_heads, d_model = values["num_attention_heads"], values["hidden_size"]
+    fields = {field: values[key] for field, key in SAME.items()}
+    fields |= {field: type(default)(read(key, default)) for field, (key, default) in SOME.items()}
+    d_model, n_heads = fields["d_model"], fields["n_heads"]
     n_kv_heads = values.get("num_key_value_heads") or n_heads
     if n_heads % n_kv_heads:
         raise UserError(f"{where}: {n_kv_heads} key-value heads do not divide {n_heads} heads")
@@ -240,36 +258,21 @@ def from_hf(
     rotary_dim = int(head_dim * read("partial_rotary_factor", 1.0))
     kinds, max_position = _attention(values, read, rotary_dim, where)
     distinct = tuple(dict.fromkeys(kinds))
-    biases, scalar = read("attention_bias", False), read("query_pre_attn_scalar", head_dim)
-    numbers = {
-        "attention_scale": read("attention_multiplier", scalar**-0.5),
-        "attention_softcap": read("attn_logit_softcapping", 0),
-        "embedding_scale": d_model**0.5
-        if family.scaled_embedding
-        else read("embedding_multiplier", 1),
-        "residual_scale": read("residual_multiplier", 1),
-        "logit_divisor": read("logits_scaling", 1),
-        "logit_softcap": read("final_logit_softcapping", 0),
-    }
-    given = {"qkv_bias": biases, "o_bias": biases, "mlp_bias": read("mlp_bias", False)}
-    given |= {field: float(number) for field, number in numbers.items()}
+    scale = read("attention_multiplier", read("query_pre_attn_scalar", head_dim) ** -0.5)
+    if family.scaled_embedding:
+        fields["embedding_scale"] = d_model**0.5
     return ModelConfig(
         family=name,
-        vocab_size=values["vocab_size"],
-        d_model=d_model,
-        n_layers=values["num_hidden_layers"],
-        n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        d_ff=values["intermediate_size"],
         tied=values["tie_word_embeddings"],
         max_position=max_position,
         attention=distinct,
         pattern=tuple(map(distinct.index, kinds)),
         rotary_dim=rotary_dim,
-        norm_eps=values["rms_norm_eps"],
         activation=ACTIVATIONS[activation],
-        **(given | dict(family.fixed)),
+        attention_scale=scale,
+        **(fields | dict(family.fixed)),
     )
 
 
@@ -295,10 +298,11 @@ def _attention(
     return kinds, min(limit for _, limit in found.values())
 
 
-def known_keys(config: Mapping[str, Any], where: str) -> tuple[set[str], set[str]]:
-    """Keys that enter the computation of a model of this config, and all other known ones."""
-    read = {*READ, "hidden_act", *FAMILIES[_text_part(config, where)[0]].keys}
-    return read, {*INERT, *ONLY} - read
+def ignored(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys that do not enter the computation, with their values."""
+    name, text = _text_part(config, where)
+    read = {*READ, "hidden_act", "text_config", *FAMILIES[name].keys}
+    return {key: value for key, value in {**config, **text}.items() if key not in read}
 
 
 def _text_part(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
@@ -307,6 +311,8 @@ def _text_part(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str,
     named, text = listed[0] if isinstance(listed, list) else listed, config
     if isinstance(named, str) and named in WRAPPERS:
         text = config.get("text_config") or {}
+        if not isinstance(text, Mapping):
+            raise UserError(f"{where}: text_config={text!r} is not a table of keys and values")
         kind = text.get("model_type", WRAPPERS[named])
         named = next((name for name, f in FAMILIES.items() if f.model_type == kind), kind)
         # These are said of the whole model.
@@ -322,7 +328,7 @@ def _text_part(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str,
 
 def _problem(key: str, value: Any, family: Family, names: Mapping[str, str]) -> str | None:
     name = names.get(key, key)
-    if key in READ or key in family.keys or key in INERT:
+    if key in READ or key in INERT or key in family.keys or key in family.inert:
         return None
     if key not in ONLY:
         shown = reprlib.repr(value)
@@ -348,16 +354,19 @@ def _check_number(
 
 def _standard(text: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """The values of all keys in today's form, those that are left out by transformers' defaults."""
-    old, new = text.get("rope_scaling"), text.get("rope_parameters")
-    for rope in filter(None, (old, new)):
+    old, new = text.get("rope_scaling") or {}, text.get("rope_parameters") or {}
+    if isinstance(new, Mapping):
+        new = new.get("full_attention", new)
+    for rope in (old, new):
         if not isinstance(rope, Mapping):
             raise UserError(f"{where}: rope scaling {rope!r} is not a table of keys and values")
-    if old and new and _named(old) != _named(new.get("full_attention", new)):
+    if old and new and _named(old) != _named(new):
         raise UserError(f"{where}: rope_scaling and rope_parameters disagree; remove one of them")
     library = transformers()
     library.utils.logging.set_verbosity_error()
-    some = {key: text[key] for key in text if key in family.keys or key not in INERT}
-    some = {key: value for key, value in some.items() if value is not None or key not in ONLY}
+    # These have no value that means none.
+    given = {key: text[key] for key in text if text[key] is not None or key not in READ | {*ONLY}}
+    some = {key: given[key] for key in given if key in family.keys or key not in INERT}
     try:
         made = library.AutoConfig.for_model(family.model_type, **copy.deepcopy(some))
         return made.to_dict()
@@ -374,15 +383,19 @@ def _named(rope: Mapping[str, Any]) -> dict[str, Any]:
 def _rope(given: Mapping[str, Any], width: int, max_position: int, where: str) -> tuple[Rope, int]:
     """A rotary embedding of so many dimensions, and the longest context in which it is the same."""
     kind = given["rope_type"]
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise UserError(
             f"{where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}"
         )
     unknown = sorted({*given} - {*ROPE_KEYS[kind], *_EVERY_ROPE})
     if unknown:
         raise UserError(f"{where}: unknown keys for rope type {kind}: {', '.join(unknown)}")
-    for key in (key for key in NUMBERS if given.get(key) is not None):
-        _check_number(given, key, where, {})
+    for key, value in given.items():
+        if key.endswith(("short_factor", "long_factor")):
+            for number in value if isinstance(value, list) else [value]:
+                _check_number({key: number}, key, where, {})
+        elif value is not None and key not in ("rope_type", "type", "truncate"):
+            _check_number(given, key, where, {})
     theta = float(given["rope_theta"])
     length, factor = given.get(_LENGTH) or max_position, given.get("factor")
     factor = factor or max_position / length
@@ -391,8 +404,10 @@ def _rope(given: Mapping[str, Any], width: int, max_position: int, where: str) -
     if kind == "longrope":
         # Beyond the first length other factors hold, even for the tokens before.
         growth = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
-        scale = given.get("attention_factor") or growth
-        return Rope(theta=theta, divisors=tuple(given["short_factor"]), scale=scale), length
+        scale, divisors = given.get("attention_factor") or growth, tuple(given["short_factor"])
+        if len(divisors) != width // 2:
+            raise UserError(f"{where}: short_factor has {len(divisors)} numbers, not {width // 2}")
+        return Rope(theta=theta, divisors=divisors, scale=scale), length
     if kind == "linear":
         return Rope(theta=theta, divisors=(float(factor),) * (width // 2)), max_position
     index = np.arange(width // 2)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from jaxsteer.errors import UserError, one_line
 from jaxsteer.files import sha256_file
 from jaxsteer.model import adapter, checkpoint, weights
-from jaxsteer.model.config import ModelConfig, from_hf, known_keys
+from jaxsteer.model.config import ModelConfig, from_hf, ignored
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import Tensor
 from jaxsteer.words import Progress
@@ -350,11 +350,7 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
     raw = _read(folder / "config.json", dict)
     _check_unquantised(folder, raw, name)
     where = f"{name}/config.json"
-    read, other = known_keys(raw, where)
-    if known := {*options.accept_unknown} & (read | other):
-        raise UserError(f"{where}: {', '.join(sorted(known))} is known and cannot be left out")
-    taken = {key: value for key, value in raw.items() if key not in options.accept_unknown}
-    config = from_hf(taken, where)
+    config = from_hf(raw, where, accept=options.accept_unknown)
     tokenizer = Tokenizer.load(folder, options.template, options.arguments)
     files = [folder / file for file in NAMED if (folder / file).is_file()]
     ends: set[int] = set()
@@ -371,7 +367,7 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
         ends=ends,
         files=files,
         weights=functools.partial(_weights, folder),
-        ignored={key: value for key, value in raw.items() if key not in read},
+        ignored=ignored(raw, where),
     )
 
 

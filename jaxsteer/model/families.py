@@ -21,6 +21,7 @@ class Family:
       model_type: name of its configuration in transformers, which gives the defaults of keys.
       gguf: name of the architecture in GGUF files.
       keys: keys of config.json that its modelling code reads, beside those in `config.READ`.
+      inert: keys that its published configs have, and that its modelling code does not read.
       fixed: fields of `config.ModelConfig` that all its models share.
       scaled_embedding: whether the embedding is multiplied by the root of its width.
       fused: whether q, k and v are one tensor of the source, and gate and up another.
@@ -32,6 +33,7 @@ class Family:
     model_type: str
     gguf: str
     keys: tuple[str, ...] = ()
+    inert: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scaled_embedding: bool = False
     fused: bool = False
@@ -75,8 +77,8 @@ FAMILIES: Mapping[str, Family] = {
         scaled_embedding=True,
     ),
     "Gemma2ForCausalLM": Family(
-        model_type="gemma2", gguf="gemma2", keys=_GEMMA2, fixed=_AROUND, scaled_embedding=True,
-        gguf_depth=46,
+        model_type="gemma2", gguf="gemma2", keys=_GEMMA2, inert=("sliding_window_size",),
+        fixed=_AROUND, scaled_embedding=True, gguf_depth=46,
     ),
     "Gemma3ForCausalLM": Family(
         model_type="gemma3_text", gguf="gemma3", keys=_GEMMA3,
@@ -91,10 +93,13 @@ FAMILIES: Mapping[str, Family] = {
     "Phi3ForCausalLM": Family(
         model_type="phi3", gguf="phi3", fused=True,
         keys=("sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
+        # Code of the repository, which transformers has had for long.
+        inert=("auto_map", "full_attn_mod", "interpolate_factor", "lm_head_bias"),
     ),
     "SmolLM3ForCausalLM": Family(
         model_type="smollm3", gguf="smollm3", gguf_pairs=True,
         keys=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_QWEN),
+        inert=("pretraining_tp",),
     ),
     "GraniteForCausalLM": Family(
         model_type="granite", gguf="granite", gguf_pairs=True,

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsteer.model.config import AttentionKind, ModelConfig, Rope
+from jaxsteer.model.config import ModelConfig, Rope
 
 
 class RMSNorm(nnx.Module):
@@ -125,11 +125,9 @@ def rotation(
     rope: Rope | None, positions: Int[Array, " token"], width: int
 ) -> Float[Array, "2 token half"]:
     """Cosine and sine of the angle of each token and pair; without a rope, of no angle."""
-    if rope is None:
-        nothing = jnp.zeros((positions.shape[0], width // 2))
-        return jnp.stack([nothing + 1, nothing])
-    angle = positions[:, None] * rope_frequencies(rope, width)
-    return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * rope.scale
+    frequency = jnp.zeros(width // 2) if rope is None else rope_frequencies(rope, width)
+    angle = positions[:, None] * frequency
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)]) * (1.0 if rope is None else rope.scale)
 
 
 def rotate(
@@ -151,12 +149,10 @@ def views(
     config: ModelConfig, positions: Int[Array, " token"], visible: Bool[Array, "token seen"]
 ) -> Views:
     """For each kind of layer, how tokens are rotated and which slots they attend to."""
-
-    def of_kind(kind: AttentionKind) -> tuple[Array, Array]:
-        turned = rotation(kind.rope, positions, config.rotary_dim)
-        return turned, windowed(visible, kind.window)
-
-    return [of_kind(kind) for kind in config.attention]
+    return [
+        (rotation(kind.rope, positions, config.rotary_dim), windowed(visible, kind.window))
+        for kind in config.attention
+    ]
 
 
 def view(config: ModelConfig, views: Views, layer: int | Int[Array, ""]) -> tuple[Array, Array]:

@@ -133,11 +133,11 @@ def separate(tensors: Iterable[Tensor], config: ModelConfig) -> Iterator[Tensor]
         first = 0
         for part in _FUSED[fused]:
             last = first + lengths(config)[width[part]]
-            yield name.replace(fused, part), functools.partial(_some_rows, read, first, last)
+            yield name.replace(fused, part), functools.partial(_rows_of, read, first, last)
             first = last
 
 
-def _some_rows(read: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
+def _rows_of(read: Callable[[], np.ndarray], first: int, last: int) -> np.ndarray:
     return read()[first:last]
 
 
