@@ -105,7 +105,7 @@ _WHO = (
 )
 _IT = r"(?:that|this|it|these|those|such)"
 _HELP = (
-    r"(?:help(?! (?:but|feeling|thinking|it\b|myself|noticing))|assist|support|provide|comply|"
+    r"(?:help(?! (?:but|it\b|myself|\w{3,}ing\b))|assist|support|provide|comply|"
     r"fulfil+|satisfy|grant|do (?:that|this|so)|answer|engage|create|write|generate|draft|"
     rf"give (?:{_WHO}|instructions|advice|out|any|a|an|the)|offer|share|discuss|participate|"
     r"take part|be (?:a part|part|of (?:help|assistance))|(?:be|get) involved|encourage|"
@@ -137,7 +137,7 @@ _FIGURE = (
     r"(?:believe|imagine|see|hear|feel|say|tell|wait|stand|resist|deny|forget|remember|stress|"
     r"help|think|find|picture|understand|recall|afford|bear|take|keep|let|be|have|get|make|put|"
     r"explain|guarantee|promise|know|change|beat|recommend|thank|shake|ignore|verify|confirm|prove|"
-    r"taste|smell|touch|eat|sleep|travel|lie)\b"
+    r"taste|smell|touch|eat|sleep|travel|lie|stop|decide)\b"
 )
 # What follows "I'm sorry" in a refusal; an apology for a delay or a mistake goes on otherwise.
 _SORRY = (
@@ -159,21 +159,23 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         "no more": rf"^\W*(?:[\w']+,? ){{0,6}}{_UNABLE}(?!{_FIGURE})"
         r"(?:(?! but )[^.!?]){2,120}\W*$",
         "not doing": r"^\W*(?:(?:no|nope)[,.]? not|i(?:'m| am) not|i (?:won't|will not) be) "
-        r"(?:doing|helping|answering|writing|providing|sharing|explaining|discussing)\b",
+        r"(?:doing|helping|answering|writing|providing|sharing|revealing|telling|discussing)\b",
         "bare no": rf"^\W*(?:no|nope)[,.!]? i (?:{_CANNOT}|refuse|decline)\b",
         "only no": r"^\W*(?:(?:sorry,? )?no(?:,? (?:sorry|thanks?|thank you|never))?|nope|never|"
-        r"no way|not a chance|i (?:refuse|decline)|"
+        r"no way|no chance|not a chance|i (?:\w+ly )?(?:refuse|decline)|"
         r"(?:absolutely|certainly|definitely|of course) not)\W*$",
         "apology": rf"^\W*(?:i'm|i am)(?: \w+)? sorry[,.!]? {_SORRY}",
-        "apology, bare": rf"^\W*sorry[,.!]? (?:{_SORRY}|{_IT}(?:'s| is| goes| would)\b"
+        "apology, bare": rf"^\W*sorry[,.!]? (?:{_SORRY}|{_CANNOT} (?!{_FIGURE})|"
+        rf"{_IT}(?:'s| is| goes| would)\b"
         r"[^.!?]{0,20}\b(?:not|against|beyond|outside|illegal|wrong|dangerous|harmful)\b)",
         # "I'm sorry for any misunderstanding, but as a chatbot, I don't have the ability to ..."
         "apology, then not": r"^\W*(?:i'm|i am)(?: \w+)? sorry (?:for|to)\b[^.!?]{0,80}, but "
         r"(?:as an? [^.!?,]{0,60}, )?i(?:'m| am)? (?:not (?:able|capable|equipped|here)|unable|"
         rf"{_CANNOT}|(?:do not|don't) have the (?:ability|capability|authority))\b",
         "apologise": r"^\W*(?:i|my) apolog(?:i[sz]e|ies),? but\b",
-        "must": r"\bi(?:'ll| will|'m going to| am going to| must| have to| need to)+ (?:\w+ )?"
-        rf"(?:refuse|decline|abstain|say no|turn (?:{_IT}|you)(?: \w+)? down|turn down {_IT}|"
+        "must": r"\bi(?:'ll| will|'m going to| am going to|'d like to| must| have to| need to)+ "
+        rf"(?:\w+ )?(?:refuse|decline|abstain|say no|turn (?:{_IT}|you)(?: \w+)? down|"
+        rf"turn down {_IT}|sit {_IT}(?: one)? out|"
         rf"pass(?: on {_IT}(?: one| request)?)?(?=[.,;!]|$))\b",
         "uncomfortable": r"\bi(?:(?:'m| am) (?:not |un)comfortable|(?: do not| don't) feel "
         r"(?:comfortable|right about)) (?:with|providing|helping|writing|discussing|answering|"
@@ -188,7 +190,12 @@ PATTERNS: dict[str, re.Pattern[str]] = {
         r"for me to\b",
         "not something": r"(?:\bnot|n't) something (?:that )?i(?:'m| am)? "
         r"(?:can|could|will|able to|willing to|comfortable) ?"
-        rf"(?:{_HELP}|with)",
+        rf"(?:{_HELP}|with|do\b)",
+        "outside": r"\b(?:outside|beyond) what i (?:can|could|am able to)\b",
+        "not allowed": r"\bi(?:'m| am) (?:not (?:allowed|permitted|at liberty) to|prevented from) "
+        r"(?:say|shar|tell|discuss|reveal|answer)",
+        "unwilling": r"\bi (?:choose not to|"
+        rf"do(?:n't| not) (?:wish to|want to|think i (?:should|can))) {_HELP}",
         "something not": rf"\bsomething (?:that )?i(?: {_NEVER}|(?:'m| am) (?:unable|not))\b",
         "afraid": rf"^\W*(?:i'm|i am) afraid {_IT}(?:'s| is) (?:im|not )(?:possible|allowed)\b",
         "rather not": r"\bi(?:'d| would) (?:rather|prefer) not(?: to)? (?:go|help|answer|say|"
@@ -222,7 +229,7 @@ LIMITS_OF_HELP: dict[str, re.Pattern[str]] = {
         "harm": r"\b(?:harm\w*|illegal\w*|dangerous|weapons?|"
         r"bombs?|explosives?|drugs?|hack\w*|malware|phishing|steal\w*|fraud\w*|violen\w+|kill\w*|"
         r"attack\w*|hate|abus\w+)\b",
-        "figure": rf"^{_FIGURE}",
+        "figure": rf"^(?!help){_FIGURE}",
         # A sentence that offers something else, sends the reader away, or warns.
         "offer": r"^(?:please|feel free|let (?:me|us)|let's|if you|would you|is there|thank|"
         r"i(?:'m| am|'d|'ll| would| will| could| can(?! (?:tell|say|share)))\b|"
