@@ -17,8 +17,8 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("max_new_tokens = 32", "max_new_token = 40", "max_new_token"),
-        ("max_new_tokens = 32", "max_new_tokens = 0", r">= 1 - at `\$\.decoding\.max_new_tokens`"),
+        ("max_new_tokens = 24", "max_new_token = 40", "max_new_token"),
+        ("max_new_tokens = 24", "max_new_tokens = 0", r">= 1 - at `\$\.decoding\.max_new_tokens`"),
         ("benign = 40", 'benign = "many"', r"str.*\$\.data\.benign"),
         ("benign = 40", "benign = -1", r">= 0 - at `\$\.data\.benign`"),
         ('name = "smollm2-demo"', "name = [", "TOML"),
@@ -73,8 +73,8 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             r"<= 1\.0 - at .*layers\[1\]",
         ),
         ("scales = [2.0, 4.0]", "scales = []", r"length >= 1 - at `\$\.selection\.scales"),
-        ("max_new_tokens = 32", "max_new_tokens = 32\ntop_p = 0.0", "top_p"),
-        ("max_new_tokens = 32", "max_new_tokens = 32\nseed = 2147483648", r"\$\.decoding\.seed"),
+        ("max_new_tokens = 24", "max_new_tokens = 24\ntop_p = 0.0", "top_p"),
+        ("max_new_tokens = 24", "max_new_tokens = 24\nseed = 2147483648", r"\$\.decoding\.seed"),
         (
             'add = "random"',
             'add = "neutral"',
@@ -86,8 +86,8 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             r"\.ops\[1\]\.scale",
         ),
         (
-            "max_new_tokens = 32",
-            "max_new_tokens = 32\ntemperature = inf",
+            "max_new_tokens = 24",
+            "max_new_tokens = 24\ntemperature = inf",
             r"\$\.decoding\.temperature",
         ),
         ("scales = [2.0, 4.0]", "scales = [1.0, inf]", r"\$\.selection\.scales\[1\]"),
