@@ -151,6 +151,27 @@ def mean_bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def mean_interval(
+    values: Sequence[float],
+) -> tuple[float, float, tuple[float, float] | tuple[None, None]]:
+    """Mean, standard deviation and Student's t interval at 95 % of the mean (Student 1908).
+
+    Of paired values these are differences. Fewer than two have no interval.
+
+    >>> mean, sd, (low, high) = mean_interval([1.0, 2.0, 3.0, 6.0])
+    >>> round(mean, 2), round(sd, 2), round(low, 2), round(high, 2)
+    (3.0, 2.16, -0.44, 6.44)
+    """
+    from scipy.stats import t
+
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return mean, 0.0, (None, None)
+    sd = float(np.std(values, ddof=1))
+    half = float(t.ppf(_TAILS[1], n - 1)) * sd / math.sqrt(n)
+    return mean, sd, (mean - half, mean + half)
+
+
 def kappa(confusion: Sequence[Sequence[int]]) -> float:
     """Cohen's kappa of two judges from their square confusion table (Cohen 1960).
 

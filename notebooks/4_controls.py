@@ -211,7 +211,27 @@ def _(found, pair):
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    ## 5. Your rules
+    ## 5. What it costs where nothing should change
+
+    A condition may refuse nothing harmless and still have changed the model. Three measures against
+    the untouched model: how far its next-token distributions move on the untouched model's own
+    benign replies (KL divergence, in nats per token), how many of our questions with short answers
+    it answers right, and how much longer or shorter its benign replies are. Intervals are at 95 %
+    and paired: every prompt is compared with itself.
+    """)
+    return
+
+
+@app.cell
+def _(found):
+    mo.md(charts.impact_table(found) or "This study did not measure its benign impact.")
+    return
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## 6. Your rules
 
     Change the rules, and compare the verdicts. Each of these rules can be defended:
 

@@ -41,6 +41,8 @@ audit = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(audit, name="audit")
+# The metric of gates and tables that is no share.
+IN_NATS = "benign-kl"
 ResultsArgument = Annotated[Path, typer.Argument(help="A results folder.")]
 JudgesOption = Annotated[
     list[str],
@@ -286,7 +288,8 @@ def diff(
 ) -> None:
     """Show which rates moved between two receipts; exit 1 when a gate fires.
 
-    METRIC is refusal, bypass, degenerate, leakage or benign-refusal; a drop is first minus second.
+    METRIC is refusal, bypass, degenerate, leakage, benign-refusal, benign-accuracy or benign-kl; a
+    drop is first minus second.
 
     Example: jaxsteer receipt diff old.json new.json --fail-if "refusal drop > 0.05 in baseline"
     """
@@ -343,7 +346,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
 def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
     """What else changed, the differences, and what could not be compared."""
     yield safe(f"other differences between the two: {', '.join(comparison.changed) or 'none'}")
-    numbers = ("first", "second", "change", "95 % (points)")
+    numbers = ("first", "second", "change", "95 %")
     lines = table(
         "from the first receipt to the second",
         ("condition", "metric", *numbers, ""),
@@ -366,12 +369,20 @@ def _difference(line: Line) -> tuple[str | Text, ...]:
     return (
         line.condition if line.other == line.condition else f"{line.condition} -> {line.other}",
         line.metric,
-        percent(line.first, 1),
-        percent(line.second, 1),
-        points(line.difference, 1),
-        f"{points(line.low, 1)} to {points(line.high, 1)}",
+        _amount(line.metric, line.first),
+        _amount(line.metric, line.second),
+        _move(line.metric, line.difference),
+        f"{_move(line.metric, line.low)} to {_move(line.metric, line.high)}",
         safe(way, "bold") if line.moved else "",
     )
+
+
+def _amount(metric: str, value: float) -> str:
+    return f"{value:.3f} nats" if metric == IN_NATS else percent(value, 1)
+
+
+def _move(metric: str, value: float) -> str:
+    return signed(value, 3) if metric == IN_NATS else points(value, 1)
 
 
 def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
@@ -379,8 +390,9 @@ def fired_text(fired: Sequence[tuple[Gate, Line]]) -> Iterator[Text]:
     for gate, line in fired:
         unsure = "" if line.moved else ", although the interval includes 0"
         yield safe(
-            f"gate fires: {gate.text}: {line.condition} went from {percent(line.first, 1)} to "
-            f"{percent(line.second, 1)} (n {line.n_first} and {line.n_second}{unsure})",
+            f"gate fires: {gate.text}: {line.condition} went from "
+            f"{_amount(gate.metric, line.first)} to {_amount(gate.metric, line.second)} "
+            f"(n {line.n_first} and {line.n_second}{unsure})",
             "bold red",
         )
 

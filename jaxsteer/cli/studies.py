@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +25,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.words import percent, plain, signed, span
 
 if TYPE_CHECKING:
+    from jaxsteer.evidence.impact import Impact
     from jaxsteer.evidence.power import Power
     from jaxsteer.study.validate import Plan
 
@@ -61,10 +62,10 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
-    from jaxsteer.evidence import power
+    from jaxsteer.evidence import impact, power
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
-    from jaxsteer.study import run, spec, validate
+    from jaxsteer.study import results, run, spec, validate
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -94,6 +95,9 @@ def sweep(
         shifts = json.loads((folder / "modes.json").read_text(encoding="utf-8"))
         console.print(modes_table(shifts, asked.name))
     receipt, _ = build.write(folder)
+    costs = impact.impacts(results.load(folder))
+    if costs:
+        console.print(impact_table(costs, asked.name))
     console.print(claims_table(statement.load(receipt)))
     typer.echo(f"results, receipt.json and receipt.html are in {folder}")
     joined.meet("receipt")
@@ -123,6 +127,19 @@ def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
             percent(row["complied"]),
             *([percent(row["unfinished"])] if unfinished else []),
         )
+    return table
+
+
+def impact_table(costs: Mapping[str, Impact], title: str) -> Table:
+    """What the conditions do on benign prompts, beside the untouched model."""
+    from jaxsteer.evidence import impact
+
+    table = Table(title=f"{title}: benign impact", title_justify="left", caption_justify="left")
+    table.caption = impact.CAPTION
+    for name in impact.COLUMNS:
+        table.add_column(name, justify="left" if name == "condition" else "right")
+    for name, cost in costs.items():
+        table.add_row(*(Text(plain(cell)) for cell in impact.cells(name, cost)))
     return table
 
 

@@ -21,7 +21,9 @@ rates would then mix two instruments. `leakage` is reported separately.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import polars as pl
@@ -179,3 +181,22 @@ def _versions(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> 
     at_run_time = {judge.rpartition("-")[0]: judge for judge in responses[column].unique()}
     later = {name: table["judge"][0] for name, table in verdicts.items() if not table.is_empty()}
     return rules.VERSIONS | at_run_time | later
+
+
+def is_right(reply: str, answers: Sequence[str]) -> bool:
+    """Whether a reply holds one of the answers, in any case, as whole words and whole numbers.
+
+    >>> is_right("It is **Forty-two**.", ["42", "forty-two"]), is_right("It is 42.5", ["42"])
+    (True, False)
+    """
+    said = _plain(rules.answer(reply))
+    return any(
+        re.search(rf"(?<![\w-])(?<!\d[.,]){re.escape(_plain(one))}(?![\w-]|[.,]\d)", said)
+        for one in answers
+    )
+
+
+def _plain(text: str) -> str:
+    # Emphasis may stand around a word, and typographic dashes within one.
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    return " ".join(re.sub("[*_`]", "", re.sub("[\u2010-\u2013]", "-", text)).split())

@@ -23,7 +23,7 @@ from jaxsteer import stats
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, controls, power, reliability
+from jaxsteer.evidence import claims, controls, impact, power, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, locked, sha256_bytes, sha256_file, write_text
@@ -216,9 +216,11 @@ def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statemen
         )
         .iter_rows()
     }
+    impacts = impact.impacts(found)
     return [
         statement.Condition(
             **msgspec.structs.asdict(condition),
+            impact=impacts.get(condition.name),
             change=changes.get(
                 condition.name, statement.Change(steered_tokens=0, mean=0.0, rows_unchanged=0)
             ),
@@ -332,7 +334,7 @@ def _geometry(found: Results, run: RunRecord) -> Measurements | None:
 def _files(found: Results, measured: bool) -> dict[str, str]:
     names = ["run.json", "setup.json", "responses.parquet", "summary.json"]
     names += ["directions.safetensors"] + [f"judges/{name}.parquet" for name in found.verdicts]
-    names += [reliability.FILE] if measured else []
+    names += [impact.FILE, *([reliability.FILE] if measured else [])]
     return {n: sha256_file(found.folder / n) for n in names if (found.folder / n).is_file()}
 
 

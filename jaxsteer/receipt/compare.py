@@ -8,11 +8,12 @@ A gate is a condition on a difference, for a CI job to fail on:
 
     METRIC drop|rise > THRESHOLD [in CONDITION]
 
-METRIC is refusal, bypass, degenerate or leakage (harmful prompts), or benign-refusal. A drop is
-the first receipt's value minus the second's, a rise the reverse; THRESHOLD is a share between 0
-and 1, or a percentage with %. Without `in`, the gate watches every condition of the first receipt
-that has the metric, and the second receipt must have it there too: a gate that cannot be evaluated
-is an error, never a pass. It fires on the measured difference, not on its interval.
+METRIC is refusal, bypass, degenerate or leakage (harmful prompts), benign-refusal, benign-accuracy
+(our questions) or benign-kl (benign replies). A drop is the first receipt's value minus the
+second's, a rise the reverse; THRESHOLD is a share between 0 and 1, or a percentage with %, and of
+benign-kl a number of nats per token. Without `in`, the gate watches every condition of the first
+receipt that has the metric, and the second receipt must have it there too: a gate that cannot be
+evaluated is an error, never a pass. It fires on the measured difference, not on its interval.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ from typing import Literal, cast
 
 from jaxsteer import stats
 from jaxsteer.errors import UserError
+from jaxsteer.evidence.impact import Answers, Mean
 from jaxsteer.receipt.statement import Condition, Leakage, Predicate, Rate, Statement
 
-# Each metric's prompt family, and its field of that family's outcomes.
+# Each metric's prompt family, and its field of that family's outcomes, or of the impact.
 METRICS = {
     "refusal": ("strongreject", "refusal"),
     "bypass": ("strongreject", "bypass"),
     "degenerate": ("strongreject", "degenerate"),
     "leakage": ("strongreject", "leakage"),
     "benign-refusal": ("benign", "refusal"),
+    "benign-accuracy": ("impact", "answers"),
+    "benign-kl": ("impact", "divergence"),
 }
 _GATE = re.compile(
     r"\s*(?P<metric>[a-z-]+)\s+(?P<way>[a-z]+)\s*>\s*(?P<threshold>[0-9.]+)(?P<percent>%?)"
@@ -177,7 +181,7 @@ def parse_gate(text: str) -> Gate:
         raise UserError(
             f"gate {text!r}: {match['threshold']!r} is not a number; write {form}"
         ) from None
-    if threshold > 1:
+    if threshold > 1 and match["metric"] != "benign-kl":
         raise UserError(f"gate {text!r}: a threshold is a share, at most 1; write 5 % as 0.05")
     return Gate(
         text=text,
@@ -231,18 +235,21 @@ def mean_difference(
     return middle - half, middle + half
 
 
-def _value(condition: Condition, metric: str) -> Rate | Leakage | None:
+Value = Rate | Answers | Leakage | Mean
+
+
+def _value(condition: Condition, metric: str) -> Value | None:
     family, field = METRICS[metric]
-    outcomes = condition.outcomes.get(family)
-    return None if outcomes is None else getattr(outcomes, field)
+    found = condition.impact if family == "impact" else condition.outcomes.get(family)
+    return None if found is None else getattr(found, field)
 
 
-def _line(name: str, other: str, metric: str, a: Rate | Leakage, b: Rate | Leakage) -> Line:
-    if isinstance(a, Rate) and isinstance(b, Rate):
+def _line(name: str, other: str, metric: str, a: Value, b: Value) -> Line:
+    if isinstance(a, Rate | Answers) and isinstance(b, Rate | Answers):
         one, two = a.k / a.n if a.n else 0.0, b.k / b.n if b.n else 0.0
         low, high = stats.newcombe(b.k, b.n, a.k, a.n)
     else:
-        assert isinstance(a, Leakage) and isinstance(b, Leakage)
+        assert isinstance(a, Leakage | Mean) and isinstance(b, Leakage | Mean)
         one, two = a.mean, b.mean
         # One row has an sd of 0, which would look like certainty.
         low, high = -1.0, 1.0

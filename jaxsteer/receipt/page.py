@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jinja2
 
-from jaxsteer.evidence import power
+from jaxsteer.evidence import impact, power
 from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.comparisons import (
     BeyondRandom,
@@ -82,6 +82,9 @@ def html(receipt: Statement, digest: str) -> str:
         claims=[(claim, _evidence(p, claim)) for claim in in_order(p.claims)],
         power=list(dict.fromkeys(f"{found.claim}: {power.words(found)}" for found in p.power)),
         benign=bars(p.conditions, "benign"),
+        impacts=[impact.cells(c.name, c.impact) for c in p.conditions if c.impact],
+        impact_columns=impact.COLUMNS,
+        impact_caption=impact.CAPTION,
         random_controls=[(c, _two_sided(c)) for c in p.random_controls if _about_refusal(c)],
         paired_controls=_paired_controls(p),
         trends=list(_trends(p)),

@@ -27,6 +27,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence.claims import Claim
 from jaxsteer.evidence.comparisons import CosineAbove
 from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomControl
+from jaxsteer.evidence.impact import Impact
 from jaxsteer.evidence.paired import Share
 from jaxsteer.evidence.power import Power
 from jaxsteer.evidence.reliability import Measurements
@@ -199,10 +200,12 @@ class Condition(record.Condition, frozen=True, kw_only=True):
     Attributes:
       change: what its operations did to the residual stream.
       outcomes: by prompt family.
+      impact: on benign prompts; null where it was not measured.
     """
 
     change: Change
     outcomes: dict[str, Outcomes]
+    impact: Impact | None = None
 
 
 class JudgeRecord(Part, frozen=True):

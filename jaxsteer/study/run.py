@@ -4,6 +4,7 @@
     record     what is run, with all hashes              run.json
     rows       replies, in shards as they finish         shards/
     table      all rows in order, and their summary      responses.parquet, summary.json
+    impact     divergence and right answers              impact.parquet
 
 Rows that are in a shard are not run again, and a row's reply does not depend on which rows run
 beside it. So an interrupted run, continued by the same command, gives the table of an uninterrupted
@@ -35,7 +36,7 @@ from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.requests import pack
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.study import conditions, prepare, record, results, rows, validate
+from jaxsteer.study import conditions, impact, prepare, record, results, rows, validate
 from jaxsteer.study.prepare import Setup
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
@@ -109,6 +110,7 @@ def run_study(
             )
         _check_changes(table, run)
         write_table(out / "responses.parquet", table)
+        impact.measure(spec, run, model, arrays, out)
         if spec.modes and not (out / "modes.json").is_file():
             prompts = [prompt for asked in families.values() for prompt in asked]
             shifts = _mode_shifts(spec, model, prepared, prompts)
@@ -120,7 +122,7 @@ def run_study(
 MARKS = (record.FILE, "setup.json")
 OURS = {
     *MARKS, "directions.safetensors", "responses.parquet", "summary.json", "modes.json",
-    "geometry.json", "receipt.json", "receipt.html", "judges", "shards",
+    "geometry.json", "receipt.json", "receipt.html", "judges", "shards", impact.FILE, impact.SHARDS,
 }  # fmt: skip
 
 

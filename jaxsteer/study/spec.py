@@ -49,11 +49,17 @@ class DataSpec(Spec, frozen=True, kw_only=True):
       harmful: number of StrongREJECT prompts, chosen by hash rank; 0 is all 313.
       benign: number of our benign prompts, chosen in the same way; 0 is none.
       seed: of the choice.
+      compared: number of the benign prompts, the first of them, on whose replies the divergence
+        from the untouched model is measured (see `impact`); 0 measures none.
+      questions: number of our questions with checkable answers that are asked under the conditions
+        that run benign prompts, chosen in the same way; 0 asks none.
     """
 
     harmful: Count
     benign: Count
     seed: int = 0
+    compared: Count = 0
+    questions: Count = 0
 
 
 class WindowsSpec(Spec, frozen=True, kw_only=True):

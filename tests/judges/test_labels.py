@@ -5,7 +5,8 @@ import itertools
 import polars as pl
 import pytest
 
-from jaxsteer.judges.labels import Votes, decide, label, label_table, votes_table
+from jaxsteer.data.prompts import questions
+from jaxsteer.judges.labels import Votes, decide, is_right, label, label_table, votes_table
 from jaxsteer.judges.verdicts import SCHEMA, response_sha256
 from jaxsteer.study.results import relabelled
 
@@ -214,3 +215,46 @@ def test_the_table_agrees_with_the_rule_on_every_combination_of_verdicts():
     verdicts = {judge: table(judge, found) for judge, found in lines.items()}
     assert len(expected) > 200
     assert label_table(frame, verdicts).rows() == [(r, *decided) for r, _, decided in expected]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answers"),
+    [
+        ("The capital of France is Paris.", ["Paris"]),
+        ("PARIS!", ["paris"]),
+        ("It is **forty\u2011two**.", ["42", "forty-two"]),
+        ("6 times 7 = 42.", ["42"]),
+        ("That's 42, of course", ["42"]),
+        ("The answer is\n  Blue   Whale", ["blue whale"]),
+        ("\uff14\uff12", ["42"]),
+        ("It\u2019s O'Brien", ["o'brien"]),
+        ("<think>Maybe 41?</think>42", ["42"]),
+    ],
+)
+def test_a_right_answer_is_found_in_any_case_and_spelling(reply, answers):
+    assert is_right(reply, answers)
+
+
+@pytest.mark.parametrize(
+    ("reply", "answers"),
+    [
+        ("It is 42.5", ["42"]),
+        ("It is 142", ["42"]),
+        ("It is 1,042", ["42"]),
+        ("It is 0.42", ["42"]),
+        ("It is -42", ["42"]),
+        ("It is forty-two", ["two"]),
+        ("Parisian", ["Paris"]),
+        ("", ["Paris"]),
+        ("<think>42?</think>I do not know", ["42"]),
+    ],
+)
+def test_a_part_of_another_word_or_number_is_no_answer(reply, answers):
+    assert not is_right(reply, answers)
+
+
+def test_every_question_is_answered_by_each_of_its_own_answers():
+    for question in questions():
+        assert not is_right(question.text, question.answers)
+        for answer in question.answers:
+            assert is_right(f"I think it is {answer}.", question.answers)

@@ -11,6 +11,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.judges.verdicts import SCHEMA
 from jaxsteer.receipt import build, compare, statement
 from jaxsteer.study import results
+from jaxsteer.study.impact import FILE as IMPACT
+from jaxsteer.study.impact import SCHEMA as FIELDS
 from tests.receipt import made
 
 
@@ -231,3 +233,44 @@ def test_a_gate_fires_beyond_its_threshold_and_in_its_own_direction():
     # At the threshold is not beyond it, although 0.35 - 0.3 is slightly above 0.05.
     assert not rise.fires(0.35 - 0.3)
     assert not drop.fires(0.0)
+
+
+def impact(folder, persona):
+    """Impact of the persona: divergences of four replies, and which of ten questions are right."""
+    nats, right = persona
+    lines = [("persona", f"b{i}", "kl", value, "") for i, value in enumerate(nats)]
+    for condition, answered in (("baseline", range(10)), ("persona", right)):
+        lines += [(condition, f"q{i}", "answer", float(i in answered), "") for i in range(10)]
+    pl.DataFrame(lines, schema=FIELDS, orient="row").write_parquet(folder / IMPACT)
+
+
+@pytest.fixture
+def costly(tmp_path):
+    made_of = [made.folder(tmp_path / name) for name in "ab"]
+    impact(made_of[0], ([0.1, 0.2, 0.1, 0.2], range(9)))
+    impact(made_of[1], ([1.1, 1.4, 1.2, 1.5], range(4)))
+    for folder in made_of:
+        build.write(folder)
+    return [statement.load(folder / build.JSON) for folder in made_of]
+
+
+def test_benign_impact_is_compared_by_independent_intervals(costly):
+    comparison = compare.compare(*costly)
+    nats, right = (line(comparison, "persona", m) for m in ("benign-kl", "benign-accuracy"))
+    assert (nats.first, nats.second) == pytest.approx((0.15, 1.3))
+    assert (right.first, right.second, right.n_first) == (0.9, 0.4, 10)
+    expected = confint_proportions_2indep(4, 10, 9, 10, method="newcomb")
+    assert (right.low, right.high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("gate", "conditions"),
+    [
+        ("benign-kl rise > 1.1", ["persona"]),
+        ("benign-kl rise > 1.2", []),
+        ("benign-accuracy drop > 10%", ["persona"]),
+    ],
+)
+def test_gates_watch_the_benign_impact(costly, gate, conditions):
+    fired = compare.fired(compare.compare(*costly), [compare.parse_gate(gate)])
+    assert [found.condition for _, found in fired] == conditions

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 import polars as pl
 
-from jaxsteer.evidence import paired
+from jaxsteer.evidence import impact, paired
 from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
@@ -18,6 +18,7 @@ from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.findings import KINDS, PROMPTS, Finding, headline
 from jaxsteer.evidence.paired import WORDS, whiskers
 from jaxsteer.judges.human import Entry
+from jaxsteer.study.results import Results
 from jaxsteer.words import count, extent, p_equals, p_value, percent, points
 
 OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
@@ -282,6 +283,12 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
         "left, of harmful and broken from the right"
     )
     return marks.titled(chart.properties(width=430, height=30 * len(rows)), finding, detail)
+
+
+def impact_table(found: Results) -> str:
+    """What the conditions cost on benign prompts, as Markdown; "" if it was not measured."""
+    lines = [impact.cells(name, cost) for name, cost in impact.impacts(found).items()]
+    return markdown_table(impact.COLUMNS, lines) if lines else ""
 
 
 def masked(text: str) -> str:
