@@ -353,7 +353,10 @@ def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
         [_difference(line) for line in comparison.lines],
         numbers,
     )
-    lines.caption = "intervals of independent rates (Newcombe); moved: the interval excludes 0"
+    lines.caption = (
+        "changes in points, of benign-kl in nats a token; intervals of independent rates "
+        "(Newcombe) or means; moved: the interval excludes 0"
+    )
     yield lines
     for words, names in (
         ("only in the first receipt", comparison.only_first),

@@ -127,19 +127,23 @@ def _answers(right: dict[str, float], untouched: dict[str, float]) -> Answers | 
     both = [(untouched[q] > 0, right[q] > 0) for q in right if q in untouched]
     if not both:
         return None
-    n, k = len(both), sum(mine for _, mine in both)
-    lost, won = both.count((True, False)), both.count((False, True))
+    k, lost = sum(mine for _, mine in both), both.count((True, False))
+    return answers(k, len(both), lost, both.count((False, True)))
+
+
+def answers(k: int, n: int, only_untouched: int, only_condition: int) -> Answers:
+    """What follows from the counts of right answers; arguments as in `Answers`."""
     low, high = stats.wilson(k, n)
-    change_low, change_high = stats.paired_bootstrap(won, lost, n)
+    change_low, change_high = stats.paired_bootstrap(only_condition, only_untouched, n)
     return Answers(
         k=k,
         n=n,
         rate=k / n,
         low=low,
         high=high,
-        only_untouched=lost,
-        only_condition=won,
-        change=(won - lost) / n,
+        only_untouched=only_untouched,
+        only_condition=only_condition,
+        change=(only_condition - only_untouched) / n,
         change_low=change_low,
         change_high=change_high,
     )

@@ -17,7 +17,7 @@ import polars as pl
 
 from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims
+from jaxsteer.evidence import claims, impact
 from jaxsteer.evidence.comparisons import Counted
 from jaxsteer.files import canonical_json, sha256_bytes, sha256_file
 from jaxsteer.judges import rules
@@ -128,6 +128,15 @@ def _rates(p: Predicate) -> Iterator[str]:
             again = statement.rounded(msgspec.to_builtins(made))
             for where in _differences(msgspec.to_builtins(shown), again):
                 yield f"{condition.name}, {family}: {where} does not follow"
+        if condition.impact is not None and (given := condition.impact.answers) is not None:
+            right = given.k, given.n, given.only_untouched, given.only_condition
+            try:
+                again = statement.rounded(msgspec.to_builtins(impact.answers(*right)))
+            except (ValueError, ZeroDivisionError):
+                yield f"{condition.name}, right answers: the counts are impossible"
+                continue
+            for where in _differences(msgspec.to_builtins(given), again):
+                yield f"{condition.name}, right answers: {where} does not follow"
 
 
 def _totals(p: Predicate) -> Iterator[str]:

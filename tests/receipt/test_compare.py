@@ -9,7 +9,7 @@ from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from jaxsteer.errors import UserError
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.receipt import build, compare, statement
+from jaxsteer.receipt import build, compare, statement, verify
 from jaxsteer.study import results
 from jaxsteer.study.impact import FILE as IMPACT
 from jaxsteer.study.impact import SCHEMA as FIELDS
@@ -274,3 +274,15 @@ def test_benign_impact_is_compared_by_independent_intervals(costly):
 def test_gates_watch_the_benign_impact(costly, gate, conditions):
     fired = compare.fired(compare.compare(*costly), [compare.parse_gate(gate)])
     assert [found.condition for _, found in fired] == conditions
+
+
+def test_right_answers_that_do_not_follow_from_their_counts_are_found(costly, tmp_path):
+    path = tmp_path / "b" / build.JSON
+    for change in ({"rate": 0.5}, {"change": 0.5}, {"n": 3}, {"n": 0}):
+        value = msgspec.json.decode(path.read_bytes())
+        persona = next(c for c in value["predicate"]["conditions"] if c["name"] == "persona")
+        persona["impact"]["answers"] |= change
+        value["predicate"]["digest"]["sha256"] = statement.digest(value)
+        (tmp_path / "changed.json").write_text(statement.canonical_text(value))
+        wrong = [c for c in verify.verify(tmp_path / "changed.json") if c.status == "mismatch"]
+        assert any("right answers" in check.detail for check in wrong)
