@@ -284,13 +284,10 @@ class Tokenizer:
           UserError: an added token that is cut into pieces, an id beyond the table, or a template
             that leaves out the user's text or where the reply begins.
         """
-        added = self.hf.added_tokens_decoder
+        added, problems = self.hf.added_tokens_decoder, []
         cut = [t.content for id_, t in added.items() if self.encode(t.content) != [id_]]
         if cut:
-            raise UserError(
-                f"{where}: its tokenizer cuts its own tokens into pieces ({', '.join(cut[:5])}); "
-                "convert the model from other files"
-            )
+            problems.append(f"its tokenizer cuts its own tokens into pieces ({', '.join(cut[:5])})")
         template, user = self.hf.chat_template, ("user", QUESTION)
         asked = self.render([user], reply=True)
         ids = self.encode(asked)
@@ -298,25 +295,23 @@ class Tokenizer:
         # never read.
         unread = {t.content for t in added.values() if t.special and t.content not in template}
         beyond = {id_: t for t, id_ in self.hf.get_vocab().items() if id_ >= rows}
-        wrong = sorted({*(i for i, t in beyond.items() if t not in unread), *ends, *ids})
-        wrong = [id_ for id_ in wrong if id_ >= rows]
-        if wrong:
-            raise UserError(
-                f"{where}: its token table has {rows} rows, too few for token {wrong[0]} "
-                f"({beyond.get(wrong[0], 'unknown')!r}); its tokenizer belongs to another model, "
-                "or the table was not resized"
-            )
+        wrong = {*(i for i, t in beyond.items() if t not in unread), *ends, *ids}
+        if far := min((id_ for id_ in wrong if id_ >= rows), default=None):
+            token = beyond.get(far, "unknown")
+            problems.append(f"its token table has {rows} rows and none for token {far}, {token!r}")
         if QUESTION not in asked:
-            raise UserError(
-                f"{where}: its chat template leaves out the user's text; correct it and give it "
-                "with --chat-template"
-            )
+            problems.append("its chat template leaves out the user's text")
         whole = self._try([user, ("assistant", ANSWER)])
         header = whole[len(asked) :].partition(ANSWER)[0] if whole.startswith(asked) else ""
         if header.strip() and asked == self.render([user]):
+            problems.append(
+                "its chat template ignores add_generation_prompt, so that replies would begin with "
+                f"{header!r}"
+            )
+        if problems:
             raise UserError(
-                f"{where}: its chat template ignores add_generation_prompt, so that replies would "
-                f"begin with {header!r}; correct it and give it with --chat-template"
+                f"{where}: {'; '.join(problems)}; convert other files of the model, or give a "
+                "correct template with --chat-template"
             )
         notes = [f"the table has no row for {t!r}, which is never read" for t in beyond.values()]
         return [*self._notes(asked, ids), *notes]

@@ -191,8 +191,11 @@ def test_marks_of_turns_are_control_tokens_whether_special_or_not(other):
         ("<s>assistant ", "leaves out the user's text"),
         (tiny.TEMPLATE.replace("add_generation_prompt", "false"), "begin with '<s>assistant '"),
         ("{{ raise_exception('only tools') }}", "rejects this conversation: only tools"),
-        ("{{ messages[0].content }} <|far|>", "64 rows, too few for token 64 .'<.far.>'"),
-        ("{{ messages[0].content }} {{ '<|' ~ 'far|>' }}", "64 rows, too few for token 64"),
+        ("{{ messages[0].content }} <|far|>", "table has 64 rows and none for token 64, '<.far.>'"),
+        (
+            "{{ messages[0].content }} {{ '<|' ~ 'far|>' }}",
+            "table has 64 rows and none for token 64",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(other, template, message):
@@ -201,9 +204,9 @@ def test_a_template_that_cannot_be_used_is_refused(other, template, message):
 
 
 def test_ids_beyond_the_table_are_refused_unless_they_are_never_read(other):
-    with pytest.raises(UserError, match=r"too few for token 64 .'hello'"):
+    with pytest.raises(UserError, match="none for token 64, 'hello'"):
         other(tiny.TEMPLATE, added=[("hello", False)]).check(64, [END], "tiny")
-    with pytest.raises(UserError, match="too few for token 70"):
+    with pytest.raises(UserError, match="none for token 70"):
         other(tiny.TEMPLATE).check(64, [END, 70], "tiny")
     image = other(tiny.TEMPLATE, added=[("<image>", True)])
     assert image.check(64, [END], "tiny") == [
