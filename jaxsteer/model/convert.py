@@ -372,7 +372,9 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
 
 
 def _check_unquantised(folder: Path, config: Mapping[str, Any], name: str) -> None:
-    found = config.get("quantization_config")
+    keys = ("quantization_config", "quantization")
+    text = config.get("text_config") or {}
+    found = next((part[key] for part in (config, text) for key in keys if part.get(key)), None)
     for file in (folder / file for file in QUANTISED_FILES):
         found = found or (_read(file, dict) if file.is_file() else None)
     if found:
@@ -418,16 +420,19 @@ def _weights(folder: Path) -> tuple[list[Tensor], list[Path]]:
         shards, missing = [single], []
     if missing and (pickles := sorted(folder.glob("pytorch_model*.bin"))):
         raise UserError(f"{pickles[0]} is a pickle file, not supported; get safetensors or GGUF")
-    if missing and listed:
-        there = ", ".join(path.name for path in sorted(folder.glob(WEIGHTS))) or "no weights"
-        raise UserError(
-            f"{folder}: {INDEX} names {', '.join(missing)}, and {there} are there; get the missing "
-            "files, or the index that belongs to these"
-        )
     if missing:
-        raise UserError(f"{single} is missing; download the model again")
+        there = _few([path.name for path in sorted(folder.glob(WEIGHTS))]) or "no weights"
+        names = f"{INDEX} names {_few(missing)}" if listed else f"no {SINGLE} and no {INDEX}"
+        raise UserError(
+            f"{folder}: {names}, and it holds {there}; get the missing files, or the index that "
+            "belongs to these"
+        )
     places = _places(shards)
     return [(name, functools.partial(_tensor, path, name)) for name, path in places.items()], shards
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _places(shards: Sequence[Path]) -> dict[str, Path]:

@@ -219,6 +219,7 @@ def test_unknown_keys_are_named_together_and_taken_on_the_users_word(copy, tmp_p
     [
         ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ("config.json", {"quantization_config": {"load_in_4bit": True}}, "load_in_4bit"),
+        ("config.json", {"quantization": {"bits": 4, "group_size": 64}}, "group_size"),
         ("quant_config.json", {"w_bit": 4, "version": "gemm"}, "gemm"),
     ],
 )
@@ -301,7 +302,14 @@ def test_an_index_of_other_shards_names_both(tmp_path):
     index = json.loads((sharded / "model.safetensors.index.json").read_text())
     other = {name: f"other-{file}" for name, file in index["weight_map"].items()}
     settings(sharded, "model.safetensors.index.json", weight_map=other)
-    with pytest.raises(UserError, match=r"names other-model-00001.*, and model-00001.* are there"):
+    with pytest.raises(UserError, match=r"names other-model-00001.*, and it holds model-00001"):
+        convert(sharded, tmp_path / "out", "float32")
+
+
+def test_shards_without_their_index_are_listed(tmp_path):
+    sharded = tiny.save(tiny.llama(), tmp_path / "sharded", shard="20KB")
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match=r"no model.safetensors.index.json, and it holds model-00"):
         convert(sharded, tmp_path / "out", "float32")
 
 
