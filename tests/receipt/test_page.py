@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -129,6 +130,18 @@ def test_every_text_of_a_receipt_is_inert_on_the_page(full):
     # Names of the environment, judges, layers and claims came through.
     for name in ("jaxsteer", "keyword-3", "steer", "suppression", "calm", "benign unharmed holds."):
         assert f"{name}<script>" in text
+
+
+def test_what_was_asked_of_the_conversion_and_broken_tokens_are_on_the_page(full):
+    value = copy.deepcopy(full)
+    options = {"adapter": f"mine{HOSTILE}", "arguments": {"think": False}}
+    value["predicate"]["model"]["source"]["options"] = options
+    value["predicate"]["prompts"]["strongreject"]["broken_tokens"] = 3
+    shown = page.html(statement.convert(value), "0" * 64)
+    assert "<script" not in shown
+    text = " ".join(" ".join(Tags(shown).pieces).split())
+    assert ", adapter mine<script>" in text and "arguments {'think': False}" in text
+    assert ", 3 control tokens broken up" in text
 
 
 def test_measured_geometry_is_shown_at_the_studys_layers(full):
