@@ -81,13 +81,11 @@ IMPLIED = (
 )  # fmt: skip
 # Values that mean the same as no value.
 DEFAULTS = {
-    "rope.scaling.type": "none",
-    "rope.scaling.factor": 1.0,
-    "rope.scale_linear": 1.0,
-    "attention.sliding_window": 0,
-    "expert_count": 0,
-    "expert_used_count": 0,
-}
+    "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0,
+    "attention.sliding_window": 0, "attention.causal": True, "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0, "use_parallel_residual": False, "pooling_type": 0,
+    "expert_count": 0, "expert_used_count": 0, "expert_shared_count": 0, "logit_scale": 1.0,
+}  # fmt: skip
 
 
 def read(path: Path, options: Options) -> Source:

@@ -115,6 +115,21 @@ BEGIN, USER, ASSISTANT = (
 )
 
 
+def test_metadata_that_changes_nothing_is_taken(tmp_path):
+    def extra(writer):
+        writer.add_bool("llama.attention.causal", True)
+        writer.add_float32("llama.attention.clamp_kqv", 0.0)
+        writer.add_float32("llama.logit_scale", 1.0)
+        writer.add_uint32("llama.pooling_type", 0)
+
+    made = []
+    for name, more in (("plain", lambda writer: None), ("more", extra)):
+        write_gguf(tmp_path / f"{name}.gguf", "F32", extra=more)
+        out = convert(tmp_path / f"{name}.gguf", tmp_path / name, "float32")
+        made.append(checkpoint.load(out).config)
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("kind", [3, 4], ids=["control", "user-defined"])
 @pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "llama-bpe"])
 def test_every_turn_mark_of_a_gguf_is_one_token_and_none_is_added(kind, pre, tmp_path):
