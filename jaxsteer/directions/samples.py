@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxsteer.directions import activations
 from jaxsteer.directions.activations import Position
@@ -94,33 +94,40 @@ class Samples:
 
     def direction(self) -> Layers:
         """Mean of group 0 minus the mean of the other groups' means, float32, summed in float64."""
-        return _difference(self.values, self.group).astype(np.float32)
+        return _difference(self.values, np.ones(len(self.group)), self.group).astype(np.float32)
 
-    def split_half(self, repeats: int = 20, seed: int = 0) -> Float[np.ndarray, " layer"] | None:
+    def split_half(self, repeats: int = 100, seed: int = 0) -> Float[np.ndarray, " layer"] | None:
         """Mean cosine of the directions of two random halves of the labelled units, by layer.
 
         Each side's units are halved, `repeats` times. None where a side has fewer than two units;
         `evidence.reliability` says what it means, and measures more of it.
         """
-        ids, found = self.units[self.labelled], []
-        sides = [np.unique(ids[self.positive]), np.unique(ids[~self.positive])]
-        if min(map(len, sides)) < 2:
+        ids, at, unit = np.unique(self.units[self.labelled], return_index=True, return_inverse=True)
+        group, counts, found = self.group[at], np.bincount(unit), []
+        if min((group == 0).sum(), (group > 0).sum()) < 2:
             return None
+        sums = np.zeros((len(ids), *self.values.shape[1:]))
+        np.add.at(sums, unit, self.values)
         generator = np.random.Generator(np.random.PCG64(seed))
         for _ in range(repeats):
-            chosen = [generator.permutation(side)[: len(side) // 2] for side in sides]
-            first = np.isin(ids, np.concatenate(chosen))
-            one, two = (_difference(self.values[h], self.group[h]) for h in (first, ~first))
+            first = np.zeros(len(ids), bool)
+            for side in (np.flatnonzero(group == 0), np.flatnonzero(group > 0)):
+                first[generator.permutation(side)[: len(side) // 2]] = True
+            one, two = (_difference(sums[h], counts[h], group[h]) for h in (first, ~first))
             norms = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
             found.append(np.einsum("ld,ld->l", one, two) / np.where(norms > 0, norms, 1.0))
         return np.mean(found, axis=0)
 
 
 def _difference(
-    values: Float[np.ndarray, "sample layer d_model"], group: Int[np.ndarray, " sample"]
+    sums: Float[np.ndarray, "part layer d_model"],
+    counts: Shaped[np.ndarray, " part"],
+    group: Int[np.ndarray, " part"],
 ) -> Float[np.ndarray, "layer d_model"]:
+    """Mean of group 0 minus the mean of the other groups' means, from sums of so many samples."""
     first, *others = (
-        values[group == one].mean(axis=0, dtype=np.float64) for one in np.unique(group)
+        sums[group == one].sum(axis=0, dtype=np.float64) / counts[group == one].sum()
+        for one in np.unique(group)
     )
     return first - np.mean(others, axis=0)
 

@@ -54,9 +54,9 @@ def theirs_cosine(a, b):
     return cosine(a.astype(np.float64), b.astype(np.float64))
 
 
-def test_the_reliability_kept_with_a_direction_is_that_of_twenty_halvings(rng):
+def test_the_reliability_kept_with_a_direction_is_that_of_a_hundred_halvings(rng):
     made = instructed(rng, shared=2.0)
-    expected = reliability.split_half(made, "instruction", halves=20).mean(axis=0)
+    expected = reliability.split_half(made, "instruction", halves=100).mean(axis=0)
     np.testing.assert_allclose(made.split_half(), expected, atol=1e-5)
 
 
