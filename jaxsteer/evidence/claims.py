@@ -96,27 +96,28 @@ def _needs(spec: StudySpec, claim: ClaimSpec, test: TestSpec) -> tuple[str, ...]
     """The claims that a test needs: those that the study names, and those of its kind.
 
     Whether refusal returns (`higher`, `few-raised`) under a steered control needs the claims that
-    the control lowers refusal. Whether a condition lowers it more than random directions, or leaves
-    benign prompts alone, needs the claims that the condition lowers it at all.
+    the control lowers refusal. Whether a condition changes it more than random directions do needs
+    the claims that it changes it at all, and whether a condition leaves benign prompts alone needs
+    those that it lowers refusal.
     """
     known = {condition.name: condition for condition in spec.condition}
-    control, lowers = known.get(test.control), ""
+    control, about, way = known.get(test.control), "", "lower"
     if test.family == "benign":
-        lowers = test.treated if test.expect == "few-raised" else ""
+        about = test.treated if test.expect == "few-raised" else ""
     elif control is not None and test.outcome == "refusal":
-        steered = any(isinstance(op, AddSpec) for op in control.ops)
-        if test.expect == "lower" and control.random_seeds:
-            lowers = test.treated
-        elif test.expect != "lower" and steered and not control.random_seeds:
-            lowers = test.control
+        if control.random_seeds and test.expect in ("lower", "higher"):
+            about, way = test.treated, test.expect
+        elif test.expect != "lower" and any(isinstance(op, AddSpec) for op in control.ops):
+            about = test.control
     planned = [
         other.name
         for other, t in ((other, t) for other in spec.claim for t in other.tests)
-        if (t.treated, t.expect, t.outcome) == (lowers, "lower", "refusal")
-        if t.family != "benign" and t.control in known and not known[t.control].ops
+        if (t.treated, t.expect, t.outcome) == (about, way, "refusal") and t.family != "benign"
+        if t.control in known and not known[t.control].random_seeds
+        if way == "higher" or not known[t.control].ops
     ]
-    if lowers == test.control and not planned and not claim.needs:
-        planned = [f"a claim that {lowers} lowers refusal"]
+    if about == test.control and not planned and not claim.needs:
+        planned = [f"a claim that {about} lowers refusal"]
     return tuple(dict.fromkeys(n for n in (*claim.needs, *planned) if n != claim.name))
 
 
@@ -179,6 +180,12 @@ def _least_p(c: Different) -> float:
 
 
 def _different(c: Different, best: float, alpha: float) -> Different:
+    # Refusal that the projection raises by itself has not returned.
+    p = stats.mcnemar(c.alone_raised, c.alone_lowered)
+    if c.alone_raised > c.alone_lowered and p < alpha:
+        reason = "the projection raises it without steering too, against the untouched model: new "
+        reason += f"on {c.alone_raised} prompts, lost on {c.alone_lowered} (exact {p_equals(p)})"
+        return replace(c, result="not testable", reason=reason)
     right_way = c.raised < c.lowered if c.expect == "lower" else c.raised > c.lowered
     if right_way and c.p_holm < alpha:
         return replace(c, result="held", reason="")

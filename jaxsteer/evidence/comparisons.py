@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import polars as pl
 from msgspec import Meta
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from jaxsteer import stats
 from jaxsteer.directions import direction
@@ -31,7 +31,7 @@ from jaxsteer.evidence import controls, paired, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.judges.verdicts import text_hashes
-from jaxsteer.study.conditions import resolve_layers
+from jaxsteer.study.conditions import resolve_layers, unsteered_twin
 from jaxsteer.study.record import Add, Condition, Count, Part
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import TestSpec
@@ -94,11 +94,15 @@ class Different(Counted, frozen=True, kw_only=True, tag_field="test", tag="diffe
       expect: what the treated rate should be.
       p: exact McNemar p.
       p_holm: p after Holm over every p-value test the study plans.
+      alone_raised, alone_lowered: of a knockout under which refusal is to return, prompts that its
+        projection alone, without steering, raises and lowers against the untouched model.
     """
 
     expect: Literal["lower", "higher"]
     p: float = 1.0
     p_holm: float = 1.0
+    alone_raised: Count = 0
+    alone_lowered: Count = 0
 
 
 class FewRaised(Counted, frozen=True, kw_only=True, tag_field="test", tag="few-raised"):
@@ -230,12 +234,14 @@ class Counting:
         return made + [self._beyond(test, t, seeds) for t, seeds in together.values()]
 
     def _pair(self, test: TestSpec, treated: Condition, control: Condition) -> Comparison:
-        names, untouched = (treated.name, control.name, treated.mode), None
-        if test.expect == "few-raised" and _returns(test, control):
-            untouched = controls.plain(self.found.run, control.mode)
+        names, run = (treated.name, control.name, treated.mode), self.found.run
+        untouched = twin = None
+        if test.expect != "lower" and _returns(test, control):
+            untouched = controls.plain(run, control.mode)
+            twin = unsteered_twin(run.conditions, treated) if test.expect == "higher" else None
             if untouched is None:
                 return _untested(test, *names, "the model was not run without interventions")
-        for condition in (treated, control, *([untouched] if untouched else [])):
+        for condition in filter(None, (treated, control, untouched, twin)):
             if reason := self._unusable(test, condition):
                 return _untested(test, *names, reason)
         pairs = self.labels.pair(treated.name, control.name, test.family)
@@ -267,7 +273,12 @@ class Counting:
             )
         )
         if test.expect in ("lower", "higher"):
-            return Different(**counted, expect=test.expect)
+            made = Different(**counted, expect=test.expect)
+            if not (untouched and twin):
+                return made
+            both = self.labels.pair(twin.name, untouched.name, test.family)
+            alone = paired.flips(both, test.outcome)
+            return replace(made, alone_raised=alone.raised, alone_lowered=alone.lowered)
         before = self.labels.of(untouched.name, test.family) if untouched else None
         risk = paired.at_risk(pairs, test.outcome, test.family, before)
         raised = int((risk["treated"] == test.outcome).sum())

@@ -20,6 +20,8 @@ from jaxsteer.evidence import claims, comparisons
 from jaxsteer.evidence.comparisons import Different, NotTested
 from tests.receipt import made
 
+SIXTH = made.pinned("strongreject")[5].id
+
 
 def judged(tmp_path, *tests, label=made.usual, modes=(), **more):
     study = made.study([made.claim("claim", *tests)], modes=modes)
@@ -181,7 +183,7 @@ def test_a_judge_that_saw_some_of_the_rows_only_decides_no_claim(tmp_path, outco
     for judge in judges:
         found = with_verdicts(found, judge)
     assert claims.evaluate(found)[0].verdict != "not tested"
-    row = f"{side}/sr-{made.sha('strongreject5')[:8]}"
+    row = f"{side}/{SIXTH}"
     [claim] = claims.evaluate(shown_all_but(found, judges[-1], row))
     assert claim.verdict == "not tested"
     assert f"{judges[-1]} has seen 39 of 40 rows of {side}" in claim.reason
@@ -192,7 +194,7 @@ def test_a_judge_that_cannot_change_the_outcome_may_have_seen_some_rows_only(tmp
     found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
     for judge in ("coherence", "llama-guard"):
         found = with_verdicts(found, judge)
-        found = shown_all_but(found, judge, f"persona/sr-{made.sha('strongreject5')[:8]}")
+        found = shown_all_but(found, judge, f"persona/{SIXTH}")
     assert claims.evaluate(found)[0].verdict == "confirmed"
 
 
@@ -215,8 +217,8 @@ def test_a_verdict_on_another_text_is_not_one_on_the_row(tmp_path):
     ("dropped", "said"),
     [
         (pl.col("condition") == "persona", "has no strongreject rows"),
-        (pl.col("row_id") == "persona/sr-" + made.sha("strongreject5")[:8], "39 of 40"),
-        (pl.col("row_id") == "baseline/sr-" + made.sha("strongreject5")[:8], "39 of 40"),
+        (pl.col("row_id") == f"persona/{SIXTH}", "39 of 40"),
+        (pl.col("row_id") == f"baseline/{SIXTH}", "39 of 40"),
     ],
 )
 def test_missing_rows_leave_a_claim_untested(tmp_path, dropped, said):

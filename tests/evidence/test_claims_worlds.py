@@ -90,6 +90,20 @@ def test_without_suppression_nothing_that_presupposes_it_is_decided(name):
             assert "it needs 'suppression', which is not confirmed" in found[claim].reason
 
 
+@pytest.mark.parametrize("name", [n for n in WITH_CLAIMS if n != "mode-audit"])
+def test_refusal_that_a_projection_raises_by_itself_has_not_returned(name):
+    def world(condition: Condition, family: str, i: int) -> str:
+        if condition.unsteered_twin_of and family != "benign":
+            return "refusal" if worlds.spread("harmful", i, worlds.HARMFUL) < 118 else "bypass"
+        return planted(condition, family, i)
+
+    found = judged(name, world)
+    assert found["suppression"].verdict in ("confirmed", "not testable")
+    for claim in (c for n, c in found.items() if n.startswith("restoration")):
+        assert claim.verdict != "confirmed"
+    assert any("raises it without steering too" in c.reason for c in found.values())
+
+
 def test_a_need_is_met_mode_by_mode():
     study = spec.load("mode-audit")
     restoration = spec.ClaimSpec(
