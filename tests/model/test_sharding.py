@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -22,7 +23,13 @@ from jaxsteer.model.weights import param_shapes
 from tests import tiny
 from tests.meshes import MESHES
 
-FAMILIES = {"llama": tiny.llama, "qwen2": tiny.qwen2}
+# Beside biases and heads: norms of each head and of all heads, and windows in some layers.
+FAMILIES = {
+    "llama": tiny.llama,
+    "qwen2": tiny.qwen2,
+    "gemma3": functools.partial(tiny.family, "gemma3_text", tie_word_embeddings=False),
+    "olmo3": functools.partial(tiny.family, "olmo3"),
+}
 
 
 @pytest.fixture(scope="module")
