@@ -366,8 +366,8 @@ def envelope_table(found: Results, made: Sequence[Finding]) -> pl.DataFrame:
         for slot, condition in enumerate([treated, *seeds]):
             # The seeds may have run on a part of the prompts; the treated condition is cut to it.
             table = labels.of(condition.name, f.family)
-            if seeds:
-                others = labels.of(seeds[0].name, f.family)
+            others = labels.of(seeds[0].name, f.family) if seeds else table
+            if others.height:
                 table = table.join(others, on="prompt_id", how="semi")
             k, n = int((table["label"] == f.outcome).sum()), table.height
             if n:

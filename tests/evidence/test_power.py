@@ -41,7 +41,7 @@ def test_a_study_too_small_to_confirm_anything_is_told_so():
 def test_few_raised_tolerates_what_its_bound_leaves():
     (early,) = [f for f in of("smollm2-demo", SIZES) if f.claim == "refusal early fails"]
     bound = [binomtest(k, 96).proportion_ci(0.95, "wilson").high for k in range(97)]
-    assert bound[early.limit] <= 0.15 < bound[early.limit + 1]
+    assert bound[early.limit] <= 0.3 < bound[early.limit + 1]
 
 
 @pytest.mark.parametrize("name", spec.shipped())
