@@ -63,7 +63,7 @@ def test_directions_of_two_processes_are_both_kept(source, tmp_path):
 
 
 def test_a_model_converted_twice_at_once_is_whole(source, tmp_path):
-    ended = together(*[["convert", source, tmp_path / "model"]] * 2)
+    ended = together(*[["convert", source, "--out", tmp_path / "model"]] * 2)
     assert any(code == 0 for code, _ in ended), ended
     assert ChatModel.load(tmp_path / "model").config.n_layers == 3
 
