@@ -1,6 +1,7 @@
 """A GGUF file as a source: its metadata in the form of an HF config, its tensors as floats.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads it.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package reads it,
+which takes seconds for a large vocabulary; so the architecture is read first, here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import functools
 import json
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +97,8 @@ def read(path: Path, options: Options) -> Source:
       UserError: a damaged file; an unsupported architecture, metadata or tensor type; a tokenizer
         that cannot be built, or no chat template.
     """
+    if named := architecture(path):
+        _families(named, path.name)
     fields, tensors = _contents(path)
     count, files = int(fields.get("split.count", 0)), [path]
     if count > 1:
@@ -129,6 +133,31 @@ def read(path: Path, options: Options) -> Source:
         weights=lambda: (list(_tensors(tensors)), files),
         notes=notes,
     )
+
+
+def architecture(path: Path) -> str | None:
+    """The metadata `general.architecture`, found in the file's first bytes; None if not there.
+
+    Writers put it first. A key is its length and text, then the type of its value: 8 for text,
+    which again is a length and the text itself.
+    """
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    key = struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<I", 8)
+    _, _, value = start.partition(key)
+    length = int.from_bytes(value[:8], "little")
+    return value[8 : 8 + length].decode(errors="replace") or None
+
+
+def _families(named: Any, where: str) -> list[str]:
+    """The keys of `FAMILIES` whose GGUF files have this architecture: several may share one."""
+    of_name = [hf for hf, family in FAMILIES.items() if family.gguf == named]
+    if not of_name:
+        known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+        raise UserError(f"{where}: architecture {named!r} is not supported; supported: {known}")
+    return of_name
 
 
 def _contents(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
@@ -167,10 +196,7 @@ def configuration(
       UserError: as `config.from_hf`, or rotary factors that do not fit the model.
     """
     named = fields.get("general.architecture")
-    of_name = [hf for hf, family in FAMILIES.items() if family.gguf == named]
-    if not of_name:
-        known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES.values()))
-        raise UserError(f"{where}: architecture {named!r} is not supported; supported: {known}")
+    of_name = _families(named, where)
     by_name = {tensor.name: tensor for tensor in tensors}
     if "token_embd.weight" not in by_name:
         raise UserError(f"{where}: tensor token_embd.weight is missing; the file may be truncated")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from types import SimpleNamespace
 
 import gguf
@@ -294,6 +295,21 @@ def test_an_unsupported_architecture_is_refused_by_name(tmp_path):
     write_gguf(tmp_path / "m.gguf", "F32", architecture="mamba")
     with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' .*supported: llama, "):
         convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+
+
+def text(value):
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def test_an_unsupported_architecture_is_refused_before_the_rest_is_read(tmp_path):
+    # These are all the bytes that there are: the vocabulary would come later, and take seconds.
+    path = tmp_path / "m.gguf"
+    entries = [text(k) + struct.pack("<I", 8) + text(v) for k, v in (
+        ("general.name", "some name"), ("general.architecture", "mamba"),
+    )]  # fmt: skip
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 20) + b"".join(entries))
+    with pytest.raises(UserError, match=r"m\.gguf: architecture 'mamba' .*supported: llama, "):
+        convert(path, tmp_path / "out", "float32")
 
 
 @pytest.mark.parametrize("data", [b"", b"not a GGUF at all, but long enough", b"GGUF\3\0\0\0"])
