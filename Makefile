@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep "$(1)" $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) \
 	$(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)") $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
-.PHONY: help demo test test-slow lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
+.PHONY: help demo test test-slow test-floor lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -90,6 +90,16 @@ test: .venv/made-dev model ## run the short tests, against HF transformers on to
 test-slow: .venv/made-dev model ## run the long tests: killed processes, browsers, several hosts, whole studies
 	$(PYTEST) -m slow
 
+# uv has a mode that takes the lowest version that pyproject.toml allows. torch first, so that uv keeps it.
+.venv-floor/made: pyproject.toml
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check uv torch==2.13.0
+	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
+test-floor: .venv-floor/made model ## run the short tests with the lowest versions that pyproject.toml allows
+	.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
 lint: .venv/made-dev ## ruff, mypy, and the package's size by folder
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -108,4 +118,4 @@ bench: .venv/made-dev model .venv-bench/made ## time the demo study against HF h
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 clean: ## remove the environment and caches (results and checkpoints stay)
-	rm -rf .venv .venv-sky .venv-bench .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sky .venv-bench .venv-floor .pytest_cache .mypy_cache .ruff_cache .hypothesis
