@@ -177,7 +177,9 @@ def test_a_full_disk_while_extracting_is_one_line_and_keeps_the_old_file(model, 
     said = bad("extract", "evil", "--model", model, "--out", vectors, file_limit=1000)
     assert f"cannot write {vectors}" in said and "free space" in said
     assert vectors.read_bytes() == held
-    assert [path.name for path in vectors.parent.iterdir()] == [vectors.name]
+    # Beside it there is only the lock, which stays.
+    assert [path.name for path in vectors.parent.glob("[!.]*")] == [vectors.name]
+    assert [path.suffix for path in vectors.parent.glob(".*")] == [".lock"]
 
 
 def test_a_direction_of_another_models_width_is_refused(model, tmp_path):
