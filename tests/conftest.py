@@ -44,16 +44,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(FIRST)))
 
 
-# Each compiled program maps memory, and Linux lets a process have 65,530 maps.
-MAPS = Path("/proc/self/maps")
-MOST_MAPS = 40_000
+# Each compiled program maps memory, and Linux lets a process have 65,530 maps. Two workers and a
+# command that they started should leave memory free on a machine of 16 GB.
+MAPS, STATM = Path("/proc/self/maps"), Path("/proc/self/statm")
+MOST_MAPS, MOST_PAGES = 40_000, 750_000  # 3 GB
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
     """While maps are left, keep compiled programs: the next module often needs the same."""
     yield
-    if not MAPS.exists() or MAPS.read_text().count("\n") > MOST_MAPS:
+    many = not MAPS.exists() or MAPS.read_text().count("\n") > MOST_MAPS
+    if many or int(STATM.read_text().split()[1]) > MOST_PAGES:
         jax.clear_caches()
 
 
