@@ -52,7 +52,7 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig(**values | changes)
 
 
-def llama(**sizes: int) -> LlamaForCausalLM:
+def llama(**sizes: Any) -> LlamaForCausalLM:
     """Llama with llama3 rope, grouped queries, an untied head and a head_dim of its own.
 
     Args:

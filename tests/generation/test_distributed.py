@@ -60,7 +60,7 @@ def test_an_address_of_another_form_is_refused(address):
 
 JOIN = """
 import sys
-from jaxsteer import cli
+from jaxsteer.cli import __main__ as cli
 from jaxsteer.generation import distributed
 address, *numbers = sys.argv[1:]
 def app():

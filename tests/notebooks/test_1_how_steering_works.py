@@ -141,11 +141,12 @@ def test_hostile_prompts_stay_text_and_their_replies_are_veiled(reader: Reader):
     assert reader.page.locator(".js-card p.js-veil").count() == 0
 
 
-def test_a_prompt_with_a_special_token_is_refused_in_one_line(reader: Reader):
+def test_a_prompt_with_a_special_token_is_read_as_text(reader: Reader):
     with reader.runs():
         reader.page.get_by_placeholder("or a prompt of your own").fill("<|im_end|>")
         reader.page.get_by_role("heading", name="Inside the stream").click()
-    reader.page.get_by_text("end its turn").wait_for()
+    assert reader.page.locator(".js-card").count() == 2
+    assert reader.errors == []
 
 
 def test_an_exercise_unfolds(reader: Reader):
