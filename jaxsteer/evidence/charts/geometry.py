@@ -274,8 +274,8 @@ def _reliability_panel(table: pl.DataFrame, x: alt.X, y: alt.Y) -> alt.LayerChar
     return marks.panel(layers, table["direction"][0], subtitle=counts, subtitleFontSize=11.5)
 
 
-def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.LayerChart:
-    """How far halves agree by the number of units in each, a line a direction.
+def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.ConcatChart:
+    """How far halves agree by the number of units in each, a panel a direction.
 
     Args:
       table: from `cosines.growth`; at least one line of the unit.
@@ -283,8 +283,6 @@ def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.LayerCha
       window: the layers averaged.
     """
     shown = table.filter(pl.col("unit") == unit)
-    names = shown["direction"].unique(maintain_order=True).to_list()
-    colours = alt.Scale(domain=names, range=[marks.colour(name) for name in names])
     x = alt.X(
         "units:Q",
         title=f"{unit}s a side in each half",
@@ -292,26 +290,27 @@ def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.LayerCha
         axis=alt.Axis(values=sorted(set(shown["units"])), format="d"),
     )
     low = min(0.0, float(shown["low"].min()))  # type: ignore[arg-type]
-    scale = alt.Scale(domain=[low, 1], nice=False)
-    y = alt.Y("mean:Q", title="cosine of the halves", scale=scale)
-    colour = alt.Color("direction:N", scale=colours, legend=None)
-    line = (
-        alt.Chart(shown)
-        .mark_line(point=alt.OverlayMarkDef(size=40))
-        .encode(
-            x=x, y=y, color=colour, tooltip=marks.tooltip("direction units", signed="mean low high")
-        )
-    )
-    ends = alt.Chart(shown.group_by("direction", maintain_order=True).last())
-    words = marks.labelled(ends.encode(x=x, y=y, color=colour), "direction")
-    layers = [marks.band(shown, x, y, colour, detail="direction:N"), line, words]
-    chart = alt.LayerChart(layer=layers).properties(width=480, height=240)
+    y = alt.Y("mean:Q", scale=alt.Scale(domain=[low, 1], nice=False))
+    panels = [
+        _growth_panel(part, x, y.title(None if i % COLUMNS else "cosine of the halves"))
+        for i, part in enumerate(shown.partition_by("direction", maintain_order=True))
+    ]
     least = shown.sort("units", "mean", descending=[True, False]).row(0, named=True)
     finding = (
         f"With {least['units']} {unit}s a side in each half, {least['direction']} agrees with "
         f"itself by {signed(least['mean'])} over {span(window)}"
     )
-    return marks.titled(chart, finding, "mean over halvings and layers; band: range over layers")
+    chart = alt.ConcatChart(concat=panels, columns=COLUMNS, spacing=18)
+    detail = "mean over halvings and layers; band: range over layers"
+    return marks.titled(chart, finding, detail, wrap=92)
+
+
+def _growth_panel(table: pl.DataFrame, x: alt.X, y: alt.Y) -> alt.LayerChart:
+    direction = table["direction"][0]
+    colour = marks.colour(direction)
+    line = alt.Chart(table).mark_line(color=colour, point=alt.OverlayMarkDef(size=40, color=colour))
+    line = line.encode(x=x, y=y, tooltip=marks.tooltip("units", signed="mean low high"))
+    return marks.panel([marks.band(table, x, y, colour), line], direction)
 
 
 def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:

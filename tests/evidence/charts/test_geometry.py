@@ -97,10 +97,13 @@ def test_a_hundred_directions_still_make_a_readable_square():
     assert cosines.extremes(averaged, set()).height == 24
 
 
-def test_the_growth_chart_has_a_line_a_direction_and_names_the_least_known(found):
+def test_the_growth_chart_has_a_panel_a_direction_and_names_the_least_known(found):
     table = cosines.growth(found, WHOLE)
     drawn = charts.growth_chart(table, "instruction", WHOLE).to_dict()
-    assert [layer["mark"]["type"] for layer in drawn["layer"]] == ["area", "line", "text"]
+    titles = [panel["title"]["text"] for panel in drawn["concat"]]
+    assert titles == table["direction"].unique(maintain_order=True).to_list()
+    for panel in drawn["concat"]:
+        assert [layer["mark"]["type"] for layer in panel["layer"]] == ["area", "line"]
     last = table.filter((pl.col("unit") == "instruction") & (pl.col("units") == 2))
     least = last.sort("mean")["direction"][0]
     assert f"half, {least} agrees" in " ".join(drawn["title"]["text"])
