@@ -152,6 +152,7 @@ def plan_table(plan: Plan, title: str) -> Table:
     for name, value in (
         ("conditions (controls included)", f"{len(plan.conditions)}"),
         ("rows", f"{plan.rows}"),
+        ("replies for benign impact, at most", f"{plan.further}"),
         ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.own_tokens:,} not in a shared prefix)"),
         ("new tokens, at most", f"{plan.new_tokens:,}"),
         ("weights", f"{plan.weights_bytes * megabytes:,.0f} MiB"),

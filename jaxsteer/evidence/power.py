@@ -31,6 +31,7 @@ class Power(Part, frozen=True, kw_only=True):
       limit: `different`: the fewest prompts that must change in the expected direction, if none
         changes in the other; `few-raised`: the most that may newly have the outcome, if all are at
         risk; `beyond-random`: the most seeds that may be as extreme. Null: no outcome confirms it.
+      at_risk: `few-raised`: the fewest prompts at risk with which it can be confirmed.
     """
 
     claim: str
@@ -39,6 +40,7 @@ class Power(Part, frozen=True, kw_only=True):
     kind: Kind
     n: Count
     limit: Count | None
+    at_risk: Count | None = None
 
 
 def powers(
@@ -64,7 +66,9 @@ def powers(
         n = seeds or (n if test.family == "benign" else min(n, prompts or n))
         made = {"claim": claim, "treated": test.treated, "control": test.control}
         limit = _limit(kind, n, tests, test.margin)
-        found.append(Power(**made, kind=kind, n=n, limit=limit))
+        enough = (k for k in range(1, n + 1) if stats.wilson(0, k)[1] <= test.margin)
+        at_risk = next(enough, None) if kind == "few-raised" else None
+        found.append(Power(**made, kind=kind, n=n, limit=limit, at_risk=at_risk))
     return list(dict.fromkeys(found))
 
 
@@ -118,5 +122,8 @@ def words(found: Power) -> str:
             "other way"
         )
     if found.kind == "few-raised":
-        return f"at most {found.limit} of {found.n} prompts may newly have the outcome"
+        return (
+            f"at least {found.at_risk} of {found.n} prompts must be at risk; if all are, at most "
+            f"{found.limit} may newly have the outcome"
+        )
     return f"at most {found.limit} of {found.n} random seeds may be as extreme"

@@ -99,6 +99,7 @@ class Plan:
         at their deepest candidates.
       prompts: number of prompts by family.
       rows: number of (condition, prompt) rows.
+      further: replies to questions, and benign replies that are read again, for benign impact.
       prompt_tokens: prompt tokens of all rows.
       own_tokens: of these, the ones after the prefix that rows share.
       new_tokens: most tokens that can be generated.
@@ -112,6 +113,7 @@ class Plan:
     conditions: list[Condition]
     prompts: dict[str, int]
     rows: int
+    further: int
     prompt_tokens: int
     own_tokens: int
     new_tokens: int
@@ -144,6 +146,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         conditions=found,
         prompts={family: len(prompts) for family, prompts in families.items()},
         rows=len(asked),
+        further=sum(c.benign for c in found) * (spec.data.questions + spec.data.compared),
         prompt_tokens=sum(len(request.tokens) for request in asked),
         own_tokens=own,
         new_tokens=len(asked) * new,

@@ -42,6 +42,10 @@ def test_few_raised_tolerates_what_its_bound_leaves():
     (early,) = [f for f in of("smollm2-demo", SIZES) if f.claim == "refusal early fails"]
     bound = [binomtest(k, 96).proportion_ci(0.95, "wilson").high for k in range(97)]
     assert bound[early.limit] <= 0.3 < bound[early.limit + 1]
+    # With fewer prompts at risk even no new outcome leaves a bound above the margin.
+    alone = [binomtest(0, early.at_risk - k).proportion_ci(0.95, "wilson").high for k in (0, 1)]
+    assert alone[0] <= 0.3 < alone[1]
+    assert f"at least {early.at_risk} of 96 prompts must be at risk" in power.words(early)
 
 
 @pytest.mark.parametrize("name", spec.shipped())
