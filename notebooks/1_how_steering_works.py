@@ -18,7 +18,7 @@ with app.setup:
     from jaxsteer.data.wheels import use_compile_cache
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import lesson
-    from jaxsteer.evidence.charts import marks, steering
+    from jaxsteer.evidence.charts import marks, opening, steering
     from jaxsteer.evidence.charts.steering import plane
     from jaxsteer.model.chat_model import ChatModel
     from jaxsteer.words import percent, signed
@@ -28,11 +28,23 @@ with app.setup:
     ROOT = Path(__file__).resolve().parent.parent
 
 
+@app.cell
+def _():
+    results = opening.results_menu(ROOT)
+    mo.vstack([mo.md("# How steering works"), results])
+    return (results,)
+
+
+@app.cell
+def _(results):
+    folder = ROOT / results.value
+    opening.head(ROOT, "1_how_steering_works.py", results.value)
+    return (folder,)
+
+
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    # How steering works
-
     A language model reads a prompt token by token. For every token it keeps one long vector, the
     **residual stream**, and every layer *adds* something to it:
 
@@ -251,15 +263,8 @@ def _():
 
 @app.cell
 def _():
-    _given = mo.cli_args()
-    checkpoint = ROOT / str(_given.get("model") or "checkpoints/smollm2-135m")
-    results = mo.ui.text(
-        value=str(_given.get("results") or "results/smollm2-demo-smollm2-135m"),
-        label="results directory, for its directions",
-        full_width=True,
-    )
-    results  # noqa: B018
-    return checkpoint, results
+    checkpoint = ROOT / str(mo.cli_args().get("model") or "checkpoints/smollm2-135m")
+    return (checkpoint,)
 
 
 @app.cell
@@ -274,14 +279,14 @@ def _(checkpoint):
 
 
 @app.cell
-def _(model, results):
+def _(folder, model):
     try:
         with mo.status.spinner(
             "Looking for directions (extracting takes a minute)", remove_on_exit=True
         ):
             steerable = lesson.load(
                 model,
-                ROOT / results.value / "directions.safetensors",
+                folder / "directions.safetensors",
                 ROOT / "results/lesson/directions.safetensors",
             )
         _error = None

@@ -14,20 +14,32 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.errors import UserError
     from jaxsteer.evidence import cosines
     from jaxsteer.evidence.charts import geometry as charts
-    from jaxsteer.evidence.charts import marks
+    from jaxsteer.evidence.charts import marks, opening
 
     marks.use()
     ROOT = Path(__file__).resolve().parent.parent
 
 
+@app.cell
+def _():
+    results = opening.results_menu(ROOT)
+    mo.vstack([mo.md("# Geometry"), results])
+    return (results,)
+
+
+@app.cell
+def _(results):
+    _head = opening.head(ROOT, "2_geometry.py", results.value)
+    found = opening.attempt(cosines.load, ROOT / results.value)
+    mo.vstack([_head, *([opening.note(*found.notes)] if found.notes else [])])
+    return (found,)
+
+
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    # Geometry
-
     A direction is one vector per layer. Two directions $d$ and $e$ are compared by their
     **cosine**,
 
@@ -44,30 +56,6 @@ def _():
     prompt. So every number here is shown beside the values that **chance** gives.
     """)
     return
-
-
-@app.cell
-def _():
-    results = mo.ui.text(
-        value=str(mo.cli_args().get("results") or "results/smollm2-demo-smollm2-135m"),
-        label="results directory",
-        full_width=True,
-    )
-    results  # noqa: B018
-    return (results,)
-
-
-@app.cell
-def _(results):
-    try:
-        found, _error = cosines.load(ROOT / results.value), ""
-    except UserError as error:
-        found, _error = None, str(error)
-    if found is None and mo.app_meta().mode == "script":
-        print(_error)
-    mo.stop(found is None, mo.callout(mo.md(marks.escaped(_error)), kind="warn"))
-    mo.vstack([mo.callout(mo.md(marks.escaped(note)), kind="warn") for note in found.notes])
-    return (found,)
 
 
 @app.cell(hide_code=True)
@@ -101,13 +89,8 @@ def _():
 def _(found):
     table = cosines.pairs(found)
     _names = cosines.ranked(table, cosines.whole(found))
-    pair = mo.ui.dropdown(_names, value=_names[0] if _names else None, label="pair")
-    mo.stop(
-        not _names,
-        mo.callout(
-            mo.md("This folder has a single direction, and a cosine needs two."), kind="warn"
-        ),
-    )
+    mo.stop(not _names, opening.note("This folder has a single direction, and a cosine needs two."))
+    pair = opening.menu("pair", {name: name for name in _names}, label="pair")
     pair  # noqa: B018
     return pair, table
 

@@ -14,10 +14,9 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.errors import UserError
     from jaxsteer.evidence import layer_windows
     from jaxsteer.evidence.browse import open_results
-    from jaxsteer.evidence.charts import marks
+    from jaxsteer.evidence.charts import marks, opening
     from jaxsteer.evidence.charts import windows as charts
 
     marks.use()
@@ -25,11 +24,24 @@ with app.setup:
     MOST = 5  # conditions whose projections can be told apart in one chart
 
 
+@app.cell
+def _():
+    results = opening.results_menu(ROOT)
+    mo.vstack([mo.md("# The layer window"), results])
+    return (results,)
+
+
+@app.cell
+def _(results):
+    _opened = opening.attempt(open_results, ROOT / results.value)
+    found = _opened.found
+    opening.head(ROOT, "3_layer_window.py", results.value, _opened)
+    return (found,)
+
+
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    # The layer window
-
     A persona direction is added at one layer, and the model refuses less. Two further interventions
     test *at which layers* this effect is decided.
 
@@ -43,37 +55,6 @@ def _():
     share refused, the small numbers its 95 % Wilson interval.
     """)
     return
-
-
-@app.cell
-def _():
-    results = mo.ui.text(
-        value=str(mo.cli_args().get("results") or "results/smollm2-demo-smollm2-135m"),
-        label="results directory",
-        full_width=True,
-    )
-    results  # noqa: B018
-    return (results,)
-
-
-@app.cell
-def _(results):
-    try:
-        opened, _error = open_results(ROOT / results.value), ""
-        names = layer_windows.steered(opened.found)
-    except UserError as error:
-        opened, _error = None, str(error)
-    if not _error and not names:
-        _error = (
-            "This study has no condition that only adds a direction, so it has no maps: "
-            "`jaxsteer sweep layer-window` runs a study that does."
-        )
-    if _error and mo.app_meta().mode == "script":
-        print(_error)
-    mo.stop(bool(_error), mo.callout(mo.md(marks.escaped(_error)), kind="warn"))
-    found = opened.found
-    mo.vstack([mo.callout(mo.md(marks.escaped(note)), kind="warn") for note in opened.banner])
-    return found, names
 
 
 @app.cell(hide_code=True)
@@ -97,10 +78,18 @@ def _(found):
 
 
 @app.cell
-def _(found, names):
+def _(found):
+    _names = layer_windows.steered(found)
+    mo.stop(
+        not _names,
+        opening.note(
+            "This study has no condition that only adds a direction, so it has no maps: "
+            "`jaxsteer sweep layer-window` runs a study that does."
+        ),
+    )
     _modes = {mode or "no mode": mode for mode in layer_windows.modes(found)}
-    name = mo.ui.dropdown(names, value=names[0], label="steered direction")
-    mode = mo.ui.dropdown(_modes, value=next(iter(_modes)), label="persona mode")
+    name = opening.menu("steered", {name: name for name in _names}, label="steered direction")
+    mode = opening.menu("mode", _modes, label="persona mode")
     mo.hstack([name, mode] if len(_modes) > 1 else [name], justify="start", gap=2)
     return mode, name
 

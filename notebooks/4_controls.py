@@ -15,21 +15,33 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.errors import UserError
     from jaxsteer.evidence import claims, findings, paired
     from jaxsteer.evidence.browse import open_results
     from jaxsteer.evidence.charts import controls as charts
-    from jaxsteer.evidence.charts import marks
+    from jaxsteer.evidence.charts import marks, opening
 
     marks.use()
     ROOT = Path(__file__).resolve().parent.parent
 
 
+@app.cell
+def _():
+    results = opening.results_menu(ROOT)
+    mo.vstack([mo.md("# Controls"), results])
+    return (results,)
+
+
+@app.cell
+def _(results):
+    _opened = opening.attempt(open_results, ROOT / results.value)
+    found = _opened.found
+    opening.head(ROOT, "4_controls.py", results.value, _opened)
+    return (found,)
+
+
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    # Controls
-
     A study steers a model, and the model refuses less. The study would like to claim that *the
     persona direction* caused this. There are always simpler explanations: any vector of that length
     has the same effect; the model is broken; the projection alone has the effect. A **control** is
@@ -40,34 +52,6 @@ def _():
     figure, and lets you vary the rules of counting.
     """)
     return
-
-
-@app.cell
-def _():
-    results = mo.ui.text(
-        value=str(mo.cli_args().get("results") or "results/smollm2-demo-smollm2-135m"),
-        label="results directory",
-        full_width=True,
-    )
-    results  # noqa: B018
-    return (results,)
-
-
-@app.cell
-def _(results):
-    try:
-        opened, _problem = open_results(ROOT / results.value), ""
-    except UserError as error:
-        opened, _problem = None, str(error)
-    if _problem and mo.app_meta().mode == "script":
-        print(_problem)
-    mo.stop(opened is None, mo.callout(mo.md(marks.escaped(_problem)), kind="warn"))
-    found = opened.found
-    _banner = [mo.callout(mo.md(marks.escaped(line)), kind="warn") for line in opened.banner]
-    mo.vstack(
-        [*_banner, mo.md(f"**{marks.escaped(found.spec.name)}**: {found.rows.height:,} rows.")]
-    )
-    return (found,)
 
 
 @app.cell(hide_code=True)
@@ -87,12 +71,8 @@ def _():
 
 @app.cell
 def _(found):
-    try:
-        planned, _problem = claims.evaluate(found), ""
-    except UserError as error:
-        planned, _problem = None, str(error)
-    mo.stop(planned is None, mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
-    mo.stop(not planned, mo.callout(mo.md("This study plans no claim."), kind="warn"))
+    planned = opening.attempt(claims.evaluate, found)
+    mo.stop(not planned, opening.note("This study plans no claim."))
     mo.md(charts.claims_table(planned))
     return (planned,)
 
@@ -123,12 +103,8 @@ def _():
 
 @app.cell
 def _(found, planned):
-    try:
-        made, _problem = findings.evaluate(found) if planned else [], ""
-    except UserError as error:
-        made, _problem = [], str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
-    mo.stop(not made, mo.callout(mo.md(findings.headline([]) + "."), kind="warn"))
+    made = opening.attempt(findings.evaluate, found) if planned else []
+    mo.stop(not made, opening.note(findings.headline([]) + "."))
     _alone, _absent = findings.alone(found, made), findings.absent(made)
     _notes = f"Kinds of control that this study does not have: {', '.join(_absent) or 'none'}. "
     _notes += f"Claims with no control beside them: {', '.join(_alone) or 'none'}."
@@ -139,7 +115,7 @@ def _(found, planned):
 @app.cell
 def _(made):
     _claims = list(dict.fromkeys(f.claim for f in made))
-    claim = mo.ui.dropdown(_claims, value=_claims[0], label="controls of the claim")
+    claim = opening.menu("claim", {name: name for name in _claims}, label="controls of the claim")
     claim  # noqa: B018
     return (claim,)
 
@@ -185,10 +161,8 @@ def _():
 @app.cell
 def _(found, made, planned):
     options = findings.comparisons(found, planned, made)
-    mo.stop(
-        not options, mo.callout(mo.md("No two conditions have rows to compare yet."), kind="warn")
-    )
-    pair = mo.ui.dropdown(options, value=next(iter(options)), label="compare", full_width=True)
+    mo.stop(not options, opening.note("No two conditions have rows to compare yet."))
+    pair = opening.menu("compare", options, label="compare", full_width=True)
     pair  # noqa: B018
     return (pair,)
 

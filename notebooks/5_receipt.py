@@ -20,7 +20,7 @@ with app.setup:
     from jaxsteer.evidence import browse as browsing
     from jaxsteer.evidence import paired
     from jaxsteer.evidence.charts import controls as charts
-    from jaxsteer.evidence.charts import marks
+    from jaxsteer.evidence.charts import marks, opening
     from jaxsteer.judges import human
     from jaxsteer.receipt import charts as receipts
     from jaxsteer.receipt import compare, statement, verify
@@ -29,45 +29,30 @@ with app.setup:
     ROOT = Path(__file__).resolve().parent.parent
 
 
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    # The receipt
-
-    A **refusal receipt** states the results of a study in a form that an auditor can check. It
-    holds counts and hashes, and no replies. This page reads a receipt, checks it, compares it with
-    another one, and then shows the replies themselves.
-    """)
-    return
-
-
 @app.cell
 def _():
-    _given = mo.cli_args()
-    _folder = str(_given.get("results") or "results/smollm2-demo-smollm2-135m")
-    results = mo.ui.text(value=_folder, label="results directory", full_width=True)
-    _label = "another receipt.json, to compare with"
-    second = mo.ui.text(value=str(_given.get("second") or ""), label=_label, full_width=True)
-    mo.vstack([results, second])
-    return results, second
+    results = opening.results_menu(ROOT)
+    mo.vstack([mo.md("# The receipt"), results])
+    return (results,)
 
 
 @app.cell
 def _(results):
     folder = ROOT / results.value
-    try:
-        opened, _problem = browsing.open_results(folder), ""
-    except UserError as error:
-        opened, _problem = None, str(error)
-    if _problem and mo.app_meta().mode == "script":
-        print(_problem)
-    mo.stop(opened is None, mo.callout(mo.md(marks.escaped(_problem)), kind="warn"))
+    opened = opening.attempt(browsing.open_results, folder)
     rows = opened.found.rows
-    _banner = [mo.callout(mo.md(marks.escaped(line)), kind="warn") for line in opened.banner]
-    mo.vstack(
-        [*_banner, mo.md(f"**{marks.escaped(opened.found.spec.name)}**: {rows.height:,} rows.")]
-    )
+    opening.head(ROOT, "5_receipt.py", results.value, opened)
     return folder, opened, rows
+
+
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    A **refusal receipt** states the results of a study in a form that an auditor can check. It
+    holds counts and hashes, and no replies. This page reads a receipt, checks it, compares it with
+    another one, and then shows the replies themselves.
+    """)
+    return
 
 
 @app.cell(hide_code=True)

@@ -1,11 +1,13 @@
 """A results folder for reading on screen: opened when finished or not, its replies page by page.
 
 `results.load` refuses an unfinished folder, because receipts and judges need all rows. A notebook
-may show the rows so far, with a banner that says what is missing.
+may show the rows so far, with a banner that says what is missing. `header` is what every notebook
+begins with: what was run, how each choice was made, and what to read with care.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +16,17 @@ import polars as pl
 
 from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Prompt
+from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
+from jaxsteer.evidence import claims
+from jaxsteer.evidence.reliability import WELL_KNOWN
+from jaxsteer.judges.human import agreements
 from jaxsteer.judges.labels import BENIGN_FAMILIES
-from jaxsteer.study import record, results
+from jaxsteer.stats import mcnemar
+from jaxsteer.study import prepare, record, results, selection
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.results import Results
+from jaxsteer.words import layer_list, signed
 
 ALL = "all"
 UNKNOWN = "(this prompt's text is in none of the data sets on this machine)"
@@ -35,6 +43,19 @@ class Opened:
 
     found: Results
     banner: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a page on a results folder begins with.
+
+    Attributes:
+      facts: what, its value, and how it was chosen.
+      warnings: what to read with care, one sentence each.
+    """
+
+    facts: tuple[tuple[str, str, str], ...]
+    warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +124,128 @@ def _banner(found: Results) -> Iterator[str]:
             f"No judge of harm has scored {unscored:,} replies that were neither refused nor "
             "broken. Whether they are a bypass is not known: `jaxsteer judge` asks one."
         )
+
+
+def finished(root: Path) -> list[str]:
+    """The finished studies below a folder's `results`, as paths relative to the folder."""
+    found = (root / "results").glob(f"*/{record.FILE}")
+    done = [path.parent for path in found if (path.parent / "responses.parquet").is_file()]
+    return sorted(str(path.relative_to(root)) for path in done)
+
+
+def header(folder: Path, opened: Opened | None = None) -> Header:
+    """What a page on a results folder begins with.
+
+    Args:
+      folder: the results folder; its rows may be missing, and its run record too.
+      opened: the same folder, if it is open already.
+
+    Raises:
+      UserError: no such folder, or a damaged run record.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no folder {folder}: choose another study, or run `make demo` once and open "
+            "this page again."
+        )
+    run = record.read(folder)
+    if run is None:
+        unknown = f"{folder} holds no run record: which model and study it is from is not known."
+        return Header(facts=(), warnings=(unknown,))
+    warnings = [*(opened.banner if opened else ()), *_near_misses(run), *_poorly_known(folder, run)]
+    with contextlib.suppress(UserError):
+        found = opened.found if opened else open_results(folder).found
+        warnings += [*_untestable(found), *_one_sided(found)]
+    return Header(facts=tuple(_facts(run)), warnings=tuple(warnings))
+
+
+# What a rule may choose, in words.
+_CHOICES = {"policy": "policy", "steer": "layer", "dose": "strength", "refusal": "layer"}
+_CHOICES |= {"window": "layers", "late_refusal": "layer", "refusal_dose": "strength"}
+
+
+def _facts(run: RunRecord) -> Iterator[tuple[str, str, str]]:
+    spec, tried, layers = run.study, run.candidates, run.layers
+    at = {name: f"resid_post.{layer}" for name, layer in layers.items()}
+    window = range(layers.get("window", 0), layers.get("window_last", layers.get("window", 0)) + 1)
+    harmful = {"strongreject": "harmful"}
+    seeds = sorted({c.seed for c in run.conditions if c.seed is not None})
+    on, norms = f"on {spec.selection.prompts} HarmBench prompts", "natural norms"
+    little = f"brings most refusal back and does little alone, {on}"
+    yield "study", f"{spec.name}: {spec.about}", ""
+    yield "model", f"{run.model.name}, {run.model.dtype}", ""
+    sizes = ", ".join(f"{known.n} {harmful.get(k, k)}" for k, known in run.prompts.items())
+    yield "prompts", sizes, "used for no choice"
+    for what, names, value, rule in (
+        ("policy", "policy", run.policy.name,
+         f"best of {len(tried.policies)} at telling harmful from harmless prompts, {on}"),
+        ("persona", "steer dose", f"added at {at.get('steer')}, {run.dose:g} {norms}",
+         f"least refusal of {len(tried.doses) - 1} that do not break the model, {on}"),
+        ("refusal direction", "refusal", f"taken from {at.get('refusal')}",
+         f"Arditi et al. 2024, on {spec.selection.refusal_validation} HarmBench prompts"),
+        ("window", "window", f"resid_post.{layer_list(window)}", little),
+        ("late refusal", "late_refusal refusal_dose",
+         f"added at {at.get('late_refusal')}, {run.refusal_dose:g} {norms}", little),
+    ):  # fmt: skip
+        asked = names.split()
+        ruled = [_CHOICES[name] for name in asked if name in prepare.open_choices(spec)]
+        how = f"{' and '.join(ruled)} by rule: {rule}" if ruled else "given in the study"
+        if asked[0] in ("policy", *at):
+            yield what, value, how
+    yield "random seeds", layer_list(seeds) or "none", "given in the study" if seeds else ""
+
+
+def _near_misses(run: RunRecord) -> Iterator[str]:
+    tried = run.candidates
+    for policy in tried.policies:
+        said = selection.uninformative(policy, run.study.selection.least_youden)
+        if policy.policy == run.policy.name and said:
+            yield f"{said[0].upper()}{said[1:]}."
+    for what, why in (
+        ("refusal direction", tried.refusal_near_miss),
+        ("window", tried.window_near_miss),
+        ("late refusal", tried.late_near_miss),
+    ):
+        if why:
+            yield f"The {what} failed its own selection and is only the nearest: {', '.join(why)}."
+
+
+def _poorly_known(folder: Path, run: RunRecord) -> Iterator[str]:
+    """Directions whose halves agree little at a layer that a condition takes them from."""
+    path = folder / "directions.safetensors"
+    for name, found in (directions.load(path) if path.is_file() else {}).items():
+        used = {
+            layer
+            for c in run.conditions
+            for op in c.operations
+            for layer in (op.layers if op.measured_at is None else (op.measured_at,))
+            if op.direction == name
+        }
+        halves = found.provenance.get("split_half", {}).get("mean", [])
+        low = min(((halves[k], k) for k in used if k < len(halves)), default=(1.0, 0))
+        if low[0] < WELL_KNOWN:
+            yield (
+                f"The direction {name} is poorly known: two halves of its samples agree only to a "
+                f"cosine of {signed(low[0])} at layer {low[1]} ({WELL_KNOWN:g} is asked)."
+            )
+
+
+def _untestable(found: Results) -> Iterator[str]:
+    judged = claims.evaluate(found)
+    for verdict in ("not testable", "not tested"):
+        names = [claim.name for claim in judged if claim.verdict == verdict]
+        if names:
+            yield f"Claims {verdict}, {len(names)} of {len(judged)}: {'; '.join(names)}."
+
+
+def _one_sided(found: Results) -> Iterator[str]:
+    for pair in agreements(found.rows, found.verdicts):
+        one, other = pair.only_first, pair.only_second
+        if pair.question == "refusal" and mcnemar(one, other) < claims.ALPHA:
+            yield (
+                f"Judges of refusals differ to one side: {pair.first} alone calls {one} of "
+                f"{pair.n} replies refusals, {pair.second} alone {other}."
+            )
 
 
 def page(

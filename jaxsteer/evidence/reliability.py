@@ -42,6 +42,7 @@ from jaxsteer.words import Progress
 
 FORMAT: Final = "jaxsteer-geometry-1"
 FILE = "geometry.json"
+WELL_KNOWN = 0.5  # smallest split-half cosine of a direction that is not marked
 
 
 class Halves(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,15 +77,9 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
 
 
 def facts_table(p: Predicate) -> str:
-    """What a receipt is about, in Markdown."""
+    """What identifies a receipt, in Markdown."""
     facts = [
-        ("study", f"{p.study.name}: {p.study.about}"),
-        ("model", f"{p.model.name}, {p.model.dtype}"),
         ("weights sha256", p.model.weights_sha256),
-        ("prompts", ", ".join(f"{known.n} {family}" for family, known in p.prompts.items())),
-        ("policy", f"{p.policy.name} {p.policy.version}"),
-        ("layers", ", ".join(f"{k} resid_post.{v}" for k, v in p.steering.layers.items())),
-        ("dose", f"{p.steering.dose:g} natural norms"),
         ("run", f"{p.date}, {p.tool}"),
         ("digest", p.digest.sha256),
     ]

@@ -27,8 +27,8 @@ from jaxsteer.evidence.comparisons import (
     NotTested,
 )
 from jaxsteer.evidence.paired import WORDS
+from jaxsteer.evidence.reliability import WELL_KNOWN
 from jaxsteer.receipt.statement import (
-    WELL_KNOWN,
     Condition,
     DoseResponse,
     Outcomes,

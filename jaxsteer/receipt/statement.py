@@ -30,7 +30,7 @@ from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomContro
 from jaxsteer.evidence.impact import Impact
 from jaxsteer.evidence.paired import Share
 from jaxsteer.evidence.power import Power
-from jaxsteer.evidence.reliability import Measurements
+from jaxsteer.evidence.reliability import WELL_KNOWN, Measurements
 from jaxsteer.files import sha256_bytes
 from jaxsteer.study import record
 from jaxsteer.study.record import Count, Model, Part, Prompts, Sha256, Text
@@ -38,7 +38,6 @@ from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import DecodingSpec
 
 STATEMENT = "https://in-toto.io/Statement/v1"
-WELL_KNOWN = 0.5  # of a split-half cosine
 PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v3"
 LARGEST = 64 * 2**20  # bytes
 

@@ -27,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, WebSocket
 
@@ -171,6 +172,7 @@ class Reader:
 
     def _listen(self, socket: WebSocket) -> None:
         self._socket = socket
+        self._busy.clear()
         socket.on("framereceived", self._hear)
 
     def _hear(self, payload: str | bytes) -> None:
@@ -200,6 +202,13 @@ class Reader:
                 break
             self.page.wait_for_timeout(100 if attempt else 10)
         self.wait(until=1)
+
+    def results(self, folder: object) -> None:
+        """Open the same page on another results folder, as an address with that folder does."""
+        here = urlsplit(self.page.url)
+        asked = dict(parse_qsl(here.query)) | {"results": str(folder)}
+        with self.runs():
+            self.page.goto(here._replace(query=urlencode(asked)).geturl(), wait_until="commit")
 
     def wait(self, until: int) -> None:
         """Wait for so many completed runs in all, and for the kernel to be idle."""

@@ -68,19 +68,13 @@ def test_another_pair_redraws_the_first_chart_without_the_papers_marks(reader: R
 
 
 def test_a_folder_without_results_is_answered_in_one_line(reader: Reader, tmp_path):
-    with reader.runs():
-        box = reader.page.get_by_label("results directory")
-        box.fill(str(tmp_path))
-        box.blur()
+    reader.results(tmp_path)
     reader.page.get_by_text("make demo").first.wait_for()
 
 
 def test_unmeasured_geometry_is_a_banner_and_the_rest_is_drawn(reader: Reader, tmp_path):
     bare = directions_made.folder(tmp_path / "bare", measured=False)
-    with reader.runs():
-        box = reader.page.get_by_label("results directory")
-        box.fill(str(bare))
-        box.blur()
+    reader.results(bare)
     reader.page.get_by_text("No geometry.json").wait_for()
     assert "chance was not measured" in " ".join(reader.chart(CHARTS[0]).texts)
 

@@ -25,13 +25,6 @@ def reader(browser, folder):
         yield made
 
 
-def show(reader: Reader, results) -> None:
-    with reader.runs():
-        box = reader.page.get_by_label("results directory")
-        box.fill(str(results))
-        box.blur()
-
-
 def test_it_opens_with_both_maps_flips_and_projections(reader: Reader):
     for words in (KNOCKOUT, ADDED, FLIPS, DEPTH):
         assert reader.chart(words).texts
@@ -80,20 +73,21 @@ def test_the_prompts_own_tokens_can_be_shown(reader: Reader):
 
 
 def test_a_study_with_few_places_says_which_study_fills_the_map(reader: Reader, tmp_path):
-    show(reader, made.folder(tmp_path / "few"))
+    reader.results(made.folder(tmp_path / "few"))
     reader.page.get_by_text("its maps have few cells").wait_for()
     assert reader.chart(KNOCKOUT).texts
     reader.page.get_by_text("This study adds no refusal").wait_for()
 
 
 def test_an_empty_folder_is_answered_in_one_line(reader: Reader, tmp_path):
-    show(reader, tmp_path)
+    reader.results(tmp_path)
     reader.page.get_by_text("make demo").first.wait_for()
 
 
 def test_an_incomplete_study_is_drawn_under_a_banner(reader: Reader, tmp_path):
     frame = windows_made.rows(windows_made.study())
-    show(reader, windows_made.folder(tmp_path / "half", frame=frame.head(frame.height // 2)))
+    half = frame.head(frame.height // 2)
+    reader.results(windows_made.folder(tmp_path / "half", frame=half))
     reader.page.get_by_text("Partial results").wait_for()
     assert reader.chart(KNOCKOUT).texts
 
