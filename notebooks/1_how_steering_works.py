@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "1 How steering works"
+# description = "Add a direction, project it out or cap it: two vectors to drag, then a model."
+# ///
 """How steering works: from two vectors you drag to a model you steer.
 
 marimo edit notebooks/1_how_steering_works.py

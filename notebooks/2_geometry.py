@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "2 Geometry"
+# description = "Do persona and refusal point the same way? Cosines beside those of chance."
+# ///
 """Geometry: cosines between persona, refusal and other directions, against chance.
 
 marimo edit notebooks/2_geometry.py

@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "3 Layer window"
+# description = "Where in depth refusal comes back, and the prompts behind each cell."
+# ///
 """The layer window: where in depth an intervention brings refusal back.
 
 marimo edit notebooks/3_layer_window.py

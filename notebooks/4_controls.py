@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "4 Controls"
+# description = "Every claim beside the control that could break it, and rules to vary."
+# ///
 """Controls: every claim next to the conditions that could refute it, and rules to vary.
 
 marimo edit notebooks/4_controls.py

@@ -1,3 +1,8 @@
+# /// script
+# [tool.marimo.opengraph]
+# title = "5 Receipt"
+# description = "Read, verify and compare receipts, then read replies and label them."
+# ///
 """The refusal receipt: read, verify and compare it, then read the replies that it counts.
 
 marimo edit notebooks/5_receipt.py
