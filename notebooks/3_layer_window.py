@@ -76,7 +76,7 @@ def _(found):
     that do little *alone*: a projection that breaks the model, or that makes it refuse by itself,
     proves nothing.
     """),
-            mo.ui.table(_tried, selection=None),
+            mo.md(marks.markdown_table(_tried.columns, _tried.rows())),
         ]
     )
     return
@@ -106,19 +106,14 @@ def _(found, mode, name):
     _few = _places.group_by("map", "strength").len()["len"].max() or 0
     mo.stop(
         not _places.height,
-        mo.callout(
-            mo.md(
-                "No condition projects this direction out or adds refusal to it. "
-                "`jaxsteer sweep layer-window` runs a study that does both."
-            ),
-            kind="warn",
+        opening.note(
+            "No condition projects this direction out or adds refusal to it. "
+            "`jaxsteer sweep layer-window` runs a study that does both."
         ),
     )
-    mo.callout(
-        mo.md(
-            "This study has few layers and strengths, so its maps have few cells. "
-            "`jaxsteer sweep layer-window` runs many more; enter its results folder above."
-        ),
+    opening.note(
+        "This study has few layers and strengths, so its maps have few cells. "
+        "`jaxsteer sweep layer-window` runs many more; then choose its results above.",
         kind="info",
     ) if _few < 6 else None
     return (maps,)
@@ -141,8 +136,9 @@ def _():
     steered layer says nothing either: it cannot remove a vector that is added later.
 
     Compare every cell with *two* others: `not removed` in its own row (what did the knockout
-    change?) and row 0 in its own column (does the knockout alone change or break the model?). A
-    **red corner** marks cells with many degenerate replies, which are not refusals either.
+    change?) and row 0 in its own column (does the knockout alone change or break the model?), which
+    the second map subtracts. A **red corner** marks cells with many degenerate replies, which are
+    not refusals either.
 
     **Drag over cells** to choose them; a click outside removes the choice.
     """)
@@ -160,6 +156,13 @@ def _(maps):
     )
     knockout  # noqa: B018
     return (knockout,)
+
+
+@app.cell
+def _(found, maps):
+    _over = layer_windows.over_unsteered(found, maps)
+    charts.difference_chart(_over) if _over.height else None
+    return
 
 
 @app.cell(hide_code=True)
@@ -228,16 +231,12 @@ def _(added, found, knockout, maps):
 
 @app.cell
 def _(flipped):
-    mo.stop(
-        not flipped.height,
-        mo.callout(mo.md("No chosen cell has a control on the same prompts."), kind="warn"),
-    )
+    mo.stop(not flipped.height, opening.note("No chosen cell has a control on the same prompts."))
+    _read = layer_windows.flips_to_read(flipped)
     mo.vstack(
         [
             mo.as_html(charts.flips_chart(flipped)),
-            mo.ui.table(
-                layer_windows.flips_to_read(flipped), selection=None, show_data_types=False
-            ),
+            mo.md(marks.markdown_table(_read.columns, _read.rows())),
         ]
     )
     return
@@ -261,8 +260,10 @@ def _():
 @app.cell
 def _(found):
     _probed = [k for k in ("persona", "refusal") if f"{k}_after_response" in found.rows.columns]
-    mo.stop(not _probed, mo.callout(mo.md("These rows recorded no projections."), kind="warn"))
-    onto = mo.ui.dropdown(_probed, value=_probed[-1], label="projection on")
+    mo.stop(not _probed, opening.note("These rows recorded no projections."))
+    onto = opening.menu(
+        "onto", {name: name for name in _probed}, _probed[-1], label="projection on"
+    )
     phase = mo.ui.radio(
         {"reply": "response", "prompt": "prompt"}, value="reply", label="tokens", inline=True
     )
@@ -274,10 +275,7 @@ def _(found):
 def _(chosen, found, maps, onto, phase):
     _none = (maps["column"] == layer_windows.NONE) & (maps["strength"] == 0)
     _baseline = maps.filter(_none & (maps["map"] == "knockout"))["condition"]
-    mo.stop(
-        not _baseline.len(),
-        mo.callout(mo.md("This study has no baseline to compare with."), kind="warn"),
-    )
+    mo.stop(not _baseline.len(), opening.note("This study has no baseline to compare with."))
     _order = [*chosen["control"].unique(maintain_order=True), *chosen["condition"]]
     _lines = [k for k in dict.fromkeys(_order) if k and k != _baseline[0]]
     _along = layer_windows.along_depth(found, _lines[:MOST], _baseline[0], onto.value, phase.value)
@@ -290,7 +288,7 @@ def _(chosen, found, maps, onto, phase):
             if len(_lines) > MOST
             else mo.md(""),
         ]
-    ) if _along.height else mo.callout(mo.md("No projections on these prompts."), kind="warn")
+    ) if _along.height else opening.note("No projections on these prompts.")
     return
 
 

@@ -196,11 +196,15 @@ def _refusals(
 
 
 def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
-    """Refusal in every cell: the cell's fields, n, refused, rate, low, high, degenerate, norms.
+    """Refusal in every cell: its fields, n, refused, rate, low, high, degenerate, norms, chosen.
 
-    Rates are over the harmful prompts, with Wilson 95 % intervals; `norms` is the strength as text.
-    A cell without rows is left out.
+    Rates are over the harmful prompts, with Wilson 95 % intervals; `norms` is the strength as text,
+    `chosen` whether the cell is at the layers that the study chose by rule or gave. A cell without
+    rows is left out.
     """
+    at = found.run.layers
+    window = range(at.get("window", 0), at.get("window_last", at.get("window", -1)) + 1)
+    taken = {"knockout": layer_list(window), "refusal": str(at.get("late_refusal", ""))}
     asked = (pl.col("family") == FAMILY) & pl.col("condition").is_in([c.condition for c in made])
     counted = found.rows.lazy().filter(asked).group_by("condition").agg(
         n=pl.len(),
@@ -215,6 +219,7 @@ def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
         low=pl.Series([low for low, _ in ends], dtype=pl.Float64),
         high=pl.Series([high for _, high in ends], dtype=pl.Float64),
         norms=pl.col("strength").map_elements(lambda s: f"{s:g}", return_dtype=pl.String),
+        chosen=pl.col("column") == pl.col("map").replace_strict(taken, return_dtype=pl.String),
     ).sort("map", "order", "strength")
 
 
@@ -248,10 +253,10 @@ def strongest(maps: pl.DataFrame, which: Map) -> pl.DataFrame:
 def flip_table(found: Results, chosen: pl.DataFrame) -> pl.DataFrame:
     """Paired flips of refusal, chosen cells against their controls.
 
-    Columns: those of `chosen` used as keys (map, condition, column, norms, control, cancels), n,
-    raised, lowered, difference, low, high (paired bootstrap), p (exact McNemar), p_holm (Holm over
-    the lines), unlike (prompts whose label differs from the same projection without steering; null
-    without that twin). Cells without a control, or without a prompt in common, are left out.
+    Columns: those that name and mark a cell, n, raised, lowered, difference, low, high (paired
+    bootstrap), p (exact McNemar), p_holm (Holm over the lines), unlike (prompts whose label differs
+    from the same projection without steering; null without that twin). Cells without a control, or
+    without a prompt in common, are left out.
     """
     labels, lines = Labels(found.rows, found.verdicts), []
     for cell in chosen.filter(pl.col("control") != "").iter_rows(named=True):
@@ -259,19 +264,33 @@ def flip_table(found: Results, chosen: pl.DataFrame) -> pl.DataFrame:
         if not paired.height:
             continue
         counted = asdict(flips(paired, "refusal"))
-        keys = ("map", "condition", "column", "norms", "control", "cancels")
         unlike = None
         if cell["twin"]:
             twin = labels.pair(cell["condition"], cell["twin"], FAMILY)
             unlike = int((twin["treated"] != twin["control"]).sum())
-        lines.append({**{k: cell[k] for k in keys}, **counted, "unlike": unlike})
+        lines.append({k: cell[k] for k in _NAMES} | counted | {"unlike": unlike})
     made = pl.DataFrame(lines, schema=_FLIPS)
     return made.with_columns(p_holm=pl.Series(stats.holm(made["p"].to_list()), dtype=pl.Float64))
 
 
+def over_unsteered(found: Results, maps: pl.DataFrame) -> pl.DataFrame:
+    """Cells of the knockout map minus the same knockout without steering, as `flip_table`.
+
+    Where nothing is removed, that is steering alone minus the untouched model. 0 means that the
+    steering no longer changes the rate.
+    """
+    steered = maps.filter((pl.col("map") == "knockout") & (pl.col("strength") != 0))
+    alone = pl.when(pl.col("column") == NONE).then("control").otherwise("twin")
+    return flip_table(found, steered.with_columns(control=alone, twin=pl.lit("")))
+
+
+_NAMES = {
+    "map": pl.String, "condition": pl.String, "column": pl.String, "order": pl.Int64,
+    "strength": pl.Float64, "norms": pl.String, "control": pl.String, "cancels": pl.Boolean,
+    "degenerate": pl.Float64, "chosen": pl.Boolean,
+}  # fmt: skip
 _FLIPS = {
-    "map": pl.String, "condition": pl.String, "column": pl.String, "norms": pl.String,
-    "control": pl.String, "cancels": pl.Boolean, "n": pl.Int64, "raised": pl.Int64,
+    **_NAMES, "n": pl.Int64, "raised": pl.Int64,
     "lowered": pl.Int64, "difference": pl.Float64, "low": pl.Float64, "high": pl.Float64,
     "p": pl.Float64, "unlike": pl.Int64,
 }  # fmt: skip

@@ -150,3 +150,23 @@ def test_the_candidates_of_the_window_are_listed_with_the_chosen_one(tmp_path):
     ]
     nothing = msgspec.structs.replace(run, candidates=Candidates())
     assert layer_windows.candidates(dataclasses.replace(found, run=nothing)).is_empty()
+
+
+def test_the_third_map_subtracts_the_same_knockout_without_steering(found, maps):
+    over = layer_windows.over_unsteered(found, maps)
+    moved = dict(over.filter(pl.col("norms") == "4").select("column", "difference").iter_rows())
+    # Of 24 prompts steering leaves 2 of 14 refused, and under the late knockout 12 of 14.
+    assert moved == pytest.approx({"none": -12 / 24, "4..5": -2 / 24})
+    assert over["low"].le(over["difference"]).all() and over["high"].ge(over["difference"]).all()
+    assert not over.filter(pl.col("strength") == 0).height
+
+
+def test_the_window_of_the_study_is_marked_in_every_row(found):
+    layers = found.run.layers | {"window": 4, "window_last": 5}
+    chosen = dataclasses.replace(found, run=msgspec.structs.replace(found.run, layers=layers))
+    marked = layer_windows.table(chosen, layer_windows.cells(chosen, "persona")).filter("chosen")
+    assert set(marked["column"]) == {"4..5"} and set(marked["norms"]) == {"0", "1", "2", "4"}
+
+
+def test_a_study_without_a_window_marks_nothing(maps):
+    assert not maps["chosen"].any()

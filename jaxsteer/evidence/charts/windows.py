@@ -9,7 +9,7 @@ import polars as pl
 
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.layer_windows import NONE, Map
-from jaxsteer.words import extent, p_equals, percent, signed, span
+from jaxsteer.words import extent, p_equals, percent, points, signed, span
 
 WIDE, HIGH = 66, 46
 BROKEN = 0.1  # cells with more degenerate replies are marked
@@ -60,37 +60,87 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
       which: the map to draw; it has at least one cell.
     """
     mine = maps.filter(pl.col("map") == which).sort("order")
-    columns = mine["column"].unique(maintain_order=True).to_list()
-    norms = mine.sort("strength", descending=True)["norms"].unique(maintain_order=True).to_list()
+    figures = mine.select("rate", "low", "high").rows()
     shown = mine.with_columns(
-        ends=pl.Series([span(low, high) for low, high in mine.select("low", "high").iter_rows()])
+        figure=pl.Series([percent(rate) for rate, _, _ in figures], dtype=pl.String),
+        ends=pl.Series([span(low, high) for _, low, high in figures], dtype=pl.String),
     )
-    across, up = AXES[which]
-    words = f"datum.value == '{NONE}' ? '{COLUMNS[which]}' : datum.value"
-    axis = alt.Axis(labelAngle=0, labelExpr=words, orient="bottom", labelLimit=WIDE + 14)
-    x = alt.X("column:N", sort=columns, title=across, axis=axis)
-    y = alt.Y("norms:N", sort=norms, title=up)
     # The frame must show on top of filled cells, light and dark.
     frame = alt.BrushConfig(fill=marks.INK, fillOpacity=0.05, stroke=marks.INK, strokeWidth=2)
     brush = alt.selection_interval(name="cells", encodings=["x", "y"], mark=frame)
     blue = marks.PALETTE["refusal"]
     scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue + "b0"])
     legend = alt.Legend(title="refused", format=marks.PERCENT, values=[0, 0.5, 1])
-    base = alt.Chart(shown).encode(x=x, y=y)
-    rect = base.mark_rect(stroke=marks.INK, strokeOpacity=0.18, cornerRadius=2).encode(
-        color=alt.Color("rate:Q", scale=scale, legend=legend), tooltip=_tooltip()
+    rect, *rest = _grid(shown, which, alt.Color("rate:Q", scale=scale, legend=legend), _tooltip())
+    chart = _sized([rect.add_params(brush), *rest], shown)
+    return marks.titled(chart, map_finding(maps, which), _map_detail(mine), wrap=78)
+
+
+def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
+    """The third map: refusal in a cell minus that of the same knockout without steering.
+
+    Args:
+      table: from `layer_windows.over_unsteered`; at least one line.
+    """
+    figures = table.select("difference", "low", "high").rows()
+    shown = table.sort("order").with_columns(
+        figure=pl.Series([points(moved) for moved, _, _ in figures], dtype=pl.String),
+        ends=pl.Series([f"{points(low)} to {points(high)}" for _, low, high in figures]),
     )
-    rate = base.mark_text(dy=-6, fontWeight="bold", fontSize=13)
-    layers = [
-        rect.add_params(brush),
-        *_marked(shown, x, y),
-        rate.encode(text=alt.Text("rate:Q", format=marks.PERCENT)),
+    # More refusals are blue, as everywhere; the scale is the same for all studies.
+    legend = alt.Legend(title="refused, difference", format="+.0%", values=[-1, 0, 1])
+    colour = alt.Color("difference:Q", scale=marks.around_zero(-1.25), legend=legend)
+    named = marks.tooltip("condition control n", percent="difference low high")
+    chart = _sized(_grid(shown, "knockout", colour, named), shown)
+    detail = (
+        f"points of 100 prompts, paired, n = {extent(table['n'])}; small: bootstrap 95 %; +0: with "
+        "steering as without" + _marks_detail(shown)
+    )
+    return marks.titled(chart, difference_finding(table), detail, wrap=78)
+
+
+def difference_finding(table: pl.DataFrame) -> str:
+    """Where the largest addition matters least, computed from the cells of the third map."""
+    top = table.filter(pl.col("strength") == pl.col("strength").max())
+    placed = top.filter((pl.col("column") != NONE) & ~pl.col("cancels"))
+    if not placed.height:
+        return "Every cell of this map cancels by algebra: it shows nothing"
+    best = placed.sort(pl.col("difference").abs(), "order").row(0, named=True)
+    there = f"removed at {best['column']}, by {points(best['difference'])}"
+    there += f" ({points(best['low'])} to {points(best['high'])})"
+    there += f", the least of {placed.height} places" if placed.height > 1 else ""
+    alone = top.filter(pl.col("column") == NONE)["difference"].to_list()
+    start = f"Added x{best['norms']}, the direction moves refusal"
+    return f"{start} by {points(alone[0])} points; {there}" if alone else f"{start}, {there}"
+
+
+def _grid(
+    shown: pl.DataFrame, which: Map, colour: alt.Color, named: list[alt.Tooltip]
+) -> list[alt.Chart]:
+    """The layers of a map; the table has `figure` and `ends`, which are written into the cells."""
+    columns = shown["column"].unique(maintain_order=True).to_list()
+    norms = shown.sort("strength", descending=True)["norms"].unique(maintain_order=True).to_list()
+    across, up = AXES[which]
+    words = f"datum.value == '{NONE}' ? '{COLUMNS[which]}' : datum.value"
+    axis = alt.Axis(labelAngle=0, labelExpr=words, orient="bottom", labelLimit=WIDE + 14)
+    x = alt.X("column:N", sort=columns, title=across, axis=axis)
+    y = alt.Y("norms:N", sort=norms, title=up)
+    base = alt.Chart(shown).encode(x=x, y=y)
+    cell = base.mark_rect(stroke=marks.INK, strokeOpacity=0.18, cornerRadius=2)
+    frame = alt.Chart(shown.filter("chosen")).encode(x=x, y=y)
+    return [
+        cell.encode(color=colour, tooltip=named),
+        *_marked(shown, x, y, named),
+        frame.mark_rect(filled=False, stroke=marks.INK, strokeWidth=2.5, cornerRadius=2),
+        base.mark_text(dy=-6, fontWeight="bold", fontSize=13).encode(text="figure:N"),
         base.mark_text(dy=10, fontSize=10.5, opacity=0.85).encode(text="ends:N"),
     ]
-    chart = alt.LayerChart(layer=layers).properties(
-        width=WIDE * len(columns), height=HIGH * len(norms)
+
+
+def _sized(layers: list[alt.Chart], shown: pl.DataFrame) -> alt.LayerChart:
+    return alt.LayerChart(layer=layers).properties(
+        width=WIDE * shown["column"].n_unique(), height=HIGH * shown["norms"].n_unique()
     )
-    return marks.titled(chart, map_finding(maps, which), _map_detail(mine), wrap=78)
 
 
 def _tooltip() -> list[alt.Tooltip]:
@@ -107,18 +157,23 @@ def _tooltip() -> list[alt.Tooltip]:
 
 def _map_detail(mine: pl.DataFrame) -> str:
     parts = [f"n = {extent(mine['n'])} harmful prompts a cell; small: Wilson 95 % interval"]
-    if mine["cancels"].any():
-        parts.append("hatched: steering cancels by algebra")
-    if mine.filter(_broken()).height:
-        parts.append(f"red corner: broken replies above {percent(BROKEN)}")
-    return "; ".join(parts) + ". Drag over cells to choose them"
+    return "; ".join(parts) + _marks_detail(mine) + ". Drag over cells to choose them"
+
+
+def _marks_detail(shown: pl.DataFrame) -> str:
+    drawn = {
+        "hatched: steering cancels by algebra": shown["cancels"].any(),
+        f"red corner: broken replies above {percent(BROKEN)}": shown.filter(_broken()).height,
+        "bold frame: what the study chose on other prompts": shown["chosen"].any(),
+    }
+    return "".join(f"; {words}" for words, there in drawn.items() if there)
 
 
 def _broken() -> pl.Expr:
     return pl.col("degenerate") > BROKEN
 
 
-def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y, named: list[alt.Tooltip]) -> list[alt.Chart]:
     """Hatching and corners. A point of size 4 draws its path in pixels around the cell's middle."""
     right, top = WIDE / 2 - 1, 1 - HIGH / 2
     corner = f"M{right - 11},{top}L{right},{top}L{right},{top + 11}Z"
@@ -137,7 +192,7 @@ def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
         (shown.filter(_broken()), {"shape": corner, "color": red}),
     ]
     return [
-        alt.Chart(cells).mark_point(size=4, **mark).encode(x=x, y=y, tooltip=_tooltip())
+        alt.Chart(cells).mark_point(size=4, **mark).encode(x=x, y=y, tooltip=named)
         for cells, mark in drawn
         if cells.height
     ]

@@ -57,6 +57,40 @@ def test_every_cell_shows_its_interval_and_can_be_brushed(maps):
     assert (brush["name"], brush["select"]["type"]) == ("cells", "interval")
 
 
+@pytest.fixture(scope="module")
+def over(found, maps):
+    return layer_windows.over_unsteered(found, maps)
+
+
+def test_the_third_map_says_where_steering_matters_least(over):
+    words = title(charts.difference_chart(over))
+    assert words.startswith("Added x4, the direction moves refusal by −50 points")
+    assert "removed at 4..5, by −8 (" in words and "places" not in words
+
+
+def test_the_third_map_of_cells_that_all_cancel_claims_nothing(over):
+    cancelled = over.with_columns(cancels=pl.lit(True))
+    assert "shows nothing" in title(charts.difference_chart(cancelled))
+    assert "hatched" in " ".join(charts.difference_chart(cancelled).to_dict()["title"]["subtitle"])
+
+
+def test_the_colours_of_the_third_map_are_centred_at_nothing(over):
+    spec = charts.difference_chart(over).to_dict()
+    domain = spec["layer"][0]["encoding"]["color"]["scale"]["domain"]
+    assert domain[0] == -domain[-1] and domain[1] == -domain[2]
+
+
+def test_the_chosen_window_is_framed_and_explained_only_where_it_is(maps):
+    spec = charts.map_chart(maps, "knockout").to_dict()
+    assert "bold frame" not in " ".join(spec["title"]["subtitle"])
+    framed = charts.map_chart(maps.with_columns(chosen=pl.col("column") == "4..5"), "knockout")
+    spec = framed.to_dict()
+    assert "bold frame" in " ".join(spec["title"]["subtitle"])
+    frames = [x for x in spec["layer"] if x["mark"].get("strokeWidth") == 2.5]
+    rows = spec["datasets"][frames[0]["data"]["name"]]
+    assert {row["column"] for row in rows} == {"4..5"}
+
+
 def test_hatching_stays_inside_its_box():
     numbers = charts.hatching(40, 20, 7).replace("M", " ").replace("L", " ").replace(",", " ")
     values = [float(v) for v in numbers.split()]
