@@ -176,7 +176,7 @@ def _(found, made, planned):
 def _(found, pair):
     _treated, _control, _family, _outcome = pair.value
     _paired = paired.Labels(found.rows, found.verdicts).pair(_treated, _control, _family)
-    mo.stop(_paired.is_empty(), mo.callout(mo.md("They share no prompt yet."), kind="warn"))
+    mo.stop(_paired.is_empty(), opening.note("They share no prompt yet."))
     _counted = paired.flips(_paired, _outcome)
     mo.vstack(
         [
@@ -232,16 +232,10 @@ def _(found):
     degenerate = mo.ui.switch(label="leave out pairs with a degenerate reply")
     never = mo.ui.switch(label="leave out prompts that no condition refuses")
     seeds = mo.ui.multiselect(_seeds, value=_seeds, label="random seeds")
-    alpha = mo.ui.slider(
-        steps=[0.001, 0.005, 0.01, 0.05, 0.1, 0.2],
-        value=0.05,
-        label="alpha",
-        show_value=True,
-        debounce=True,
-    )
-    margin = mo.ui.slider(
-        0.02, 0.5, 0.01, value=0.15, label="margin", show_value=True, debounce=True
-    )
+    _shown = {"show_value": True, "debounce": True}
+    _alphas = [0.001, 0.005, 0.01, 0.05, 0.1, 0.2]
+    alpha = mo.ui.slider(steps=_alphas, value=0.05, label="alpha", **_shown)
+    margin = mo.ui.slider(0.02, 0.5, 0.01, value=0.15, label="margin", **_shown)
     own_margin = mo.ui.switch(value=True, label="each test's own margin")
     mo.vstack(
         [

@@ -76,14 +76,16 @@ def _():
 @app.cell
 def _(folder, results):
     _path = folder / "receipt.json"
-    try:
-        receipt, _problem = statement.load(_path).predicate, ""
-    except UserError as error:
-        receipt, _problem = None, str(error)
-    if not _path.is_file():
-        _problem = f"There is no receipt yet: run `jaxsteer receipt {results.value}`."
-    mo.stop(receipt is None, mo.callout(mo.md(marks.escaped(_problem)), kind="warn"))
-    mo.md(f"{receipts.facts_table(receipt)}\n\n{charts.claims_table(receipt.claims)}")
+    _missing = f"There is no receipt yet: run `jaxsteer receipt {results.value}`."
+    mo.stop(not _path.is_file(), opening.note(_missing))
+    receipt = opening.attempt(statement.load, _path).predicate
+    _stated = [
+        ("run", f"{receipt.date}, {receipt.tool}"),
+        ("weights sha256", receipt.model.weights_sha256),
+        ("digest", receipt.digest.sha256),
+    ]
+    _facts = marks.markdown_table(["", "as the receipt states it"], _stated)
+    mo.md(f"{_facts}\n\n{charts.claims_table(receipt.claims)}")
     return (receipt,)
 
 
@@ -102,7 +104,7 @@ def _():
 
 @app.cell
 def _(folder, receipt, rows):
-    assert receipt is not None
+    assert receipt
     _whole = rows.height <= 100_000  # rebuilding reads every row
     try:
         _checks = verify.verify(folder / "receipt.json", folder=folder if _whole else None)
@@ -131,16 +133,23 @@ def _():
 
 
 @app.cell
+def _():
+    second = mo.ui.text(
+        value=str(mo.cli_args().get("second") or ""),
+        label="another receipt.json, to compare with",
+        full_width=True,
+    )
+    second  # noqa: B018
+    return (second,)
+
+
+@app.cell
 def _(folder, receipt, second):
-    assert receipt is not None
-    mo.stop(not second.value.strip(), mo.md("Name another receipt above to see what moved."))
-    try:
-        _other = statement.load(ROOT / second.value.strip())
-        compared = compare.compare(statement.load(folder / "receipt.json"), _other)
-        _problem = "" if compared.lines else "They have no figure in common."
-    except UserError as error:
-        _problem = str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
+    assert receipt
+    mo.stop(not second.value.strip(), mo.md("Name another receipt to see what moved."))
+    _other = opening.attempt(statement.load, ROOT / second.value.strip())
+    compared = opening.attempt(compare.compare, statement.load(folder / "receipt.json"), _other)
+    mo.stop(not compared.lines, opening.note("They have no figure in common."))
     mo.vstack([mo.as_html(receipts.diff_chart(compared)), mo.md(receipts.changed_table(compared))])
     return
 
@@ -159,10 +168,12 @@ def _():
 
 @app.cell
 def _(rows):
-    _families = rows["family"].unique(maintain_order=True).to_list()
-    family = mo.ui.dropdown(_families, value=_families[0], label="prompts")
-    _names = rows["condition"].unique(maintain_order=True).to_list()
-    of = mo.ui.dropdown(_names, value=_names[0], label="by category, under")
+    _families, _names = (
+        {name: name for name in rows[column].unique(maintain_order=True)}
+        for column in ("family", "condition")
+    )
+    family = opening.menu("prompts", _families, label="prompts")
+    of = opening.menu("under", _names, label="by category, under")
     mo.hstack([family, of], justify="start", gap=2, wrap=True)
     return family, of
 
@@ -195,11 +206,12 @@ def _():
 def _(rows):
     browse = mo.ui.dictionary(
         {
-            name: mo.ui.dropdown(browsing.choices(rows, name), value=browsing.ALL, label=name)
+            name: opening.menu(name, browsing.choices(rows, name), label=name)
             for name in ("condition", "family", "label")
         }
     )
-    at = mo.ui.number(1, max(1, -(-rows.height // 6)), label="page")
+    _pages = range(1, max(1, -(-rows.height // 6)) + 1)
+    at = mo.ui.number(1, _pages[-1], label="page", **opening.kept("page", 1, _pages))
     reveal = mo.ui.switch(label="show what may harm")
     texts, _problem = browsing.known_texts()
     _bar = mo.hstack([*browse.values(), at, reveal], justify="start", gap=2, wrap=True)
@@ -223,7 +235,8 @@ def _():
     Judges make errors, and labels by hand measure how many. Draw a sample and label it: condition
     and label are hidden, so that they cannot influence you. Each answer is saved in the CSV file
     at once, which a spreadsheet can open too, and `jaxsteer audit import RESULTS FILE` reads it as
-    the judge `human`.
+    the judge `human`. With the keyboard: arrow keys choose a label, Tab goes to the note, and Ctrl
+    and Enter save and go on.
     """)
     return
 
@@ -240,28 +253,20 @@ def _(folder):
 
 @app.cell
 def _(draw, file, opened, rows, size, texts):
-    _path = Path(file.value)
-    try:
-        if draw.value:
-            _drawn = human.sample(rows, opened.found.verdicts, int(size.value), 0)
-            _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
-            human.export(_drawn, _texts, _path)
-        _problem = "" if _path.is_file() else f"{_path} is not there yet: draw a sample."
-    except UserError as error:
-        _problem = str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="neutral"))
-    sample = _path
+    sample = Path(file.value)
+    if draw.value:
+        _drawn = human.sample(rows, opened.found.verdicts, int(size.value), 0)
+        _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
+        opening.attempt(human.export, _drawn, _texts, sample)
+    _missing = f"{sample} is not there yet: draw a sample."
+    mo.stop(not sample.is_file(), opening.note(_missing, kind="info"))
     return (sample,)
 
 
 @app.cell
 def _(sample, turn):
     turn()
-    try:
-        _entries, _problem = human.entries(sample), ""
-    except UserError as error:
-        _entries, _problem = [], str(error)
-    mo.stop(bool(_problem), mo.callout(mo.md(marks.escaped(_problem)), kind="danger"))
+    _entries = opening.attempt(human.entries, sample)
     _open = [entry for entry in _entries if not entry.label]
     _said = f"{len(_entries) - len(_open)} of {len(_entries)} replies have a label."
     mo.stop(not _open, mo.callout(mo.md(f"{_said} Done."), kind="success"))
@@ -277,12 +282,14 @@ def _(entry, reveal, sample, set_turn):
             human.fill(sample, entry.item, answer["label"], answer["note"])
             set_turn(lambda n: n + 1)
 
-    answer = mo.ui.dictionary(
-        {
-            "label": mo.ui.radio(list(human.LABELS), inline=True),
-            "note": mo.ui.text(placeholder="a note, if you like", full_width=True),
-        }
-    ).form(submit_button_label="save and next", on_change=_save)
+    answer = (
+        mo.md("{label}\n\n{note}")
+        .batch(
+            label=mo.ui.radio(list(human.LABELS), inline=True, label="label"),
+            note=mo.ui.text(placeholder="a note, if you like", full_width=True),
+        )
+        .form(submit_button_label="save and next", on_change=_save)
+    )
     mo.vstack([mo.Html(charts.entry_cards(entry, reveal=reveal.value)), answer])
     return
 

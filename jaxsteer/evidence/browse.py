@@ -213,21 +213,18 @@ def _near_misses(run: RunRecord) -> Iterator[str]:
 def _poorly_known(folder: Path, run: RunRecord) -> Iterator[str]:
     """Directions whose halves agree little at a layer that a condition takes them from."""
     path = folder / "directions.safetensors"
-    for name, found in (directions.load(path) if path.is_file() else {}).items():
-        used = {
-            layer
-            for c in run.conditions
-            for op in c.operations
-            for layer in (op.layers if op.measured_at is None else (op.measured_at,))
-            if op.direction == name
-        }
-        halves = found.provenance.get("split_half", {}).get("mean", [])
-        low = min(((halves[k], k) for k in used if k < len(halves)), default=(1.0, 0))
-        if low[0] < WELL_KNOWN:
-            yield (
-                f"The direction {name} is poorly known: two halves of its samples agree only to a "
-                f"cosine of {signed(low[0])} at layer {low[1]} ({WELL_KNOWN:g} is asked)."
-            )
+    known = directions.load(path) if path.is_file() else {}
+    used = {
+        (op.direction, op.layers[0] if op.measured_at is None else op.measured_at)
+        for condition in run.conditions
+        for op in condition.operations
+        if op.direction in known
+    }
+    for name, layer in sorted(used):
+        halves = known[name].provenance.get("split_half", {}).get("mean", [])
+        if layer < len(halves) and halves[layer] < WELL_KNOWN:
+            cosine = f"{signed(halves[layer])} at layer {layer} ({WELL_KNOWN:g} is asked)"
+            yield f"The direction {name} is poorly known: halves of its samples agree to {cosine}."
 
 
 def _untestable(found: Results) -> Iterator[str]:

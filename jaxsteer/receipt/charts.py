@@ -10,7 +10,6 @@ import polars as pl
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import markdown_table
 from jaxsteer.receipt.compare import Comparison, Line
-from jaxsteer.receipt.statement import Predicate
 from jaxsteer.receipt.verify import Check
 from jaxsteer.words import extent, points
 
@@ -74,16 +73,6 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
     layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high")]
     chart = alt.LayerChart(layer=layers).properties(width=400, height=max(60, 22 * len(drawn)))
     return marks.titled(chart, finding, detail)
-
-
-def facts_table(p: Predicate) -> str:
-    """What identifies a receipt, in Markdown."""
-    facts = [
-        ("weights sha256", p.model.weights_sha256),
-        ("run", f"{p.date}, {p.tool}"),
-        ("digest", p.digest.sha256),
-    ]
-    return markdown_table(["", "as the receipt states it"], facts)
 
 
 def changed_table(found: Comparison) -> str:
