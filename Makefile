@@ -6,7 +6,7 @@ STUDY ?= smollm2-demo
 SWEEP = $(BIN)/jaxsteer sweep "$(1)" $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FULL),--full) \
 	$(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)") $(if $(FRESH),--fresh) $(if $(PLAN),--plan)
 
-.PHONY: help demo test test-slow test-floor lint parity bench sweep model notebooks notebook-html sweep-tpu sky sky-check tpu-check clean
+.PHONY: help demo test test-slow test-floor lint parity bench sweep model notebooks notebook-html gallery sweep-tpu sky sky-check tpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,15 +35,22 @@ demo: model ## run the demo study, print its table, write its receipt (LIMIT=n p
 sweep: model ## run a study: STUDY=name-or-toml [MODEL=dir] [LIMIT=n] [FULL=1] [OUT=dir] [FRESH=1] [PLAN=1]
 	@$(call SWEEP,$(STUDY))
 
-notebooks: .venv/made-notebooks model ## open the notebooks in a browser (APP=1 hides their code)
-	$(BIN)/marimo $(if $(APP),run,edit) notebooks
+# Only errors: marimo 0.25 warns that it ignores the table of a notebook from which it makes the gallery.
+MARIMO = $(BIN)/marimo --log-level error --yes
+
+notebooks: .venv/made-notebooks model ## open the notebooks in a browser [APP=1 shows a gallery and hides code] [RESULTS=dir]
+	$(MARIMO) $(if $(APP),run,edit) notebooks $(if $(RESULTS),-- --results "$(RESULTS)")
 
 notebook-html: .venv/made-notebooks model ## export the notebooks to results/html; a browser needs the network to open them [RESULTS=dir]
+	@$(if $(RESULTS),test -f "$(RESULTS)/run.json" || { echo "$(RESULTS) holds no study: name a folder below results"; exit 2; })
 	@mkdir -p results/html
 	@for notebook in notebooks/*.py; do \
-		$(BIN)/marimo --yes export html $$notebook --no-include-code --force \
-			-o results/html/$$(basename $$notebook .py).html $(if $(RESULTS),-- --results "$(RESULTS)") || exit; \
+		$(MARIMO) export html $$notebook --no-include-code --force -o results/html/$$(basename $$notebook .py).html \
+			-- --exported 1 $(if $(RESULTS),--results "$(RESULTS)") || exit; \
 	done
+
+gallery: .venv/made-dev model ## photograph the notebooks on the demo's results for the README and the gallery [RESULTS=dir]
+	$(BIN)/python -m tests.notebooks.gallery $(if $(RESULTS),"$(RESULTS)")
 
 # Outside site-packages: there, libtpu would print warnings in every run without a TPU.
 .venv/made-tpu: .venv/made

@@ -12,7 +12,7 @@ python notebooks/1_how_steering_works.py -- --results results/smollm2-demo-smoll
 import marimo
 
 __generated_with = "0.25.2"
-app = marimo.App(width="medium", app_title="1. How steering works")
+app = marimo.App(width="medium", app_title="1. How steering works", html_head_file="offline.html")
 
 with app.setup:
     from pathlib import Path

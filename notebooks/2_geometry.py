@@ -12,7 +12,7 @@ python notebooks/2_geometry.py -- --results results/smollm2-demo-smollm2-135m
 import marimo
 
 __generated_with = "0.25.2"
-app = marimo.App(width="medium", app_title="2. Geometry")
+app = marimo.App(width="medium", app_title="2. Geometry", html_head_file="offline.html")
 
 with app.setup:
     from pathlib import Path

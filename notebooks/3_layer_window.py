@@ -12,7 +12,7 @@ python notebooks/3_layer_window.py -- --results results/layer-window
 import marimo
 
 __generated_with = "0.25.2"
-app = marimo.App(width="medium", app_title="3. The layer window")
+app = marimo.App(width="medium", app_title="3. The layer window", html_head_file="offline.html")
 
 with app.setup:
     from pathlib import Path

@@ -12,7 +12,7 @@ python notebooks/4_controls.py -- --results results/smollm2-demo-smollm2-135m
 import marimo
 
 __generated_with = "0.25.2"
-app = marimo.App(width="medium", app_title="4. Controls")
+app = marimo.App(width="medium", app_title="4. Controls", html_head_file="offline.html")
 
 with app.setup:
     import dataclasses

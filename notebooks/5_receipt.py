@@ -13,7 +13,7 @@ python notebooks/5_receipt.py -- --results results/smollm2-demo-smollm2-135m \\
 import marimo
 
 __generated_with = "0.25.2"
-app = marimo.App(width="medium", app_title="5. The receipt")
+app = marimo.App(width="medium", app_title="5. The receipt", html_head_file="offline.html")
 
 with app.setup:
     from pathlib import Path

@@ -39,3 +39,17 @@ def test_a_tpu_sweep_without_a_store_is_refused():
     asked = ["make", "-n", "sweep-tpu", "TPU=v5e-8", "ZONE=z"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "needs STORE" in done.stderr
+
+
+def test_an_export_of_a_folder_without_a_study_stops_at_once():
+    asked = [
+        "make",
+        "notebook-html",
+        "RESULTS=results/typo",
+        "-o",
+        ".venv/made-notebooks",
+        "-o",
+        "model",
+    ]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "results/typo holds no study" in done.stdout
