@@ -27,9 +27,9 @@ from tests import weigh
 #    13 / 108  limits of an answer, refusals by any verb, thinking that never ended
 #    20 /  46  the table of windows, one-sided judges, a GGUF refused by its first bytes
 CORE = 6009
-WHOLE = 13937
+WHOLE = 14128
 MODULE = 350
-FILES = 87
+FILES = 88
 
 # A module may import from its own group and from those above it.
 GROUPS = (
