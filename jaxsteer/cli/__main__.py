@@ -1,4 +1,7 @@
-"""The entry point: registers the commands, turns errors into one line and signals into a stop."""
+"""The entry point: registers the commands, turns errors into one line and signals into a stop.
+
+Most of the package is imported after `listen`, so that a stop signal is heard from the start.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,8 @@ import time
 import traceback
 from typing import NoReturn
 
-from jaxsteer.cli import (  # noqa: F401 (importing registers the commands)
-    app,
-    models,
-    results,
-    studies,
-)
-from jaxsteer.data.wheels import cache_dir
 from jaxsteer.errors import Stopped, UserError, heed_stop, listen, one_line
 from jaxsteer.generation.distributed import leave, sharing
-from jaxsteer.words import plain
 
 # Commands that continue a stopped run when they are run again.
 GO_ON = {"prepare", "sweep", "judge"}
@@ -44,8 +39,10 @@ def _say_stopped(number: int) -> NoReturn:
 
 def _say_fault(error: Exception) -> NoReturn:
     """One line on an error of our own, with the version and where its traceback was written."""
-    # Imported here because --help is to be fast.
     import importlib.metadata
+
+    from jaxsteer.data.wheels import cache_dir
+    from jaxsteer.words import plain
 
     path = cache_dir() / "faults" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     trace = "".join(traceback.format_exception(error))
@@ -71,9 +68,13 @@ def main() -> None:
       SystemExit: always, with the exit code.
     """
     listen()
+    # The imports of the modules with commands register these.
+    from jaxsteer.cli import common, models, results, studies  # noqa: F401
+    from jaxsteer.words import plain
+
     try:
         try:
-            app()
+            common.app()
         except BaseException as error:
             # A stop that no loop looked at is heard here, unless this went wrong while stopping.
             if not _while_stopping(error):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from jaxsteer.cli import (
+from jaxsteer.cli.common import (
     DEMO_MODEL,
     MeshOption,
     ModelOption,

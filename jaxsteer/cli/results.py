@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from jaxsteer.cli import (
+from jaxsteer.cli.common import (
     DEMO_MODEL,
     STYLES,
     MeshOption,

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jaxsteer.cli import (
+from jaxsteer.cli.common import (
     DEMO_MODEL,
     MeshOption,
     ModelOption,

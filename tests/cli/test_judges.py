@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from jaxsteer import files
 from jaxsteer.cli import results as cli
-from jaxsteer.cli.__main__ import app
+from jaxsteer.cli.common import app
 from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError
 from jaxsteer.judges import verdicts

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from jaxsteer.cli import __main__ as cli
+from jaxsteer.cli import common
 from jaxsteer.errors import UserError, heed_stop
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -27,7 +28,7 @@ def _handlers() -> Iterator[None]:
 
 def ended(monkeypatch, app, *arguments):
     """The exit code of `jaxsteer ARGUMENTS` when its commands are `app`."""
-    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(type(common.app), "__call__", lambda self: app())
     monkeypatch.setattr(sys, "argv", ["jaxsteer", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()

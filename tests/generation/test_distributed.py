@@ -60,15 +60,15 @@ def test_an_address_of_another_form_is_refused(address):
 
 JOIN = """
 import sys
-from jaxsteer.cli import __main__ as cli
+from jaxsteer.cli import __main__, common
 from jaxsteer.generation import distributed
 address, *numbers = sys.argv[1:]
 def app():
     joined = distributed.join(address, *map(int, numbers))
     joined.meet("here")
     print(f"{joined.process} of {joined.count}")
-cli.app = app
-cli.main()
+type(common.app).__call__ = lambda self: app()
+__main__.main()
 """
 
 
