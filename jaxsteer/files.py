@@ -75,7 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; what a killed process left half-written in it is removed.
+    """Hold a results folder for this process; what a killed one left half-written is removed.
 
     The operating system drops the lock with the process, however it ends. On a mounted bucket it
     reaches one machine only.
@@ -98,8 +98,7 @@ def locked(folder: Path) -> Iterator[None]:
             f"cannot write or lock {folder}: {error.strerror}; choose another --out"
         ) from error
     with held:
-        # Not in judges/, which has a lock of its own.
-        for stale in (*folder.glob(".*.*"), *(folder / "shards").glob(".*.*")):
+        for stale in (*folder.glob(".*.*"), *folder.glob("*/.*.*")):
             if stale.suffix != ".lock":
                 stale.unlink(missing_ok=True)
         yield

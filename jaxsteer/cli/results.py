@@ -118,7 +118,7 @@ def judge(
         fresh=fresh,
     )
     rows = studies.load(results).rows
-    with locked(results / "judges"):
+    with locked(results):
         try:
             outcomes = judging.judge(rows, results, judges, options)
         finally:
@@ -193,7 +193,7 @@ def import_sample(
 
     rows = studies.load(results).rows
     findings = human.read(file, rows)
-    with locked(results / "judges"):
+    with locked(results):
         total = human.keep(results, rows, findings)
     typer.echo(f"took {len(findings)} labels; a person has labelled {total} rows so far")
     for pair in human.agreements(rows, verdicts.read_all(results)):

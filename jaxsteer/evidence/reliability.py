@@ -32,7 +32,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import FromChats, contrast
 from jaxsteer.directions.samples import Samples, gather
 from jaxsteer.errors import UserError
-from jaxsteer.files import write_json
+from jaxsteer.files import locked, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Layers
 from jaxsteer.study import prepare, results
@@ -181,7 +181,8 @@ def measure(
             for a, b in itertools.combinations(named, 2)
         ],
     )
-    write_json(folder / FILE, msgspec.to_builtins(made))
+    with locked(folder):
+        write_json(folder / FILE, msgspec.to_builtins(made))
     return made
 
 

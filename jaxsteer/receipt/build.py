@@ -58,17 +58,16 @@ def write(folder: Path, out: Path | None = None, *, samples: int = 0) -> tuple[P
       The paths of receipt.json and receipt.html.
 
     Raises:
-      UserError: no results, damaged results, a judge at work on them, or an unwritable folder.
+      UserError: no results, damaged ones, another command at work on them, or an unwritable folder.
     """
-    judged = folder / "judges"
-    # A judge that writes meanwhile would make hashes of one moment and labels of another.
-    with locked(judged) if os.access(judged, os.W_OK) else contextlib.nullcontext():
-        text = statement.canonical_text(build(folder, samples=samples))
     target = out or folder
-    # The page is made from the file's own text, as `verify` makes it.
-    receipt = statement.convert(statement.parse(text.encode(), JSON))
-    write_text(target / JSON, text)
-    write_text(target / HTML, page.html(receipt, sha256_bytes(text.encode())))
+    # A judge that writes meanwhile would make hashes of one moment and labels of another.
+    with locked(folder) if os.access(folder, os.W_OK) else contextlib.nullcontext():
+        text = statement.canonical_text(build(folder, samples=samples))
+        # The page is made from the file's own text, as `verify` makes it.
+        receipt = statement.convert(statement.parse(text.encode(), JSON))
+        write_text(target / JSON, text)
+        write_text(target / HTML, page.html(receipt, sha256_bytes(text.encode())))
     return target / JSON, target / HTML
 
 

@@ -182,7 +182,7 @@ def test_a_person_labels_a_sample_and_sees_how_judges_agree(results, tmp_path):
 
 
 def test_a_second_process_on_the_folder_is_refused(results):
-    with files.locked(results / "judges"), pytest.raises(UserError, match="in use by another"):
+    with files.locked(results), pytest.raises(UserError, match="in use by another"):
         run("judge", results, "--judge", "keyword")
 
 
