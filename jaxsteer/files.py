@@ -28,7 +28,12 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in chunks."""
+    """Hex sha256 of a file's bytes, read in chunks.
+
+    Raises:
+      Stopped: a stop signal was heard: the files of a large model take minutes.
+    """
+    heed_stop()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -124,7 +129,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
             heed_stop()
         except OSError as error:
             raise UserError(
-                f"cannot write or lock {path}: {error.strerror}; choose another --out"
+                f"cannot write or lock {path}: {error.strerror}; choose another --out, or set "
+                "JAXSTEER_CACHE if it is in the cache"
             ) from error
     with held:
         yield

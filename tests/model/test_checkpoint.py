@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(saved, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"jaxsteer: cannot write {out}: File too large; free space")
     assert done.stderr.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".big.lock", ".out.lock", "hf", "out"]
 
 
 def test_an_array_is_known_by_its_type_shape_and_bytes():
@@ -124,10 +124,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused_and_kept(saved, tmp_path):
         checkpoint.load(tmp_path / "mine")
 
 
-def test_converting_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(saved, tmp_path):
+def test_converting_again_replaces_the_checkpoint_and_leaves_a_lock_beside_it(saved, tmp_path):
     convert(tmp_path / "hf", saved, "bfloat16")
     assert checkpoint.load(saved).manifest.dtype == "bfloat16"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "hf", "out"]
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_two_conversions_into_one_folder_run_one_after_the_other(saved, tmp_path
         assert checkpoint.load(saved).manifest.dtype == "float32"
     second.join()
     assert checkpoint.load(saved).manifest.dtype == "bfloat16"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "hf", "out"]
 
 
 def test_a_checkpoint_that_was_being_replaced_at_the_kill_is_put_back(saved, left_behind):
