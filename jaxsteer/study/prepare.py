@@ -187,6 +187,7 @@ def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
     if record is None or record.key != key(spec, model):
         return None
     found = directions.load(path) if path.is_file() else {}
+    found = {name: made for name, made in found.items() if name in (record.directions or {})}
     made = Setup(replace(spec, system=record.policy), found, record)
     return made if hashes(found) == record.directions else None
 
@@ -279,10 +280,12 @@ def _random_seeds(spec: StudySpec) -> list[int]:
 
 def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Direction]:
     """The study's directions, each saved when it is made."""
-    found = directions.load(path) if path.is_file() else {}
+    there = directions.load(path) if path.is_file() else {}
     base = "persona" if "persona" in spec.directions else next(iter(spec.directions), "")
     kinds: dict[str, InStudy | Random] = {**spec.directions}
     kinds |= {f"random-{s}": Random(seed=s, norms_of=base) for s in _random_seeds(spec)}
+    # Not what `extract` added to the file.
+    found = {name: there[name] for name in kinds if name in there}
     missing = [name for name in kinds if name not in found]
     if missing:
         done, settings = len(kinds) - len(missing), extraction_settings(spec)
@@ -291,7 +294,7 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
                 found[name] = extraction.extract(
                     model, name, kinds[name], found=found, settings=settings
                 )
-                directions.save(path, list(found.values()))
+                directions.add(path, found[name], model)
                 progress.advance(1)
     return found
 

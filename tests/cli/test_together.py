@@ -25,9 +25,9 @@ from tests.receipt import made
 pytestmark = pytest.mark.slow
 
 
-def together(*commands: list[object]) -> list[tuple[int, str]]:
+def together(*commands: list[object], **variables: str) -> list[tuple[int, str]]:
     """(exit code, stderr) of commands that were started at the same moment."""
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests")}
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache_dir() / "xla-tests")} | variables
     start = [sys.executable, "-m", "jaxsteer.cli"]
     running = [
         subprocess.Popen(
@@ -55,11 +55,14 @@ def source(tmp_path_factory) -> Path:
     return tiny.save(tiny.llama(), tmp_path_factory.mktemp("together") / "hf")
 
 
-def test_directions_of_two_processes_are_both_kept(source, tmp_path):
-    model, out = convert(source, tmp_path / "model", "float32"), tmp_path / "d.safetensors"
+def test_directions_of_three_processes_are_kept_and_their_model_is_converted_once(source, tmp_path):
     names = {"compliant", "evil", "callous"}
-    assert all(finished(together(*[["extract", n, "--model", model, "--out", out] for n in names])))
-    assert set(directions.load(out)) == names
+    commands = [["extract", name, "--model", source] for name in names]
+    ended = together(*commands, JAXSTEER_CACHE=str(tmp_path))
+    assert all(finished(ended))
+    assert sum("converting" in said for _, said in ended) == 1
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert set(directions.load(file)) == names
 
 
 def test_a_model_converted_twice_at_once_is_whole(source, tmp_path):
@@ -105,3 +108,49 @@ def test_two_commands_on_one_results_folder_lose_nothing(study, tmp_path, names)
     for name in set(names) - {"receipt"}:
         judge = "human" if name == "import" else name
         assert found[judge].height == (12 if judge == "human" else results.load(folder).rows.height)
+
+
+@pytest.fixture(scope="module")
+def swept(source, tmp_path_factory) -> tuple[list[object], Path]:
+    """The command of a sweep, all but its folder, and the folder that it leaves."""
+    folder = tmp_path_factory.mktemp("swept")
+    model = convert(source, folder / "model", "float32")
+    command = ["sweep", tiny.study_file(folder), "--model", model, "--out"]
+    assert all(finished(together([*command, folder / "results"])))
+    return command, folder / "results"
+
+
+BESIDE = {
+    "judge": lambda folder, model: ["judge", folder, "--judge", "keyword"],
+    "receipt": lambda folder, model: ["receipt", folder],
+    # Into the sweep's own file.
+    "extract": lambda folder, model: [
+        *("extract", "evil", "--model", model, "--out", folder / "directions.safetensors")
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_sweep_that_goes_on_and_another_command_lose_nothing(swept, tmp_path, name):
+    sweep, whole = swept
+    folder = shutil.copytree(whole, tmp_path / "results")
+    for shard in sorted(folder.glob("shards/*.parquet"))[::2]:
+        shard.unlink()
+    if name == "extract":
+        # The sweep makes its directions again, into the file that `extract` adds to.
+        (folder / "directions.safetensors").unlink()
+    commands = [[*sweep, folder], BESIDE[name](folder, sweep[3])]
+    done = finished(together(*commands))
+    assert any(done)
+    for command, ended in zip(commands, done, strict=True):
+        assert ended or together(command)[0][0] == 0
+    assert results.load(folder).rows.equals(results.load(whole).rows)
+    known = directions.load(whole / "directions.safetensors")
+    assert {*directions.load(folder / "directions.safetensors")} == {*known} | (
+        {"evil"} if name == "extract" else set()
+    )
+    if name == "judge":
+        assert verdicts.read_all(folder)["keyword"].height == results.load(whole).rows.height
+    # Whatever the order was, nothing stands in the way of another sweep and its receipt.
+    assert all(finished(together([*sweep, folder])))
+    assert verify.passed(verify.verify(folder / "receipt.json", folder=folder))
