@@ -42,8 +42,9 @@ def _():
 
 @app.cell
 def _(results):
+    _head = opening.head(ROOT, "1_how_steering_works.py", results.value)
     folder = ROOT / results.value
-    opening.head(ROOT, "1_how_steering_works.py", results.value)
+    _head  # noqa: B018
     return (folder,)
 
 

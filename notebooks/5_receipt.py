@@ -43,9 +43,8 @@ def _():
 
 @app.cell
 def _(results):
-    folder = ROOT / results.value
-    opened = opening.attempt(browsing.open_results, folder)
-    rows = opened.found.rows
+    opened = opening.attempt(browsing.open_results, ROOT / results.value)
+    folder, rows = opened.found.folder, opened.found.rows
     opening.head(ROOT, "5_receipt.py", results.value, opened)
     return folder, opened, rows
 
@@ -253,13 +252,14 @@ def _(folder):
 
 @app.cell
 def _(draw, file, opened, rows, size, texts):
-    sample = Path(file.value)
+    _path = Path(file.value)
     if draw.value:
         _drawn = human.sample(rows, opened.found.verdicts, int(size.value), 0)
         _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
-        opening.attempt(human.export, _drawn, _texts, sample)
-    _missing = f"{sample} is not there yet: draw a sample."
-    mo.stop(not sample.is_file(), opening.note(_missing, kind="info"))
+        opening.attempt(human.export, _drawn, _texts, _path)
+    _missing = f"{_path} is not there yet: draw a sample."
+    mo.stop(not _path.is_file(), opening.note(_missing, kind="info"))
+    sample = _path
     return (sample,)
 
 

@@ -170,22 +170,23 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     window = range(layers.get("window", 0), layers.get("window_last", layers.get("window", 0)) + 1)
     harmful = {"strongreject": "harmful"}
     seeds = sorted({c.seed for c in run.conditions if c.seed is not None})
-    on, norms = f"on {spec.selection.prompts} HarmBench prompts", "natural norms"
+    n, held = spec.selection.prompts, spec.selection.refusal_validation
+    on = f"on {n} HarmBench prompts"
     little = f"brings most refusal back and does little alone, {on}"
     yield "study", f"{spec.name}: {spec.about}", ""
     yield "model", f"{run.model.name}, {run.model.dtype}", ""
     sizes = ", ".join(f"{known.n} {harmful.get(k, k)}" for k, known in run.prompts.items())
-    yield "prompts", sizes, "used for no choice"
+    yield "prompts", sizes, "not used in any choice"
     for what, names, value, rule in (
         ("policy", "policy", run.policy.name,
-         f"best of {len(tried.policies)} at telling harmful from harmless prompts, {on}"),
-        ("persona", "steer dose", f"added at {at.get('steer')}, {run.dose:g} {norms}",
-         f"least refusal of {len(tried.doses) - 1} that do not break the model, {on}"),
+         f"best of {len(tried.policies)} at telling {n} HarmBench from harmless prompts"),
+        ("persona", "steer dose", f"added at {at.get('steer')}, x{run.dose:g}",
+         f"least refusal of {len(tried.doses) - 1} without breaking the model, {on}"),
         ("refusal direction", "refusal", f"taken from {at.get('refusal')}",
-         f"Arditi et al. 2024, on {spec.selection.refusal_validation} HarmBench prompts"),
+         f"Arditi et al. 2024, on {held} HarmBench and {held} harmless prompts"),
         ("window", "window", f"resid_post.{layer_list(window)}", little),
         ("late refusal", "late_refusal refusal_dose",
-         f"added at {at.get('late_refusal')}, {run.refusal_dose:g} {norms}", little),
+         f"added at {at.get('late_refusal')}, x{run.refusal_dose:g}", little),
     ):  # fmt: skip
         asked = names.split()
         ruled = [_CHOICES[name] for name in asked if name in prepare.open_choices(spec)]

@@ -106,7 +106,7 @@ def written(folder: Path, change) -> Path:
 def test_a_header_says_what_was_run_and_what_was_given(tmp_path: Path):
     found = facts(browse.header(made.folder(tmp_path / "made")))
     assert found["prompts"].startswith("40 harmful, 20 benign")
-    assert found["persona"] == "added at resid_post.3, 4 natural norms | given in the study"
+    assert found["persona"] == "added at resid_post.3, x4 | given in the study"
     assert found["random seeds"] == "1..3 | given in the study"
 
 
@@ -115,7 +115,7 @@ def test_a_header_says_which_choice_was_made_by_rule_and_on_which_prompts(tmp_pa
         run["study"]["layers"] = {"refusal": 2}
 
     found = facts(browse.header(written(made.folder(tmp_path / "made"), opened)))
-    rule = "layer by rule: least refusal of 1 that do not break the model, on 32 HarmBench prompts"
+    rule = "layer by rule: least refusal of 1 without breaking the model, on 32 HarmBench prompts"
     assert rule in found["persona"]
 
 

@@ -207,7 +207,7 @@ class Reader:
         """Open the same page on another results folder, as an address with that folder does."""
         here = urlsplit(self.page.url)
         asked = dict(parse_qsl(here.query)) | {"results": str(folder)}
-        with self.runs():
+        with self.loads():
             self.page.goto(here._replace(query=urlencode(asked)).geturl(), wait_until="commit")
 
     def wait(self, until: int) -> None:
@@ -222,6 +222,13 @@ class Reader:
     def runs(self) -> Iterator[None]:
         """What is done in the block makes the kernel run; leave when it has and is idle."""
         before = self._completed
+        yield
+        self.wait(until=before + 1)
+
+    @contextlib.contextmanager
+    def loads(self) -> Iterator[None]:
+        """What is done in the block opens a page; leave when its own kernel has run and is idle."""
+        before, self._socket = self._completed, None
         yield
         self.wait(until=before + 1)
 

@@ -22,6 +22,7 @@ INERT = (
     "This page is a copy with its results inside. Menus, sliders, brushes and buttons need the "
     "running notebook (`make notebooks`) and do nothing here; values under the pointer still show."
 )
+STYLE = "<style>.js-head :is(td, th) { padding: 1px 10px 1px 0 !important }</style>"
 T = TypeVar("T")
 
 
@@ -103,5 +104,6 @@ def head(root: Path, here: str, results: str, opened: Opened | None = None) -> m
     parts = [mo.md(" · ".join(links))] if file or exported else []
     parts += [note(INERT, kind="info")] if exported else []
     if found.facts:
-        parts.append(mo.md(markdown_table(["", "", "how it was chosen"], found.facts)))
+        table = mo.md(markdown_table(["", "", "how it was chosen"], found.facts)).text
+        parts.append(mo.Html(f'{STYLE}<div class="js-head">{table}</div>'))
     return mo.vstack([*parts, *([note(*found.warnings)] if found.warnings else [])])

@@ -87,9 +87,11 @@ def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
         figure=pl.Series([points(moved) for moved, _, _ in figures], dtype=pl.String),
         ends=pl.Series([f"{points(low)} to {points(high)}" for _, low, high in figures]),
     )
-    # More refusals are blue, as everywhere; the scale is the same for all studies.
+    # More refusals are blue, as in the other maps; the scale is the same for all studies.
     legend = alt.Legend(title="refused, difference", format="+.0%", values=[-1, 0, 1])
-    colour = alt.Color("difference:Q", scale=marks.around_zero(-1.25), legend=legend)
+    scale = marks.around_zero(1.25)
+    scale["range"] = scale["range"][::-1]
+    colour = alt.Color("difference:Q", scale=scale, legend=legend)
     named = marks.tooltip("condition control n", percent="difference low high")
     chart = _sized(_grid(shown, "knockout", colour, named), shown)
     detail = (
