@@ -16,6 +16,7 @@ this for a study, whose directions it makes again sample by sample: geometry.jso
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxsteer import stats
 from jaxsteer.directions import direction as directions
@@ -307,14 +308,44 @@ def cosines(first: Layers, second: Layers) -> Float[np.ndarray, " layer"]:
     return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
 
 
-def difference_weights(
-    positive: Bool[np.ndarray, "repeat sample"],
-    kept: Bool[np.ndarray, "repeat sample"] | None = None,
-) -> Float[np.ndarray, "repeat sample"]:
-    """Weights of a difference of means over the kept samples."""
-    kept = np.ones_like(positive) if kept is None else kept
-    up, down = (positive & kept).astype(np.float64), (~positive & kept).astype(np.float64)
-    return up / up.sum(axis=1, keepdims=True) - down / down.sum(axis=1, keepdims=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Parts:
+    """Samples summed by unit and side. Halves and relabellings take whole units, so that inner
+    products of these few sums are all they need.
+
+    Attributes:
+      ids: the unit of each part.
+      positive: whether its samples are on the positive side.
+      counts: its number of samples.
+      order, starts: the samples part by part, and where each part begins.
+    """
+
+    ids: Int[np.ndarray, " part"]
+    positive: Bool[np.ndarray, " part"]
+    counts: Int[np.ndarray, " part"]
+    order: Int[np.ndarray, " sample"]
+    starts: Int[np.ndarray, " part"]
+
+    def sums(self, samples: Samples) -> Iterator[Float[np.ndarray, "part d_model"]]:
+        """The sums of one layer after the other, in float64."""
+        for layer in range(samples.values.shape[1]):
+            values = samples.values[self.order, layer].astype(np.float64)
+            # The common mean drops out of differences; without it they lose fewer digits.
+            yield np.add.reduceat(values - values.mean(axis=0), self.starts, axis=0)
+
+    def weights(
+        self, positive: Bool[np.ndarray, "repeat part"], kept: Bool[np.ndarray, "repeat part"]
+    ) -> Float[np.ndarray, "repeat part"]:
+        """Weights of the sums in a difference of means over the samples of the kept parts."""
+        up, down = positive & kept, ~positive & kept
+        return up / (up @ self.counts)[:, None] - down / (down @ self.counts)[:, None]
+
+
+def _parts(samples: Samples, unit: str) -> _Parts:
+    key = 2 * samples.units[unit].astype(np.int64) + samples.positive
+    order = np.argsort(key, kind="stable")
+    parts, starts, counts = np.unique(key[order], return_index=True, return_counts=True)
+    return _Parts(ids=parts // 2, positive=parts % 2 > 0, counts=counts, order=order, starts=starts)
 
 
 def split_half(
@@ -328,24 +359,25 @@ def split_half(
     Raises:
       UserError: a side has fewer than two units.
     """
-    ids = samples.units[unit]
-    up, down = np.unique(ids[samples.positive]), np.unique(ids[~samples.positive])
+    parts = _parts(samples, unit)
+    up, down = parts.ids[parts.positive], parts.ids[~parts.positive]
     if min(len(up), len(down)) < 2:
         raise UserError(f"one {unit} on each side cannot be halved; use another unit")
     sides = [up] if np.array_equal(up, down) else [up, down]
     generator = np.random.Generator(np.random.PCG64(seed))
-    kept = np.zeros((2, halves, len(ids)), bool)
+    kept = np.zeros((2, halves, len(parts.ids)), bool)
     for repeat in range(halves):
         for side in sides:
             order, n = generator.permutation(side), len(side) // 2 if size is None else size
-            kept[0, repeat] |= np.isin(ids, order[:n])
-            kept[1, repeat] |= np.isin(ids, order[n : None if size is None else 2 * n])
-    one, two = (difference_weights(np.broadcast_to(samples.positive, h.shape), h) for h in kept)
-    found = np.zeros((halves, samples.values.shape[1]))
-    for layer, gram in enumerate(_grams(samples)):
-        dots, norms = _dots(one, gram, two), _dots(one, gram, one) * _dots(two, gram, two)
-        found[:, layer] = _ratio(dots, np.sqrt(np.maximum(norms, 0)))
-    return found
+            kept[0, repeat] |= np.isin(parts.ids, order[:n])
+            kept[1, repeat] |= np.isin(parts.ids, order[n : None if size is None else 2 * n])
+    one, two = (parts.weights(np.broadcast_to(parts.positive, half.shape), half) for half in kept)
+    found = []
+    for sums in parts.sums(samples):
+        first, second = one @ sums, two @ sums
+        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+        found.append(_ratio(np.einsum("rd,rd->r", first, second), norms))
+    return np.stack(found, axis=1)
 
 
 def permutation_null(
@@ -356,20 +388,16 @@ def permutation_null(
     Labels move between whole units, so the null keeps the anisotropy and everything the samples
     share, and the number of positive units.
     """
-    ids = samples.units[samples.labelled]
-    units, index = np.unique(ids, return_inverse=True)
-    label = np.zeros(len(units), bool)
-    label[index] = samples.positive
+    parts = _parts(samples, samples.labelled)
     generator = np.random.Generator(np.random.PCG64(seed))
-    shuffled = np.stack([generator.permutation(label)[index] for _ in range(draws)])
-    weights = difference_weights(shuffled)
-    wide = other.astype(np.float64)
-    found = np.zeros((draws, samples.values.shape[1]))
-    for layer, gram in enumerate(_grams(samples)):
-        dots = weights @ (samples.values[:, layer].astype(np.float64) @ wide[layer])
-        norms = np.sqrt(np.maximum(_dots(weights, gram, weights), 0)) * np.linalg.norm(wide[layer])
-        found[:, layer] = _ratio(dots, norms)
-    return found
+    shuffled = np.stack([generator.permutation(parts.positive) for _ in range(draws)])
+    weights = parts.weights(shuffled, np.ones_like(shuffled))
+    found = []
+    for sums, wide in zip(parts.sums(samples), other.astype(np.float64), strict=True):
+        norms = np.einsum("rp,rp->r", weights @ (sums @ sums.T), weights)
+        norms = np.sqrt(np.maximum(norms, 0)) * np.linalg.norm(wide)
+        found.append(_ratio(weights @ (sums @ wide), norms))
+    return np.stack(found, axis=1)
 
 
 def relabellings(samples: Samples) -> int:
@@ -385,22 +413,6 @@ def two_sided_p(
     # A relabelling that happens to be the true one equals the observed but for rounding.
     beyond = (np.abs(null) >= np.abs(observed) - 1e-12).sum(axis=0)
     return (1 + beyond) / (1 + len(null))
-
-
-def _grams(samples: Samples) -> Iterator[Float[np.ndarray, "sample sample"]]:
-    # The common mean drops out of every difference; without it the products lose fewer digits.
-    for layer in range(samples.values.shape[1]):
-        values = samples.values[:, layer].astype(np.float64)
-        values = values - values.mean(axis=0)
-        yield values @ values.T
-
-
-def _dots(
-    a: Float[np.ndarray, "repeat sample"],
-    gram: Float[np.ndarray, "sample sample"],
-    b: Float[np.ndarray, "repeat sample"],
-) -> Float[np.ndarray, " repeat"]:
-    return np.einsum("rs,rs->r", a @ gram, b)
 
 
 def _ratio(dots: np.ndarray, norms: np.ndarray) -> np.ndarray:
