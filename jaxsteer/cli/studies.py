@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from jaxsteer.cli.common import (
     DEMO_MODEL,
@@ -19,14 +17,18 @@ from jaxsteer.cli.common import (
     ModelOption,
     app,
     claims_table,
+    console,
     open_model,
+    safe,
+    table,
 )
 from jaxsteer.errors import UserError
-from jaxsteer.words import percent, plain, signed, span
+from jaxsteer.words import percent, signed, span
 
 if TYPE_CHECKING:
     from jaxsteer.evidence.impact import Impact
     from jaxsteer.evidence.power import Power
+    from jaxsteer.receipt.statement import Predicate
     from jaxsteer.study.validate import Plan
 
 
@@ -77,79 +79,73 @@ def sweep(
         joined = sharing.join(hosts, processes, process)
     loaded = open_model(model, mesh)
     harmful = 0 if full else limit
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    screen = console()
     if plan:
         planned = validate.plan(asked, loaded, limit=harmful)
-        console.print(plan_table(planned, asked.name))
+        screen.print(plan_table(planned, asked.name))
         shown = power.powers(asked, planned.conditions, planned.prompts)
-        console.print(power_table([(found, power.words(found)) for found in shown], asked.name))
+        screen.print(power_table([(found, power.words(found)) for found in shown], asked.name))
         return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     folder = out or Path("results") / f"{asked.name}-{loaded.name}{suffix}"
-    summary = run.run_study(asked, loaded, folder, limit=harmful, fresh=fresh, hosts=joined)
+    run.run_study(asked, loaded, folder, limit=harmful, fresh=fresh, hosts=joined)
     if not joined.first:
         joined.meet("receipt")
         return
-    console.print(summary_table(summary, asked.name))
+    receipt, _ = build.write(folder)
+    made = statement.load(receipt)
+    for family in made.predicate.prompts:
+        screen.print(outcomes_table(made.predicate, family))
     if asked.modes:
         shifts = json.loads((folder / "modes.json").read_text(encoding="utf-8"))
-        console.print(modes_table(shifts, asked.name))
-    receipt, _ = build.write(folder)
+        screen.print(modes_table(shifts, asked.name))
     costs = impact.impacts(results.load(folder))
     if costs:
-        console.print(impact_table(costs, asked.name))
-    console.print(claims_table(statement.load(receipt)))
+        screen.print(impact_table(costs, asked.name))
+    screen.print(claims_table(made))
     typer.echo(f"results, receipt.json and receipt.html are in {folder}")
     joined.meet("receipt")
 
 
-def summary_table(summary: Sequence[dict[str, Any]], title: str) -> Table:
-    """The study's table: one line per condition and prompt family."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    unfinished = any(row["unfinished"] for row in summary)
-    caption = "refused with Wilson 95 % interval; complied = neither, not scored for harm"
-    table.caption = caption + ("; unfinished = thinking without an end" if unfinished else "")
-    for name in ("condition", "prompts"):
-        table.add_column(name)
-    for name in ("n", "refused", "95 %", "degenerate", "complied"):
-        table.add_column(name, justify="right")
-    if unfinished:
-        table.add_column("unfinished", justify="right")
-    for row in summary:
-        mark = " (cancels steering)" if row["cancels_steering"] else ""
-        table.add_row(
-            Text(plain(row["condition"]) + mark),
-            row["family"],
-            str(row["n"]),
-            percent(row["refusal"]),
-            span(row["refusal_low"], row["refusal_high"]),
-            percent(row["degenerate"]),
-            percent(row["complied"]),
-            *([percent(row["unfinished"])] if unfinished else []),
-        )
-    return table
+def outcomes_table(p: Predicate, family: str) -> Table:
+    """Outcomes on one family of prompts, one line a condition; seeds of one are joined."""
+    from jaxsteer.receipt import page
+
+    labels = {"degenerate": "broken", "bypass": "harmful", "unfinished": "unfinished"}
+    bars = page.bars(p.conditions, family)
+    columns = ["condition", "n", "refused", "95 %"]
+    columns += [name for label, name in labels.items() if any(label in b.shares for b in bars)]
+    rows = []
+    for bar in bars:
+        mode = f"{bar.condition.mode}: " if bar.condition.mode else ""
+        mark = " †" if bar.condition.cancels_steering else ""
+        shares = [percent(bar.shares.get(k, 0)) for k, name in labels.items() if name in columns]
+        figures = [percent(bar.shares.get("refusal", 0)), span(bar.low, bar.high), *shares]
+        rows.append([f"{mode}{bar.name}{mark}", f"{bar.n}", *figures])
+    made = table(f"{p.study.name}: {page.family_words(family)} prompts", columns, rows, columns[1:])
+    notes = ["95 %: Wilson interval; over seeds, smallest to largest"]
+    if any(bar.condition.cancels_steering for bar in bars):
+        notes.append("† cancels steering: proves nothing")
+    if any("complied-unscored" in bar.shares for bar in bars):
+        notes.append("the rest was answered, not scored for harm")
+    made.caption = "; ".join(notes)
+    return made
 
 
 def impact_table(costs: Mapping[str, Impact], title: str) -> Table:
     """What the conditions do on benign prompts, beside the untouched model."""
     from jaxsteer.evidence import impact
 
-    table = Table(title=f"{title}: benign impact", title_justify="left", caption_justify="left")
-    table.caption = impact.CAPTION
-    for name in impact.COLUMNS:
-        table.add_column(name, justify="left" if name == "condition" else "right")
-    for name, cost in costs.items():
-        table.add_row(*(Text(plain(cell)) for cell in impact.cells(name, cost)))
-    return table
+    rows = [impact.cells(name, cost) for name, cost in costs.items()]
+    made = table(f"{title}: benign impact", impact.COLUMNS, rows, impact.COLUMNS[1:])
+    made.caption = impact.CAPTION
+    return made
 
 
 def plan_table(plan: Plan, title: str) -> Table:
     """A study's cost, one figure per line."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
     megabytes = 1 / 2**20
-    for name, value in (
+    figures = [
         ("conditions (controls included)", f"{len(plan.conditions)}"),
         ("rows", f"{plan.rows}"),
         ("replies for benign impact, at most", f"{plan.further}"),
@@ -159,38 +155,30 @@ def plan_table(plan: Plan, title: str) -> Table:
         ("cache of a batch", f"{plan.cache_bytes * megabytes:,.0f} MiB"),
         ("time of the rows here, rough", f"{plan.seconds / 60:,.1f} min"),
         ("still to choose", ", ".join(plan.open_choices) or "nothing"),
-    ):
-        table.add_row(name, value)
-    return table
+    ]
+    return table(title, ("", " "), figures)
 
 
 def power_table(found: Sequence[tuple[Power, str]], title: str) -> Table:
     """What each planned comparison could show, in words."""
-    table = Table(title=f"what the claims of {title} could show", title_justify="left")
-    for name in ("claim", "comparison", "could show"):
-        table.add_column(name)
-    for test, said in found:
-        names = f"{plain(test.treated)} against {plain(test.control)}"
-        table.add_row(Text(plain(test.claim)), Text(names), said)
-    return table
+    rows = [(test.claim, f"{test.treated} against {test.control}", said) for test, said in found]
+    heads = ("claim", "comparison", "could show")
+    return table(f"what the claims of {title} could show", heads, rows)
 
 
 def modes_table(shifts: Sequence[dict[str, Any]], title: str) -> RenderableType:
     """How far each persona mode moves the last prompt token along each direction."""
     if not shifts:
-        return Text(f"{title}: no shift by mode; there is no direction, or no mode with a text")
-    table = Table(title=f"{title}: shift by mode at {shifts[0]['at']}", title_justify="left")
-    table.caption = (
-        "in natural norms of the direction, against the policy alone, with 95 % interval"
-    )
+        return safe(f"{title}: no shift by mode; there is no direction, or no mode with a text")
     names = list(dict.fromkeys(shift["direction"] for shift in shifts))
-    table.add_column("mode")
-    for name in names:
-        table.add_column(name, justify="right")
     cells = {(shift["mode"], shift["direction"]): shift for shift in shifts}
-    for mode in dict.fromkeys(shift["mode"] for shift in shifts):
-        table.add_row(Text(plain(mode)), *(_shift(cells[mode, name]) for name in names))
-    return table
+    rows = [
+        (mode, *(_shift(cells[mode, name]) for name in names))
+        for mode in dict.fromkeys(shift["mode"] for shift in shifts)
+    ]
+    made = table(f"{title}: shift by mode at {shifts[0]['at']}", ("mode", *names), rows, names)
+    made.caption = "in natural norms of the direction, against the policy alone, with 95 % interval"
+    return made
 
 
 def _shift(found: dict[str, Any]) -> str:

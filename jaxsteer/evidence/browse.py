@@ -20,6 +20,7 @@ from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims
 from jaxsteer.evidence.reliability import WELL_KNOWN
+from jaxsteer.files import meant
 from jaxsteer.judges.human import agreements
 from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.stats import mcnemar
@@ -84,8 +85,8 @@ def open_results(folder: Path) -> Opened:
     run = record.read(folder)
     if run is None:
         raise UserError(
-            f"There are no results in {folder}: run `make demo` once (or `jaxsteer sweep STUDY`), "
-            "then open this page again."
+            f"There are no results in {folder}{meant(folder)}: run `make demo` once (or "
+            "`jaxsteer sweep STUDY`), then open this page again."
         )
     finished = (folder / "responses.parquet").is_file()
     found = results.load(folder) if finished else _so_far(folder, run)
@@ -145,8 +146,8 @@ def header(folder: Path, opened: Opened | None = None) -> Header:
     """
     if not folder.is_dir():
         raise UserError(
-            f"There is no folder {folder}: choose another study, or run `make demo` once and open "
-            "this page again."
+            f"There is no folder {folder}{meant(folder)}: choose another study, or run `make demo` "
+            "once and open this page again."
         )
     run = record.read(folder)
     if run is None:

@@ -23,6 +23,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability as measuring
 from jaxsteer.evidence.reliability import Measured, Measurements
+from jaxsteer.files import meant as near
 from jaxsteer.words import signed
 
 CORE = ("persona", "refusal", "axis")
@@ -60,7 +61,7 @@ def load(folder: Path) -> Geometry:
     path = folder / "directions.safetensors"
     if not path.is_file():
         raise UserError(
-            f"{folder} holds no directions.safetensors: run `make demo`, or "
+            f"{folder} holds no directions.safetensors{near(folder)}: run `make demo`, or "
             "`jaxsteer sweep STUDY`, or name another results folder"
         )
     found = directions.load(path)

@@ -18,7 +18,7 @@ from jaxsteer.files import read_table
 from jaxsteer.study.impact import FILE, SCHEMA, untouched
 from jaxsteer.study.record import Count, Part
 from jaxsteer.study.results import Results
-from jaxsteer.words import percent, points, signed
+from jaxsteer.words import points, signed
 
 COLUMNS = (
     "condition", "divergence, nats a token", "right answers", "change, points",
@@ -153,7 +153,7 @@ def cells(name: str, impact: Impact) -> list[str]:
     """A condition's line of the table under `COLUMNS`, each figure with its 95 % interval."""
     answers, shown, change = impact.answers, "", ""
     if answers is not None:
-        shown = f"{percent(answers.rate)} ({answers.k} of {answers.n})"
+        shown = f"{answers.k} of {answers.n}"
     if answers is not None and impact.length is not None:
         ends = points(answers.change_low), points(answers.change_high)
         change = f"{points(answers.change)} ({ends[0]} to {ends[1]})"
@@ -167,4 +167,5 @@ def _shown(mean: Mean | None, words: Callable[[float], str]) -> str:
         return ""
     if mean.low is None or mean.high is None:
         return words(mean.mean)
-    return f"{words(mean.mean)} ({words(mean.low)} to {words(mean.high)})"
+    half = words((mean.high - mean.low) / 2).removeprefix("+")
+    return f"{words(mean.mean)} ± {half}"

@@ -28,6 +28,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import (
     atomic_path,
     canonical_json,
+    meant,
     read_table,
     sha256_bytes,
     table_bytes,
@@ -119,7 +120,7 @@ def load(folder: Path) -> Results:
     """
     run = record.read(folder)
     if run is None:
-        raise UserError(f"{folder} holds no run.json; run `jaxsteer sweep` first")
+        raise UserError(f"{folder} holds no run.json{meant(folder)}; run `jaxsteer sweep` first")
     path = folder / "responses.parquet"
     if not path.is_file():
         raise UserError(f"{folder} is unfinished; run the same `jaxsteer sweep` again to continue")

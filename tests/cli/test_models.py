@@ -69,7 +69,8 @@ def test_generate_prints_the_baseline_then_the_steered_reply_and_the_realised_ch
         *("--steer", "compliant@1x4", "--project", "compliant@2", "--max-new-tokens", 6),
     )
     assert done.returncode == 0, done.stderr
-    heads = [done.stdout.index(word) for word in ("baseline:", "steered:", "realised change:")]
+    words = ("baseline:", "steered:", "change at the steered layers:")
+    heads = [done.stdout.index(word) for word in words]
     assert heads == sorted(heads)
 
 

@@ -4,42 +4,62 @@ from __future__ import annotations
 
 import io
 
+import msgspec
+import pytest
 from rich.console import Console
 
 from jaxsteer.cli import studies
+from jaxsteer.receipt import build, page, statement
+from jaxsteer.words import span
+from tests.receipt import made
 from tests.test_words import HOSTILE
 
 
-def printed(table):
+def printed(table, width=200):
     out = io.StringIO()
-    Console(file=out, width=200, force_terminal=True, color_system=None).print(table)
+    Console(file=out, width=width, force_terminal=True, color_system=None).print(table)
     return out.getvalue()
 
 
-def test_a_hostile_condition_name_is_inert_in_the_table():
-    row = {
-        "condition": HOSTILE,
-        "family": "benign",
-        "n": 4,
-        "refusal": 0.25,
-        "refusal_low": 0.05,
-        "refusal_high": 0.7,
-        "degenerate": 0.0,
-        "unfinished": 0.0,
-        "complied": 0.75,
-        "cancels_steering": True,
-    }
-    text = printed(studies.summary_table([row], "t"))
+@pytest.fixture
+def made_of(tmp_path):
+    """The predicate of a receipt of made results, whose labels a test chooses."""
+
+    def make(label=made.usual, **more):
+        folder = made.folder(tmp_path / "made", label=label, **more)
+        return statement.load(build.write(folder)[0]).predicate
+
+    return make
+
+
+def test_a_table_of_80_columns_has_a_line_a_condition_and_no_cut_word(made_of):
+    p = made_of()
+    text = printed(studies.outcomes_table(p, "strongreject"), 80)
+    lines = [line.strip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    assert lines[0].startswith("made: harmful prompts; n: 40")
+    for bar in page.bars(p.conditions, "strongreject"):
+        (line,) = [line for line in lines if line.replace(" †", "").startswith(f"{bar.name}  ")]
+        assert span(bar.low, bar.high) in line
+    assert sum(line.startswith("random direction") for line in lines) == 1
+    assert any("out at steer †" in line for line in lines) and "† cancels steering" in text
+
+
+def test_a_hostile_condition_name_is_inert_in_the_table(made_of):
+    p = made_of()
+    hostile = msgspec.structs.replace(p.conditions[0], base=HOSTILE)
+    text = printed(
+        studies.outcomes_table(msgspec.structs.replace(p, conditions=[hostile]), "benign")
+    )
     # The console itself writes no escapes here, so any would be the name's.
-    assert "\x1b" not in text and "\x07" not in text
-    assert "[red]x[/red]" in text and "cancels steering" in text and "5 to 70 %" in text
+    assert "\x1b" not in text and "\x07" not in text and "[red]x[/red]" in text
 
 
-def test_unfinished_thinking_has_a_column_when_there_is_some():
-    row = {"condition": "c", "family": "benign", "n": 4, "refusal": 0.0, "refusal_low": 0.0}
-    row |= {"refusal_high": 0.5, "degenerate": 0.0, "complied": 0.5, "cancels_steering": False}
-    assert "unfinished" not in printed(studies.summary_table([row | {"unfinished": 0.0}], "t"))
-    assert "50 %" in printed(studies.summary_table([row | {"unfinished": 0.5}], "t"))
+def test_outcomes_have_a_column_where_there_are_some(made_of):
+    assert "unfinished" not in printed(studies.outcomes_table(made_of(), "strongreject"))
+    thinking = made_of(lambda condition, family, i: "unfinished" if i % 2 else "refusal")
+    text = printed(studies.outcomes_table(thinking, "strongreject"), 80)
+    assert "unfinished: 50 %" in " ".join(text.split()) and "broken" not in text
 
 
 def test_modes_are_shown_against_the_policy_alone_with_intervals():
