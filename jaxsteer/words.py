@@ -9,6 +9,7 @@ Progress is a live bar on a terminal, and a line every ten seconds in a log.
 
 from __future__ import annotations
 
+import decimal
 import math
 import sys
 import time
@@ -25,13 +26,36 @@ from jaxsteer.errors import heed_stop
 console = Console(stderr=True)
 
 
+def rounded(value: float, digits: int) -> decimal.Decimal:
+    """A number with so many decimals, halves away from zero, as browsers round.
+
+    `round` and formats of Python round a half to the even neighbour instead, so that 25 of 40 would
+    be 62 % in a table and 63 % in a chart.
+
+    >>> [str(rounded(x, 0)) for x in (62.5, -62.5, 37.5)]
+    ['63', '-63', '38']
+    """
+    step = decimal.Decimal(1).scaleb(-digits)
+    return decimal.Decimal(float(value)).quantize(step, decimal.ROUND_HALF_UP)
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "seed"), counted(1200, "category")
+    ('1 seed', '1,200 categories')
+    """
+    several = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count(n)} {noun if n == 1 else several}"
+
+
 def percent(share: float, digits: int = 0) -> str:
     """A share from 0 to 1 as a percentage.
 
     Near 0 and 1 it has one decimal, so that a rare outcome does not read as one that never occurs.
 
-    >>> [percent(x) for x in (0, 0.0004, 0.003, 0.42, 0.9996, 1)]
-    ['0 %', '< 0.1 %', '0.3 %', '42 %', '> 99.9 %', '100 %']
+    >>> [percent(x) for x in (0, 0.0004, 0.003, 0.42, 25 / 40, 0.9996, 1)]
+    ['0 %', '< 0.1 %', '0.3 %', '42 %', '63 %', '> 99.9 %', '100 %']
     """
     if 0 < share < 0.001:
         return "< 0.1 %"
@@ -39,7 +63,7 @@ def percent(share: float, digits: int = 0) -> str:
         return "> 99.9 %"
     near = 0 < share < 0.01 or 0.99 < share < 1
     decimals = max(digits, 1) if near else digits
-    return f"{100 * share:.{decimals}f} %"
+    return f"{rounded(100 * share, decimals)} %"
 
 
 def span(low: float, high: float) -> str:
@@ -57,7 +81,7 @@ def signed(value: float, digits: int = 2) -> str:
     >>> signed(-0.279, 3), signed(0.5)
     ('−0.279', '+0.50')
     """
-    return f"{value:+z.{digits}f}".replace("-", "\u2212")
+    return f"{rounded(value, digits) + 0:+}".replace("-", "\u2212")
 
 
 def points(difference: float, digits: int = 0) -> str:
@@ -72,12 +96,15 @@ def points(difference: float, digits: int = 0) -> str:
 def p_value(p: float | None) -> str:
     """A p-value for a table; `–` where there is none.
 
-    >>> p_value(0.0312), p_value(2e-7), p_value(None)
-    ('0.031', '< 0.0001', '–')
+    >>> p_value(0.0312), p_value(0.125), p_value(2e-7), p_value(None)
+    ('0.031', '0.13', '< 0.0001', '–')
     """
     if p is None:
         return "–"
-    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+    if p < 0.0001:
+        return "< 0.0001"
+    # Two digits of those that count.
+    return f"{float(rounded(p, 1 - math.floor(math.log10(p)))):.2g}"
 
 
 def p_equals(p: float) -> str:
@@ -98,14 +125,15 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if number < 1e9 else f"about 10^{math.floor(math.log10(number))}"
 
 
-def extent(counts: Iterable[int]) -> str:
+def extent(counts: Iterable[int], noun: str = "") -> str:
     """The smallest and the largest of some counts, or the one that all are.
 
-    >>> extent([24, 18, 20]), extent([40, 40])
-    ('18 to 24', '40')
+    >>> extent([24, 18, 20]), extent([1, 1], "seed"), extent([1, 3], "seed")
+    ('18 to 24', '1 seed', '1 to 3 seeds')
     """
     known = sorted(counts)
-    return count(known[0]) if known[0] == known[-1] else f"{count(known[0])} to {count(known[-1])}"
+    least = "" if known[0] == known[-1] else f"{count(known[0])} to "
+    return least + (counted(known[-1], noun) if noun else count(known[-1]))
 
 
 def layer_list(indices: Sequence[int]) -> str:
@@ -174,7 +202,7 @@ class Progress:
         if self.live:
             self.bar.start()
             self.task = self.bar.add_task(
-                self.title, total=self.total, completed=self.done, speed="(compiling)"
+                self.title, total=self.total, completed=self.done, speed="(starting)"
             )
         elif not self.quiet:
             print(

@@ -75,14 +75,14 @@ def _():
       computed again, and so is its cosine; 95 % of these cosines are in the band. What all samples
       share has the same effect on them. The shuffling is done for each direction of the pair, and
       the wider range is drawn.
-    - **Mauve band**: the range over random directions. It is narrow, about $\pm 2/\sqrt{576}$ in
-      SmolLM2, because it assumes that the stream has the same spread in all dimensions. It does
+    - **Mauve band**: the range over random directions. It is narrow, about $\pm 2/\sqrt{d}$ in a
+      stream of $d$ numbers, because it assumes the same spread in all dimensions. The stream has
       not, and a cosine outside the mauve band alone is no finding.
     - **Diamonds**, for persona and refusal: what the paper reports for layer 20 of its two models,
       drawn at the same *share of depth*. (What it calls layer 20 may be our `resid_post.19`:
       its code numbers the embedding 0.)
 
-    By chance alone, one or two of thirty layers have a cosine outside the grey band.
+    By chance alone, about one layer in twenty has a cosine outside the grey band.
 
     **Drag across the chart** to choose a window of layers for everything below; a click outside the
     window removes it.
@@ -101,23 +101,35 @@ def _(found):
 
 
 @app.cell
-def _(found, pair, table):
+def _(found):
+    # The window outlives the chart that it was brushed on; it belongs to this folder.
+    kept = {"window": None} if found.n_layers else {}
+    return (kept,)
+
+
+@app.cell
+def _(found, kept, pair, table):
     _one = table.filter(table["pair"] == pair.value)
     _ends = {_one["first"][0], _one["second"][0]}
-    over_layers = mo.ui.altair_chart(
-        charts.pair_chart(
-            _one,
-            cosines.random_cosines(found, _one["first"][0]),
-            cosines.paper(found.n_layers) if _ends == {"persona", "refusal"} else None,
-        )
+    _chart = charts.pair_chart(
+        _one,
+        cosines.random_cosines(found, _one["first"][0]),
+        cosines.paper(found.n_layers) if _ends == {"persona", "refusal"} else None,
+        kept["window"],
     )
-    over_layers  # noqa: B018
+    over_layers = mo.ui.altair_chart(_chart)
+    mo.vstack([over_layers, mo.Html(marks.csv(_chart))])
     return (over_layers,)
 
 
 @app.cell
-def _(found, over_layers, table):
+def _(found, kept, over_layers, table):
     window = cosines.window_of(over_layers.selections, found.n_layers)
+    # A new chart says nothing until the page has drawn it.
+    if over_layers.selections:
+        kept["window"] = window if window != cosines.whole(found) else None
+    elif kept["window"]:
+        window = kept["window"]
     averaged = cosines.means(table, window)
     _names = cosines.ranked(table, window)
     mo.stop(
@@ -131,7 +143,7 @@ def _(found, over_layers, table):
 @app.cell
 def _(table, window):
     # Nine panels are as many as one can read; the matrix below has all pairs.
-    charts.pairs_chart(table, cosines.ranked(table, window)[:9], window)
+    opening.chart(charts.pairs_chart(table, cosines.ranked(table, window)[:9], window))
     return
 
 
@@ -158,9 +170,8 @@ def _(averaged, found, window):
     _shown = averaged.filter(_ends)
     _order = cosines.hierarchical(cosines.gram(_shown, _names))
     _sorted = [_names[i] for i in _order]
-    charts.matrix_chart(
-        cosines.matrix_table(_shown, _sorted), _sorted, window, total=len(found.named)
-    )
+    _cells, _total = cosines.matrix_table(_shown, _sorted), len(found.named)
+    opening.chart(charts.matrix_chart(_cells, _sorted, window, total=_total))
     return
 
 
@@ -180,9 +191,8 @@ def _():
 
 @app.cell
 def _(averaged, found, window):
-    charts.extremes_chart(
-        cosines.extremes(averaged, cosines.opposites(found)), averaged.height, window
-    )
+    _outer = cosines.extremes(averaged, cosines.opposites(found))
+    opening.chart(charts.extremes_chart(_outer, averaged.height, window))
     return
 
 
@@ -204,9 +214,9 @@ def _():
 @app.cell
 def _(averaged, found, window):
     _names = list(found.named)
-    charts.components_chart(
-        cosines.components(cosines.gram(averaged, _names), _names), window
-    ) if len(_names) > 2 else mo.md("Principal components need at least three directions.")
+    mo.stop(len(_names) < 3, mo.md("Principal components need at least three directions."))
+    _found = cosines.components(cosines.gram(averaged, _names), _names)
+    opening.chart(charts.components_chart(_found, window))
     return
 
 
@@ -231,7 +241,7 @@ def _(found, window):
     _missing = [f"{name}: {why}" for name, why in cosines.unreliable(found).items()]
     mo.vstack(
         [
-            charts.reliability_chart(_halved, window)
+            opening.chart(charts.reliability_chart(_halved, window))
             if _halved.height
             else mo.callout(
                 mo.md("Not measured. Run `jaxsteer geometry RESULTS --model DIR`."), kind="warn"
@@ -255,9 +265,11 @@ def _():
 def _(found, window):
     _grown = cosines.growth(found, window)
     _unit = "instruction" if "instruction" in _grown["unit"] else "prompt"
-    charts.growth_chart(_grown, _unit, window) if _unit in _grown["unit"] else mo.callout(
-        mo.md("Not measured. Run `jaxsteer geometry RESULTS --model DIR` again."), kind="warn"
+    mo.stop(
+        _unit not in _grown["unit"],
+        opening.note("Not measured: run `jaxsteer geometry RESULTS --model DIR` again."),
     )
+    opening.chart(charts.growth_chart(_grown, _unit, window))
     return
 
 
@@ -277,7 +289,7 @@ def _():
 
 @app.cell
 def _(found, window):
-    charts.norm_chart(cosines.norms(found, window), window)
+    opening.chart(charts.norm_chart(cosines.norms(found, window), window))
     return
 
 

@@ -47,8 +47,8 @@ def _(results):
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    A persona direction is added at one layer, and the model refuses less. Two further interventions
-    test *at which layers* this effect is decided.
+    A persona direction is added at one layer. Where the model then refuses less, two further
+    interventions test *at which layers* this effect is decided.
 
     - **Knockout**: project the direction out again at a later layer. If refusal comes back, the
       effect still depended on the direction at that layer. If it does not, the later layers no
@@ -161,7 +161,7 @@ def _(maps):
 @app.cell
 def _(found, maps):
     _over = layer_windows.over_unsteered(found, maps)
-    charts.difference_chart(_over) if _over.height else None
+    opening.chart(charts.difference_chart(_over)) if _over.height else None
     return
 
 
@@ -235,7 +235,7 @@ def _(flipped):
     _read = layer_windows.flips_to_read(flipped)
     mo.vstack(
         [
-            mo.as_html(charts.flips_chart(flipped)),
+            opening.chart(charts.flips_chart(flipped)),
             mo.md(marks.markdown_table(_read.columns, _read.rows())),
         ]
     )
@@ -283,7 +283,7 @@ def _(chosen, found, maps, onto, phase):
     _along = _along.filter(_along["layer"] >= layer_windows.first_layer(found, _lines[:MOST]) - 2)
     mo.vstack(
         [
-            charts.depth_chart(_along, onto.value, phase.value),
+            opening.chart(charts.depth_chart(_along, onto.value, phase.value)),
             mo.md(f"{MOST} of {len(_lines)} conditions are drawn: choose fewer cells for others.")
             if len(_lines) > MOST
             else mo.md(""),

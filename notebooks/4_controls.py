@@ -47,11 +47,11 @@ def _(results):
 @app.cell(hide_code=True)
 def _():
     mo.md(r"""
-    A study steers a model, and the model refuses less. The study would like to claim that *the
-    persona direction* caused this. There are always simpler explanations: any vector of that length
-    has the same effect; the model is broken; the projection alone has the effect. A **control** is
-    a condition to which only the simpler explanation applies. If the effect appears there too, the
-    claim fails.
+    A study steers a model. Where the model then refuses less, the study would like to claim that
+    *the persona direction* caused this. There are always simpler explanations: any vector of that
+    length has the same effect; the model is broken; the projection alone has the effect. A
+    **control** is a condition to which only the simpler explanation applies. If the effect appears
+    there too, the claim fails.
 
     This page shows every claim of a study next to its controls, shows the prompts behind each
     figure, and lets you vary the rules of counting.
@@ -113,7 +113,7 @@ def _(found, planned):
     _alone, _absent = findings.alone(found, made), findings.absent(made)
     _notes = f"Kinds of control that this study does not have: {', '.join(_absent) or 'none'}. "
     _notes += f"Claims with no control beside them: {', '.join(_alone) or 'none'}."
-    mo.vstack([mo.as_html(charts.findings_chart(made)), mo.md(marks.escaped(_notes))])
+    mo.vstack([opening.chart(charts.findings_chart(made)), mo.md(marks.escaped(_notes))])
     return (made,)
 
 
@@ -137,8 +137,8 @@ def _():
     ## 3. The random envelope
 
     Each cross is one random direction under exactly the operations of the treated condition. With
-    $m$ seeds the smallest possible p-value is $1 / (m + 1)$, however extreme the treated condition
-    is: with three seeds it is 0.25, and 0.05 needs nineteen.
+    $m$ seeds the smallest possible one-sided p-value is $1 / (m + 1)$, however extreme the treated
+    condition is: with three seeds it is 0.25, and 0.05 needs nineteen.
     """)
     return
 
@@ -147,7 +147,7 @@ def _():
 def _(found, made):
     _table = findings.envelope_table(found, made)
     mo.stop(_table.is_empty(), mo.md("This study has no random control of a claim."))
-    mo.as_html(charts.envelope_chart(_table))
+    opening.chart(charts.envelope_chart(_table))
     return
 
 
@@ -180,7 +180,7 @@ def _(found, pair):
     _counted = paired.flips(_paired, _outcome)
     mo.vstack(
         [
-            mo.as_html(charts.flip_chart(_paired, _outcome, _treated, _control)),
+            opening.chart(charts.flip_chart(_paired, _outcome, _treated, _control)),
             mo.md(charts.mcnemar_table(_counted, _outcome, _treated, _control)),
         ]
     )
@@ -255,7 +255,7 @@ def _(degenerate, found, never, seeds):
         drop_never_refused=never.value,
         seeds=None if len(_kept) == len(findings.seeds(found)) else _kept,
     )
-    counts = findings.counted(found, rules)
+    counts = findings.count(found, rules)
     return counts, rules
 
 

@@ -149,7 +149,9 @@ def _(folder, receipt, second):
     _other = opening.attempt(statement.load, ROOT / second.value.strip())
     compared = opening.attempt(compare.compare, statement.load(folder / "receipt.json"), _other)
     mo.stop(not compared.lines, opening.note("They have no figure in common."))
-    mo.vstack([mo.as_html(receipts.diff_chart(compared)), mo.md(receipts.changed_table(compared))])
+    mo.vstack(
+        [opening.chart(receipts.diff_chart(compared)), mo.md(receipts.changed_table(compared))]
+    )
     return
 
 
@@ -186,7 +188,7 @@ def _(family, of, rows):
     if not _one.is_empty():
         _shares = paired.shares(_one, "category")
         _charts.append(charts.stacked_chart(_shares, "category", f"{_what} under {of.value}"))
-    mo.vstack([*map(mo.as_html, _charts)])
+    mo.vstack([*map(opening.chart, _charts)])
     return
 
 

@@ -33,7 +33,7 @@ from jaxsteer.evidence.comparisons import (
 from jaxsteer.study.record import Part
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import AddSpec, ClaimSpec, StudySpec, TestSpec
-from jaxsteer.words import p_equals, percent
+from jaxsteer.words import counted, extent, p_equals, percent
 
 ALPHA = 0.05
 Verdict = Literal["confirmed", "not confirmed", "not testable", "not tested"]
@@ -220,10 +220,11 @@ def _beyond_random(c: BeyondRandom, alpha: float) -> BeyondRandom:
     if c.p <= alpha:
         return replace(c, result="held", reason="")
     if best > alpha:
-        reason = f"{len(c.control_k)} random seeds cannot show less than {p_equals(best)}"
+        seeds = counted(len(c.control_k), "random seed")
+        reason = f"{seeds} cannot show less than {p_equals(best)}"
         return replace(c, result="not testable", reason=reason)
-    reason = f"{c.treated_k} of {c.n}, and {min(c.control_k)} to {max(c.control_k)} under "
-    reason += f"{len(c.control_k)} random seeds ({p_equals(c.p)})"
+    reason = f"{c.treated_k} of {c.n}, and {extent(c.control_k)} under "
+    reason += f"{counted(len(c.control_k), 'random seed')} ({p_equals(c.p)})"
     return replace(c, result="failed", reason=reason)
 
 

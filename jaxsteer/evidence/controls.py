@@ -58,6 +58,13 @@ class RandomControl(Part, frozen=True):
     p_low: Share | None
     p_high: Share | None
 
+    def p(self, expect: str | None = None) -> float | None:
+        """One-sided p on the side that a claim expects, or without one on the side of the value."""
+        if self.value is None:
+            return None
+        side = expect or ("lower" if self.value <= self.mean else "higher")
+        return self.p_low if side == "lower" else self.p_high
+
 
 class PairedControl(Flips, frozen=True, kw_only=True):
     """Two conditions on the same prompts, compared row by row.

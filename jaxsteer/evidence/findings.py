@@ -39,7 +39,7 @@ from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import ClaimSpec, TestSpec
-from jaxsteer.words import p_equals, percent, points
+from jaxsteer.words import counted, p_equals, percent, points
 
 Kind = Literal["random", "unsteered", "matched", "neutral", "benign", "swapped"]
 Status = Literal["holds", "fails", "undecided"]
@@ -170,11 +170,20 @@ def headline(made: Sequence[Finding]) -> str:
     """
     if not made:
         return "This study ran no control that could break a claim"
-    n = Counter(f.status for f in made)
+    n = Counter(f.status for f, _ in once(made))
     return (
-        f"The claims fail against {n['fails'] or 'none'} of {len(made)} controls and hold against "
-        f"{n['holds']}; {n['undecided']} cannot tell"
+        f"Of {counted(n.total(), 'control')}, the claims hold against {n['holds'] or 'none'} and "
+        f"fail against {n['fails'] or 'none'}; undecided: {n['undecided'] or 'none'}"
     )
+
+
+def once(made: Sequence[Finding]) -> list[tuple[Finding, list[str]]]:
+    """Each control once, with the names of all claims that it serves."""
+    served: dict[tuple[str, ...], tuple[Finding, list[str]]] = {}
+    for f in made:
+        key = (f.kind, f.first, f.second, f.family, f.outcome, f.expects)
+        served.setdefault(key, (f, []))[1].append(f.claim)
+    return list(served.values())
 
 
 def _random(
@@ -186,15 +195,14 @@ def _random(
         if t.expect in ("lower", "higher")
     }
     for e in envelopes:
-        if e.value is None or e.p_low is None or e.p_high is None:
+        expect = e.treated and wanted.get((run.named(e.treated).base, e.family, e.outcome))
+        p = e.p(expect or None)
+        if not expect or p is None or e.value is None:
             continue
-        expect = wanted.get((run.named(e.treated).base, e.family, e.outcome))
-        if expect is None:
-            continue
-        lower = expect == "lower"
-        p, beyond = (e.p_low, e.value < e.low) if lower else (e.p_high, e.value > e.high)
-        status: Status = "fails" if not beyond else "holds" if p <= 0.05 else "undecided"
-        where = ("below" if lower else "above") + f" all {e.n} seeds"
+        lower, seeds = expect == "lower", counted(e.n, "random seed")
+        beyond = e.value < e.low if lower else e.value > e.high
+        status: Status = "fails" if not beyond else "holds" if p <= ALPHA else "undecided"
+        where = f"{'below' if lower else 'above'} all of {seeds}"
         yield Finding(
             claim=claim.name,
             kind="random",
@@ -211,9 +219,9 @@ def _random(
             p=p,
             status=status,
             why={
-                "fails": f"inside the range of {e.n} random seeds",
+                "fails": f"not {where}",
                 "holds": f"{where}, {p_equals(p)}",
-                "undecided": f"{where}, but {e.n} seeds cannot show less than {p_equals(p)}",
+                "undecided": f"{where}, which cannot show less than {p_equals(p)}",
             }[status],
         )
 
@@ -434,7 +442,7 @@ def never_refused(rows: pl.DataFrame) -> pl.Series:
     return refused.filter(~pl.col("label"))["prompt_id"].sort()
 
 
-def counted(found: Results, rules: Rules) -> list[Claim]:
+def count(found: Results, rules: Rules) -> list[Claim]:
     """Each claim's comparisons counted on what the rules leave; alpha and margin play no part."""
     return claims.count(kept(found, rules), drop_degenerate=rules.drop_degenerate)
 
@@ -454,7 +462,5 @@ def effect_of_rules(before: Sequence[Claim], after: Sequence[Claim], rules: Rule
     names = changed(before, after)
     if rules == Rules():
         return "These are the study's own rules: both columns say the same."
-    if not names:
-        return f"Under your rules all {len(after)} verdicts stay as they were planned."
-    verb = "changes" if len(names) == 1 else "change"
-    return f"Under your rules {len(names)} of {len(after)} verdicts {verb}: {', '.join(names)}."
+    listed = f": {', '.join(names)}" if names else ""
+    return f"Verdicts that your rules change: {len(names) or 'none'} of {len(after)}{listed}."

@@ -26,7 +26,7 @@ from jaxsteer.evidence.paired import Labels, flips
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Project
 from jaxsteer.study.results import Results
-from jaxsteer.words import layer_list, percent, points
+from jaxsteer.words import layer_list, p_value, percent, points
 
 Map = Literal["knockout", "refusal"]
 Phase = Literal["prompt", "response"]
@@ -302,23 +302,23 @@ def flips_to_read(table: pl.DataFrame) -> pl.DataFrame:
     `unlike twin` counts prompts whose label differs from the same knockout without steering; where
     the steer cancels by algebra it must be 0.
     """
-    ends = [f"{points(low)} to {points(high)}" for low, high in table.select("low", "high").rows()]
-    return table.select(
-        pl.col("condition"),
-        pl.col("control").alias("paired with"),
-        pl.col("n"),
-        pl.col("raised").alias("refusals gained"),
-        pl.col("lowered").alias("lost"),
-        (pl.col("difference") * 100).round(0).alias("net, points"),
-        pl.Series("95 %", ends, dtype=pl.String),
-        pl.col("p").round(4).alias("McNemar p"),
-        pl.col("p_holm").round(4).alias("p, Holm"),
-        pl.col("unlike").alias("unlike twin"),
-        pl.when("cancels")
-        .then(pl.lit("true by algebra, no evidence"))
-        .otherwise(pl.lit(""))
-        .alias("note"),
-    )
+    lines = [
+        {
+            "condition": row["condition"],
+            "paired with": row["control"],
+            "n": row["n"],
+            "gained": row["raised"],
+            "lost": row["lowered"],
+            "net, points (95 %)": f"{points(row['difference'])} "
+            f"({points(row['low'])} to {points(row['high'])})",
+            "McNemar p": p_value(row["p"]),
+            "p, Holm": p_value(row["p_holm"]),
+            "unlike twin": "–" if row["unlike"] is None else str(row["unlike"]),
+            "note": "true by algebra, no evidence" if row["cancels"] else "",
+        }
+        for row in table.iter_rows(named=True)
+    ]
+    return pl.DataFrame(lines)
 
 
 def first_layer(found: Results, conditions: Sequence[str]) -> int:
@@ -339,7 +339,10 @@ def natural(found: Results, name: str) -> Float[np.ndarray, " layer"] | None:
 def along_depth(
     found: Results, conditions: Sequence[str], baseline: str, name: str, phase: Phase
 ) -> pl.DataFrame:
-    """How far conditions move the projection on a direction: condition, layer, mean, low, high, n.
+    """How far conditions move the projection on a direction, a line a condition and layer.
+
+    Columns: condition, layer, mean, low, high, n, and after: the operations that have acted by that
+    layer, in words.
 
     A prompt's projection after each layer, averaged over the tokens of the phase, minus the same
     prompt's under the baseline, in natural norms of that layer; the mean over harmful prompts and
@@ -367,6 +370,12 @@ def along_depth(
         )
         return numbered.explode(value, "layer")
 
+    acted = [
+        (label, layer, _acted(found.run.named(label), layer))
+        for label in order
+        for layer in range(len(norms))
+    ]
+    after = pl.LazyFrame(acted, schema=["condition", "layer", "after"], orient="row")
     scale = pl.LazyFrame({"layer": np.arange(len(norms)), "norm": norms})
     rank = {label: i for i, label in enumerate(order)}
     half = 1.96 * pl.col("sd").fill_null(0.0) / pl.col("n").sqrt()
@@ -379,9 +388,23 @@ def along_depth(
         .agg(mean=pl.col("moved").mean(), sd=pl.col("moved").std(), n=pl.len())
         .with_columns(low=pl.col("mean") - half, high=pl.col("mean") + half)
         .drop("sd")
+        .join(after, on=["condition", "layer"])
         .sort(pl.col("condition").replace_strict(rank, return_dtype=pl.Int64), "layer")
         .collect()
     )
+
+
+def _acted(condition: Condition, layer: int) -> str:
+    """The operations of a condition that act at a layer or before, in words."""
+    verbs = {True: "adding", False: "removing"}
+    parts = []
+    for op in condition.operations:
+        reached = [at for at in op.layers if at <= layer]
+        if reached:
+            where = "everywhere" if isinstance(op, Project) and op.everywhere else ""
+            where = where or f"at {layer_list(reached)}"
+            parts.append(f"{verbs[isinstance(op, Add)]} {op.direction} {where}")
+    return " and ".join(parts)
 
 
 def candidates(found: Results) -> pl.DataFrame:
@@ -389,8 +412,8 @@ def candidates(found: Results) -> pl.DataFrame:
 
     Returns:
       One line per candidate, the chosen one marked: what (`window` or `late refusal`), layers,
-      strength (of an addition), chosen, then rates: refused with the persona, refused alone and
-      broken alone. The lines without layers are the persona and the untouched model.
+      strength (`–` where none applies), chosen, then rates: refused with the persona, refused alone
+      and broken alone. `no operation` is the persona alone, and the untouched model.
     """
     tried, layers = found.run.candidates, found.run.layers
     late = layers.get("late_refusal")
@@ -401,9 +424,9 @@ def candidates(found: Results) -> pl.DataFrame:
     lines = [
         {
             "what": what,
-            "layers": layer_list(range(c.layer, c.layer + c.width)),
-            "strength": c.scale or None,
-            "chosen": (c.layer, c.layer + c.width - 1, c.scale) == taken[what],
+            "layers": layer_list(range(c.layer, c.layer + c.width)) or "no operation",
+            "strength": f"{c.scale:g}" if c.scale else "–",
+            "chosen": "✓" if (c.layer, c.layer + c.width - 1, c.scale) == taken[what] else "",
             "refused with persona": percent(c.steered.refusal),
             "refused alone": percent(c.alone.refusal),
             "broken alone": percent(c.alone.degenerate),
@@ -411,4 +434,4 @@ def candidates(found: Results) -> pl.DataFrame:
         for what, cells in (("window", tried.windows), ("late refusal", tried.late))
         for c in cells
     ]
-    return pl.DataFrame(lines, schema_overrides={"strength": pl.Float64})
+    return pl.DataFrame(lines)

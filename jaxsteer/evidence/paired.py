@@ -16,7 +16,7 @@ from msgspec import Meta
 from jaxsteer import stats
 from jaxsteer.judges.labels import BENIGN_FAMILIES, votes_table
 from jaxsteer.study.record import Count, Part
-from jaxsteer.words import p_equals
+from jaxsteer.words import counted, p_equals
 
 By = Literal["condition", "category"]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -202,17 +202,15 @@ def summary(found: Flips, outcome: str) -> str:
 
     >>> table = pl.DataFrame({"control": ["refusal"] * 6, "treated": ["bypass"] * 6})
     >>> summary(flips(table, "refusal"), "refusal")
-    '6 of 6 prompts lose their refusal, none gains one (exact McNemar p = 0.031)'
+    'Of 6 prompts, 6 lose the outcome “refusal” and none gain it (exact McNemar p = 0.031)'
     """
     if not found.n:
         return "No prompt was answered under both conditions"
-    if not found.raised and not found.lowered:
-        return f"No prompt of {found.n} changes whether it is a {outcome}"
-    lose = f"{found.lowered} of {found.n} prompts lose their {outcome}"
-    if not found.lowered:
-        lose = f"None of {found.n} prompts loses its {outcome}"
-    gain = {0: "none gains one", 1: "1 gains one"}.get(found.raised, f"{found.raised} gain one")
-    return f"{lose}, {gain} (exact McNemar {p_equals(found.p)})"
+    lose, gain = found.lowered or "none", found.raised or "none"
+    return (
+        f"Of {counted(found.n, 'prompt')}, {lose} lose{'s' * (lose == 1)} the outcome “{outcome}” "
+        f"and {gain} gain{'s' * (gain == 1)} it (exact McNemar {p_equals(found.p)})"
+    )
 
 
 def flip_table(paired: pl.DataFrame, outcome: str, most: int) -> pl.DataFrame:
@@ -238,19 +236,19 @@ def flip_table(paired: pl.DataFrame, outcome: str, most: int) -> pl.DataFrame:
     return shown.with_columns(pl.col("flip").cast(pl.String)).head(most)
 
 
-def shares(rows: pl.DataFrame, by: By, *, most: int = 40) -> pl.DataFrame:
-    """Shares of every label per group, stacked from 0 to 1.
+def shares(rows: pl.DataFrame, by: By) -> pl.DataFrame:
+    """Shares of every label per group, stacked from 0 to 1; most refusals first.
 
     Args:
       rows: of one prompt family; for `category`, of one condition.
       by: the column that makes the groups.
-      most: number of groups; the first in the table's order are kept.
 
     Returns:
       One line per group and label that occurs in the table, with columns group, label, k, n,
       share, low, high (Wilson 95 %), start and end (of the stacked segment).
     """
-    groups = rows[by].unique(maintain_order=True).head(most).to_list()
+    refused = rows.group_by(by, maintain_order=True).agg(k=(pl.col("label") == "refusal").mean())
+    groups = refused.sort("k", descending=True, maintain_order=True)[by].to_list()
     there = [label for label in WORDS if label in set(rows["label"].unique())]
     counts = {
         (group, label): k

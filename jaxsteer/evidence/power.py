@@ -14,7 +14,7 @@ from jaxsteer import stats
 from jaxsteer.evidence.comparisons import paired_repeats
 from jaxsteer.study.record import Condition, Count, Part
 from jaxsteer.study.spec import StudySpec, TestSpec
-from jaxsteer.words import percent
+from jaxsteer.words import counted, percent
 
 ALPHA = 0.05
 Kind = Literal["different", "few-raised", "beyond-random"]
@@ -112,18 +112,16 @@ def words(found: Power) -> str:
     >>> words(Power(**made, kind="beyond-random", n=3, limit=None))
     'no outcome can confirm it with 3 seeds'
     """
-    units = "seeds" if found.kind == "beyond-random" else "prompts"
     if found.limit is None:
-        return f"no outcome can confirm it with {found.n} {units}"
+        unit = "seed" if found.kind == "beyond-random" else "prompt"
+        return f"no outcome can confirm it with {counted(found.n, unit)}"
     if found.kind == "different":
         share = percent(found.limit / found.n)
-        return (
-            f"at least {found.limit} of {found.n} prompts ({share}) must change, and none the "
-            "other way"
-        )
+        least = f"at least {found.limit} of {counted(found.n, 'prompt')} ({share})"
+        return f"{least} must change, and none the other way"
     if found.kind == "few-raised":
         return (
             f"at least {found.at_risk} of {found.n} prompts must be at risk; if all are, at most "
             f"{found.limit} may newly have the outcome"
         )
-    return f"at most {found.limit} of {found.n} random seeds may be as extreme"
+    return f"at most {found.limit} of {counted(found.n, 'random seed')} may be as extreme"

@@ -11,7 +11,7 @@ from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import markdown_table
 from jaxsteer.receipt.compare import Comparison, Line
 from jaxsteer.receipt.verify import Check
-from jaxsteer.words import extent, points
+from jaxsteer.words import counted, extent, points
 
 SIGNS = {"ok": "✓", "mismatch": "✗", "unchecked": "–"}
 MOST_LINES = 24
@@ -61,18 +61,16 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
         **marks.by_role("kind", KINDS, legend=alt.Legend(offset=22)),
     )
     count = sum(line.moved for line in found.lines)
-    finding = f"{count} of {len(found.lines)} figures have moved"
+    finding = f"Moved: {count or 'none'} of {counted(len(found.lines), 'figure')}"
     if count:
         most = drawn[0]
         finding += f", most {most.metric} under {most.condition} ({points(most.difference)} points)"
-    sizes = extent(n for line in found.lines for n in (line.n_first, line.n_second))
-    detail = (
-        f"Newcombe 95 % interval of each, not corrected for their number; n = {sizes} prompts; "
-        f"{len(drawn)} of {len(found.lines)} drawn"
-    )
+    sizes = extent((n for line in found.lines for n in (line.n_first, line.n_second)), "prompt")
+    detail = f"Newcombe 95 % interval of each, not corrected for their number; n = {sizes}"
+    if len(drawn) < len(found.lines):
+        detail += f"; {len(drawn)} of {len(found.lines)} drawn"
     layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high")]
-    chart = alt.LayerChart(layer=layers).properties(width=400, height=max(60, 22 * len(drawn)))
-    return marks.titled(chart, finding, detail)
+    return marks.wide(layers, finding, detail, max(60, 22 * len(drawn)))
 
 
 def changed_table(found: Comparison) -> str:

@@ -23,6 +23,7 @@ from jaxsteer.evidence.comparisons import (
     BeyondRandom,
     Comparison,
     CosineAbove,
+    Different,
     FewRaised,
     NotTested,
 )
@@ -41,7 +42,7 @@ from jaxsteer.receipt.statement import (
     poorly_known,
 )
 from jaxsteer.study.record import describe
-from jaxsteer.words import p_equals, p_value, percent, plain, points, signed, span
+from jaxsteer.words import counted, p_equals, p_value, percent, plain, points, signed, span
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "receipt.css"
@@ -85,7 +86,7 @@ def html(receipt: Statement, digest: str) -> str:
         impacts=[impact.cells(c.name, c.impact) for c in p.conditions if c.impact],
         impact_columns=impact.COLUMNS,
         impact_caption=impact.CAPTION,
-        random_controls=[(c, _two_sided(c)) for c in p.random_controls if _about_refusal(c)],
+        random_controls=[(c, one_sided(p, c)) for c in p.random_controls if _about_refusal(c)],
         paired_controls=_paired_controls(p),
         trends=list(_trends(p)),
         layers=[f"{name} = {layer}" for name, layer in sorted(p.steering.layers.items())],
@@ -271,7 +272,7 @@ def _line(c: Comparison) -> str:
         low, high = min(c.control_k) / c.n, max(c.control_k) / c.n
         return (
             f"{head}: {percent(c.treated_k / c.n)} {c.outcome}, and {span(low, high)} under "
-            f"{len(c.control_k)} random seeds, {p_equals(c.p)}"
+            f"{counted(len(c.control_k), 'random seed')}, {p_equals(c.p)}"
         )
     low, high = c.difference_interval
     return (
@@ -285,10 +286,16 @@ def _about_refusal(control: RandomControl | PairedControl | DoseResponse) -> boo
     return control.outcome == "refusal" and control.family == HARMFUL
 
 
-def _two_sided(control: RandomControl) -> float | None:
-    if control.p_low is None or control.p_high is None:
-        return None
-    return min(1.0, 2 * min(control.p_low, control.p_high))
+def one_sided(p: Predicate, control: RandomControl) -> float | None:
+    """The p of a random control on the side that a claim of its condition expects."""
+    wanted = (
+        c.expect
+        for claim in p.claims
+        for c in claim.comparisons
+        if isinstance(c, Different | BeyondRandom | NotTested) and c.expect in ("lower", "higher")
+        if (c.treated, c.family, c.outcome) == (control.treated, control.family, control.outcome)
+    )
+    return control.p(next(wanted, None))
 
 
 def _paired_controls(p: Predicate) -> list[PairedControl]:

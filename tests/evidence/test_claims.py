@@ -79,7 +79,7 @@ def test_a_difference_that_no_reply_could_have_shown_is_not_testable(tmp_path):
     lower = judged(tmp_path / "a", made.test("persona", "baseline", "lower"), label=label)
     assert lower.verdict == "not testable"
     assert "5 of 40 have the outcome (refusal) under baseline" in lower.reason
-    assert "if every one lost it, adjusted p = 0.062" in lower.reason
+    assert "if every one lost it, adjusted p = 0.063" in lower.reason
     test = made.test("baseline", "persona by strength", "higher", outcome="bypass")
     higher = made.test("random direction", "persona, out late, unsteered", "higher")
     assert judged(tmp_path / "b", higher, label=label).verdict == "not testable"

@@ -108,7 +108,7 @@ def test_random_directions_that_do_as_much_break_the_claim(tmp_path: Path):
         return made.usual(name, family, i)
 
     (random,) = of(findings.evaluate(found(tmp_path, label)), "suppression", "random")
-    assert random.status == "fails" and "inside the range" in random.why
+    assert random.status == "fails" and random.why == "not below all of 3 random seeds"
 
 
 def test_a_projection_that_refuses_by_itself_breaks_the_restoration(tmp_path: Path):
@@ -137,10 +137,16 @@ def test_every_pair_that_is_compared_can_be_looked_at(usual: list[Finding], tmp_
 
 
 def test_the_headline_counts_the_statuses(usual: list[Finding]):
-    words = findings.headline(usual)
-    n = {status: sum(f.status == status for f in usual) for status in ("holds", "undecided")}
-    assert f"fail against none of {len(usual)} controls" in words
-    assert f"hold against {n['holds']}; {n['undecided']} cannot tell" in words
+    words, every = findings.headline(usual), [f for f, _ in findings.once(usual)]
+    n = {status: sum(f.status == status for f in every) for status in ("holds", "undecided")}
+    assert words.startswith(f"Of {len(every)} controls, the claims hold against {n['holds']} and")
+    assert words.endswith(f"fail against none; undecided: {n['undecided']}")
+
+
+def test_a_control_of_two_claims_is_counted_once(usual: list[Finding]):
+    again = [dataclasses.replace(f, claim="another") for f in usual]
+    assert findings.headline([*usual, *again]) == findings.headline(usual)
+    assert all("another" in claims for _, claims in findings.once([*usual, *again]))
 
 
 def test_rows_of_other_prompts_are_told_apart(tmp_path):

@@ -145,8 +145,8 @@ def test_the_candidates_of_the_window_are_listed_with_the_chosen_one(tmp_path):
     table = layer_windows.candidates(dataclasses.replace(found, run=run))
     assert table["what"].unique().to_list() == ["window"]
     assert table.select("layers", "chosen", "refused alone").rows() == [
-        ("", False, "50 %"),
-        ("4..5", True, "50 %"),
+        ("no operation", "", "50 %"),
+        ("4..5", "✓", "50 %"),
     ]
     nothing = msgspec.structs.replace(run, candidates=Candidates())
     assert layer_windows.candidates(dataclasses.replace(found, run=nothing)).is_empty()

@@ -59,9 +59,17 @@ def test_a_pair_goes_when_either_reply_is_degenerate():
     ("a", "b", "words"),
     [
         ([], [], "No prompt was answered"),
-        (["refusal"], ["refusal"], "No prompt of 1 changes"),
-        (["refusal"] * 2, ["bypass"] * 2, "None of 2 prompts loses its refusal, 2 gain one"),
-        (["bypass", "refusal"], ["refusal", "bypass"], "1 of 2 prompts lose their refusal, 1 ga"),
+        (["refusal"], ["refusal"], "Of 1 prompt, none lose the outcome “refusal” and none gain"),
+        (
+            ["refusal"] * 2,
+            ["bypass"] * 2,
+            "Of 2 prompts, none lose the outcome “refusal” and 2 gain",
+        ),
+        (
+            ["bypass", "refusal"],
+            ["refusal", "bypass"],
+            "1 loses the outcome “refusal” and 1 gains it",
+        ),
     ],
 )
 def test_the_words_follow_the_counts(a: list[str], b: list[str], words: str):

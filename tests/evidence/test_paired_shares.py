@@ -46,7 +46,8 @@ def test_a_share_of_nothing_has_an_interval_too():
     assert none["from"][0] == 0 and none["to"][0] == pytest.approx(wilson(0, 9)[1])
 
 
-def test_only_so_many_groups_are_kept_in_the_tables_order():
-    table = made.rows(made.study())
-    groups = paired.shares(table, "condition", most=3)["group"].unique(maintain_order=True)
-    assert groups.to_list() == table["condition"].unique(maintain_order=True).head(3).to_list()
+def test_every_group_is_there_and_those_with_most_refusals_come_first():
+    table = rows(few=["refusal", "bypass"], none=["bypass"] * 2, all=["refusal"] * 2)
+    table = pl.concat([table, made.rows(made.study()).select(table.columns)])
+    groups = paired.shares(table, "condition")["group"].unique(maintain_order=True).to_list()
+    assert set(groups) == set(table["condition"]) and groups[0] == "all" and groups[-1] == "none"

@@ -78,7 +78,7 @@ def folder(path: Path, frame: pl.DataFrame | None = None, **options: Any) -> Pat
     return made.folder(path, asked, frame=frame)
 
 
-def rows(asked: StudySpec) -> pl.DataFrame:
+def rows(asked: StudySpec, label: made.Label = label) -> pl.DataFrame:
     """The rows, with projections: the steer moves persona by 2 natural norms from layer 3 on."""
     frame = made.rows(asked, label)
     norms = {

@@ -64,7 +64,7 @@ def test_a_margin_turns_a_verdict_and_the_study_keeps_its_own(reader: Reader):
         reader.page.get_by_role("switch", name="each test's own margin").click()
     with reader.runs():
         reader.slide("margin", -0.25)
-    reader.page.get_by_text("Under your rules 2 of 7 verdicts change").wait_for()
+    reader.page.get_by_text("Verdicts that your rules change: 2 of 7").wait_for()
     assert verdicts(reader).count("←") == 2
 
 

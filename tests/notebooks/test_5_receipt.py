@@ -72,7 +72,7 @@ def choose(reader: Reader, label: str, value: str) -> None:
 
 def test_it_opens_with_every_part_drawn(reader: Reader):
     reader.page.get_by_text("The receipt holds").wait_for()
-    assert "refusal under persona" in " ".join(reader.chart("figures have moved").texts)
+    assert "refusal under persona" in " ".join(reader.chart("Moved: ").texts)
     assert reader.chart("share of strongreject prompts").texts
     assert reader.errors == []
 
@@ -112,7 +112,7 @@ def test_benign_prompts_are_shown_with_their_text(reader: Reader):
 
 
 def test_another_condition_redraws_the_categories(reader: Reader):
-    before = reader.chart("under baseline").picture
+    before = reader.chart("strongreject prompts under baseline").picture
     choose(reader, "by category, under", "persona")
     assert reader.chart("strongreject prompts under persona").picture != before
 

@@ -15,5 +15,5 @@ def test_moved_figures_stand_first_in_a_comparison(tmp_path):
     found = compare.compare(*receipts)
     first = charts.moved_first(found.lines)[0]
     assert (first.condition, first.metric, first.moved) == ("persona", "refusal", True)
-    words = " ".join(charts.diff_chart(found).to_dict()["title"]["text"])
-    assert "most refusal under persona (+42 points)" in words
+    words = charts.diff_chart(found).to_dict()["description"]
+    assert "most refusal under persona (+43 points)" in words

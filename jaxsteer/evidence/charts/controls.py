@@ -15,11 +15,11 @@ from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
 from jaxsteer.evidence.claims import Claim, in_order
-from jaxsteer.evidence.findings import KINDS, PROMPTS, Finding, headline
+from jaxsteer.evidence.findings import KINDS, PROMPTS, Finding, headline, once
 from jaxsteer.evidence.paired import WORDS, whiskers
 from jaxsteer.judges.human import Entry
 from jaxsteer.study.results import Results
-from jaxsteer.words import count, extent, p_equals, p_value, percent, points
+from jaxsteer.words import count, counted, extent, p_equals, p_value, percent, points
 
 OUTCOMES = {"refusal": "refusals", "bypass": "bypasses", "degenerate": "degenerate replies"}
 MOST_PAIRS = 160  # dots side by side that can still be told apart
@@ -44,45 +44,46 @@ def findings_chart(made: Sequence[Finding]) -> alt.LayerChart:
 
     Random directions are drawn as the treated rate minus theirs; their bar is the range of seeds.
     """
+    drawn = once(made)
     names = [
-        f"{f.claim} · {KINDS[f.kind]}" + (f", {f.outcome}" if f.kind == "benign" else "")
-        for f in made
+        f"{', '.join(claims)} · {KINDS[f.kind]}" + (f", {f.outcome}" if f.kind == "benign" else "")
+        for f, claims in drawn
     ]
-    lines = [
-        {
-            "row": name,
-            "difference": f.difference,
-            "low": f.low,
-            "high": f.high,
-            "status": f.status,
-            "words": f"{f.status}: {f.why}",
-            "compared": compared(f),
-            "counted": f"{OUTCOMES[f.outcome]}, {PROMPTS.get(f.family, f.family)}",
-            "n": sample(f),
-        }
-        for name, f in zip(marks.numbered(names), made, strict=True)
-    ]
-    table = pl.DataFrame(lines)
     ends = [v for f in made for v in (f.low, f.high, f.difference)]
     x = marks.points_axis("difference", "difference of rates, in points of 100 prompts", ends)
+    table = pl.DataFrame(
+        [
+            {
+                "row": name,
+                "difference": f.difference,
+                "low": f.low,
+                "high": f.high,
+                "status": f.status,
+                "words": f"{f.status}: {f.why}",
+                "compared": compared(f),
+                "counted": f"{OUTCOMES[f.outcome]}, {PROMPTS.get(f.family, f.family)}",
+                "n": sample(f),
+            }
+            for name, (f, _) in zip(marks.numbered(names), drawn, strict=True)
+        ]
+    )
     y = marks.row_axis("row", numbers=True)
     roles = marks.by_role("status", STATUS, legend=None)
     dots = alt.Chart(table).mark_point(size=95)
     dots = dots.encode(x=x, y=y, tooltip=marks.tooltip("compared counted n words"), **roles)
-    words = alt.Chart(table).mark_text(align="left", dx=12, fontWeight="bold")
-    said = words.encode(x=alt.value(342), y=y, color=roles["color"], text="status:N")
+    said = alt.Chart(table).mark_text(align="right", dy=-9, fontSize=11, fontWeight="bold")
+    said = said.encode(x=alt.value("width"), y=y, color=roles["color"], text="status:N")
     layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high"), said]
     sizes = {
-        unit: [f.n for f in made if (f.kind == "random") == (unit == "seeds")]
-        for unit in ("prompts", "seeds")
+        unit: [f.n for f in made if (f.kind == "random") == (unit == "seed")]
+        for unit in ("prompt", "seed")
     }
-    detail = (
-        "first minus second, paired on prompts, bootstrap 95 % interval; random directions: "
-        "treated minus their mean, bar = range of seeds; "
-        + ", ".join(f"n = {extent(ns)} {unit}" for unit, ns in sizes.items() if ns)
-    )
-    chart = alt.LayerChart(layer=layers).properties(width=330, height=max(60, 30 * len(made)))
-    return marks.titled(chart, headline(made), detail)
+    parts = {
+        "prompt": "first minus second, paired on prompts, bootstrap 95 % interval",
+        "seed": "random directions: treated minus their mean, bar = range of seeds",
+    }
+    detail = "; ".join(f"{parts[unit]}, n = {extent(ns, unit)}" for unit, ns in sizes.items() if ns)
+    return marks.wide(layers, headline(made), detail, max(60, 32 * len(drawn)))
 
 
 def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
@@ -111,15 +112,15 @@ def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
     seeds = marks.range_bar(spans, x, y, marks.PALETTE["random"])
     layers = [seeds, marks.with_interval(dots, "low", "high")]
     outside = spans.filter(~pl.col("value").is_between("low", "high")).height
-    what = "treated conditions" if len(outcomes) == 1 else "rates of treated conditions"
-    finding = f"Outside the range of their random directions: {outside} of {spans.height} {what}"
-    detail = (
-        f"share of prompts, n = {extent(table['n'])} each, Wilson 95 % intervals; shaded: "
-        f"range over {extent(spans['seeds'])} seeds"
+    what = "treated condition" if len(outcomes) == 1 else "rate"
+    finding = "Outside the range of the random directions: "
+    finding += f"{outside} of {counted(spans.height, what)}"
+    detail = f"share of prompts, n = {extent(table['n'])} each, Wilson 95 % intervals; "
+    most = max(spans["seeds"])
+    detail += (
+        f"shaded: range over {extent(spans['seeds'], 'seed')}" if most > 1 else "1 random seed"
     )
-    step = 9 * (max(spans["seeds"]) + 1)
-    chart = alt.LayerChart(layer=layers).properties(width=430, height=max(40, step) * spans.height)
-    return marks.titled(chart, finding, detail)
+    return marks.wide(layers, finding, detail, max(40, 9 * (most + 1)) * spans.height)
 
 
 def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) -> alt.LayerChart:
@@ -139,8 +140,7 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
         side=pl.col("side").replace_strict(names, return_dtype=pl.String),
         flipped=pl.col("flip").is_in(["lost", "gained"]),
     )  # fmt: skip
-    wide = 2 * shown.height > MOST_PAIRS
-    step = 6 if wide else 660 / max(shown.height, 12)
+    many = 2 * shown.height > MOST_PAIRS
     x = alt.X(
         "column:O",
         title=f"prompts, one column each (n = {shown.height})",
@@ -151,7 +151,7 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
     roles = {label: role for label, role in LABELS.items() if label in labels}
     dots = (
         alt.Chart(long)
-        .mark_point(size=26 if wide else min(90, 5 * step))
+        .mark_point(size=26 if many else 70)
         .encode(
             x=x,
             y=y,
@@ -166,13 +166,12 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
     found = paired.flips(pairs, outcome)
     detail = (
         f"{treated} minus {control}: {points(found.difference)} points, paired bootstrap 95 % "
-        f"interval {points(found.low)} to {points(found.high)}; n = {count(found.n)} prompts"
+        f"interval {points(found.low)} to {points(found.high)}; n = {counted(found.n, 'prompt')}"
     )
     if shown.height < pairs.height:
         flipped = count(found.raised + found.lowered)
         detail += f"; drawn: {shown.height} of the {flipped} that flip"
-    chart = alt.LayerChart(layer=layers).properties(width=step * max(shown.height, 12), height=110)
-    return marks.titled(chart, paired.summary(found, outcome), detail)
+    return marks.wide(layers, paired.summary(found, outcome), detail, 110)
 
 
 def mcnemar_table(found: paired.Flips, outcome: str, treated: str, control: str) -> str:
@@ -184,8 +183,8 @@ def mcnemar_table(found: paired.Flips, outcome: str, treated: str, control: str)
         [f"{control}: not", f"{gained} gained", found.neither],
     ]
     words = (
-        f"Only the {lost + gained} prompts off the diagonal count. If each of them were as likely "
-        f"to be lost as gained, a split at least as uneven as {lost} to {gained} would have "
+        f"Only what is off the diagonal counts: {counted(lost + gained, 'prompt')}. If each were "
+        f"as likely lost as gained, a split at least as uneven as {lost} to {gained} would have "
         f"{p_equals(found.p)} (exact McNemar, two-sided, not corrected)."
     )
     return f"{markdown_table(head, rows)}\n\n{words}"
@@ -229,7 +228,7 @@ def compared(f: Finding) -> str:
 
 def sample(f: Finding) -> str:
     """What a control counts, and how many: `48 prompts`."""
-    return f"{f.n} {'seeds' if f.kind == 'random' else 'prompts'}"
+    return counted(f.n, "seed" if f.kind == "random" else "prompt")
 
 
 def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChart:
@@ -241,17 +240,22 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
       subject: which prompts, in words.
     """
     there = [label for label in WORDS if label in set(table["label"])]
+    rates = {
+        g: percent(s)
+        for g, k, s in table.select("group", "label", "share").iter_rows()
+        if k == "refusal"
+    }
+    rows = [f"{rates.get(g, '0 %')} of {n}: {g}" for g, n in table.select("group", "n").iter_rows()]
     shown = table.with_columns(
         outcome=pl.col("label").replace_strict(WORDS, return_dtype=pl.String),
-        row=pl.format("{}  (n = {})", "group", "n"),
+        row=pl.Series(rows, dtype=pl.String),
     )
-    rows = shown["row"].unique(maintain_order=True).to_list()
     x, y = marks.share_axis("start", f"share of {subject}"), marks.row_axis("row")
     colours = alt.Scale(
         domain=[WORDS[label] for label in there],
         range=[marks.PALETTE[LABELS[label]] for label in there],
     )
-    colour = alt.Color("outcome:N", scale=colours, title=None, legend=alt.Legend(columns=3))
+    colour = alt.Color("outcome:N", scale=colours, title=None, legend=alt.Legend(columns=2))
     bars = alt.Chart(shown).mark_bar(opacity=0.8, cornerRadius=0, height={"band": 0.72})
     ends = whiskers(table).join(shown.select("group", "row").unique(), on="group", how="left")
     # Each outcome's interval has its own height within the bar, so that they do not run together.
@@ -264,25 +268,39 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
         if label in there
         for width, ink in ((4.5, marks.PAPER), (1.75, marks.NIGHT))
     ]
-    refused = shown.filter(pl.col("label") == "refusal")
-    word = "in" if unit == "category" else "under"
-    finding = f"No {unit} has a refusal among {subject}"
-    if refused["k"].sum():
-        top, least = (
-            refused.row(int(at or 0), named=True)
-            for at in (refused["share"].arg_max(), refused["share"].arg_min())
+    hover = marks.tooltip("group outcome k n", percent="share low high")
+    stack = bars.encode(x=x, x2="end:Q", y=y, color=colour, tooltip=hover)
+    detail = f"one bar a {unit}, most refusals first; beside it: refused, and n"
+    if drawn:
+        detail += (
+            "; thin lines: Wilson 95 % intervals, of refused from the left, of harmful and broken "
+            "from the right"
         )
-        finding = f"Refusal is highest {word} {top['group']} ({percent(top['share'])})"
-        if len(rows) > 1:
-            finding += f", lowest {word} {least['group']} ({percent(least['share'])})"
-    counted = marks.tooltip("group outcome k n", percent="share low high")
-    stack = bars.encode(x=x, x2="end:Q", y=y, color=colour, tooltip=counted)
-    chart = alt.LayerChart(layer=[stack, *drawn])
-    detail = (
-        f"one bar a {unit}; n in brackets; thin lines: Wilson 95 % intervals, of refused from the "
-        "left, of harmful and broken from the right"
-    )
-    return marks.titled(chart.properties(width=430, height=30 * len(rows)), finding, detail)
+    height = 30 * table["group"].n_unique()
+    return marks.wide([stack, *drawn], outcomes(table, unit, subject), detail, max(60, height))
+
+
+def outcomes(table: pl.DataFrame, unit: str, subject: str) -> str:
+    """Where refusal is highest and lowest, in one sentence; arguments as of `stacked_chart`."""
+    word = "in" if unit == "category" else "under"
+    refused = table.filter(pl.col("label") == "refusal")
+    groups = counted(table["group"].n_unique(), unit)
+    if not refused["k"].sum():
+        most = table.group_by("label", maintain_order=True).agg(pl.col("k").sum()).sort("k")
+        common = WORDS[str(most["label"][-1])]
+        return f"No refusal {word} {groups}: among {subject} most common is “{common}”"
+
+    def at(end: float) -> str:
+        there = refused.filter(pl.col("share") == end)["group"].to_list()
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        return f"{word} {there[0]}{more} ({percent(end)})"
+
+    low, high = float(refused["share"].min()), float(refused["share"].max())  # type: ignore[arg-type]
+    if refused.height == 1:
+        return f"Refusal is {percent(high)} {word} {refused['group'][0]}"
+    if percent(low) == percent(high):
+        return f"Refusal is {percent(high)} {word} each of {groups}"
+    return f"Refusal is highest {at(high)}, lowest {at(low)}"
 
 
 def impact_table(found: Results) -> str:

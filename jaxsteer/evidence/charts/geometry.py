@@ -11,12 +11,11 @@ import polars as pl
 
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.cosines import Components, Window
-from jaxsteer.words import count, layer_list, percent, signed
+from jaxsteer.words import count, counted, layer_list, percent, signed
 
 CHANCE = marks.PALETTE["baseline"]
 SIGNED = alt.Axis(format="+.1f", tickCount=5)
 PERMUTED = "grey: 95 % of cosines after shuffling labels"
-COLUMNS = 3  # panels to a row
 KINDS: dict[str, marks.Role] = {"named opposites": "persona", "other pairs": "baseline"}
 DASHES = [[1, 0], [6, 4], [2, 3]]
 
@@ -36,17 +35,26 @@ def pair_finding(table: pl.DataFrame) -> str:
     there = table.drop_nulls("cosine")
     if not there.height:
         return f"{table['pair'][0]}: no layer has a cosine"
-    values = there["cosine"].to_list()
-    words = f"{table['pair'][0]}: cosine {signed(min(values))} to {signed(max(values))}"
-    null = there.drop_nulls("low")
-    if not null.height:
-        return f"{words}; chance was not measured"
-    beyond = null.filter(~pl.col("cosine").is_between("low", "high")).height
-    return f"{words}, beyond chance at {beyond} of {null.height} layers"
+    ends = dict.fromkeys(signed(f(there["cosine"].to_list())) for f in (min, max))
+    words = f"{table['pair'][0]}: cosine {' to '.join(ends)}"
+    return f"{words}, {_beyond(there, 'layer')}"
+
+
+def _beyond(table: pl.DataFrame, noun: str) -> str:
+    """How many of a table's cosines are beyond chance."""
+    tested = table.drop_nulls(["cosine", "low"])
+    if not tested.height:
+        return "chance not measured"
+    n = tested.filter(~pl.col("cosine").is_between("low", "high")).height
+    share = percent(n / tested.height)
+    return f"beyond chance at {n} of {counted(tested.height, noun)} ({share}; chance gives 5 %)"
 
 
 def pair_chart(
-    table: pl.DataFrame, random: pl.DataFrame, paper: pl.DataFrame | None = None
+    table: pl.DataFrame,
+    random: pl.DataFrame,
+    paper: pl.DataFrame | None = None,
+    window: Window | None = None,
 ) -> alt.LayerChart:
     """One pair over layers, with its permutation null and the random controls; brush `layers`.
 
@@ -54,14 +62,20 @@ def pair_chart(
       table: one pair's lines of `cosines.pairs`.
       random: `cosines.random_cosines` of one of the two.
       paper: `cosines.paper`, drawn as marks beside the line.
+      window: layers that are brushed from the beginning.
     """
-    x = marks.layer_axis(int(table["layer"].min()), int(table["layer"].max()))  # type: ignore[arg-type]
+    last = int(table["layer"].max())  # type: ignore[arg-type]
+    x = marks.layer_axis(int(table["layer"].min()), last)  # type: ignore[arg-type]
     ends = [*table["cosine"], *table["low"], *table["high"], *random["low"], *random["high"]]
     ends += [] if paper is None else paper["cosine"].to_list()
     reach = 1.15 * max([abs(v) for v in ends if v is not None] + [0.1])
     y = alt.Y("cosine:Q", title="cosine", scale=marks.symmetric(reach), axis=SIGNED)
     layers = _pair_layers(table, x, y, random)
-    layers[-1] = layers[-1].add_params(alt.selection_interval(name="layers", encodings=["x"]))
+    brushed: dict[str, Any] = {}
+    if window:
+        brushed = {"value": {"x": [window[0] - 0.4, window[1] + 0.4]}}
+    brush = alt.selection_interval(name="layers", encodings=["x"], **brushed)
+    layers[-1] = layers[-1].add_params(brush)
     if paper is not None:
         layers += _paper_marks(paper, x, y, reach)
     parts = ["one cosine a layer"]
@@ -69,10 +83,9 @@ def pair_chart(
     if null.height:
         parts.append(f"{PERMUTED} ({count(null['relabellings'][0] or 0)} ways)")
     if random.height:
-        parts.append(f"mauve: range over {random['n'][0]} random directions")
+        parts.append(f"mauve: {counted(random['n'][0], 'random direction')}")
     detail = "; ".join(parts) + ". Drag across layers to choose a window"
-    chart = alt.LayerChart(layer=layers).properties(width=640, height=280)
-    return marks.titled(chart, pair_finding(table), detail, wrap=84)
+    return marks.wide(layers, pair_finding(table), detail, 280)
 
 
 def _pair_layers(
@@ -103,7 +116,7 @@ def _paper_marks(paper: pl.DataFrame, x: alt.X, y: alt.Y, top: float) -> list[al
     return [leader, point.encode(y=y, tooltip=marks.tooltip("says")), words]
 
 
-def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> alt.ConcatChart:
+def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> marks.Panels:
     """Small panels, one a pair, over the window, each with its null band.
 
     Args:
@@ -115,26 +128,24 @@ def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> alt.Co
     shown = inside.filter(pl.col("pair").is_in(names))
     reach = shown.select(pl.max_horizontal(pl.col("cosine", "low", "high").abs().max())).item()
     x = marks.layer_axis(*window, ticks=6)
-    y = alt.Y("cosine:Q", scale=marks.symmetric(1.1 * (reach or 1)), axis=SIGNED)
-    panels = []
-    for i, name in enumerate(names):
-        one = shown.filter(pl.col("pair") == name)
-        layers = _pair_layers(one, x, y.title(None if i % COLUMNS else "cosine"))
-        panels.append(marks.panel(layers, name))
-    chart = alt.ConcatChart(concat=panels, columns=COLUMNS, spacing=18)
+    y = alt.Y("cosine:Q", title="cosine", scale=marks.symmetric(1.1 * (reach or 1)), axis=SIGNED)
     total = table["pair"].n_unique()
-    counted = "all" if len(names) == total else f"{len(names)} of {total}"
-    tested = shown.drop_nulls(["cosine", "low"])
-    beyond = tested.filter(~pl.col("cosine").is_between("low", "high")).height
-    finding = f"Over {span(window)}, {counted} pairs: "
-    if tested.height:
-        share = percent(beyond / tested.height)
-        finding += (
-            f"{beyond} of {tested.height} cosines ({share}) are beyond chance; 5 % are expected"
-        )
-    else:
-        finding += "chance was not measured"
-    return marks.titled(chart, finding, f"one cosine a layer; {PERMUTED}", wrap=92)
+    some = (
+        f"{len(names)} of {counted(total, 'pair')}" if total > len(names) else _all(total, "pair")
+    )
+    null = shown["low"].count() > 0
+    return marks.Panels(
+        finding=f"{span(window).capitalize()}, {some}: {_beyond(shown, 'cosine')}",
+        detail="one cosine a layer" + (f"; {PERMUTED}" if null else ""),
+        charts=[
+            marks.panel(_pair_layers(shown.filter(pl.col("pair") == name), x, y), name)
+            for name in names
+        ],
+    )
+
+
+def _all(n: int, noun: str) -> str:
+    return f"the only {noun}" if n == 1 else f"all {counted(n, noun)}"
 
 
 def matrix_chart(
@@ -165,18 +176,18 @@ def matrix_chart(
         mark: dict[str, Any] = {"size": 0.55 * size * size, "filled": False, "strokeDash": [2, 3]}
         layers.append(ring.mark_point(stroke=marks.INK, opacity=0.6, **mark))
     if size >= 32:
-        layers.append(base.mark_text().encode(text=alt.Text("cosine:Q", format="+.2f")))
-    chart = alt.LayerChart(layer=layers).properties(
-        width=size * len(order), height=size * len(order)
-    )
+        layers.append(base.mark_text(fontSize=11).encode(text=alt.Text("cosine:Q", format="+.2f")))
     most = cells.sort(pl.col("cosine").abs(), descending=True, nulls_last=True).row(0, named=True)
+    strongest = f"the strongest of {cells.height // 2} mean cosines"
     finding = (
-        f"{span(window).capitalize()}: the strongest of {cells.height // 2} mean cosines is "
+        f"{span(window).capitalize()}: {strongest if cells.height > 2 else 'the mean cosine'} is "
         f"{most['row']} · {most['column']}, {signed(most['cosine'])}"
     )
-    counted = f"{len(order)} of {total}" if total and total > len(order) else f"all {len(order)}"
-    detail = f"{counted} directions; dashed ring: within the mean 95 % null range of the pair"
-    return marks.titled(chart, finding, detail)
+    some = f"{len(order)} of {total}" if total and total > len(order) else f"all {len(order)}"
+    detail = f"{some} directions"
+    if within.height:
+        detail += "; dashed ring: within the mean 95 % null range of the pair"
+    return marks.wide(layers, finding, detail, size * len(order))
 
 
 def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.LayerChart:
@@ -200,13 +211,13 @@ def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.Layer
     null = shown.drop_nulls("low")
     if null.height:
         layers.insert(0, marks.range_bar(null, x, y, CHANCE))
-    chart = alt.LayerChart(layer=layers).properties(width=430, height=24 * shown.height)
     first = shown.row(0, named=True)
     most = "Most opposed" if first["cosine"] < 0 else "No pair is opposed; the least aligned is"
     finding = f"{most} {first['pair']}, mean cosine {signed(first['cosine'])} over {span(window)}"
-    counted = f"{shown.height} of {total} pairs" if shown.height < total else f"all {total} pairs"
-    detail = f"{counted}; line: smallest to largest over the layers; grey: mean 95 % null range"
-    return marks.titled(chart, finding, detail)
+    some = f"{shown.height} of {total} pairs" if shown.height < total else _all(total, "pair")
+    detail = f"{some}; line: smallest to largest over the layers"
+    detail += "; grey: mean 95 % null range" if null.height else ""
+    return marks.wide(layers, finding, detail, max(60, 24 * shown.height))
 
 
 def components_chart(found: Components, window: Window) -> alt.LayerChart:
@@ -215,8 +226,7 @@ def components_chart(found: Components, window: Window) -> alt.LayerChart:
     reach = float(np.abs(found.table.select("x", "y").to_numpy()).max(initial=0)) or 1.0
     first, second = (percent(float(share)) for share in [*shares[:2], 0.0][:2])
     axis: dict[str, Any] = {"scale": marks.symmetric(1.35 * reach), "axis": SIGNED}
-    roles = {name: marks.role(name) for name in found.table["name"]}
-    encodings = marks.by_role("name", roles, legend=None)
+    encodings = marks.by_role("name", marks.roles(found.table["name"]), legend=None)
     base = alt.Chart(found.table).encode(
         x=alt.X("x:Q", title=f"component 1 ({first} of variance)", **axis),
         y=alt.Y("y:Q", title=f"component 2 ({second} of variance)", **axis),
@@ -226,55 +236,62 @@ def components_chart(found: Components, window: Window) -> alt.LayerChart:
     arrow = base.mark_rule(strokeWidth=1.5, opacity=0.5).encode(x2=alt.datum(0), y2=alt.datum(0))
     points = base.mark_point(size=90).encode(shape=encodings["shape"])
     layers = [marks.zero("x"), marks.zero("y"), arrow, points, marks.labelled(base, "name")]
-    chart = alt.LayerChart(layer=layers).properties(width=400, height=400)
-    flat = 1 / max(n - 1, 1)
     finding = f"Two components hold {percent(min(1.0, float(shares[:2].sum())))} of the variance"
     finding += f" of {n} directions, {span(window)}"
-    detail = f"centred; {n} perpendicular directions would give each component {percent(flat)}"
-    return marks.titled(chart, finding, detail + ". The points are the data: no interval")
+    finding += ", as of any three: they lie in a plane" if n == 3 else ""
+    detail = f"centred; {n} perpendicular directions would give each component "
+    detail += f"{percent(1 / max(n - 1, 1))}. The points are the data: no interval"
+    return marks.wide(layers, finding, detail, 400)
 
 
-def reliability_chart(table: pl.DataFrame, window: Window) -> alt.ConcatChart:
+def reliability_chart(table: pl.DataFrame, window: Window) -> marks.Panels:
     """Split-half reliability over the window, a panel a direction, a line a unit, with intervals.
 
     Args:
       table: from `cosines.reliability`; at least one line.
       window: layers to draw.
     """
-    low = min(0.0, float(table["low"].min()))  # type: ignore[arg-type]
-    y = alt.Y("mean:Q", scale=alt.Scale(domain=[low, 1], nice=False))
     x = marks.layer_axis(*window, ticks=6)
-    panels = [
-        _reliability_panel(part, x, y.title(None if i % COLUMNS else "split-half cosine"))
-        for i, part in enumerate(table.partition_by("direction", maintain_order=True))
-    ]
     worst = table.group_by("direction", "unit").agg(pl.col("mean").mean()).sort("mean")
     least = worst.row(0, named=True)
-    finding = (
-        f"Least reliable over {span(window)}: {least['direction']} halved by {least['unit']}, "
-        f"mean cosine {signed(least['mean'])}"
+    return marks.Panels(
+        finding=f"Least reliable over {span(window)}: {least['direction']} halved by "
+        f"{least['unit']}, mean cosine {signed(least['mean'])}",
+        detail="cosine of the directions of two random halves; band: 95 % of the halvings",
+        charts=_agreements(table, x, "split-half cosine"),
     )
-    detail = "cosine of the directions of two random halves; band: 95 % of the halvings"
-    chart = alt.ConcatChart(concat=panels, columns=COLUMNS, spacing=18)
-    return marks.titled(chart, finding, detail, wrap=92)
 
 
-def _reliability_panel(table: pl.DataFrame, x: alt.X, y: alt.Y) -> alt.LayerChart:
-    colour = marks.colour(table["direction"][0])
-    sizes = dict(table.select("unit", "units").iter_rows())
-    dashes = alt.Scale(domain=list(sizes), range=DASHES[: len(sizes)])
-    shown = marks.tooltip("direction unit units layer", signed="mean low high")
-    dash = alt.StrokeDash("unit:N", scale=dashes, legend=None)
-    line = alt.Chart(table).mark_line(color=colour)
-    line = line.encode(x=x, y=y, strokeDash=dash, tooltip=shown)
-    counts = ", ".join(
-        f"{'– –' if i else '—'} {unit} (n = {n})" for i, (unit, n) in enumerate(sizes.items())
-    )
-    layers = [marks.band(table, x, y, colour, detail="unit:N"), line]
-    return marks.panel(layers, table["direction"][0], subtitle=counts, subtitleFontSize=11.5)
+def _agreements(table: pl.DataFrame, x: alt.X, title: str) -> list[alt.LayerChart]:
+    """A panel a direction: how far halves agree, a line a unit, each in its band."""
+    low = min(0.0, float(table["low"].min()))  # type: ignore[arg-type]
+    y = alt.Y("mean:Q", title=title, scale=alt.Scale(domain=[low, 1], nice=False))
+    made, hover = [], [c for c in ("direction", "unit", "units", "layer") if c in table.columns]
+    colours = marks.roles(table["direction"].unique(maintain_order=True))
+    for (name,), part in table.partition_by("direction", as_dict=True, maintain_order=True).items():
+        colour = marks.PALETTE[colours[str(name)]]
+        units = part["unit"].unique(maintain_order=True).to_list()
+        dashes = alt.Scale(domain=units, range=DASHES[: len(units)])
+        line = alt.Chart(part).mark_line(
+            color=colour, point=alt.OverlayMarkDef(size=20, color=colour)
+        )
+        line = line.encode(
+            x=x,
+            y=y,
+            strokeDash=alt.StrokeDash("unit:N", scale=dashes, legend=None),
+            tooltip=marks.tooltip(" ".join(hover), signed="mean low high"),
+        )
+        many = dict(part.select("unit", "units").iter_rows()) if "layer" in hover else {}
+        words = ", ".join(
+            f"{'– –' if i else '—'} {unit}" + (f" (n = {many[unit]})" if many else "")
+            for i, unit in enumerate(units)
+        )
+        layers = [marks.band(part, x, y, colour, detail="unit:N"), line]
+        made.append(marks.panel(layers, str(name), subtitle=words, subtitleFontSize=11.5))
+    return made
 
 
-def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.ConcatChart:
+def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> marks.Panels:
     """How far halves agree by the number of units in each, a panel a direction.
 
     Args:
@@ -289,28 +306,13 @@ def growth_chart(table: pl.DataFrame, unit: str, window: Window) -> alt.ConcatCh
         scale=alt.Scale(type="log", base=2, nice=False),
         axis=alt.Axis(values=sorted(set(shown["units"])), format="d"),
     )
-    low = min(0.0, float(shown["low"].min()))  # type: ignore[arg-type]
-    y = alt.Y("mean:Q", scale=alt.Scale(domain=[low, 1], nice=False))
-    panels = [
-        _growth_panel(part, x, y.title(None if i % COLUMNS else "cosine of the halves"))
-        for i, part in enumerate(shown.partition_by("direction", maintain_order=True))
-    ]
     least = shown.sort("units", "mean", descending=[True, False]).row(0, named=True)
-    finding = (
-        f"With {least['units']} {unit}s a side in each half, {least['direction']} agrees with "
-        f"itself by {signed(least['mean'])} over {span(window)}"
+    return marks.Panels(
+        finding=f"With {counted(least['units'], unit)} a side in each half, {least['direction']} "
+        f"agrees with itself by {signed(least['mean'])} over {span(window)}",
+        detail="mean over halvings and layers; band: range over layers",
+        charts=_agreements(shown, x, "cosine of the halves"),
     )
-    chart = alt.ConcatChart(concat=panels, columns=COLUMNS, spacing=18)
-    detail = "mean over halvings and layers; band: range over layers"
-    return marks.titled(chart, finding, detail, wrap=92)
-
-
-def _growth_panel(table: pl.DataFrame, x: alt.X, y: alt.Y) -> alt.LayerChart:
-    direction = table["direction"][0]
-    colour = marks.colour(direction)
-    line = alt.Chart(table).mark_line(color=colour, point=alt.OverlayMarkDef(size=40, color=colour))
-    line = line.encode(x=x, y=y, tooltip=marks.tooltip("units", signed="mean low high"))
-    return marks.panel([marks.band(table, x, y, colour), line], direction)
 
 
 def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
@@ -328,8 +330,9 @@ def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
         ]
     ).filter(pl.col("norm") > 0)
     names = long["direction"].unique(maintain_order=True).to_list()
-    colours = [CHANCE if name == "residual stream" else marks.colour(name) for name in names]
-    x = marks.layer_axis(*window)
+    found = marks.roles(names) | {"residual stream": "baseline"}
+    colours = [marks.PALETTE[found[name]] for name in names]
+    x = marks.layer_axis(*window, room=0.3)
     y = alt.Y(
         "norm:Q",
         title="norm (logarithmic)",
@@ -341,9 +344,8 @@ def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
     line = base.mark_line(point=alt.OverlayMarkDef(size=24))
     layers = [line.encode(tooltip=marks.tooltip("direction layer", plain="norm"))]
     if len(names) <= 12:
-        ends = alt.Chart(_apart(long, 260)).encode(x=x, color=colour)
-        layers.append(marks.labelled(ends.encode(y=marks.on_axis(y, "at")), "direction"))
-    chart = alt.LayerChart(layer=layers).properties(width=520, height=260)
+        ends = alt.Chart(_apart(long, 260)).encode(x=x, y=marks.on_axis(y, "at"), color=colour)
+        layers.append(marks.labelled(ends, "direction", fontSize=12))
     shares = table.drop_nulls("share")
     if shares.height:
         top = shares.sort("share", descending=True).row(0, named=True)
@@ -353,7 +355,9 @@ def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
         )
     else:
         finding = "The norm of the stream was not recorded with these directions"
-    return marks.titled(chart, finding, "one norm a layer, in the model's own units: no interval")
+    return marks.wide(
+        layers, finding, "one norm a layer, in the model's own units: no interval", 260
+    )
 
 
 def _apart(long: pl.DataFrame, height: int) -> pl.DataFrame:

@@ -16,15 +16,19 @@ formula, control characters are visible, and text that may be harmful is blurred
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import html
+import json
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import altair as alt
 import polars as pl
 
 from jaxsteer.errors import UserError
+from jaxsteer.judges.human import safe_cell
 from jaxsteer.words import plain
 
 PAPER = "#ffffff"
@@ -51,8 +55,10 @@ SHAPES: dict[Role, str] = {
     "degenerate": "triangle-down",
 }
 
+# What the menu of a chart saves; the data has a link of its own.
+MENU = {"export": True, "source": False, "compiled": False, "editor": False}
 PERCENT = ".0%"  # of rates on axes: 42%
-# d3 formats of numbers in tooltips
+# d3 formats of numbers in tooltips; browsers round as `words.rounded` does
 FORMATS = {
     "percent": ".1%",  # rates: 42.5%
     "tiny": ".3~p",  # probabilities: 0.0123%
@@ -61,14 +67,25 @@ FORMATS = {
 }
 
 
-def role(direction: str) -> Role:
-    """The role of a direction, by its name; a trait has the role of the assistant axis.
+def roles(directions: Iterable[str]) -> dict[str, Role]:
+    """The role of each direction, by its name.
 
-    `random-3` and the like are random controls.
+    `random-3` and the like are random controls. Traits have no roles of their own: they take the
+    assistant axis's and two others in turn, so that opposite traits side by side differ.
     """
-    if direction.startswith("random"):
-        return "random"
-    return direction if direction in PALETTE else "axis"
+    spare: list[Role] = ["axis", "degenerate", "baseline"]
+    found: dict[str, Role] = {}
+    for name in directions:
+        known: Role = "random" if name.startswith("random") else name  # type: ignore[assignment]
+        if known not in PALETTE:
+            known = spare[sum(k not in PALETTE for k in found) % len(spare)]
+        found[name] = known
+    return found
+
+
+def role(direction: str) -> Role:
+    """The role of a direction that is drawn alone."""
+    return roles([direction])[direction]
 
 
 def colour(direction: str) -> str:
@@ -100,7 +117,7 @@ def config() -> alt.theme.ThemeConfig:
     """The Altair theme: `use()` enables it."""
     return {
         # The page's ink reaches the chart only as SVG; marimo's default is a canvas.
-        "usermeta": {"embedOptions": {"renderer": "svg", "actions": False}},
+        "usermeta": {"embedOptions": {"renderer": "svg", "actions": MENU}},
         "background": "transparent",
         "padding": 4,
         "config": {
@@ -109,7 +126,7 @@ def config() -> alt.theme.ThemeConfig:
             "title": {
                 "color": INK,
                 "anchor": "start",
-                "frame": "group",
+                "frame": "bounds",
                 "fontSize": 15,
                 "fontWeight": "bold",
                 "offset": 14,
@@ -169,16 +186,76 @@ LAYER = "layer (resid_post)"
 def titled(chart: Chart, finding: str, detail: str = "", *, wrap: int = 80) -> Chart:
     """Give a chart a title that says what it shows and a subtitle that says what was measured.
 
+    Screen readers get both as one text.
+
     Args:
       chart: any Altair chart.
       finding: one sentence computed from the data, never a fixed claim.
       detail: unit, n, and how the interval was made.
       wrap: letters to a line of the title; about a ninth of the chart's width in pixels.
     """
-    title = alt.TitleParams(
-        textwrap.wrap(finding, wrap), subtitle=textwrap.wrap(detail, wrap * 6 // 5)
+    lines = textwrap.wrap(finding, wrap)
+    title = alt.TitleParams(lines, subtitle=textwrap.wrap(detail, wrap * 6 // 5))
+    return chart.properties(title=title, description=f"{finding}. {detail}")
+
+
+# Letters to a line of a title, below so many pixels of the plot's width.
+WRAPS = {380: 38, 520: 52, 720: 72, 980: 100, 9999: 130}
+
+
+def wide(layers: Sequence[Any], finding: str, detail: str, height: float) -> alt.LayerChart:
+    """Layers as one titled chart that takes the width of the page, and wraps its title to it."""
+    chart = alt.LayerChart(layer=list(layers)).properties(width="container", height=height)
+    chart = titled(chart, finding, detail, wrap=38)
+    # An expression of Vega, in which JSON is a literal: names from a study stay text.
+    cases = [
+        f"width < {limit} ? {json.dumps(textwrap.wrap(finding, letters))}"
+        for limit, letters in WRAPS.items()
+    ]
+    chart["title"]["text"] = alt.expr(" : ".join([*cases, "''"]))
+    return chart
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panels:
+    """Small charts of one finding, as many beside each other as the page has room for.
+
+    Attributes:
+      finding, detail: as of `titled`.
+      charts: each with its own title.
+    """
+
+    finding: str
+    detail: str
+    charts: Sequence[alt.LayerChart]
+
+    def html(self, as_html: Callable[[alt.LayerChart], Any]) -> str:
+        """The panels as HTML, each made by `marimo.as_html`."""
+        shown = [as_html(chart).text for chart in self.charts]
+        drawn = "".join(f'<div style="min-width: 0">{text}</div>' for text in shown)
+        return (
+            f"<p><b>{html.escape(plain(self.finding))}</b><br>{html.escape(plain(self.detail))}</p>"
+            '<div style="display: grid; gap: 12px; '
+            f'grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr))">{drawn}</div>'
+        )
+
+
+def csv(chart: alt.LayerChart | Panels) -> str:
+    """A link that saves the data that a chart draws, as HTML: the largest of its tables."""
+    charts = chart.charts if isinstance(chart, Panels) else [chart]
+    tables = [max(_tables(one), key=lambda table: table.height) for one in charts]
+    whole = pl.concat(tables, how="diagonal_relaxed")
+    safe = pl.col(pl.String).map_elements(safe_cell, return_dtype=pl.String)
+    text = whole.with_columns(safe).write_csv().encode()
+    return (
+        f'<a download="data.csv" style="font-size: 0.8rem" '
+        f'href="data:text/csv;base64,{base64.b64encode(text).decode()}">save the data (CSV)</a>'
     )
-    return chart.properties(title=title)
+
+
+def _tables(chart: alt.Chart | alt.LayerChart) -> list[pl.DataFrame]:
+    below = [table for layer in getattr(chart, "layer", []) for table in _tables(layer)]
+    return [chart.data, *below] if isinstance(chart.data, pl.DataFrame) else below
 
 
 def tooltip(
@@ -243,13 +320,13 @@ def points_axis(field: str, title: str, values: Iterable[float]) -> alt.X:
     )
 
 
-def layer_axis(first: int, last: int, *, ticks: int = 10) -> alt.X:
-    """An axis of layers with whole numbers at its ticks."""
+def layer_axis(first: int, last: int, *, ticks: int = 10, room: float = 0.0) -> alt.X:
+    """An axis of layers with whole numbers at its ticks, and a share of `room` at its end."""
     step = max(1, -(-(last - first) // ticks))
     return alt.X(
         "layer:Q",
         title=LAYER,
-        scale=alt.Scale(domain=[first - 0.5, last + 0.5], nice=False),
+        scale=alt.Scale(domain=[first - 0.5, last + 0.5 + room * (last - first + 1)], nice=False),
         axis=alt.Axis(values=list(range(first, last + 1, step)), format="d"),
     )
 
@@ -269,7 +346,9 @@ def row_axis(field: str, *, numbers: bool = False, **axis: Any) -> alt.Y:
     """A named row for each value of a column, in the order of the table."""
     if numbers:
         axis["labelExpr"] = "slice(datum.label, 5)"
-    return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(labelLimit=360, **axis))
+    # On a narrow page the plot needs more than half of it.
+    limit = alt.expr("min(360, 0.8 * width)")
+    return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(labelLimit=limit, **axis))
 
 
 def with_interval(chart: alt.Chart, low: str, high: str) -> alt.LayerChart:
@@ -337,7 +416,11 @@ def labelled(chart: alt.Chart, text: str, **options: Any) -> alt.Chart:
 
 
 def panel(
-    layers: Sequence[alt.Chart], title: str, width: int = 195, height: int = 130, **options: Any
+    layers: Sequence[alt.Chart],
+    title: str,
+    width: int | str = "container",
+    height: int = 130,
+    **options: Any,
 ) -> alt.LayerChart:
     """A small chart under its own title; `options` are those of the title."""
     heading = alt.TitleParams(title, fontSize=13, offset=6, **options)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlencode
 
+import altair as alt
 import marimo as mo
 
 from jaxsteer.errors import UserError
 from jaxsteer.evidence.browse import Opened, finished, header
-from jaxsteer.evidence.charts.marks import escaped, markdown_table
+from jaxsteer.evidence.charts.marks import Panels, csv, escaped, markdown_table
 
 DEFAULT = "results/smollm2-demo-smollm2-135m"
 INERT = (
@@ -81,6 +82,12 @@ def note(*sentences: str, kind: Literal["warn", "info"] = "warn") -> mo.Html:
     """Sentences in one box, as plain text."""
     lines = [escaped(sentence) for sentence in sentences]
     return mo.callout(mo.md("\n".join(f"- {s}" for s in lines) if lines[1:] else lines[0]), kind)
+
+
+def chart(drawn: alt.LayerChart | Panels) -> mo.Html:
+    """A chart, or the panels of one finding, with a link that saves its data."""
+    shown = mo.Html(drawn.html(mo.as_html)) if isinstance(drawn, Panels) else drawn
+    return mo.vstack([shown, mo.Html(csv(drawn))])
 
 
 def head(root: Path, here: str, results: str, opened: Opened | None = None) -> mo.Html:

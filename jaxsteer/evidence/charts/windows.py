@@ -9,9 +9,9 @@ import polars as pl
 
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.layer_windows import NONE, Map
-from jaxsteer.words import extent, p_equals, percent, points, signed, span
+from jaxsteer.words import counted, extent, p_equals, percent, points, signed, span
 
-WIDE, HIGH = 66, 46
+WIDE, HIGH = 44, 46  # pixels of a cell, at least
 BROKEN = 0.1  # cells with more degenerate replies are marked
 AXES: dict[Map, tuple[str, str]] = {
     "knockout": ("layers the direction is projected out of (resid_post)", "added, natural norms"),
@@ -36,18 +36,22 @@ def map_finding(maps: pl.DataFrame, which: Map) -> str:
         return "Every cell of this map cancels by algebra: it shows nothing"
     top = placed.filter(pl.col("strength") == placed["strength"].max())
     best = top.sort("rate", "order", descending=[True, False]).row(0, named=True)
+    ties = top.filter(pl.col("rate") == best["rate"]).height - 1
     much = "1 norm" if best["norms"] == "1" else f"{best['norms']} norms"
     verb = "Removed" if which == "knockout" else f"{much} of refusal added"
     there = f"{verb} at {best['column']}, refusal is {percent(best['rate'])}"
     there += f" ({span(best['low'], best['high'])})"
+    if top.height > 1:
+        there += f", the highest of {top.height} places"
+        there += f" with {counted(ties, 'other')}" if ties else ""
     control = maps.filter(pl.col("condition") == best["control"]).head(1)
     if not control.height:
-        return f"{there}, the highest of {top.height} places; there is no control to compare with"
-    rate = control["rate"].item()
-    alone = f"with steering alone {percent(rate)}"
-    if best["rate"] > rate:
-        return f"{there}, the highest of {top.height} places; {alone}"
-    return f"At none of {top.height} places does refusal exceed its control: {there}; {alone}"
+        return f"{there}; there is no control to compare with"
+    name = "untouched" if control["strength"].item() == 0 else "with steering alone"
+    alone = f"{name} {percent(control['rate'].item())}"
+    if best["rate"] > control["rate"].item():
+        return f"{there}; {alone}"
+    return f"Nowhere does refusal exceed its control. {there}; {alone}"
 
 
 def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
@@ -72,8 +76,10 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
     scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue + "b0"])
     legend = alt.Legend(title="refused", format=marks.PERCENT, values=[0, 0.5, 1])
     rect, *rest = _grid(shown, which, alt.Color("rate:Q", scale=scale, legend=legend), _tooltip())
-    chart = _sized([rect.add_params(brush), *rest], shown)
-    return marks.titled(chart, map_finding(maps, which), _map_detail(mine), wrap=78)
+    height = HIGH * shown["norms"].n_unique()
+    return marks.wide(
+        [rect.add_params(brush), *rest], map_finding(maps, which), _map_detail(mine), height
+    )
 
 
 def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
@@ -93,12 +99,12 @@ def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
     scale["range"] = scale["range"][::-1]
     colour = alt.Color("difference:Q", scale=scale, legend=legend)
     named = marks.tooltip("condition control n", percent="difference low high")
-    chart = _sized(_grid(shown, "knockout", colour, named), shown)
     detail = (
         f"points of 100 prompts, paired, n = {extent(table['n'])}; small: bootstrap 95 %; +0: with "
         "steering as without" + _marks_detail(shown)
     )
-    return marks.titled(chart, difference_finding(table), detail, wrap=78)
+    layers = _grid(shown, "knockout", colour, named)
+    return marks.wide(layers, difference_finding(table), detail, HIGH * shown["norms"].n_unique())
 
 
 def difference_finding(table: pl.DataFrame) -> str:
@@ -124,7 +130,7 @@ def _grid(
     norms = shown.sort("strength", descending=True)["norms"].unique(maintain_order=True).to_list()
     across, up = AXES[which]
     words = f"datum.value == '{NONE}' ? '{COLUMNS[which]}' : datum.value"
-    axis = alt.Axis(labelAngle=0, labelExpr=words, orient="bottom", labelLimit=WIDE + 14)
+    axis = alt.Axis(labelAngle=0, labelExpr=words, orient="bottom", labelLimit=80)
     x = alt.X("column:N", sort=columns, title=across, axis=axis)
     y = alt.Y("norms:N", sort=norms, title=up)
     base = alt.Chart(shown).encode(x=x, y=y)
@@ -137,12 +143,6 @@ def _grid(
         base.mark_text(dy=-6, fontWeight="bold", fontSize=13).encode(text="figure:N"),
         base.mark_text(dy=10, fontSize=10.5, opacity=0.85).encode(text="ends:N"),
     ]
-
-
-def _sized(layers: list[alt.Chart], shown: pl.DataFrame) -> alt.LayerChart:
-    return alt.LayerChart(layer=layers).properties(
-        width=WIDE * shown["column"].n_unique(), height=HIGH * shown["norms"].n_unique()
-    )
 
 
 def _tooltip() -> list[alt.Tooltip]:
@@ -158,7 +158,7 @@ def _tooltip() -> list[alt.Tooltip]:
 
 
 def _map_detail(mine: pl.DataFrame) -> str:
-    parts = [f"n = {extent(mine['n'])} harmful prompts a cell; small: Wilson 95 % interval"]
+    parts = [f"n = {extent(mine['n'], 'harmful prompt')} a cell; small: Wilson 95 % interval"]
     return "; ".join(parts) + _marks_detail(mine) + ". Drag over cells to choose them"
 
 
@@ -176,26 +176,18 @@ def _broken() -> pl.Expr:
 
 
 def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y, named: list[alt.Tooltip]) -> list[alt.Chart]:
-    """Hatching and corners. A point of size 4 draws its path in pixels around the cell's middle."""
-    right, top = WIDE / 2 - 1, 1 - HIGH / 2
-    corner = f"M{right - 11},{top}L{right},{top}L{right},{top + 11}Z"
-    red = marks.PALETTE["degenerate"]
-    drawn: list[tuple[pl.DataFrame, dict[str, Any]]] = [
-        (
-            shown.filter("cancels"),
-            {
-                "shape": hatching(WIDE, HIGH),
-                "filled": False,
-                "stroke": marks.INK,
-                "strokeWidth": 1,
-                "opacity": 0.4,
-            },
-        ),
-        (shown.filter(_broken()), {"shape": corner, "color": red}),
+    """Hatching and corners. A point of size 4 draws its path in pixels around its place."""
+    hatch: dict[str, Any] = {"filled": False, "stroke": marks.INK, "strokeWidth": 1, "opacity": 0.4}
+    corner = {"shape": "M-12,1L-1,1L-1,12Z", "color": marks.PALETTE["degenerate"]}
+    right, top = x.copy(), y.copy()
+    right["bandPosition"], top["bandPosition"] = 1, 0
+    drawn = [
+        (shown.filter("cancels"), hatch | {"shape": hatching(WIDE, HIGH)}, x, y),
+        (shown.filter(_broken()), corner, right, top),
     ]
     return [
-        alt.Chart(cells).mark_point(size=4, **mark).encode(x=x, y=y, tooltip=named)
-        for cells, mark in drawn
+        alt.Chart(cells).mark_point(size=4, **mark).encode(x=across, y=up, tooltip=named)
+        for cells, mark, across, up in drawn
         if cells.height
     ]
 
@@ -252,11 +244,9 @@ def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
     whisker = whisker.encode(x=marks.on_axis(x, "low"), x2="high:Q")
     net = base.mark_point(shape="diamond", size=55, color=marks.INK).encode(x=x)
     words = base.mark_text(align="left", dx=7).encode(x=marks.on_axis(x, "right"), text="words:N")
-    chart = alt.LayerChart(layer=[*bars, whisker, net, words]).properties(
-        width=470, height=28 * shown.height
-    )
     detail = "diamond and line: net change, paired bootstrap 95 %; n is in every line"
-    return marks.titled(chart, flips_finding(table), detail, wrap=86)
+    layers = [*bars, whisker, net, words]
+    return marks.wide(layers, flips_finding(table), detail, max(60, 28 * shown.height))
 
 
 def flips_finding(table: pl.DataFrame) -> str:
@@ -266,9 +256,10 @@ def flips_finding(table: pl.DataFrame) -> str:
         return "Only cells that cancel by algebra are chosen: their flips are no evidence"
     best = tested.sort("p_holm", "p").row(0, named=True)
     clear = tested.filter(pl.col("p_holm") <= 0.05).height
-    holm = f"{clear} of {tested.height} chosen cells differ from their control beyond chance"
-    small = f"smallest {p_equals(best['p_holm'])}, Holm over the cells shown"
-    return f"{holm} ({small})"
+    return (
+        f"Unlike their control beyond chance: {clear} of {counted(tested.height, 'chosen cell')} "
+        f"(smallest {p_equals(best['p_holm'])}, Holm over the cells shown)"
+    )
 
 
 def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
@@ -288,24 +279,26 @@ def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
     dashes = alt.Scale(domain=names, range=[dash for _, dash in drawn])
     x = marks.layer_axis(int(table["layer"].min()), int(table["layer"].max()))  # type: ignore[arg-type]
     y = alt.Y("mean:Q", title="moved against the baseline, natural norms")
-    line = (
-        alt.Chart(table)
-        .mark_line()
-        .encode(
-            x=x,
-            y=y,
-            color=colour,
-            strokeDash=alt.StrokeDash("condition:N", scale=dashes),
-            tooltip=marks.tooltip("condition layer n", signed="mean low high"),
-        )
+    hover = marks.tooltip("condition after layer n", signed="mean low high")
+    dash = alt.StrokeDash("condition:N", scale=dashes)
+    line = alt.Chart(table).mark_line()
+    line = line.encode(x=x, y=y, color=colour, strokeDash=dash, tooltip=hover)
+    tokens = "prompt tokens" if phase == "prompt" else "reply tokens"
+    detail = (
+        f"mean over {tokens}, n = {extent(table['n'], 'prompt')}, paired; band: mean ± 1.96 s.e."
     )
     layers = [marks.zero("y"), marks.band(table, x, y, colour), line]
-    chart = alt.LayerChart(layer=layers).properties(width=640, height=280)
-    most = table.sort(pl.col("mean").abs(), descending=True).row(0, named=True)
-    finding = (
-        f"{most['condition']} moves the projection on {name} furthest: {signed(most['mean'])} "
-        f"natural norms at layer {most['layer']}"
+    return marks.wide(layers, depth_finding(table, name), detail, 280)
+
+
+def depth_finding(table: pl.DataFrame, name: str) -> str:
+    """The largest change of a projection, and the operations that had acted by then."""
+    acted = table.filter(pl.col("after") != "")
+    most = acted.sort(pl.col("mean").abs(), descending=True).head(1)
+    if not most.height or signed(most["mean"].item()) == signed(0):
+        return f"No operation moves the projection on {name}"
+    after, layer, moved = most.select("after", "layer", "mean").row(0)
+    return (
+        f"The projection on {name} moves furthest at layer {layer}: {signed(moved)} natural norms, "
+        f"after {after}"
     )
-    tokens = "prompt tokens" if phase == "prompt" else "reply tokens"
-    detail = f"mean over {tokens}, n = {extent(table['n'])} prompts, paired; band: mean ± 1.96 s.e."
-    return marks.titled(chart, finding, detail, wrap=86)

@@ -19,7 +19,7 @@ def found(tmp_path_factory: pytest.TempPathFactory):
 def test_the_title_is_what_the_controls_say(found):
     every = findings.evaluate(found)
     drawn = charts.findings_chart(every).to_dict()
-    assert " ".join(drawn["title"]["text"]) == findings.headline(every)
+    assert drawn["description"].startswith(findings.headline(every) + ". ")
 
 
 def test_each_seed_has_a_point_with_an_interval_and_n(found):
@@ -28,8 +28,7 @@ def test_each_seed_has_a_point_with_an_interval_and_n(found):
     assert seeds["name"].to_list() == [f"random direction #{i}" for i in (1, 2, 3)]
     inside = table.filter(pl.col("rate").is_between("low", "high"))
     assert inside.height == table.height and (table["n"] == 40).all()
-    words = " ".join(charts.envelope_chart(table).to_dict()["title"]["text"])
-    assert words.endswith(": 2 of 2 treated conditions")
+    assert ": 2 of 2 treated conditions. " in charts.envelope_chart(table).to_dict()["description"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_each_outcome_has_its_own_row_beside_its_random_directions(suppressing_a
     rates = dict(treated.select("row", "rate").iter_rows())
     assert rates == {"persona · refusal": 1 / 40, "persona · bypass": 39 / 40}
     drawn = charts.envelope_chart(table).to_dict()
-    assert " ".join(drawn["title"]["text"]).endswith(": 2 of 2 rates of treated conditions")
+    assert ": 2 of 2 rates. " in drawn["description"]
     assert axis_titles(drawn) == {"refusal or bypass rate"}
 
 
@@ -80,7 +79,7 @@ def test_many_pairs_are_reduced_to_those_that_flip(found):
     table = flips.flip_table(many, "refusal", charts.MOST_PAIRS)
     assert table.height == charts.MOST_PAIRS and set(table["flip"]) == {"lost"}
     drawn = charts.flip_chart(many, "refusal", "persona", "baseline").to_dict()
-    assert f"{charts.MOST_PAIRS} of the 425,000 that flip" in " ".join(drawn["title"]["subtitle"])
+    assert f"{charts.MOST_PAIRS} of the 425,000 that flip" in drawn["description"]
 
 
 def test_cells_of_a_table_are_text_whatever_they_hold():

@@ -10,9 +10,9 @@ from tests.receipt import made
 def test_the_title_names_the_extremes():
     table = made.rows(made.study()).filter(pl.col("family") == "strongreject")
     drawn = charts.stacked_chart(paired.shares(table, "condition"), "condition", "prompts")
-    words = " ".join(drawn.to_dict()["title"]["text"])
+    words = drawn.to_dict()["description"]
     assert "highest under persona, out late, unsteered (48 %)" in words
-    assert "lowest under persona (2 %)" in words
+    assert "lowest under persona and 1 more (3 %)" in words
 
 
 def test_replies_are_escaped_and_veiled_where_they_may_harm():

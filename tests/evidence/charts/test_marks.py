@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import base64
+import json
+import re
+
 import altair as alt
 import polars as pl
 import pytest
@@ -51,3 +55,26 @@ def test_labels_are_text_of_the_same_marks():
 def test_control_characters_in_tokens_become_visible():
     assert marks.token_text("\x1b[31m a") == "\\x1b[31m␣a"
     assert marks.token_text("\u202eevil") == "\\x202eevil"
+
+
+def test_the_data_of_a_chart_is_saved_as_text_that_no_spreadsheet_runs():
+    table = TABLE.with_columns(row=pl.Series(["=cmd()", "b"]))
+    chart = marks.wide([dots(table), marks.zero("x")], "finding", "detail", 100)
+    encoded = re.search(r"base64,([^\"]+)", marks.csv(chart)).group(1)
+    saved = base64.b64decode(encoded).decode().splitlines()
+    assert saved[0] == "row,rate,low,high" and saved[1].startswith("'=cmd(),0.1,")
+    panels = marks.Panels(finding="f", detail="d", charts=[chart, chart])
+    assert base64.b64encode(("\n".join([*saved, *saved[1:], ""])).encode()).decode() in marks.csv(
+        panels
+    )
+
+
+def test_titles_wrap_by_the_width_and_names_in_them_stay_text():
+    hostile = "'] + alert(1) + ['" + " word" * 30
+    spec = marks.wide([dots()], hostile, "n = 2", 100).to_dict()
+    cases = re.findall(
+        r'\? (\["(?:[^"]|\\")*"(?:, "(?:[^"]|\\")*")*\])', spec["title"]["text"]["expr"]
+    )
+    assert len(cases) == len(marks.WRAPS)
+    for lines, letters in zip(map(json.loads, cases), marks.WRAPS.values(), strict=True):
+        assert " ".join(lines) == hostile and max(map(len, lines)) <= letters

@@ -20,7 +20,7 @@ def maps(found):
 
 
 def title(chart) -> str:
-    return " ".join(chart.to_dict()["title"]["text"])
+    return chart.to_dict()["description"]
 
 
 def test_the_title_names_the_best_place_that_is_evidence_and_steering_alone(maps):
@@ -31,7 +31,7 @@ def test_the_title_names_the_best_place_that_is_evidence_and_steering_alone(maps
 
 def test_where_no_place_beats_steering_the_title_says_so(maps):
     flat = maps.with_columns(rate=pl.lit(0.25))
-    assert title(charts.map_chart(flat, "refusal")).startswith("At none of 2 places")
+    assert title(charts.map_chart(flat, "refusal")).startswith("Nowhere does refusal exceed")
 
 
 def test_cancelled_cells_are_hatched_and_broken_ones_cornered(maps):
@@ -41,13 +41,13 @@ def test_cancelled_cells_are_hatched_and_broken_ones_cornered(maps):
     assert {row["column"] for row in hatched} == {"3"}
     assert {row["column"] for row in corner} == {"4..5"}
     assert points[0]["mark"]["shape"].count("M") > 5
-    said = " ".join(spec["title"]["subtitle"])
+    said = spec["description"]
     assert "cancels by algebra" in said and "broken replies" in said
 
 
 def test_a_map_without_cancellation_says_nothing_of_hatching(maps):
     spec = charts.map_chart(maps, "refusal").to_dict()
-    assert "hatched" not in " ".join(spec["title"]["subtitle"])
+    assert "hatched" not in spec["description"]
 
 
 def test_every_cell_shows_its_interval_and_can_be_brushed(maps):
@@ -105,7 +105,9 @@ def test_flips_go_both_ways_with_an_interval_and_their_counts(found, maps):
     (data,) = spec["datasets"].values()
     words = {row["column"]: row["words"] for row in data}
     assert words["4..5"] == "+10 −0 of 24" and words["3"] == "+11 −0 of 24, by algebra"
-    assert title(charts.flips_chart(table)).startswith("1 of 3 chosen cells")
+    assert title(charts.flips_chart(table)).startswith(
+        "Unlike their control beyond chance: 1 of 3 chosen cells"
+    )
 
 
 def test_cancelled_cells_alone_are_no_evidence(found, maps):
@@ -118,4 +120,5 @@ def test_projections_have_a_band_behind_every_line(found):
     table = layer_windows.along_depth(found, ["persona x4"], "baseline", "persona", "response")
     spec = charts.depth_chart(table, "persona", "response").to_dict()
     assert [layer["mark"]["type"] for layer in spec["layer"]] == ["rule", "area", "line"]
-    assert "+2.00 natural norms" in title(charts.depth_chart(table, "persona", "response"))
+    words = title(charts.depth_chart(table, "persona", "response"))
+    assert "at layer 3: +2.00 natural norms, after adding persona at 3." in words
