@@ -19,18 +19,17 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.data import prompts
     from jaxsteer.data.wheels import use_compile_cache
-    from jaxsteer.errors import UserError
     from jaxsteer.evidence import lesson
     from jaxsteer.evidence.charts import marks, opening, steering
-    from jaxsteer.evidence.charts.steering import plane
-    from jaxsteer.model.chat_model import ChatModel
-    from jaxsteer.words import percent, signed
 
     marks.use()
     use_compile_cache()
     ROOT = Path(__file__).resolve().parent.parent
+
+    def beside(*items):
+        cells = [f'<div style="min-width: 0">{mo.as_html(item).text}</div>' for item in items]
+        return mo.Html(f'<div style="{steering.COLUMNS}">{"".join(cells)}</div>')
 
 
 @app.cell
@@ -42,526 +41,257 @@ def _():
 
 @app.cell
 def _(results):
-    _head = opening.head(ROOT, "1_how_steering_works.py", results.value)
-    folder = ROOT / results.value
+    _named = results.value != opening.DEFAULT or (ROOT / results.value).is_dir()
+    _head = opening.head(ROOT, "1_how_steering_works.py", results.value) if _named else None
+    folder = ROOT / results.value if _named else None
     _head  # noqa: B018
     return (folder,)
 
 
 @app.cell(hide_code=True)
 def _():
-    mo.md(r"""
-    A language model reads a prompt token by token. For every token it keeps one long vector, the
-    **residual stream**, and every layer *adds* something to it:
+    def _section(text, *steps, **fields):
+        return beside(mo.ui.anywidget(steering.plane(*steps, **fields)), mo.md(text))
 
-    $$h_{\ell+1} = h_\ell + \text{attention}_\ell(h_\ell, \ldots) + \text{mlp}_\ell(\ldots)$$
+    _intro = r"""
+    For every token a language model keeps one long vector, the **residual stream**. Every layer
+    *adds* to it, $h_{\ell+1} = h_\ell + \text{attention}_\ell(h_\ell, \ldots) +
+    \text{mlp}_\ell(\ldots)$, and at the end it becomes the probabilities of the next token. To
+    **steer** is to change this vector at some layer: first in two dimensions, then in a model.
+    """
+    _source = r"""
+    ## 1. Where a direction comes from
 
-    After the last layer the vector is turned into probabilities of the next token. To **steer** a
-    model is to change this vector at some layer. Nothing is trained, and no prompt is edited.
+    Read prompts with a property (squares: harmful ones, say) and without it (circles). The
+    **direction** is the difference of the two means, $d = m_+ - m_-$, and $u = d / \lVert d \rVert$
+    is its unit vector. **Drag the means** (or focus one and use the arrow keys).
 
-    Some properties of a text, such as "this request should be refused" or "the assistant has a
-    compliant persona", correspond approximately to a **direction** $d$ of the stream: take the mean
-    stream over prompts with the property, subtract the mean over prompts without it, and the
-    difference is $d$. There are three ways to change a state $h$ with a direction;
-    $u = d / \lVert d \rVert$ is its unit vector:
+    Short strokes are the projections $u \cdot h$; the dotted line is the middle between the means.
+    Where the clouds overlap there is still a $d$, but few points are on their own side.
+    """
+    _add = r"""
+    ## 2. Add: $h' = h + \alpha d$
 
-    | step | formula | in words |
-    | :--- | :--- | :--- |
-    | add | $h + \alpha\, d$ | move the state along the direction |
-    | project out | $h - (u \cdot h)\, u$ | remove the state's component along the direction |
-    | cap | $h + (\text{clip}(u \cdot h, -b, b) - u \cdot h)\, u$ | limit that component |
+    **Drag the tips** of $h$ and $d$, and move $\alpha$. The projection changes by
+    $\alpha \lVert d \rVert$ for *every* $h$. The part of $h$ perpendicular to $d$ does not change.
+    Adding does not turn a state "towards the persona": it moves all states by the same vector.
+    """
+    _project = r"""
+    ## 3. Project out: $h' = h - (u \cdot h)\, u = (I - u u^\top)\, h$
 
-    First in two dimensions, where everything can be drawn; then in the 576 dimensions of SmolLM2.
-    """)
-    return
+    The projection becomes zero, whatever the length and the sign of $d$. Twice is the same as
+    once, and it cannot be undone from $h'$ alone. In $D$ dimensions a *random* direction holds
+    about $1/D$ of the squared length, so removing one changes little: a fair control must remove
+    as much.
+    """
+    _cap = r"""
+    ## 4. Cap: $h' = h + (\text{clip}(u \cdot h, -b, b) - u \cdot h)\, u$
 
+    **Move $h$ in and out of the band.** Inside, a state stays as it is, bit for bit. Outside, its
+    projection is clipped to the bound. With $b = 0$ this is projecting out.
+    """
+    _cancel = r"""
+    ## 5. Add, then project out at the same place: it cancels
 
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 1. Add
+    Two paths, with the addition (orange, then green) and without it (grey); a small gap keeps them
+    apart. **Move the strength**: the end point stays.
 
-    **Drag the tips** of $h$ and $d$ (or focus one and use the arrow keys). The new state is
-    $h' = h + \alpha d$. The number below the plane is $u \cdot h$, the *projection* of $h$ on the
-    direction; it is negative when $h$ points the other way.
+    $$(I - u u^\top)(h + \alpha d) = (I - u u^\top) h + \alpha \underbrace{(I - u u^\top) d}_{=0}$$
 
-    What to look for: adding changes the projection by exactly $\alpha \lVert d \rVert$, for every
-    $h$, and does not change the part of $h$ that is perpendicular to $d$. It does not rotate a
-    state "towards the persona", and the change does not depend on the projection before it.
-    """)
-    return
-
-
-@app.cell
-def _():
-    add_plane = mo.ui.anywidget(plane(["add"], h=(-1.0, 2.0), d=(1.5, 0.5), strength=1.0))
-    return (add_plane,)
-
-
-@app.cell
-def _(add_plane):
-    _v = add_plane.value
-    _h, _after = lesson.steer_2d(_v["h"], _v["d"], ["add"], strength=_v["strength"])
-    _before_u, _after_u = lesson.projections_2d(_v["d"], [_h, _after])
-    _explained = mo.md(rf"""
-    In numbers, computed by the library's own `interventions.apply`:
-
-    $h' = ({_h[0]:.2f}, {_h[1]:.2f}) {_v["strength"]:+.2f} \cdot
-    ({_v["d"][0]:.2f}, {_v["d"][1]:.2f}) = ({_after[0]:.2f}, {_after[1]:.2f})$
-
-    The projection goes from {signed(_before_u)} to {signed(_after_u)}, by
-    {signed(_after_u - _before_u)}; and $\alpha \lVert d \rVert$ is
-    {signed(_v["strength"] * lesson.norm(_v["d"]))}.
-    """)
-    mo.hstack([add_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 2. Project out
-
-    Projecting a direction out makes the projection zero: $h' = h - (u \cdot h)\, u$. The result is
-    on the dotted line through the origin perpendicular to $d$. It depends neither on the *length*
-    of $d$ nor on its sign.
-
-    In matrix form $h' = (I - u u^\top)\, h$. That matrix is a **projector**: applying it twice is
-    the same as applying it once, and it has no inverse. A later layer cannot recover the removed
-    projection from $h'$ alone. (It may still estimate it from other components of the state, and
-    write it again.)
-
-    Several directions are removed *together*, as the span of an orthonormal basis. If directions
-    that are not perpendicular are removed one after another, the result depends on their order and
-    is not free of all of them.
-    """)
+    "The persona was added at layer 20; when it was projected out *at layer 20*, refusal came back"
+    says nothing about the model: by algebra it was never steered. jaxsteer marks such conditions
+    `cancels_steering`, and runs every knockout without steering too, as its control.
+    """
+    _sections = [
+        _section(_source, h=(1.4, 1.2), d=(-1.2, -0.6), cloud=lesson.cloud().tolist()),
+        _section(_add, "add", h=(-1.0, 2.0), d=(1.5, 0.5)),
+        _section(_project, "project", h=(1.5, 2.5), d=(2.0, 0.5)),
+        _section(_cap, "cap", h=(2.5, 1.5), d=(1.5, 0.0)),
+        _section(_cancel, "add", "project", h=(-1.5, 2.0), d=(1.5, -0.25), strength=2.5),
+    ]
+    mo.vstack([mo.md(_intro), *_sections])
     return
 
 
 @app.cell
 def _():
-    project_plane = mo.ui.anywidget(plane(["project"], h=(1.5, 2.5), d=(2.0, 0.5)))
-    return (project_plane,)
-
-
-@app.cell
-def _(project_plane):
-    _v = project_plane.value
-    _h, _after = lesson.steer_2d(_v["h"], _v["d"], ["project"])
-    _kept = lesson.norm(_after) ** 2 / max(lesson.norm(_h) ** 2, 1e-12)
-    _explained = mo.md(rf"""
-    $h' = ({_after[0]:.2f}, {_after[1]:.2f})$, and its projection is
-    {signed(lesson.projections_2d(_v["d"], [_after])[0])}.
-
-    By Pythagoras $\lVert h \rVert^2 = (u \cdot h)^2 + \lVert h' \rVert^2$: of this state's squared
-    length {percent(_kept)} remains. A plane has two dimensions, so one direction is half of them.
-    In 576 dimensions a *random* direction holds about 1/576 of a state's squared length. Projecting
-    it out changes far less than projecting out a direction that holds much of the state: a fair
-    control must remove as much.
-    """)
-    mo.hstack([project_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 3. Cap
-
-    Capping limits the projection: inside the band $|u \cdot h| \le b$ nothing changes, outside it
-    the projection is clipped to the bound. With $b = 0$ it is the same as projecting out. Move $h$
-    in and out of the band.
-    """)
-    return
-
-
-@app.cell
-def _():
-    cap_plane = mo.ui.anywidget(plane(["cap"], h=(2.5, 1.5), d=(1.5, 0.0), high=1.0))
-    return (cap_plane,)
-
-
-@app.cell
-def _(cap_plane):
-    _v = cap_plane.value
-    _states = lesson.steer_2d(_v["h"], _v["d"], ["cap"], high=_v["high"])
-    _before_u, _after_u = lesson.projections_2d(_v["d"], _states)
-    _inside = abs(_before_u) <= _v["high"] + 1e-6
-    _explained = mo.md(rf"""
-    The projection is {signed(_before_u)}, the bound {_v["high"]:.2f}:
-    {
-        "inside the band, so the state does not change."
-        if _inside
-        else f"outside, so it is clipped to {signed(_after_u)}."
-    }
-
-    Adding moves *every* state by the same vector. A cap changes only the states outside the band
-    and leaves the others identical, bit for bit.
-    """)
-    mo.hstack([cap_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 4. Why projecting out where you added cancels
-
-    Now both, at the same layer: first add $\alpha d$, then project $d$ out. Two paths are drawn,
-    one with the addition (orange, then green) and one without it (grey). Both are parallel to $d$,
-    and a small gap keeps them apart in the drawing. **Move the strength**: the end point does not
-    move.
-
-    $$(I - u u^\top)(h + \alpha d)
-    = (I - u u^\top)\, h + \alpha \underbrace{(I - u u^\top)\, d}_{=\,0}
-    = (I - u u^\top)\, h$$
-
-    because $d$ is a multiple of $u$. A study must therefore be careful with a sentence such as "the
-    persona was added at layer 20, and when it was projected out *at layer 20* refusal came back".
-    By algebra that model was never steered, at any strength, so the result says nothing about the
-    layers at which refusal is decided. jaxsteer marks such conditions `cancels_steering`, and runs
-    each knockout also without steering, as its control.
-    """)
-    return
-
-
-@app.cell
-def _():
-    cancel_plane = mo.ui.anywidget(
-        plane(["add", "project"], h=(-1.5, 2.0), d=(1.5, -0.25), strength=2.5)
-    )
-    return (cancel_plane,)
-
-
-@app.cell
-def _(cancel_plane):
-    _v = cancel_plane.value
-    _with = lesson.steer_2d(_v["h"], _v["d"], ["add", "project"], strength=_v["strength"])[-1]
-    _without = lesson.steer_2d(_v["h"], _v["d"], ["project"])[-1]
-    _explained = mo.md(rf"""
-    | path | ends at |
-    | :--- | :--- |
-    | add {_v["strength"]:+.2f} $d$, then project out | ({_with[0]:.3f}, {_with[1]:.3f}) |
-    | project out only | ({_without[0]:.3f}, {_without[1]:.3f}) |
-
-    The two differ by {lesson.norm(_with - _without):.1g}: at most the rounding of 32-bit numbers.
-    """)
-    mo.hstack([cancel_plane, _explained], widths=[1.15, 1], gap=2, wrap=True, align="start")
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 5. A real model
-
-    SmolLM2-135M-Instruct has 30 layers and a stream of 576 numbers per token. Here
-    `resid_post.ℓ` is the stream after block ℓ, counted from 0. The **persona** direction was
-    measured from system prompts that ask for a compliant or for a refusing character; the
-    **refusal** direction from harmful against harmless requests.
-
-    One caution: the directions come from one small model and one set of prompts, and each reply
-    below answers one prompt. This page shows the *mechanism*. Evidence needs many prompts, controls
-    and intervals: the other notebooks have those.
-    """)
-    return
-
-
-@app.cell
-def _():
-    checkpoint = ROOT / str(mo.cli_args().get("model") or "checkpoints/smollm2-135m")
-    return (checkpoint,)
-
-
-@app.cell
-def _(checkpoint):
-    _missing = not (checkpoint / "manifest.json").is_file()
-    _words = f"There is no model in {checkpoint}: run `make demo` once, then open this page again."
-    if _missing and mo.app_meta().mode == "script":
-        print(_words)
-    mo.stop(_missing, mo.callout(mo.md(_words), kind="warn"))
-    model = ChatModel.load(checkpoint, verify=False)
+    _checkpoint = ROOT / str(mo.cli_args().get("model") or "checkpoints/smollm2-135m")
+    model = opening.attempt(lesson.open_model, _checkpoint)
     return (model,)
 
 
 @app.cell
 def _(folder, model):
-    try:
-        with mo.status.spinner(
-            "Looking for directions (extracting takes a minute)", remove_on_exit=True
-        ):
-            steerable = lesson.load(
-                model,
-                folder / "directions.safetensors",
-                ROOT / "results/lesson/directions.safetensors",
-            )
-        _error = None
-    except UserError as error:
-        steerable, _error = None, str(error)
-    mo.stop(steerable is None, mo.callout(mo.md(marks.escaped(_error or "")), kind="danger"))
-    return (steerable,)
+    with mo.status.spinner("Looking for directions (measuring one takes a minute)"):
+        steerable = opening.attempt(lesson.load, model, folder, ROOT / "results/lesson")
+    get_view, set_view = mo.state(steerable.start)
+    mo.md(rf"""
+    ## 6. A real model
 
+    {marks.escaped(model.name)} has {model.config.n_layers} layers and a stream of
+    {model.config.d_model:,} numbers for each token. `resid_post.ℓ` is the stream after layer ℓ,
+    counted from 0. Strength 1 adds a direction once, at the length that it was measured with (its
+    **natural norm** at that layer). Each reply answers *one* prompt: this page shows how steering
+    works, the other notebooks show the evidence.
 
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    Type a prompt or take an example, then move the layer and the strength. A strength of 1 adds the
-    direction once, at the length with which it was measured (its *natural norm* at that layer).
-    The policy is the system prompt: without one this small model refuses almost nothing.
+    {steering.opens_with(lesson.token_texts(model, steerable.openings))}
     """)
-    return
+    return get_view, set_view, steerable
 
 
 @app.cell
-def _():
-    example = mo.ui.dropdown(lesson.EXAMPLES, value=lesson.EXAMPLES[0], label="a harmless example")
-    own = mo.ui.text_area(
-        placeholder="or a prompt of your own, which replaces the example",
-        max_length=1500,
-        rows=2,
-        full_width=True,
-    )
-    policy = mo.ui.dropdown(
-        {"refuse what is harmful": "safety-v1", "be helpful": "generic", "none": None},
-        value="refuse what is harmful",
-        label="policy",
-    )
+def _(set_view, steerable):
+    def _button(name, view):
+        return mo.ui.button(label=name, on_change=lambda _: set_view(view))
+
+    example = mo.ui.dropdown(lesson.EXAMPLES, value=lesson.EXAMPLES[0], label="harmless example")
+    own = mo.ui.text_area(label="or your own prompt", max_length=1500, rows=1, full_width=True)
+    _texts = steerable.policies
+    policy = mo.ui.dropdown(_texts, value=next(iter(_texts)), label="policy")
     reveal = mo.ui.switch(label="show replies to my own prompt")
-    mo.vstack([mo.hstack([example, policy], justify="start", gap=2, wrap=True), own, reveal])
-    return example, own, policy, reveal
+    presets = mo.ui.array([_button(*preset) for preset in steerable.presets.items()])
+    return example, own, policy, presets, reveal
 
 
 @app.cell
-def _(steerable):
-    _layers = steerable.model.config.n_layers
-    _names = list(steerable.directions)
-    direction = mo.ui.dropdown(_names, value=steerable.watched[0], label="direction")
-    kind = mo.ui.radio(
-        {"add": "add", "project out": "project", "cap": "cap"}, value="add", inline=True
-    )
-    layer = mo.ui.slider(
-        0, _layers - 1, value=round(0.7 * _layers), label="layer", show_value=True, debounce=True
-    )
-    strength = mo.ui.slider(
-        -8, 8, 0.5, value=4, label="strength (add) or bound (cap)", show_value=True, debounce=True
-    )
-    mo.vstack(
-        [
-            mo.hstack([kind, direction], justify="start", gap=2),
-            mo.hstack([layer, strength], justify="start", gap=2, wrap=True),
-        ]
-    )
-    return direction, kind, layer, strength
+def _(get_view, steerable):
+    _view, _last = get_view(), steerable.model.config.n_layers - 1
+    _shown = {"show_value": True, "debounce": True}
+    kind = mo.ui.dropdown(lesson.KINDS, value=_view.kind, label="do")
+    direction = mo.ui.dropdown(list(steerable.directions), value=_view.name, label="direction")
+    layer = mo.ui.slider(0, _last, value=_view.layer, label="layer", **_shown)
+    strength = mo.ui.slider(-8, 8, 0.5, value=_view.strength, label="strength", **_shown)
+    coloured = mo.ui.slider(0, _last, value=_view.layer, label="colour by layer", **_shown)
+    return coloured, direction, kind, layer, strength
 
 
 @app.cell
 def _(example, own, policy, steerable):
-    try:
-        _system = prompts.policy(policy.value).text if policy.value else None
-        prompt = steerable.model.tokenizer.chat(own.value.strip() or example.value, _system)
-        baseline = steerable.read(prompt, [])
-        _error = ""
-    except UserError as error:
-        prompt = baseline = None
-        _error = str(error)
-    mo.stop(baseline is None, mo.callout(mo.md(marks.escaped(_error)), kind="danger"))
-    return baseline, prompt
+    _asked = own.value.strip() or example.value, policy.value or None
+    prompt = opening.attempt(steerable.model.tokenizer.chat, *_asked)
+    baseline = opening.attempt(steerable.read, prompt, [])
+    baseline_reply = steerable.reply(baseline)
+    return baseline, baseline_reply, prompt
 
 
 @app.cell
-def _(direction, kind, layer, prompt, steerable, strength):
-    _operations = steerable.operation(kind.value, direction.value, layer.value, strength.value)
-    what = steering.describe(kind.value, direction.value, layer.value, strength.value)
-    steered = steerable.read(prompt, _operations)
-    return steered, what
-
-
-@app.cell
-def _(baseline, steerable, steered, what):
+def _(
+    baseline, direction, example, kind, layer, own, policy, presets, prompt, reveal, steerable,
+    strength,
+):  # fmt: skip
+    view = lesson.View(kind.value, direction.value, layer.value, strength.value)
+    steered = steerable.read(prompt, steerable.operations(view))
+    _rows = [[policy, reveal], presets, [kind, direction], [layer, strength]]
+    _controls = [mo.hstack(row, wrap=True, justify="start") for row in _rows]
     _tokens = lesson.next_tokens(steerable.model, baseline, steered)
-    _moved = lesson.moved(baseline.logits, steered.logits)
-    next_tokens = mo.vstack(
-        [
-            mo.as_html(steering.next_token_chart(_tokens, what)),
-            mo.md(f"In all, **{percent(_moved, 1)}** of the next token's probability has moved."),
-        ]
-    )
-    next_tokens  # noqa: B018
-    return (next_tokens,)
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    **The reply, decoded greedily, at most 24 tokens.** A reply can differ in one early word and
-    continue differently after it, so do not read much into its wording. The probabilities above
-    are the more stable measure.
-    """)
-    return
+    _chart = steering.next_token_chart(_tokens, steering.describe(view))
+    beside(mo.vstack([example, own, *_controls]), _chart)
+    return steered, view
 
 
 @app.cell
-def _(baseline, steerable):
-    baseline_reply = list(steerable.replies(baseline))[-1]
-    return (baseline_reply,)
+def _(steerable, steered):
+    steered_reply = steerable.reply(steered)
+    return (steered_reply,)
 
 
 @app.cell
-def _(baseline_reply, depth, next_tokens, own, reveal, steerable, steered, what):
-    # Naming the charts makes this cell run after theirs, because a whole reply takes longer.
-    assert next_tokens is not None and depth is not None
+def _(baseline, baseline_reply, coloured, own, reveal, steerable, steered, steered_reply, view):
+    _sides = (baseline, *baseline_reply), (steered, *steered_reply)
+    _at = steerable, view.name, coloured.value, baseline
+    _strips = [steering.token_strip(*lesson.in_line(*_at, *side)) for side in _sides]
     _veiled = bool(own.value.strip()) and not reveal.value
-    _note = "Replies to your own prompt are blurred until you ask for them." if _veiled else ""
-    _before = marks.card("baseline", baseline_reply, "baseline", veiled=_veiled)
-    for _reply in steerable.replies(steered):
-        _after = marks.card(what, _reply, "persona", veiled=_veiled)
-        replies = mo.Html(marks.cards(_before, _after, note=_note))
-        mo.output.replace(replies)
-    return
+    replies = mo.Html(steering.reply_cards(view, *_strips, veiled=_veiled))
+    mo.vstack([coloured, replies])
+    return (replies,)
 
 
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 6. Inside the stream
+@app.cell
+def _(direction, prompt, replies, steerable):
+    # Naming the replies makes this cell run after theirs, because it takes longer.
+    assert replies is not None
+    _layers = lesson.map_layers(steerable, prompt)
+    _total = 1 + (len(lesson.STRENGTHS) - 1) * len(_layers)
+    with mo.status.progress_bar(total=_total, title="the map", remove_on_exit=True) as _bar:
+        cells = lesson.grid(steerable, prompt, [direction.value], _layers, done=_bar.update)
+    return (cells,)
 
-    The projections of the stream on two directions, in **natural norms**: adding $\alpha$ times a
-    direction at a layer raises its own projection there by exactly $\alpha$. Two things to see:
 
-    - *Before* the steered layer nothing changes, because information flows only to later layers.
-      *At* it the projection jumps by $\alpha$. *After* it the projection changes again: each block
-      reads the changed stream, and so its own output changes.
-    - Steering with one direction also changes the projection on the *other* one: at the steered
-      layer in proportion to their cosine, and later through the blocks.
-    """)
+@app.cell
+def _(cells, direction, layer, prompt, steerable):
+    assert cells is not None
+    with mo.status.spinner("Random directions, for comparison"):
+        fan = lesson.fan(steerable, prompt, direction.value, layer.value)
+    return (fan,)
+
+
+@app.cell
+def _(cells, fan, set_view, steerable, view):
+    def _steer(rows):
+        for cell in rows.head(1).iter_rows(named=True):
+            set_view(lesson.View("add", view.name, cell["layer"], cell["strength"]))
+
+    _map = steering.refusal_map(cells, view)
+    chart = mo.ui.altair_chart(_map, legend_selection=False, on_change=_steer)
+    beside(chart, steering.fan_chart(fan, view))
     return
 
 
 @app.cell
-def _(baseline, layer, prompt, steerable, steered, what):
-    table = lesson.projections(steerable, prompt, baseline, steered)
-    depth = steering.depth_chart(table, layer.value, what)
-    depth  # noqa: B018
-    return depth, table
+def _(policy, steerable):
+    with mo.status.spinner("Reading harmful and harmless prompts"):
+        states = opening.attempt(lesson.held_out, steerable, policy.value or None)
+    _at, _last = steerable.start.layer, steerable.model.config.n_layers - 1
+    seen = mo.ui.slider(0, _last, value=_at, label="layer of u·h", show_value=True, debounce=True)
+    onto = mo.ui.dropdown(list(steerable.directions), value=steerable.refuse.name, label="on")
+    return onto, seen, states
 
 
 @app.cell
-def _():
-    shown = mo.ui.radio(
-        {"change": "change", "before": "baseline", "after": "steered"}, value="change", inline=True
-    )
-    whole = mo.ui.switch(label="whole prompt, policy included")
-    mo.hstack([shown, whole], justify="start", gap=2)
-    return shown, whole
+def _(baseline, layer, onto, seen, states, steerable, steered, strength, view):
+    _names = list(dict.fromkeys([view.name, steerable.start.name, steerable.refuse.name]))
+    _depth = steering.depth_chart(lesson.depth(steerable, _names, baseline, steered), _names, view)
+    _groups = lesson.groups(steerable, states, onto.value, seen.value)
+    _text = r"""
+    ## 7. Inside the stream
 
-
-@app.cell
-def _(shown, table, what, whole):
-    steering.token_map(table, shown.value, what, last=None if whole.value else 24)
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## 7. The cancellation, on the real model
-
-    Section 4 holds in 576 dimensions as it does in two. Below, the direction is added at a layer
-    and projected out $k$ layers later. Each point compares that with the projection *alone* at the
-    same layer, and measures how much next-token probability the addition still moves. At $k = 0$ it
-    moves nothing. At $k > 0$ the blocks in between have read the added vector and changed their
-    output in other directions, which the projection does not remove.
-    """)
+    Left: *before* the steered layer nothing changes, because information flows only to later
+    layers. *At* it the projection jumps by $\alpha$. *After* it every layer reads the changed
+    stream, and adds something else. Right: section 1 with real prompts, at one layer.
+    """
+    _real = steering.histogram(_groups, onto.value, seen.value)
+    _sides = (layer, strength, _depth), (seen, onto, _real)
+    _parts = [mo.vstack([mo.hstack(top, wrap=True), chart]) for *top, chart in _sides]
+    mo.vstack([mo.md(_text), beside(*_parts)])
     return
 
 
 @app.cell
-def _(steerable):
-    _layers = steerable.model.config.n_layers
-    added_at = mo.ui.slider(
-        0, _layers - 1, value=_layers // 2, label="added at layer", show_value=True, debounce=True
-    )
-    added = mo.ui.slider(-8, 8, 0.5, value=4, label="strength", show_value=True, debounce=True)
-    mo.hstack([added_at, added], justify="start", gap=2, wrap=True)
-    return added, added_at
+def _(prompt, steerable):
+    _asked = steerable.questions.items() if prompt else ()
+    guesses = mo.ui.dictionary({ask: mo.ui.radio(list(of), label=ask) for ask, of in _asked})
+    looked = {}
+    return guesses, looked
 
 
 @app.cell
-def _(added, added_at, direction, prompt, steerable):
-    _survived = lesson.survival(steerable, prompt, direction.value, added_at.value, added.value)
-    _what = steering.describe("add", direction.value, added_at.value, added.value)
-    steering.survival_chart(_survived, _what)
+def _(guesses, looked, prompt, steerable):
+    for _ask, _guess in guesses.value.items():
+        if _guess and _ask not in looked:
+            looked[_ask] = lesson.shares(steerable, prompt, steerable.questions[_ask])
+    _told = {ask: steering.verdict(guess, looked.get(ask)) for ask, guess in guesses.value.items()}
+    _each = [mo.vstack([guesses[ask], mo.md(told)]) for ask, told in _told.items()]
+    mo.vstack([mo.md("## 8. Predict, then look"), beside(*_each)])
     return
 
 
-@app.cell(hide_code=True)
-def _():
-    mo.md(r"""
-    ## Exercises
-
-    Try first, then unfold.
-    """)
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.accordion(
-        {
-            "**1.** Turn d around, by dragging its tip to the opposite side. What changes for add, "
-            "project and cap?": mo.md(r"""
-            Only **add** changes: it now pushes the other way, as if $\alpha$ had changed sign.
-            Projecting and capping use $u u^\top$, and $(-u)(-u)^\top = u u^\top$. The band of this
-            cap is symmetric, so its result does not change; with different bounds on the two sides
-            it would.
-            """),
-            "**2.** First project out d, then add α d. Is that the same as adding and then "
-            "projecting?": mo.md(r"""
-            No. $(I - uu^\top)\, h + \alpha d$ has the projection $\alpha \lVert d \rVert$ for
-            *every* $h$, while adding first ends at projection 0. Project-then-add **sets** the
-            projection to a chosen value. The order of the steps is part of an intervention's
-            definition; in jaxsteer it is add, project, cap.
-            """),
-            "**3.** Where α d was added you project out v, not d but close to it. What is left "
-            "of the addition?": mo.md(r"""
-            $\alpha\,(d - (v \cdot d)\, v)$ for a unit vector $v$. Its length is
-            $\alpha \lVert d \rVert \sin\theta$, with $\theta$ the angle between the two. At a
-            cosine of 0.9 that is 44 % of the added length: "nearly the same direction" does not
-            nearly cancel.
-            """),
-        },
-        multiple=True,
-    )
-    return
-
-
-@app.cell(hide_code=True)
-def _():
-    mo.accordion(
-        {
-            "**4.** On the model, set the strength to 0; then choose project out. Why does the "
-            "first change nothing, and the second something?": mo.md(r"""
-            Adding $0 \cdot d$ is the identity, bit for bit. Projecting has no strength: it removes
-            the component that the *unsteered* stream has along the direction, which is not zero.
-            Hence a knockout needs its own control without steering: part of its effect has nothing
-            to do with the steering.
-            """),
-            "**5.** Steer at layer 5, then at the last layer, with the same strength. Which moves "
-            "the next token more, and why is the comparison not fair?": mo.md(r"""
-            Try both. One natural norm is a different length at every layer: the stream, and with it
-            the difference of means, grows with depth. And an early change passes through many more
-            blocks, which may amplify or undo it. Compare at equal *shares of the residual norm*,
-            and count over many prompts.
-            """),
-            "**6.** Steer with a random direction of the same norm. What would you see if the "
-            "persona's effect were only a matter of the added length?": mo.md(r"""
-            The same as with the persona. If random directions move clearly less, the *direction*
-            matters and not only the added length. One random direction proves little, because
-            its effect varies; a study draws twenty or more, and compares with their spread.
-            """),
-        },
-        multiple=True,
-    )
+@app.cell
+def _(prompt, steerable):
+    mo.stop(not mo.cli_args().get("exported"))
+    _names = dict.fromkeys([steerable.start.name, steerable.refuse.name, steerable.random[0]])
+    _layers = lesson.map_layers(steerable, prompt)
+    _chart = steering.explorer(lesson.grid(steerable, prompt, list(_names), _layers, top=8))
+    mo.vstack([mo.md("## Works in this copy too: choose below the chart"), _chart])
     return
 
 

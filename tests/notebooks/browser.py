@@ -233,8 +233,8 @@ class Reader:
         self.wait(until=before + 1)
 
     def slider(self, label: str) -> Locator:
-        """The thumb of the marimo slider with this label."""
-        return self.page.get_by_role("slider", name=label, exact=True)
+        """The thumb of the marimo slider with this label; the first, where it is shown twice."""
+        return self.page.get_by_role("slider", name=label, exact=True).first
 
     def slide(self, label: str, to: float) -> None:
         """Drag a slider's thumb to a value."""

@@ -459,15 +459,17 @@ def escaped(text: str) -> str:
     return "".join(f"&#{ord(c)};" if c in marks else html.escape(c) for c in plain(text))
 
 
-def card(title: str, text: str, role: Role, *, veiled: bool = False) -> str:
+def card(title: str, text: str, role: Role, *, veiled: bool = False, marked: str = "") -> str:
     """One reply as an HTML card in its role's colour; a veiled one is blurred and not selectable.
 
-    A veil is for the eyes: the text is in the page. Ask the reader before lifting it.
+    A veil is for the eyes: the text is in the page. Ask the reader before lifting it. `marked` is
+    HTML that replaces the text, from `steering.token_strip`.
     """
     veil = ' class="js-veil" aria-hidden="true"' if veiled else ""
     return (
         f'<div class="js-card" style="--role: {PALETTE[role]}" data-role="{role}">'
-        f"<h4>{html.escape(plain(title))}</h4><p{veil}>{html.escape(plain(text))}</p></div>"
+        f"<h4>{html.escape(plain(title))}</h4>"
+        f"<p{veil}>{marked or html.escape(plain(text))}</p></div>"
     )
 
 

@@ -1,4 +1,4 @@
-// The draggable plane: see plane.py. Units of the drawing are units of the plane, y upwards.
+// The draggable plane: see steering.py. Units of the drawing are units of the plane, y upwards.
 const REACH = 4;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -119,10 +119,47 @@ function drawing(state, colours) {
   return made;
 }
 
-function handle(label, colour) {
+// Two clouds of one shape around the means h and d, their difference, and the middle between them.
+// Short strokes on the line through both means are the points' projections on it.
+function clouds({ h, d, cloud }, colours) {
+  const made = node("g", { "pointer-events": "none" });
+  const difference = plus(h, times(-1, d));
+  const u = unit(difference);
+  const v = [-u[1], u[0]];
+  const middle = times(0.5, plus(h, d));
+  const far = 3 * REACH;
+  made.append(line(plus(middle, times(-far, v)), plus(middle, times(far, v)), {
+    stroke: "currentColor", class: "span",
+  }));
+  for (const [mean, colour, side] of [[h, colours.result, 1], [d, colours.d, -1]]) {
+    for (const offset of cloud) {
+      const [x, y] = plus(mean, offset);
+      const where = side > 0 ? { x: x - 0.07, y: -y - 0.07, width: 0.14, height: 0.14 }
+        : { cx: x, cy: -y, r: 0.085 };
+      made.append(node(side > 0 ? "rect" : "circle", { ...where, fill: colour, class: "point" }));
+      const foot = plus(middle, times(dot(u, plus([x, y], times(-1, middle))), u));
+      made.append(line(foot, plus(foot, times(0.18 * side, v)), { stroke: colour, class: "foot" }));
+    }
+  }
+  made.append(arrow(d, h, "currentColor"), name(middle, "d", "currentColor"));
+  return made;
+}
+
+// How many points are on the side of their own group; for each, the means are those without it.
+function onOwnSide({ h, d, cloud }) {
+  const u = unit(plus(h, times(-1, d)));
+  const n = cloud.length;
+  const right = (mean, other) => cloud.filter((offset) => {
+    const x = dot(u, plus(mean, offset));
+    const centre = (n * dot(u, mean) - x) / (n - 1);
+    return (x - (centre + dot(u, other)) / 2) * (centre - dot(u, other)) > 0;
+  }).length;
+  return right(h, d) + right(d, h);
+}
+
+function handle(key, label, colour, says) {
   const made = node("g", {
-    class: "handle", tabindex: 0, role: "slider", "aria-label": `tip of ${label}`,
-    "data-vector": label,
+    class: "handle", tabindex: 0, role: "slider", "aria-label": says, "data-vector": key,
   });
   made.append(node("circle", { class: "reach", r: 0.4 }));
   made.append(node("circle", { class: "knob", r: 0.13, fill: colour, stroke: colour }));
@@ -160,10 +197,17 @@ function render({ model, el }) {
   root.className = "plane";
   const svg = node("svg", {
     viewBox: `${-REACH - 0.1} ${-REACH - 0.1} ${2 * REACH + 0.2} ${2 * REACH + 0.2}`,
-    role: "group", "aria-label": "a plane with the vectors h and d",
+    role: "group", "aria-label": "a plane with two vectors to drag",
   });
   const ink = node("g");
-  const handles = { d: handle("d", colours.d), h: handle("h", "currentColor") };
+  const cloud = model.get("cloud");
+  const handles = cloud.length ? {
+    d: handle("d", "m₋", colours.d, "mean of the points without the property"),
+    h: handle("h", "m₊", colours.result, "mean of the points with the property"),
+  } : {
+    d: handle("d", "d", colours.d, "tip of d"),
+    h: handle("h", "h", "currentColor", "tip of h"),
+  };
   svg.append(background(), ink, handles.d, handles.h);
   const output = document.createElement("output");
   root.append(svg);
@@ -180,17 +224,29 @@ function render({ model, el }) {
 
   function state() {
     const keys = ["h", "d", "strength", "high"];
-    return { steps, ...Object.fromEntries(keys.map((key) => [key, model.get(key)])) };
+    return { steps, cloud, ...Object.fromEntries(keys.map((key) => [key, model.get(key)])) };
   }
 
   function draw() {
     const now = state();
-    ink.replaceChildren(drawing(now, colours));
+    ink.replaceChildren((cloud.length ? clouds : drawing)(now, colours));
     place(handles.h, now.h);
     place(handles.d, now.d);
+    if (cloud.length) {
+      const difference = plus(now.h, times(-1, now.d));
+      const [right, all] = [onOwnSide(now), 2 * cloud.length];
+      output.textContent = `d = (${difference.map(signed).join(", ")}), length `
+        + `${Math.hypot(...difference).toFixed(2)}; ${right} of ${all} points on their own side`;
+      output.dataset.result = JSON.stringify([...difference, right]);
+      return;
+    }
     const u = unit(now.d);
     const after = path(now.h, now.d, now).at(-1);
-    output.textContent = `u·h = ${signed(dot(u, now.h))}  →  u·h′ = ${signed(dot(u, after))}`;
+    const [from, to] = [dot(u, now.h), dot(u, after)];
+    output.textContent = `u·h = ${signed(from)}  →  u·h′ = ${signed(to)}, a change of ${signed(to - from)}`;
+    if (steps.includes("add") && steps.length === 1) {
+      output.textContent += ` = α‖d‖`;
+    }
     output.dataset.result = JSON.stringify(after);
   }
 

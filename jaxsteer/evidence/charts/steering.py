@@ -1,38 +1,49 @@
 """Charts of the first notebook, and its plane; the tables come from `evidence.lesson`.
 
-In the plane a reader drags the state h and the direction d. It is drawn in the browser (plane.js),
-so it moves with the pointer and still works in an exported page without a kernel. The tips come
-back to Python as traits; `lesson.steer_2d` computes the same step with the library's own
-`interventions.apply`, and a browser test compares the two. Tips move by mouse, by touch, and by the
-arrow keys.
+In the plane a reader drags the state h and the direction d. It is drawn and computed in the browser
+(plane.js), so it works in an exported page without a kernel; a browser test compares it with the
+library's own `interventions.apply`. Tips move by mouse, by touch, and by the arrow keys.
 """
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import anywidget
 import polars as pl
 import traitlets
 
+from jaxsteer.evidence import lesson
 from jaxsteer.evidence.charts import marks
-from jaxsteer.evidence.lesson import Step
-from jaxsteer.words import percent, signed
+from jaxsteer.evidence.lesson import View
+from jaxsteer.stats import wilson
+from jaxsteer.words import percent, plain, signed, span
 
 SIDES: dict[str, marks.Role] = {"baseline": "baseline", "steered": "persona"}
+GROUPS: dict[str, marks.Role] = {"harmful": "refusal", "harmless": "persona"}
 UNIT = "natural norms"
+COLOURS = 4.0  # natural norms at which the colours of projections end
+COLUMNS = (
+    "display: grid; gap: 0.5rem 1.5rem; align-items: start; overflow-x: auto; "
+    "grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr))"
+)
 
 
-def describe(kind: Step, name: str, layer: int, strength: float) -> str:
+def describe(view: View) -> str:
     """An operation in words: `+4 × persona at resid_post.21`."""
-    at = f"at resid_post.{layer}"
-    if kind == "add":
-        return f"{signed(strength, 0 if strength == round(strength) else 1)} × {name} {at}"
-    if kind == "project":
-        return f"{name} projected out {at}"
-    return f"{name} capped to ±{abs(strength):g} norms {at}"
+    at = f"at resid_post.{view.layer}"
+    added = f"{signed(view.strength, 0 if view.strength.is_integer() else 1)} × {view.name} {at}"
+    out = "there" if not view.later else f"{view.later} layers later"
+    return {
+        "add": added,
+        "project out": f"{view.name} projected out {at}",
+        "cap": f"{view.name} capped to ±{abs(view.strength):g} norms {at}",
+        "add, then project out": f"{added}, projected out {out}",
+    }[view.kind]
 
 
 def next_token_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
@@ -75,172 +86,235 @@ def next_token_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
         **marks.by_role("side", SIDES),
     )
     layers = [link.encode(y=y, x="baseline:Q", x2="steered:Q"), dots]
-    chart = alt.LayerChart(layer=layers).properties(width=560, height=26 * len(table))
     detail = f"{what}; one prompt, one forward pass, no sampling, so no interval"
-    return marks.titled(chart, finding, detail)
+    return marks.wide(layers, finding, detail, 22 * len(table))
 
 
-def depth_chart(table: pl.DataFrame, layer: int, what: str) -> alt.HConcatChart:
-    """The last prompt token's projections along depth, before and after, one panel a direction.
-
-    Args:
-      table: from `lesson.projections`.
-      layer: where the operation is applied, marked.
-      what: the operation in words.
-    """
-    last = table.filter(pl.col("position") == pl.col("position").max())
-    title = f"projection, {UNIT}"
-    panels = [
-        _depth_panel(part, layer, None if i else title)
-        for i, part in enumerate(last.partition_by("direction", maintain_order=True))
-    ]
-    end = last.filter(pl.col("layer") == pl.col("layer").max())
-    changes = [f"{row['direction']} {signed(row['change'])}" for row in end.iter_rows(named=True)]
-    finding = f"At the last layer the steer has moved {' and '.join(changes)}"
-    detail = f"{what}; last prompt token, n = 1 prompt; the first layers may leave the frame"
-    return marks.titled(alt.HConcatChart(hconcat=panels, spacing=34), finding, detail, wrap=96)
-
-
-def _frame(table: pl.DataFrame) -> list[float]:
-    """A range that fits the later three quarters of depth.
-
-    Directions are very short at the first layers, so in their own norms projections are huge there
-    and would flatten all the rest.
-    """
-    later = table.filter(pl.col("layer") >= pl.col("layer").max() / 4)
-    values = [*later["baseline"], *later["steered"], 0.0]
-    room = 0.15 * (max(values) - min(values)) or 1.0
-    return [min(values) - room, max(values) + room]
-
-
-def _depth_panel(table: pl.DataFrame, layer: int, title: str | None) -> alt.LayerChart:
-    long = table.unpivot(
-        list(SIDES), index=["layer"], variable_name="side", value_name="projection"
-    )
-    last = int(table["layer"].max())  # type: ignore[arg-type]
-    axes = {
-        "x": marks.layer_axis(0, last),
-        "y": alt.Y("projection:Q", title=title, scale=alt.Scale(domain=_frame(table), nice=False)),
-        "color": marks.by_role("side", SIDES, legend=None)["color"],
-    }
-    lines = alt.Chart(long).mark_line(point=alt.OverlayMarkDef(size=28), clip=True)
-    lines = lines.encode(tooltip=marks.tooltip("side layer", signed="projection"), **axes)
-    # The higher line's name is above its end and the lower one's below, so they never meet.
-    ends = long.filter(pl.col("layer") == last).sort("projection")
-    words = [
-        marks.labelled(alt.Chart(ends[i : i + 1]).mark_text().encode(**axes), "side", dy=dy)
-        for i, dy in enumerate((7, -7))
-    ]
-    at = alt.Chart(pl.DataFrame({"layer": [layer]})).mark_rule(strokeDash=[4, 4], opacity=0.6)
-    name = table["direction"][0]
-    layers = [at.encode(x="layer:Q"), lines, *words]
-    return marks.panel(layers, name, 290, 220, color=marks.colour(name))
-
-
-def token_map(
-    table: pl.DataFrame, value: str, what: str, *, last: int | None = 24
-) -> alt.HConcatChart:
-    """Layer by layer and token by token: one map a direction.
+def histogram(table: pl.DataFrame, name: str, layer: int) -> alt.LayerChart:
+    """Projections of harmful and harmless prompts at a layer, and how well they are apart.
 
     Args:
-      table: from `lesson.projections`.
-      value: the column drawn: `change`, `baseline` or `steered`.
-      what: the operation in words.
-      last: only so many tokens from the prompt's end; None for all.
+      table: `group` (a key of `GROUPS`) and `projection`, in natural norms.
+      name: the direction's.
+      layer: where the states are from.
     """
-    count = int(table["position"].max()) + 1  # type: ignore[arg-type]
-    first = max(0, count - last) if last else 0
-    shown = table.filter(pl.col("position") >= first).with_columns(
-        label=pl.format(
-            "{} {}",
-            pl.col("position").cast(pl.String).str.zfill(4),
-            pl.col("text").map_elements(marks.token_text, return_dtype=pl.String),
-        )
-    )
-    # The first tokens of a prompt hold far larger values than the rest (attention sinks): the
-    # colour range is that of the bulk, and its ends are open.
-    limit = float(shown[value].abs().quantile(0.98) or 0) or 1.0
-    legend = alt.Legend(title=UNIT, orient="right", direction="vertical", format="+.2~g")
-    colour = alt.Color(f"{value}:Q", scale=marks.around_zero(limit), legend=legend)
-    maps = [
-        _map(part.drop("text"), colour, None if i else marks.LAYER)
-        for i, part in enumerate(shown.partition_by("direction", maintain_order=True))
-    ]
-    last_layer = shown.filter(pl.col("layer") == pl.col("layer").max())
-    most = last_layer.sort(pl.col(value).abs(), descending=True).row(0, named=True)
-    kind = "change" if value == "change" else "projection"
+    harmful, harmless = (table.filter(group=group)["projection"].to_numpy() for group in GROUPS)
+    right, n = lesson.separation(harmful, harmless)
     finding = (
-        f"The last layer's largest {kind} is {most['direction']} {signed(most[value])}, "
-        f"on “{marks.token_text(most['text'])}”"
+        f"{right} of {n} prompts are on their own side of the middle between the means: "
+        f"{percent(right / n)} (95 % interval {span(*wilson(right, n))})"
     )
-    if value == "change" and not shown["change"].abs().max():
-        finding = "Nothing is changed at any layer or token"
-    part = f"{count - first} of {count} prompt tokens"
-    detail = f"{what}; {UNIT}; {part}; colour ends at ±{limit:.2g}"
-    return marks.titled(alt.HConcatChart(hconcat=maps, spacing=26), finding, detail)
-
-
-def _map(table: pl.DataFrame, colour: alt.Color, title: str | None) -> alt.LayerChart:
-    marked = [layer for layer in table["layer"].unique().sort() if layer % 5 == 0]
-    layers = alt.Axis(values=marked, labels=title is not None)
-    words = alt.Axis(
-        labelExpr="slice(datum.label, 5)", labelAngle=-90, labelFont=marks.MONO, labelFontSize=10
+    detail = (
+        f"projection on {name} at resid_post.{layer}, last prompt token; each prompt against the "
+        "means of the others; half would be chance"
     )
+    x = alt.X("projection:Q", bin=alt.Bin(maxbins=30), title=f"u·h, {UNIT}")
+    colours = alt.Scale(domain=list(GROUPS), range=[marks.PALETTE[r] for r in GROUPS.values()])
     chart = (
         alt.Chart(table)
-        .mark_rect()
+        .mark_bar(opacity=0.62)
         .encode(
-            x=alt.X("label:N", sort=None, title=None, axis=words),
-            y=alt.Y("layer:O", sort="descending", title=title, axis=layers),
-            color=colour,
-            tooltip=marks.tooltip(
-                "label layer", signed="baseline steered change", titles={"label": "token"}
-            ),
+            x=x,
+            y=alt.Y("count():Q", title="prompts", stack=None, axis=alt.Axis(tickMinStep=1)),
+            color=alt.Color("group:N", title=None, scale=colours),
+            tooltip=["group:N", alt.Tooltip("count():Q", title="prompts")],
         )
     )
-    name, tokens = table["direction"][0], table["label"].n_unique()
-    width = max(130, min(620, 12 * tokens))
-    return marks.panel([chart], name, width, 270, color=marks.colour(name))
+    return marks.wide([chart], finding, detail, 230)
 
 
-def survival_chart(table: pl.DataFrame, what: str) -> alt.LayerChart:
-    """How much an addition still moves when its direction is projected out k layers later.
+def refusal_map(table: pl.DataFrame, view: View) -> alt.Chart:
+    """Probability of opening with a refusal by layer and strength; a click selects a cell.
 
     Args:
-      table: from `lesson.survival`.
-      what: the addition in words.
+      table: from `lesson.grid`, of one direction.
+      view: what the controls say: its cell is framed.
     """
-    alone = float(table["alone"][0])
-    moved = dict(zip(table["later"], table["moved"], strict=True))
-    words = (
-        f"Projected out where it was added, the steer moves {percent(moved[0])} of the probability"
+    ordered = table.sort("opens", maintain_order=True)
+    low, high = (
+        f"{percent(opens)} ({f'{signed(strength, 0)} at layer {at}' if strength else 'unsteered'})"
+        for opens, strength, at in ordered["opens", "strength", "layer"][[0, -1]].iter_rows()
     )
-    if 1 in moved:
-        words += f"; one layer later, {percent(moved[1])}"
-    words += f"; never, {percent(alone)}"
-    ticks = alt.Axis(values=table["later"].to_list(), format="d")
-    x = alt.X("later:Q", title="layers between adding and projecting out", axis=ticks)
-    y = alt.Y(
-        "moved:Q",
-        title="next-token probability moved",
-        axis=alt.Axis(format=marks.PERCENT),
-        scale=alt.Scale(domain=[0, 1.15 * max(alone, 0.05, *table["moved"].to_list())]),
+    finding = f"Refusal openings: {low} to {high}"
+    if percent(ordered["opens"][0]) == percent(ordered["opens"][-1]):
+        finding = f"No cell moves the refusal openings: {percent(ordered['opens'][0])} everywhere"
+    here = f"datum.layer == {view.layer} && datum.strength == {view.strength:g}"
+    blue = marks.PALETTE["refusal"]
+    scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue], clamp=True)
+    legend = alt.Legend(title="refusal", format=marks.PERCENT, orient="right", direction="vertical")
+    x = alt.X("strength:O", title=f"strength, {UNIT}", axis=_strengths())
+    chart = alt.Chart(table).mark_rect(cursor="pointer", stroke="currentColor")
+    chart = chart.encode(
+        x=x,
+        y=alt.Y("layer:O", sort="descending", title=marks.LAYER),
+        color=alt.Color("opens:Q", scale=scale, legend=legend),
+        strokeWidth=alt.condition(here, alt.value(3), alt.value(0.2)),
+        tooltip=marks.tooltip("layer strength token", tiny="opens moved"),
+    ).add_params(alt.selection_point(name="cell", fields=["layer", "strength"]))
+    detail = f"{table['direction'][0]}; one prompt; click a cell to steer there"
+    return marks.titled(chart.properties(width="container", height=190), finding, detail, wrap=42)
+
+
+def _strengths() -> alt.Axis:
+    words = "datum.value == 0 ? '0' : format(datum.value, '+d')"
+    return alt.Axis(values=list(lesson.STRENGTHS), labelAngle=0, labelExpr=words)
+
+
+def fan_chart(table: pl.DataFrame, view: View) -> alt.LayerChart:
+    """The same measure along strength at one layer: a direction beside random ones of its length.
+
+    Args:
+      table: from `lesson.fan`.
+      view: what the controls say.
+    """
+    most = table.filter(direction=view.name).sort("moved", descending=True).row(0, named=True)
+    same = table.filter(pl.col("direction") != view.name, strength=most["strength"])
+    below = int((same["moved"] < most["moved"]).sum())
+    finding = (
+        f"At {signed(most['strength'], 0)}, {view.name} moves {percent(most['moved'])} of the next "
+        f"token: more than {below} of {len(same)} random directions"
     )
-    colour = marks.colour("persona")
-    base = alt.Chart(table).encode(x=x, y=y, tooltip=marks.tooltip("later layer", tiny="moved"))
-    line = base.mark_line(color=colour, point=alt.OverlayMarkDef(size=60, color=colour))
-    cancels = base.transform_filter("datum.later == 0").mark_text(
-        align="left", dx=9, dy=-12, fontWeight="bold", color=colour
+    x = alt.X("strength:Q", title=f"strength at layer {view.layer}, {UNIT}", axis=_strengths())
+    share = alt.Axis(format=marks.PERCENT)
+    y = alt.Y("opens:Q", title="opens with a refusal", axis=share, scale=alt.Scale(domain=[0, 1]))
+    tips = marks.tooltip("direction strength", tiny="opens moved")
+    layers = _with_fan(table, [view.name], x, y, tips, view.strength)
+    return marks.wide(layers, finding, "grey: random directions of its length", 190)
+
+
+def depth_chart(table: pl.DataFrame, names: Sequence[str], view: View) -> alt.LayerChart:
+    """How the last prompt token's projections changed along depth, random directions in grey.
+
+    Args:
+      table: from `lesson.depth`.
+      names: of the directions that are named; all others are random.
+      view: what is done, and where.
+    """
+    deep = int(table["layer"].max())  # type: ignore[arg-type]
+    last = table.filter(pl.col("layer") == deep, pl.col("direction").is_in(names))
+    changes = [f"{row['direction']} {signed(row['change'])}" for row in last.iter_rows(named=True)]
+    finding = f"At the last layer the steer has moved {' and '.join(changes)}"
+    # In its own short norms, a direction of the first layers would flatten all the rest.
+    seen = table.filter(pl.col("layer") >= min(view.layer, deep * 3 // 4))["change"]
+    low, high = min(0.0, *seen), max(0.0, *seen)
+    room = 0.12 * (high - low) or 1.0
+    scale = alt.Scale(domain=[low - room, high + room], nice=False)
+    y = alt.Y("change:Q", title=f"change of u·h, {UNIT}", scale=scale)
+    tips = marks.tooltip("direction layer", signed="change")
+    layers = _with_fan(table, names, marks.layer_axis(0, deep), y, tips, view.layer)
+    detail = f"{describe(view)}; last prompt token; grey: random directions"
+    return marks.wide(layers, finding, detail, 230)
+
+
+def _with_fan(
+    table: pl.DataFrame,
+    names: Sequence[str],
+    x: alt.X,
+    y: alt.Y,
+    tips: list[alt.Tooltip],
+    at: float,
+) -> list[alt.Chart]:
+    """Lines of named directions over thin grey ones of all others, and a rule at a value of x."""
+    named = pl.col("direction").is_in(names)
+    colours = alt.Scale(
+        domain=names, range=[marks.PALETTE[role] for role in marks.roles(names).values()]
     )
-    whole = alt.Chart(table.head(1)).encode(y="alone:Q")
-    rule = whole.mark_rule(strokeDash=[4, 4], opacity=0.6)
-    label = whole.mark_text(align="left", dy=-8, opacity=0.85).encode(
-        x=alt.value(8), text=alt.value("added, never projected out")
+    colour = alt.Color("direction:N", title=None, scale=colours)
+    grey = alt.Chart(table.filter(~named)).mark_line(
+        color=marks.PALETTE["baseline"], opacity=0.4, strokeWidth=1.2, clip=True
     )
-    layers = [rule, label, line, cancels.encode(text=alt.value("cancels, by algebra"))]
-    chart = alt.LayerChart(layer=layers).properties(width=560, height=220)
-    detail = f"{what}; total variation distance, one prompt; unit: share of probability"
-    return marks.titled(chart, words, detail)
+    own = alt.Chart(table.filter(named)).mark_line(point=alt.OverlayMarkDef(size=26), clip=True)
+    rule = alt.Chart(pl.DataFrame({"at": [at]})).mark_rule(strokeDash=[4, 4], opacity=0.6)
+    return [
+        rule.encode(x=marks.on_axis(x, "at")),
+        grey.encode(x=x, y=y, detail="direction:N", tooltip=tips),
+        own.encode(x=x, y=y, color=colour, tooltip=tips),
+    ]
+
+
+def token_strip(texts: Sequence[str], values: Sequence[float]) -> str:
+    """Tokens in line as HTML, each on the colour of its value: blue below zero, orange above.
+
+    Args:
+      texts: of the tokens; hostile text is shown as it is written.
+      values: in natural norms; the colours end at ±`COLOURS`.
+    """
+    spans = []
+    for text, value in zip(texts, values, strict=True):
+        colour = marks.PALETTE["persona" if value > 0 else "refusal"]
+        share = 70 * min(abs(value) / COLOURS, 1)
+        ground = f"color-mix(in srgb, {colour} {share:.0f}%, transparent)"
+        shown = html.escape(plain(text))
+        spans.append(f'<span title="{signed(value)}" style="background: {ground}">{shown}</span>')
+    return "".join(spans)
+
+
+def reply_cards(view: View, baseline: str, steered: str, *, veiled: bool) -> str:
+    """Both strips as cards side by side, with a line that says what the colours are."""
+    plain_card = marks.card("baseline", "", "baseline", veiled=veiled, marked=baseline)
+    steered_card = marks.card(describe(view), "", "persona", veiled=veiled, marked=steered)
+    note = (
+        f"The end of the prompt, then the reply: greedy, at most {lesson.ROOM} tokens. Colour: "
+        f"projection on {view.name}, blue and orange end at ∓{COLOURS:g} {UNIT} from the median "
+        "token of the unsteered prompt. One early word can change all of a reply: the "
+        "probabilities are the more stable measure."
+    )
+    return marks.cards(plain_card, steered_card, note=note)
+
+
+def opens_with(tokens: Sequence[str]) -> str:
+    """What "opens with a refusal" is, as Markdown."""
+    shown, texts = (marks.escaped(", ".join(map(repr, some))) for some in (tokens, lesson.OPENINGS))
+    return (
+        f"**Opens with a refusal**: the probability that the reply's first token is {shown}, the "
+        f"first tokens of {texts}. A helpful reply may begin so too: read the changes."
+    )
+
+
+def verdict(guess: str | None, table: pl.DataFrame | None) -> str:
+    """What an exercise's check says, as Markdown; nothing before a guess.
+
+    Args:
+      guess: the chosen option.
+      table: from `lesson.shares`. Options within half a point of the first are as good as it.
+    """
+    if guess is None or table is None:
+        return ""
+    best = table.filter(pl.col("moved") >= table["moved"][0] - 0.005)["option"].to_list()
+    found = [f"{marks.escaped(name)} {percent(share, 1)}" for name, share in table.iter_rows()]
+    word = "Yes." if guess in best else "Not on this prompt."
+    return f"**{word}** Next-token probability that moves: {', '.join(found)}."
+
+
+def explorer(table: pl.DataFrame) -> alt.LayerChart:
+    """The likeliest next tokens with menus for direction, layer and strength, in the chart itself.
+
+    It needs no kernel, so it works in an exported page.
+
+    Args:
+      table: from `lesson.grid`, with several directions and tokens.
+    """
+    bound = []
+    for field in ("direction", "layer", "strength"):
+        values = table[field].unique(maintain_order=True).to_list()
+        menu = alt.binding_select(options=values, name=f"{field} ")
+        first = values[0 if field == "direction" else len(values) // 2 + 1]
+        bound.append(alt.param(name=f"chosen_{field}", value=first, bind=menu))
+    chosen = " && ".join(f"datum.{p.name.removeprefix('chosen_')} == {p.name}" for p in bound)
+    labels = marks.numbered([marks.token_text(text) for text in table["token"]])
+    base = alt.Chart(table.with_columns(row=pl.Series(labels))).transform_filter(chosen)
+    bars = base.mark_bar(color=marks.PALETTE["persona"]).encode(
+        x=marks.share_axis("probability", "probability of the first reply token"),
+        y=marks.row_axis("row", numbers=True, labelFont=marks.MONO, labelFontSize=12.5),
+        tooltip=marks.tooltip("token", tiny="probability"),
+    )
+    words = "'opens with a refusal: ' + format(datum.opens, '.0%')"
+    first = base.transform_filter("datum.rank == 0").transform_calculate(words=words)
+    note = first.mark_text(align="left", fontWeight="bold")
+    note = note.encode(x=alt.value(0), y=alt.value(-10), text="words:N")
+    height = 24 * table["rank"].n_unique()
+    chart = alt.LayerChart(layer=[bars, note]).add_params(*bound)
+    return chart.properties(width="container", height=height)
 
 
 HERE = Path(__file__).parent
@@ -255,6 +329,8 @@ class Plane(anywidget.AnyWidget):
       strength: multiples of d that `add` adds.
       high: upper bound of the projection that `cap` keeps; the lower bound is -high.
       steps: which of add, project and cap are applied, in this order.
+      cloud: points around the origin; with them h and d are the means of two clouds of this shape,
+        and their difference is drawn instead of the steps.
       colours: hex colours of d and of the result.
     """
 
@@ -265,23 +341,13 @@ class Plane(anywidget.AnyWidget):
     strength = traitlets.Float(1.0).tag(sync=True)
     high = traitlets.Float(1.0).tag(sync=True)
     steps = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    cloud = traitlets.List(traitlets.List()).tag(sync=True)
     colours = traitlets.Dict().tag(sync=True)
 
 
-def plane(
-    steps: Sequence[Step],
-    *,
-    h: tuple[float, float] = (1.0, 2.0),
-    d: tuple[float, float] = (1.5, 0.5),
-    strength: float = 1.0,
-    high: float = 1.0,
-) -> Plane:
+def plane(*steps: str, h: tuple[float, float], d: tuple[float, float], **fields: Any) -> Plane:
     """A plane to show with `mo.ui.anywidget`; see `Plane` for the arguments."""
-    return Plane(
-        h=list(h),
-        d=list(d),
-        strength=strength,
-        high=high,
-        steps=list(steps),
-        colours={"d": marks.PALETTE["persona"], "result": marks.PALETTE["axis"]},
-    )
+    colours = {"d": marks.PALETTE["persona"], "result": marks.PALETTE["axis"]}
+    if fields.get("cloud"):
+        colours["result"] = marks.PALETTE["refusal"]
+    return Plane(h=list(h), d=list(d), steps=list(steps), colours=colours, **fields)
