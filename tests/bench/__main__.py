@@ -1,8 +1,8 @@
 """Run the benchmarks: python -m tests.bench [--only PART,...] [--full] [--rounds N] [--show].
 
-Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `ceilings`, `compile`,
-`scaling`, all on this machine's CPU, and `accelerator`, on its GPU or TPU. What is measured goes to
-results/bench/bench.json as it comes, and into a table.
+Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `small`, `ceilings`,
+`compile`, `scaling`, all on this machine's CPU, and `accelerator`, on its GPU or TPU. What is
+measured goes to results/bench/bench.json as it comes, and into a table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ PEERS: tuple[tuple[str, str, str, tuple[int, ...], int, float], ...] = (
     ("lens", "TransformerLens, best batch", "lens", (8, 32, 64), 48, 6.0),
     ("nnsight", "nnsight, best batch", "nnsight", (8, 32, 64), 48, 6.0),
 )
-PARTS = ("study", *(peer[0] for peer in PEERS), "ceilings", "compile", "scaling", "accelerator")
+PARTS = (
+    "study", *(peer[0] for peer in PEERS), "small", "ceilings", "compile", "scaling", "accelerator",
+)  # fmt: skip
+# Rows of a small job, as in a notebook.
+SMALL = (1, 12, 32, 96)
 # Parts that a process of their own measures, by module.
 ALONE = {
     "scaling": "cost against conditions, rows, layers and width",
@@ -194,7 +198,8 @@ class Bench:
                 self.job = Job.load(self.out / "job")
                 self.say("compiling, from the cache" if cold else "warming up")
                 cached = self._twice(ours)
-                self._study(ours, 3 if parts == {"study"} else 1)
+                if parts - {"small"}:
+                    self._study(ours, 3 if parts == {"study"} else 1)
                 if cold:
                     self.record["compile"] = {
                         "programs": cold["programs"],
@@ -207,6 +212,8 @@ class Bench:
                         self._peer(ours, *peer)
                 if self.record["peers"]:
                     self._study_again(ours)
+                if "small" in parts:
+                    self._small(ours)
                 if "ceilings" in parts:
                     self._ceilings(ours)
 
@@ -315,6 +322,36 @@ class Bench:
             done = peer.ask("run", rows=rows, batch=size, new_tokens=TUNING_TOKENS)
             tried[str(size)] = len(rows) / done["seconds"]
         return int(max(tried, key=lambda size: tried[size])), tried
+
+    def _small(self, ours: Worker) -> None:
+        """Time few rows of one steered condition, warm, in turns with HF at its best batch."""
+        steered = next(c for c, sites in enumerate(self.job.conditions) if sites)
+        members = [row for row, c in enumerate(self.job.condition) if c == steered]
+        found: list[dict[str, Any]] = []
+        try:
+            if not PEERS_PYTHON.is_file():
+                raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
+            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf") as peer:
+                for count in SMALL:
+                    rows = members[:count]
+                    self.say(f"a small job of {count} rows")
+                    sizes = sorted({min(count, size) for size in (12, 32, 96)})
+                    tried = {s: peer.ask("run", rows=rows, batch=s)["seconds"] for s in sizes}
+                    batch = min(tried, key=lambda size: tried[size])
+                    ours.ask("small", rows=rows)
+                    pairs = [
+                        (
+                            peer.ask("run", rows=rows, batch=batch)["seconds"],
+                            ours.ask("small", rows=rows)["seconds"],
+                        )
+                        for _ in range(self.rounds)
+                    ]
+                    theirs, own = map(figures.median, zip(*pairs, strict=True))
+                    found.append({"rows": count, "batch": batch, "theirs_s": theirs, "ours_s": own})
+        except Failed as error:
+            self.say(f"small jobs: skipped, {error}")
+        self.record["small"] = found
+        self.save()
 
     def _ceilings(self, ours: Worker) -> None:
         self.say("ceilings of the machine")

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
+from jaxsteer.generation.requests import shared_length
 from jaxsteer.model.chat_model import ChatModel
 from tests.bench import workload
 from tests.bench.figures import Work
@@ -47,6 +48,15 @@ class Ours:
         if new_tokens:
             decoding = dataclasses.replace(decoding, max_new_tokens=new_tokens)
         return replies(self.model, self.work, chosen, batch or self.work.batch, decoding)
+
+    def small(self, chosen: Sequence[int]) -> list[list[int]]:
+        """Reply tokens of rows that are a run of their own, as when a notebook asks for them."""
+        some = [self.work.requests[row] for row in chosen]
+        shared = shared_length([request.tokens for request in some])
+        work = dataclasses.replace(
+            self.work, requests=[dataclasses.replace(one, shared=shared) for one in some]
+        )
+        return replies(self.model, work, range(len(some)), work.batch, work.decoding)
 
 
 def replies(

@@ -26,7 +26,7 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         style="dim",
         highlight=False,
     )
-    for part in (_study, _peers, _hardware, _compiling, _scaling, _accelerator):
+    for part in (_study, _peers, _small, _hardware, _compiling, _scaling, _accelerator):
         part(record, console)
 
 
@@ -90,6 +90,24 @@ def _peers(record: Mapping[str, Any], console: Console) -> None:
         "it costs). On few rows jaxsteer's slots stand empty: 'same rows' is its worst case.",
         style="dim",
     )
+
+
+def _small(record: Mapping[str, Any], console: Console) -> None:
+    if not record.get("small"):
+        return
+    table = Table(title="\nSmall jobs of one condition, warm, beside HF", title_justify="left")
+    for name in ("rows", "batch of HF", "s, theirs / ours", "over ours", "target"):
+        table.add_column(name, justify="right")
+    for job in record["small"]:
+        times = job["theirs_s"] / job["ours_s"]
+        table.add_row(
+            str(job["rows"]),
+            str(job["batch"]),
+            f"{job['theirs_s']:.2f} / {job['ours_s']:.2f}",
+            f"{times:.1f}x",
+            f"1x {verdict(times, 1)}",
+        )
+    console.print(table)
 
 
 def _hardware(record: Mapping[str, Any], console: Console) -> None:

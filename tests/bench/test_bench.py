@@ -382,6 +382,7 @@ def record() -> dict:
             "phases": [{"prefill": share, "decode": share | {"bound": "memory"}}] * 2,
             "table": {"rows": 3443, "new_tokens": 150, "slots": 256, "seconds": 61.0},
         },
+        "small": [{"rows": 12, "batch": 8, "theirs_s": 2.0, "ours_s": 1.0}],
         "scaling": {"rows": {"exponent": 0.98, "points": [[64, 1.0], [128, 2.0]]}},
     }
 
@@ -397,6 +398,7 @@ def test_the_table_says_which_targets_are_met() -> None:
     assert "5x met" in line("HF")
     assert "5x not met" in line("slow")
     assert "gone: skipped, not installed [here]" in line("gone")
+    assert "1x met" in line("2.00 / 1.00")
     assert "50 % met" in line("decode ")
     assert "80 % not met" in line("prefill ")
     assert "<= 15 s, met" in line("Compiling")

@@ -52,9 +52,12 @@ def load(name: str, paths: list[Path]) -> tuple[Any, dict[str, str]]:
 def answer(library: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Do what a request asks."""
     start = time.perf_counter()
-    if request["do"] == "run":
-        tokens = library.run(request["rows"], request["batch"], request.get("new_tokens"))
+    if request["do"] == "small":
+        tokens = library.small(request["rows"])
         found: dict[str, Any] = {"seconds": time.perf_counter() - start, "tokens": tokens}
+    elif request["do"] == "run":
+        tokens = library.run(request["rows"], request["batch"], request.get("new_tokens"))
+        found = {"seconds": time.perf_counter() - start, "tokens": tokens}
     elif request["do"] == "phases":
         from tests.bench import ours
 
