@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from jaxsteer.directions import activations
-from jaxsteer.generation import decode
+from jaxsteer.generation import decode, prefill
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request, run
 from jaxsteer.generation.prefill import Prefix
@@ -98,13 +98,14 @@ def stepwise(model: ChatModel) -> list[list[int]]:
 
 def captured(model: ChatModel) -> dict[str, Any]:
     """Captures of the prompts behind their shared prefix, and how many rows a device reads."""
-    read, rows = activations.read, []
+    read, rows = prefill.run_layers, []
 
     def watched(*args: Any, **options: Any) -> Any:
-        rows.extend(piece.data.shape[0] for piece in jax.numpy.asarray(args[2]).addressable_shards)
+        ids = jax.numpy.asarray(args[3].segment_ids)
+        rows.extend(piece.data.shape[0] for piece in ids.addressable_shards)
         return read(*args, **options)
 
-    activations.read = watched
+    prefill.run_layers = watched
     prompts = [SYSTEM + prompt for prompt in PROMPTS]
     found = activations.forward(
         model,
@@ -114,7 +115,7 @@ def captured(model: ChatModel) -> dict[str, Any]:
         shared=[len(SYSTEM)] * len(prompts),
     )
     streams = {row: stream.tolist() for row, stream, _ in found}
-    activations.read = read
+    prefill.run_layers = read
     return {"rows": rows, "streams": [streams[row] for row in range(len(prompts))]}
 
 

@@ -24,13 +24,12 @@ import jax
 import numpy as np
 import torch
 
-from jaxsteer.directions import activations
 from jaxsteer.files import write_text
 from jaxsteer.generation.requests import bucket, left_pad
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Operation, Project
-from tests import oracle, tiny
+from tests import oracle, reference, tiny
 from tests.conftest import chats, gguf_path
 
 NEW_TOKENS = 48
@@ -134,11 +133,8 @@ def prefill(
     """Our logits after every prompt token, from one left-padded batch."""
     width = bucket(max(map(len, prompts)), 4096)
     ids, real = left_pad([list(p) for p in prompts], width)
-    none = np.zeros((len(prompts), 0, width), np.float32)
     stacked = oracle.compiled(model, [operations]).rows(np.zeros(len(prompts), int))
-    _, logits = activations.read(
-        model.definition, model.params, ids, real, none, (), stacked, last_only=False
-    )
+    _, logits = reference.read(model.definition, model.params, ids, real, (), stacked)
     return [np.asarray(logits[i])[real[i]] for i in range(len(prompts))]
 
 

@@ -1,20 +1,27 @@
-"""What the engine is compared with: every row on the plain stepwise path, nothing shared."""
+"""What the engine is compared with: every row on the plain stepwise path, nothing shared.
+
+`read` is the whole model in one program, which is what HF is compared with.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from flax import nnx
+from jaxtyping import Bool, Float, Int
 
 from jaxsteer.generation import stepwise
 from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.engine import Request
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import Realised
-from jaxsteer.model.interventions import Interventions
+from jaxsteer.model.decoder import Decoder, Params, Realised, Steering, bind, empty_cache
+from jaxsteer.model.interventions import AnyArray, Interventions
+from jaxsteer.model.layers import causal_mask, positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,3 +83,51 @@ def _reply(
         response=jax.tree.map(lambda *each: sum(each), nothing, *[s.realised for s in read]),
         logits=np.stack([prompt.logits, *[step.logits for step in read]]),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "taps", "last_only"))
+def read(
+    definition: nnx.GraphDef[Decoder],
+    params: Params,
+    tokens: Int[AnyArray, "row token"],
+    real: Bool[AnyArray, "row token"],
+    taps: tuple[str, ...] = (),
+    interventions: Interventions | None = None,
+    last_only: bool = False,
+) -> tuple[dict[str, jax.Array], Float[jax.Array, "row out vocab"]]:
+    """One forward pass over left-padded rows, in one program.
+
+    Args:
+      definition: from `decoder.graph`; static.
+      params: the model's parameters.
+      tokens: left-padded ids.
+      real: which are real.
+      taps: which taps to read; static.
+      interventions: one entry per row; None runs the plain model.
+      last_only: logits of the last token only; static.
+
+    Returns:
+      By tap the stream [row, layer, token, d_model], and the logits, both float32.
+    """
+    model = bind(definition, params)
+    config, dtype = model.config, model.embed.embedding[...].dtype
+
+    def one(tokens, real, interventions):
+        steering = interventions and Steering(
+            interventions=interventions,
+            steered=real & interventions.on_prompt,
+            real=real,
+            probes=jnp.zeros((config.n_layers, 0, config.d_model)),
+        )
+        out = model(
+            tokens,
+            positions(real),
+            causal_mask(real),
+            empty_cache(config, config.n_layers, len(tokens), dtype),
+            jnp.int32(0),
+            steering=steering,
+            capture=taps,
+        )
+        return out.captured, model.logits(out.hidden[-1:] if last_only else out.hidden)
+
+    return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(real), interventions)

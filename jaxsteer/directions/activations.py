@@ -1,120 +1,50 @@
-"""Read the residual stream at taps: states for directions, logits for selection and parity.
+"""Read the residual stream at chosen tokens: states for directions, logits for selection.
 
-Only the asked taps and positions are copied from the device.
+Only what is asked for is copied from the device.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from jaxsteer.errors import UserError, heed_stop
-from jaxsteer.generation.layer_sharing import run_prefixes
-from jaxsteer.generation.prefill import Prefix, take
-from jaxsteer.generation.requests import bucket, grouped, left_pad, parts
-from jaxsteer.model import sharding
+from jaxsteer.errors import UserError
+from jaxsteer.generation import layer_sharing, prefill
+from jaxsteer.generation.layer_sharing import Prompts
+from jaxsteer.generation.requests import Request, check_lengths, grouped, pack
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import Capture, Decoder, Params, Steering, bind, empty_cache
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.model.layers import causal_mask, positions
 
 Position = Literal["prompt_end", "response_start", "response_avg"]
 POSITIONS: tuple[Position, ...] = ("prompt_end", "response_start", "response_avg")
-TAP = "resid_post"
-# Rows that run together.
-BATCH = 16
-Captured = dict[str, Float[Array, "row layer position d_model"]]
-
-
-@functools.partial(jax.jit, static_argnames=("definition", "taps", "last_only"))
-def read(
-    definition: nnx.GraphDef[Decoder],
-    params: Params,
-    tokens: Int[Array, "row token"],
-    real: Bool[Array, "row token"],
-    weights: Float[Array, "row position token"],
-    taps: tuple[str, ...],
-    interventions: Interventions | None = None,
-    last_only: bool = True,
-    prefix: Prefix | None = None,
-) -> tuple[Captured, Float[Array, "row out vocab"]]:
-    """One forward pass over left-padded rows: captured taps and logits.
-
-    Args:
-      definition: from `model.graph`; static.
-      params: the model's parameters.
-      tokens: left-padded ids.
-      real: which are real.
-      weights: token weights of each captured position (see `model.Capture`).
-      taps: which taps to read; static.
-      interventions: one entry per row, prompt scope; None runs the plain model.
-      last_only: logits of the last token only ([row, 1, vocab]), else of every token.
-      prefix: the leading tokens of each row, already run; `tokens` then holds the rest.
-
-    Returns:
-      Captures in float32 per tap, after interventions; logits in float32.
-    """
-    model = bind(definition, params)
-    n_layers, d_model = model.config.n_layers, model.config.d_model
-    dtype = model.embed.embedding[...].dtype
-
-    def one(tokens, real, weights, interventions, prefix):
-        cache = empty_cache(model.config, n_layers, tokens.shape[0], dtype)
-        before, steering = jnp.zeros((0,), bool), None
-        if prefix is not None:
-            cache = jax.tree.map(lambda *kv: jnp.concatenate(kv, axis=1), prefix.cache, cache)
-            before = jnp.asarray(prefix.real)
-        if interventions is not None:
-            steering = Steering(
-                interventions=interventions,
-                steered=real & interventions.on_prompt,
-                real=real,
-                probes=jnp.zeros((n_layers, 0, d_model)),
-            )
-        out = model(
-            tokens,
-            positions(real, before),
-            causal_mask(real, before),
-            cache,
-            jnp.int32(before.shape[0]),
-            steering=steering,
-            capture=Capture(taps=taps, weights=weights) if taps else None,
-        )
-        return out.captured, model.logits(out.hidden[-1:] if last_only else out.hidden)
-
-    return jax.vmap(one)(tokens, real, weights, interventions, prefix)
-
-
-def batches(lengths: Sequence[int], limit: int, size: int) -> Iterator[tuple[int, list[int]]]:
-    """Group row indices by bucket: yields (bucket width, at most `size` indices)."""
-    by_width = grouped(range(len(lengths)), lambda i: bucket(lengths[i], limit))
-    for width in sorted(by_width):
-        for members in parts(by_width[width], size):
-            yield width, members
 
 
 def position_weights(
-    prompt: Sequence[int], response: Sequence[int], width: int, asked: Sequence[Position]
-) -> np.ndarray:
-    """Capture weights [position, width] over the left-padded prompt + response.
+    real: Bool[np.ndarray, " token"], response: int, asked: Sequence[Position]
+) -> Float[np.ndarray, "position token"]:
+    """Weights over the tokens of a packed sequence: which of a row's states are averaged.
 
-    Prompt of 2 and response of 2 tokens in width 5, tokens [pad, p, p, r, r]:
-        prompt_end      [0, 0, 1, 0, 0]    the last prompt token
-        response_start  [0, 0, 0, 1, 0]    the first response token
-        response_avg    [0, 0, 0, .5, .5]  every response token, without the ending token
+    Args:
+      real: which of them are the row's, its response last.
+      response: number of response tokens.
+      asked: positions.
+
+    A prompt of 2 and a response of 2 tokens, [., p, p, r, r, .] with real [F, T, T, T, T, F]:
+        prompt_end      [0, 0, 1, 0, 0, 0]      the last prompt token
+        response_start  [0, 0, 0, 1, 0, 0]      the first response token
+        response_avg    [0, 0, 0, .5, .5, 0]    every response token, without the ending token
 
     Raises:
       UserError: a response position asked of an empty response, or an unknown position.
     """
-    weights = np.zeros((len(asked), width), np.float32)
-    start = width - len(response)
+    weights = np.zeros((len(asked), len(real)), np.float32)
+    end = int(np.flatnonzero(real)[-1]) + 1
+    start = end - response
     for i, position in enumerate(asked):
         if position not in POSITIONS:
             raise UserError(f"unknown position {position!r}; they are {', '.join(POSITIONS)}")
@@ -125,7 +55,7 @@ def position_weights(
         elif position == "response_start":
             weights[i, start] = 1
         else:
-            weights[i, start:] = 1 / len(response)
+            weights[i, start:end] = 1 / response
     return weights
 
 
@@ -139,9 +69,7 @@ def forward(
     interventions: Interventions | None = None,
     condition: int = 0,
 ) -> Iterator[tuple[int, Float[np.ndarray, "layer position d_model"], Float[np.ndarray, " vocab"]]]:
-    """Run every prompt with its response once, in batches of one padded width.
-
-    Short batches are filled with rows of padding, so that each width compiles once.
+    """Run every prompt with its response once, packed and in batches as a study's prompts.
 
     Args:
       model: the model; the rows of a batch are split over its mesh.
@@ -154,36 +82,36 @@ def forward(
       condition: index of that one.
 
     Yields:
-      A row's index, its float32 states at `resid_post` at the asked positions (none if nothing is
-      asked), and the logits after its last token; in no set order.
+      A row's index, its float32 states at `resid_post` at the asked positions, and the logits after
+      its last token; in no set order.
 
     Raises:
       UserError: a row longer than the model's context, or as `position_weights`.
     """
-    config = model.config
+    limit = model.config.max_position
     responses = [[]] * len(prompts) if responses is None else responses
-    for prompt, response in zip(prompts, responses, strict=True):
-        bucket(len(prompt) + len(response), config.max_position)
-    prefix, prefix_of = None, [0] * len(prompts)
-    if shared is not None:
-        asked_of = [(tuple(p[:n]), condition) for p, n in zip(prompts, shared, strict=True)]
-        prefix, prefix_of = run_prefixes(model, asked_of, interventions)
-        prompts = [p[n:] for p, n in zip(prompts, shared, strict=True)]
-    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    steered = None if interventions is None else interventions.rows(np.full(BATCH, condition))
-    for width, members in batches([len(r) for r in rows], config.max_position, BATCH):
-        heed_stop()
-        filler = BATCH - len(members)
-        tokens, real = left_pad([rows[i] for i in members] + [[]] * filler, width)
-        weights = np.zeros((BATCH, len(asked), width), np.float32)
-        for slot, i in enumerate(members):
-            weights[slot] = position_weights(prompts[i], responses[i], width, asked)
-        own = prefix and take(prefix, np.array([prefix_of[i] for i in members] + [0] * filler))
-        placed = sharding.place((tokens, real, weights, steered, own), config, model.mesh)
-        *given, steering, before = placed
-        captured, logits = read(
-            model.definition, model.params, *given, (TAP,), steering, prefix=before
+    shared = [0] * len(prompts) if shared is None else shared
+    requests = [
+        Request(tokens=[*prompt, *response], condition=condition, shared=n)
+        for prompt, response, n in zip(prompts, responses, shared, strict=True)
+    ]
+    check_lengths((len(request.tokens) for request in requests), limit)
+    given = layer_sharing.with_prefixes(
+        Prompts(
+            model=model,
+            requests=requests,
+            interventions=interventions or layer_sharing.untouched(model.config),
+            probes=prefill.no_probes(model.config),
+            packed=pack(requests, limit),
         )
-        states, last = np.asarray(captured[TAP]), np.asarray(logits[:, 0])
-        for slot, i in enumerate(members):
-            yield i, states[slot], last[slot]
+    )
+    given = dataclasses.replace(given, capture=True)
+    for rows in grouped(range(len(requests)), given.packed.width).values():
+        for some, batch in layer_sharing.read(given, rows):
+            real = np.asarray(batch.real)
+            weights = np.zeros((len(real), len(asked), real.shape[1]), np.float32)
+            for i, row in enumerate(some):
+                weights[i] = position_weights(real[i], len(responses[row]), asked)
+            found = prefill.states(model.definition, model.params, batch, weights)
+            states, logits = jax.device_get(found)
+            yield from zip(some, states, logits, strict=False)

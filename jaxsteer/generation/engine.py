@@ -35,7 +35,7 @@ from jaxsteer.generation.decode import DecodeState, Decoding, Sampling
 from jaxsteer.generation.layer_sharing import Prompts
 from jaxsteer.generation.requests import Reply as Reply
 from jaxsteer.generation.requests import Request as Request
-from jaxsteer.generation.requests import bucket, grouped, pack
+from jaxsteer.generation.requests import bucket, fitted, grouped, pack
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Params
@@ -57,25 +57,6 @@ def cache_slots(prefix: int, longest: int, new_tokens: int) -> int:
     """
     prompt = -(-longest // decode.CHUNK) * decode.CHUNK
     return -(-(prefix + prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
-
-
-def slots_for(batch: int, rows: int, multiple: int = 1) -> int:
-    """Number of slots for some rows: `batch`, or a half, a quarter... that still holds them all.
-
-    An empty slot costs as much as a full one; halves, so that few sizes are ever compiled. The
-    number and every half are rounded up to the multiple.
-
-    >>> slots_for(64, 100), slots_for(64, 32), slots_for(64, 12), slots_for(64, 12, multiple=32)
-    (64, 32, 16, 32)
-    >>> slots_for(30, 100, multiple=4)
-    32
-    >>> slots_for(10001, 6)
-    10
-    """
-    batch = -(-batch // multiple) * multiple
-    while (half := -(-batch // (2 * multiple)) * multiple) >= rows and half < batch:
-        batch = half
-    return batch
 
 
 def count_loops(slots: int, params: Params) -> int:
@@ -154,7 +135,7 @@ def run(
     )
     prefix = 0 if prompts.prefixes is None else prompts.prefixes.real.shape[1]
     longest = max(len(request.own) for request in requests)
-    batch = slots_for(batch, len(requests), sharding.data_size(model.mesh))
+    batch = fitted(batch, len(requests), sharding.data_size(model.mesh))
     count = count_loops(batch, model.params)
     job = _Job(
         prompts=prompts,

@@ -29,7 +29,15 @@ from jaxtyping import Float
 from jaxsteer.errors import heed_stop
 from jaxsteer.generation import prefill
 from jaxsteer.generation.prefill import LayerOutput, Prefix, PromptBatch, SequenceBatch, take
-from jaxsteer.generation.requests import PackedPrompts, Request, grouped, one_each, parts
+from jaxsteer.generation.requests import (
+    BATCH_ALONE,
+    PackedPrompts,
+    Request,
+    fitted,
+    grouped,
+    one_each,
+    parts,
+)
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
@@ -39,8 +47,6 @@ from jaxsteer.model.interventions import Interventions, compile_conditions
 # Rows of a finished batch, and entries of a batch on a mesh: enough tokens for full speed, few
 # enough that the last batch wastes little.
 BATCH = sharding.PROMPT_BATCH
-# Entries of a batch on one device, which fewer keep as busy.
-BATCH_ALONE = 8
 # The width of prefixes is a multiple of this.
 PREFIX_MULTIPLE = 16
 
@@ -102,6 +108,7 @@ class Prompts:
       prefixes: prefixes that have been run; None for none.
       prefix: index into `prefixes`, by row; the same for all prompts of a packed sequence and
         condition.
+      capture: keep the stream at `resid_post` (see `prefill.states`).
     """
 
     model: ChatModel
@@ -111,6 +118,7 @@ class Prompts:
     packed: PackedPrompts
     prefixes: Prefix | None = None
     prefix: Sequence[int] = ()
+    capture: bool = False
 
     @functools.cached_property
     def classes(self) -> list[list[int]]:
@@ -150,12 +158,16 @@ def read(
       prompts: the prompts of a run.
       rows: which to read; their packed sequences have one width.
       size: packed sequences that go through a layer group together; 0 for `BATCH_ALONE`, or
-        `BATCH` on a mesh.
+        `BATCH` on a mesh, and fewer in a run of fewer.
 
     Yields:
       At most `BATCH` rows, and what reading them left.
     """
-    size = size or (BATCH_ALONE if prompts.model.mesh is None else BATCH)
+    packed, mesh = prompts.packed, prompts.model.mesh
+    # By sequences, so that further conditions compile nothing; all, not those that are left.
+    count = sum(len(tokens) == packed.width(rows[0]) for tokens in packed.tokens)
+    most = BATCH_ALONE if mesh is None else BATCH
+    size = size or fitted(most, count, sharding.data_size(mesh))
     yield from _deeper(prompts, [], {row: () for row in rows}, size)
 
 
@@ -164,8 +176,11 @@ def _deeper(
 ) -> Iterator[tuple[list[int], PromptBatch]]:
     """Take rows through the layers that follow `outputs`; arguments as for `_run`."""
     if len(outputs) > len(layer_groups(prompts.model.config.n_layers)):
-        for some in parts(list(paths), BATCH):
-            yield some, _batch(prompts, filled(some, BATCH), outputs, paths)
+        # A few rows, since few sequences may have many conditions.
+        few = 4 * len(prompts.packed.tokens)
+        size = fitted(BATCH, few, sharding.data_size(prompts.model.mesh))
+        for some in parts(list(paths), size):
+            yield some, _batch(prompts, filled(some, size), outputs, paths)
         return
     for entries in parts(_entries(prompts, len(outputs), paths), size):
         heed_stop()
@@ -222,6 +237,7 @@ def _run(
             prompts.placed(batch),
             prompts.probes[first:last],
             np.int32(first),
+            prompts.capture,
         )
     after = {row: (*paths[row], e) for e, members in enumerate(entries) for row in members}
     return [*outputs, done], after
@@ -276,7 +292,7 @@ def run_prefixes(
       probes: unit directions whose projections are recorded; None for none.
 
     Returns:
-      One entry per distinct prefix and condition, and others up to a full batch, all of one width:
+      One entry per distinct prefix and condition, and others up to full batches, all of one width:
       the longest, rounded up to a multiple of 16. Then the entry of each that was asked.
     """
     index = {distinct: number for number, distinct in enumerate(dict.fromkeys(asked))}
@@ -293,6 +309,6 @@ def run_prefixes(
     found, order = [], list[int]()
     for rows, batch in read(prompts, range(len(index))):
         found.append(prefill.as_prefix(batch))
-        order += rows + [len(index)] * (BATCH - len(rows))
+        order += rows + [len(index)] * (len(batch.ids) - len(rows))
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
     return take(joined, np.argsort(order, kind="stable")), [index[one] for one in asked]

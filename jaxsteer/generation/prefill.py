@@ -38,6 +38,8 @@ from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions
 from jaxsteer.model.layers import causal_mask, positions
 
+TAP = "resid_post"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +94,13 @@ class LayerOutput:
       stream: the residual stream after them.
       cache: keys and values of these layers, of the packed sequence's tokens.
       realised: realised change in these layers per tap, [entry, layer, segment, ...].
+      captured: the stream at `resid_post` in these layers, float32; None unless asked for.
     """
 
     stream: Float[Array, "*entry token d_model"]
     cache: decoder.Cache = dataclasses.field(metadata=sharding.KEYS_AND_VALUES)
     realised: dict[str, decoder.Realised]
+    captured: Float[Array, "*entry layer token d_model"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -123,14 +127,16 @@ class PromptBatch:
     ids: UInt32[AnyArray, " row"]
 
 
-def _taps(interventions: Interventions, segment_ids: Array, probes: Array) -> decoder.Taps:
+def _taps(
+    interventions: Interventions, segment_ids: Array, probes: Array, capture: tuple[str, ...] = ()
+) -> decoder.Taps:
     steering = decoder.Steering(
         interventions=interventions,
         steered=(segment_ids > 0) & interventions.on_prompt,
         real=segment_ids == jnp.arange(1, MAX_SEGMENTS + 1)[:, None],
         probes=probes,
     )
-    return decoder.Taps(steering, None)
+    return decoder.Taps(steering, capture)
 
 
 @functools.partial(jax.jit, static_argnames=("definition",))
@@ -160,7 +166,7 @@ def embed(
     return jax.vmap(one)(jnp.asarray(tokens), jnp.asarray(segment_ids), interventions)
 
 
-@functools.partial(jax.jit, static_argnames=("definition",))
+@functools.partial(jax.jit, static_argnames=("definition", "capture"))
 def run_layers(
     definition: nnx.GraphDef[decoder.Blocks],
     params: decoder.Params,
@@ -168,6 +174,7 @@ def run_layers(
     batch: SequenceBatch,
     probes: Float[AnyArray, "layer probe d_model"],
     first: Int[AnyArray, ""],
+    capture: bool = False,
 ) -> LayerOutput:
     """Run packed sequences through some layers.
 
@@ -178,13 +185,15 @@ def run_layers(
       batch: the packed sequences.
       probes: unit directions whose projections are recorded, of these layers.
       first: number of the first of these layers in the model.
+      capture: keep the stream at `resid_post`; static.
     """
     blocks = decoder.bind(definition, params)
 
     def one(stream: Array, entry: SequenceBatch) -> LayerOutput:
         segment_ids, prefix = jnp.asarray(entry.segment_ids), entry.prefix
         before = jnp.zeros((0,), bool) if prefix is None else jnp.asarray(prefix.real)
-        taps = _taps(entry.interventions, segment_ids, jnp.asarray(probes))
+        asked = (TAP,) if capture else ()
+        taps = _taps(entry.interventions, segment_ids, jnp.asarray(probes), asked)
         config, layers = blocks.config, blocks.layers
         cache = decoder.empty_cache(config, len(layers), len(segment_ids), stream.dtype)
         seen = positions(segment_ids, before), causal_mask(segment_ids, before)
@@ -192,7 +201,10 @@ def run_layers(
         after, written = decoder.run_blocks(
             config, layers, stream, *seen, cache, jnp.int32(0), taps, past, jnp.asarray(first)
         )
-        return LayerOutput(stream=after, cache=written, realised=taps.results()[1])
+        captured, realised = taps.results()
+        return LayerOutput(
+            stream=after, cache=written, realised=realised, captured=captured.get(TAP)
+        )
 
     return jax.vmap(one)(stream[jnp.asarray(batch.parent)], batch)
 
@@ -283,6 +295,46 @@ def as_prefix(batch: PromptBatch) -> Prefix:
     return Prefix(cache=cache, real=jnp.asarray(batch.real), realised=stacked(changes))
 
 
+def _last_logits(
+    model: decoder.Decoder, stream: Float[Array, "entry token d_model"], batch: PromptBatch
+) -> Float[Array, "row vocab"]:
+    real = jnp.asarray(batch.real)
+    # The prompt's last token: of [F, T, T, F] it is 2.
+    last = jnp.max(real * jnp.arange(real.shape[1]), axis=1)
+    read = stream[jnp.asarray(batch.entry)[:, -1], last][:, None]
+    return jax.vmap(lambda h: model.logits(model.final_norm(h)))(read)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("definition",))
+def states(
+    definition: nnx.GraphDef[decoder.Decoder],
+    params: decoder.Params,
+    batch: PromptBatch,
+    weights: Float[AnyArray, "row position token"],
+) -> tuple[Float[Array, "row layer position d_model"], Float[Array, "row vocab"]]:
+    """The captured stream of each row, and the logits after its last token.
+
+    Args:
+      definition: from `decoder.graph`; static.
+      params: the model's parameters.
+      batch: rows whose prompts were read with `capture`.
+      weights: of the packed sequence's tokens at each position: a row of zeros and a one picks a
+        token, a row of 1/n averages n of them.
+    """
+    model = decoder.bind(definition, params)
+    found = [
+        jnp.einsum(
+            "rpt,rltd->rlpd",
+            weights,
+            output.captured[jnp.asarray(batch.entry)[:, number]],
+            precision=lax.Precision.HIGHEST,
+        )
+        for number, output in enumerate(batch.outputs)
+        if output.captured is not None
+    ]
+    return jnp.concatenate(found, axis=1), _last_logits(model, batch.outputs[-1].stream, batch)
+
+
 @functools.partial(jax.jit, static_argnames=("definition", "decoding", "slots"))
 def first_token(
     definition: nnx.GraphDef[decoder.Decoder],
@@ -317,10 +369,7 @@ def first_token(
     length = jnp.sum(real, axis=1)
     own = jnp.arange(slots - before.shape[1]) < length[:, None]
     held = jnp.concatenate([before, own], axis=1)
-    # The prompt's last token: of [F, T, T, F] it is 2.
-    last = jnp.max(real * jnp.arange(real.shape[1]), axis=1)
-    read = stream[jnp.asarray(batch.entry)[:, -1], last][:, None]
-    logits = jax.vmap(lambda h: model.logits(model.final_norm(h)))(read)[:, 0]
+    logits = _last_logits(model, stream, batch)
     pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
     token = jax.vmap(pick, in_axes=(0, 0, None))(logits, ids, jnp.int32(0))
     stopped = ends(token, decoding)

@@ -15,7 +15,8 @@ Prompts of 3 and 4 tokens in a packed sequence of 8:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -28,9 +29,11 @@ from jaxsteer.model.decoder import Realised
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 # Most prompts in a packed sequence: compiled programs measure the change in this many.
 MAX_SEGMENTS = 8
-# Tokens of a packed sequence, or fewer if the longest prompt is shorter: attention in wider ones
-# costs more than the padding that they save.
+# Most tokens of a packed sequence of several prompts: attention in wider ones costs more than the
+# padding that they save.
 WIDTH = 128
+# Packed sequences of a batch on one device, which fewer keep as busy.
+BATCH_ALONE = 8
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -102,12 +105,32 @@ def parts(items: Sequence[T], size: int) -> Iterator[list[T]]:
     return (list(items[start : start + size]) for start in range(0, len(items), size))
 
 
+def fitted(batch: int, rows: int, multiple: int = 1) -> int:
+    """Size of a batch for some rows: `batch`, or a half, a quarter... that still holds them all.
+
+    An empty place costs as much as a full one; halves, so that few sizes are ever compiled. The
+    number and every half are rounded up to the multiple.
+
+    >>> fitted(64, 100), fitted(64, 32), fitted(64, 12), fitted(64, 12, multiple=32)
+    (64, 32, 16, 32)
+    >>> fitted(30, 100, multiple=4)
+    32
+    >>> fitted(10001, 6)
+    10
+    """
+    batch = -(-batch // multiple) * multiple
+    while (half := -(-batch // (2 * multiple)) * multiple) >= rows and half < batch:
+        batch = half
+    return batch
+
+
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all prompts share, of each at most all but the last.
 
-    [1, 2, 3, 4] and [1, 2, 5] share 2; [1, 2] and [1, 2] share 1.
+    [1, 2, 3, 4] and [1, 2, 5] share 2; [1, 2] and [1, 2] share none, since equal prompts are read
+    once anyway.
     """
-    if not prompts:
+    if len(set(map(tuple, prompts))) < 2:
         return 0
     first, limit = prompts[0], min(map(len, prompts)) - 1
     for i in range(limit):
@@ -234,17 +257,37 @@ def pack_prompts(
       limit: most tokens of a prompt.
 
     Returns:
-      Packed sequences of at most `MAX_SEGMENTS` prompts. Their width is the longest prompt's
-      bucket, but at most `WIDTH`; a longer prompt has a packed sequence of its own bucket.
+      Packed sequences of at most `MAX_SEGMENTS` prompts. Their width is a bucket, at most `WIDTH`,
+      in which whole batches have the fewest tokens; a longer prompt has a packed sequence of its
+      own bucket.
 
     Raises:
       UserError: a prompt that is too long.
     """
     longest = max((bucket(len(prompt), limit) for prompt in prompts), default=0)
-    least = min(WIDTH, longest)
     rows = grouped(range(len(prompts)), lambda row: (groups[row], tuple(prompts[row])))
+    widths = [w for w in BUCKETS if min(WIDTH, longest) <= w <= WIDTH]
+    return min((_packed(len(prompts), rows, w, limit) for w in widths), key=_size)
+
+
+def _size(packed: PackedPrompts) -> int:
+    """Tokens of the packed sequences, in whole batches of each width."""
+    total = 0
+    for width, count in Counter(map(len, packed.tokens)).items():
+        batch = fitted(BATCH_ALONE, count)
+        total += width * batch * -(-count // batch)
+    return total
+
+
+def _packed(
+    count: int,
+    rows: Mapping[tuple[Hashable, tuple[int, ...]], Sequence[int]],
+    least: int,
+    limit: int,
+) -> PackedPrompts:
+    """`pack_prompts` into sequences of a least width; rows by group and prompt."""
     tokens, segment_ids = list[np.ndarray](), list[np.ndarray]()
-    sequence, segment = [0] * len(prompts), [0] * len(prompts)
+    sequence, segment = [0] * count, [0] * count
     # By group, the packed sequences that have room: index, tokens used, prompts held.
     opened: dict[Hashable, list[list[int]]] = {}
     # Prompts of equal length by their tokens, so that the order of the rows does not matter.

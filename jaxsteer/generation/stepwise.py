@@ -164,8 +164,7 @@ def _taps(tokens: Tokens, interventions: Interventions, probes: Array) -> decode
     steering = decoder.Steering(
         interventions=interventions, steered=tokens.steered, real=tokens.real, probes=probes
     )
-    every = jnp.eye(tokens.real.shape[0])
-    return decoder.Taps(steering, decoder.Capture(taps=(TAP,), weights=every))
+    return decoder.Taps(steering, (TAP,))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -11,14 +11,14 @@ compiled program: on a CPU that is faster than a scan, which copies each layer's
 at every step. Not for training: there is no dropout, and parameters start as zeros.
 
 Dimension letters: T token, S cache slot, D d_model, F d_ff, N heads, K key-value heads, G = N / K,
-H head_dim, V vocabulary, L layer, P captured position, R probe direction.
+H head_dim, V vocabulary, L layer, R probe direction.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -68,13 +68,13 @@ class Forward:
     Attributes:
       hidden: after the final norm (so not a residual tap), input of the head.
       cache: keys and values per layer, with this pass's tokens written.
-      captured: by tap name, layers stacked: the stream at the positions asked for, float32.
+      captured: by name of the taps asked for, layers stacked: the stream of every token, float32.
       realised: by tap name, layers stacked; empty when no intervention was given.
     """
 
     hidden: Float[Array, "token d_model"]
     cache: Cache
-    captured: dict[str, Float[Array, "layer position d_model"]]
+    captured: dict[str, Float[Array, "layer token d_model"]]
     realised: dict[str, Realised]
 
 
@@ -95,27 +95,6 @@ class Steering:
     steered: Bool[Array, " token"]
     real: Bool[Array, "*prompt token"]
     probes: Float[Array, "layer probe d_model"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Capture:
-    """Which taps to read, and where.
-
-    Attributes:
-      taps: tap names; layers are all captured.
-      weights: one row of token weights per captured position: a one-hot row picks a token, a row
-        of 1/n averages n tokens. E.g. for 4 tokens, [[0, 0, 0, 1], [0, .5, .5, 0]] captures the
-        last token and the mean of the middle two.
-    """
-
-    taps: tuple[str, ...]
-    weights: Float[Array, "position token"]
-
-    def read(self, h: Float[Array, "token d_model"]) -> Float[Array, "position d_model"]:
-        """The weighted tokens of one tap, float32."""
-        return jnp.einsum(
-            "pt,td->pd", self.weights, h.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
 
 
 class Embed(nnx.Module):
@@ -215,7 +194,7 @@ class Decoder(nnx.Module):
         *,
         past: Past | None = None,
         steering: Steering | None = None,
-        capture: Capture | None = None,
+        capture: Collection[str] = (),
     ) -> Forward:
         """Run one row's tokens through every block.
 
@@ -227,7 +206,7 @@ class Decoder(nnx.Module):
           slot: where in the cache this pass's tokens go.
           past: keys and values of tokens before those in `cache`, only read; None for none.
           steering: what to apply at the taps; None runs the plain model.
-          capture: which taps to read; None reads nothing and costs nothing.
+          capture: names of the taps to read, at all layers.
         """
         taps = Taps(steering, capture)
         h = self.embedded(tokens, taps)
@@ -260,7 +239,7 @@ class Decoder(nnx.Module):
 class Taps:
     """Applies, captures and measures at the taps of one forward pass, in layer order."""
 
-    def __init__(self, steering: Steering | None, capture: Capture | None):
+    def __init__(self, steering: Steering | None, capture: Collection[str] = ()):
         self.steering, self.capture = steering, capture
         self.captured: dict[str, list[Array]] = {}
         self.realised: dict[str, list[Realised]] = {}
@@ -270,8 +249,8 @@ class Taps:
         if self.steering is not None and tap in self.steering.interventions.sites:
             site = self.steering.interventions.sites[tap].at(layer)
             h = self._steer(tap, layer, h, site)
-        if self.capture is not None and tap in self.capture.taps:
-            self.captured.setdefault(tap, []).append(self.capture.read(h))
+        if tap in self.capture:
+            self.captured.setdefault(tap, []).append(h.astype(jnp.float32))
         return h
 
     def _steer(self, tap: str, layer: int, h: Array, site: SiteArrays) -> Array:

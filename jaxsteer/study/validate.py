@@ -17,9 +17,7 @@ import jax.numpy as jnp
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine
-from jaxsteer.generation.engine import Request
-from jaxsteer.generation.requests import check_lengths
+from jaxsteer.generation.requests import Request, check_lengths, fitted
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare, rows
@@ -134,7 +132,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     asked = study(spec, model, families)
     under = prepare.policies(spec)[0]
     found = conditions(under, _layers(spec, model, max), spec.dose or 1.0, config.n_layers)
-    batch = engine.slots_for(spec.decoding.batch, len(asked))
+    batch = fitted(spec.decoding.batch, len(asked))
     leaves = jax.tree.leaves(model.params)
     own = sum(len(request.own) for request in asked)
     longest = max((len(request.tokens) for request in asked), default=0)

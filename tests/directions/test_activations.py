@@ -33,8 +33,9 @@ def test_captures_at_the_three_positions_are_hf_states_and_their_mean(hf, model)
 
 
 def test_position_weights_of_the_documented_row():
-    weights = activations.position_weights([7, 8], [5, 6], 5, activations.POSITIONS)
-    expected = [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0.5, 0.5]]
+    real = np.array([False, True, True, True, True, False])
+    weights = activations.position_weights(real, 2, activations.POSITIONS)
+    expected = [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0.5, 0.5, 0]]
     np.testing.assert_array_equal(weights, expected)
     with pytest.raises(UserError, match="needs a response"):
-        activations.position_weights([7, 8], [], 5, ["response_avg"])
+        activations.position_weights(real, 0, ["response_avg"])

@@ -108,7 +108,7 @@ def test_prefixes_come_back_in_the_order_given(model, rng):
     for i in (0, 1, 2, 7, 24):
         alone, _ = run_prefixes(model, [asked[i]], interventions)
         for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_array_equal(x[entry[i]], y[0])
+            np.testing.assert_allclose(x[entry[i]], y[0], atol=1e-5)
 
 
 @given(st.integers(1, 200))

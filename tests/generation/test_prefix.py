@@ -139,6 +139,6 @@ def test_a_prompt_that_does_not_fit_says_its_whole_length(model):
 
 def test_shared_length_leaves_each_prompt_a_token_of_its_own():
     assert shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
-    assert shared_length([[1, 2], [1, 2]]) == 1
+    assert shared_length([[1, 2], [1, 2]]) == 0
     assert shared_length([[7]]) == 0
     assert shared_lengths([[1, 2, 3], [9], [1, 2, 4]], ["a", "b", "a"]) == [2, 0, 2]

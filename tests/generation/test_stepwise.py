@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsteer.directions import activations
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine, stepwise
 from jaxsteer.generation.decode import Decoding
@@ -12,7 +11,7 @@ from jaxsteer.generation.requests import left_pad
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
-from tests import compiles, tiny
+from tests import compiles, reference, tiny
 
 ROOM = 8
 PROMPTS = [[3, 9, 33], [5] * 20, list(range(3, 43))]
@@ -106,10 +105,7 @@ def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model
     assert len(reply) == ROOM
     whole = PROMPTS[1] + reply
     tokens, real = left_pad([whole], len(whole))
-    weights = np.eye(len(whole), dtype=np.float32)[None]
-    captured, logits = activations.read(
-        model.definition, model.params, tokens, real, weights, ("resid_post",), last_only=False
-    )
+    captured, logits = reference.read(model.definition, model.params, tokens, real, ("resid_post",))
     expected = np.einsum("ltd,lpd->ltp", captured["resid_post"][0], probes)
     found = np.concatenate([reading.projections, *(c.projections for c in steps)], axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -124,10 +120,7 @@ def test_layers_of_two_kinds_are_read_each_by_its_number(tmp_path):
     reading, steps = run(mixed, prompt, stepwise.only(compiled(mixed, [[]]), 0), None)
     whole = prompt + tokens_of(steps)
     tokens, real = left_pad([whole], len(whole))
-    _, logits = activations.read(
-        mixed.definition, mixed.params, tokens, real, np.zeros((1, 0, len(whole)), np.float32), (),
-        last_only=False,
-    )  # fmt: skip
+    _, logits = reference.read(mixed.definition, mixed.params, tokens, real)
     found = np.stack([reading.logits, *(step.logits for step in steps)])
     np.testing.assert_allclose(found, logits[0, len(prompt) - 1 :], atol=1e-3)
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from jaxsteer.directions import activations
 from jaxsteer.generation.requests import left_pad
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import AttentionKind, ModelConfig, Rope
 from jaxsteer.model.convert import convert
 from jaxsteer.model.decoder import graph
 from jaxsteer.model.weights import nest, param_shapes
-from tests import tiny
+from tests import reference, tiny
 
 FAMILIES = {"llama": tiny.llama, "qwen2": tiny.qwen2}
 
@@ -32,10 +31,7 @@ ROWS = [[3, 9, 33, 7, 12], [5] * 17, [41, 8], list(range(3, 60))]
 
 def run(model, rows, taps=("embed", "resid_post"), definition=None):
     ids, real = left_pad(rows, 64)
-    weights = np.tile(np.eye(64, dtype=np.float32), (len(rows), 1, 1))
-    captured, logits = activations.read(
-        definition or model.definition, model.params, ids, real, weights, taps, None, False
-    )
+    captured, logits = reference.read(definition or model.definition, model.params, ids, real, taps)
     return captured, np.asarray(logits), real
 
 
@@ -122,8 +118,7 @@ def test_config_values_that_have_no_weights_change_the_logits(name):
     assert param_shapes(changed) == shapes
     ids, real = left_pad([list(range(3, 23))], 32)
     logits = [
-        activations.read(graph(c), params, ids, real, np.zeros((1, 0, 32), np.float32), ())[1]
-        for c in (config, changed)
+        reference.read(graph(c), params, ids, real, last_only=True)[1] for c in (config, changed)
     ]
     assert np.abs(logits[0] - logits[1]).max() > 1e-2
 
@@ -152,8 +147,8 @@ def test_float32_products_are_float32_on_every_device(pair):
     # Unless told otherwise, GPUs and TPUs round the inputs of a float32 product to fewer bits.
     _, model = pair
     ids, real = left_pad(ROWS[:1], 64)
-    arguments = (model.definition, model.params, ids, real, np.ones((1, 1, 64), np.float32))
-    program = activations.read.lower(*arguments, ("embed", "resid_post")).as_text()
+    arguments = (model.definition, model.params, ids, real)
+    program = reference.read.lower(*arguments, ("embed", "resid_post")).as_text()
     products = [line for line in program.splitlines() if "dot_general" in line]
     assert len(products) > 20
     assert [line for line in products if "[HIGHEST, HIGHEST]" not in line] == []

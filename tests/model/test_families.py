@@ -44,7 +44,7 @@ def step(definition, params, tokens, real, held, cache, slot, interventions):
             real=real,
             probes=jnp.zeros((model.config.n_layers, 0, model.config.d_model)),
         ),
-        capture=decoder.Capture(taps=TAPS, weights=jnp.eye(tokens.shape[0])),
+        capture=TAPS,
     )
     held = jax.lax.dynamic_update_slice_in_dim(held, real, slot, axis=0)
     return out.cache, held, out.captured, model.logits(out.hidden)

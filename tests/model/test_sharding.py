@@ -99,7 +99,7 @@ def test_the_slots_are_split_by_rows_and_their_cache_by_heads_too(runs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_are_read_a_part_of_the_rows_on_each_device(runs, family):
     one, spread = (runs[f"{family} {shape}"]["captured"] for shape in ("", "data=4,model=2"))
-    assert one["rows"] == [16] and spread["rows"] == [4] * 8
+    assert set(one["rows"]) == {8} and set(spread["rows"]) == {4}
     np.testing.assert_allclose(spread["streams"], one["streams"], atol=1e-4)
 
 
