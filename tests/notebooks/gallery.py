@@ -14,11 +14,13 @@ from playwright.sync_api import sync_playwright
 from jaxsteer.evidence.charts.opening import DEFAULT
 from tests.notebooks.browser import FLAGS, ROOT, chromium_path, opened, serve
 
-SIZE = {"width": 1200, "height": 630}
+# The window is wider than the picture, which leaves out marimo's own buttons at its edges.
+WINDOW = {"width": 1360, "height": 660}
+PICTURE = {"x": 80, "y": 0, "width": 1200, "height": 630}
 LARGEST = 250_000  # bytes
-# What each picture begins with: words of a chart, or a CSS selector.
+# Words in the chart with which each picture begins.
 SHOWN = {
-    "1_how_steering_works": "likeliest next token",
+    "1_how_steering_works": "click a cell to steer there",
     "2_geometry": "Drag across layers",
     "3_layer_window": "layers the direction is projected out of",
     "4_controls": "difference of rates",
@@ -41,11 +43,16 @@ def main(results: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             source = ROOT / f"notebooks/{notebook}.py"
             with serve(source, "--results", results) as url, opened(browser, url) as reader:
+                reader.page.set_viewport_size(WINDOW)
                 chart = reader.chart(words).svg
-                reader.page.set_viewport_size(SIZE)
-                chart.evaluate("svg => svg.scrollIntoView({block: 'start'})")
-                reader.page.wait_for_timeout(500)
-                reader.page.screenshot(path=path)
+                # Charts above it may still grow to the new width.
+                for _ in range(3):
+                    chart.evaluate(
+                        "svg => { svg.style.scrollMarginTop = '14px';"
+                        " svg.scrollIntoView({block: 'start', behavior: 'instant'}) }"
+                    )
+                    reader.page.wait_for_timeout(400)
+                reader.page.screenshot(path=path, clip=PICTURE)
                 assert reader.errors == [], reader.errors
             made.append(path)
         page = browser.new_page(viewport={"width": 880, "height": 1222}, color_scheme="light")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import altair as alt
 import polars as pl
 
@@ -11,11 +9,11 @@ from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.layer_windows import NONE, Map
 from jaxsteer.words import counted, extent, p_equals, percent, points, signed, span
 
-WIDE, HIGH = 44, 46  # pixels of a cell, at least
+HIGH, STRIPS = 46, 6  # pixels of a cell; strips of its hatching
 BROKEN = 0.1  # cells with more degenerate replies are marked
 AXES: dict[Map, tuple[str, str]] = {
-    "knockout": ("layers the direction is projected out of (resid_post)", "added, natural norms"),
-    "refusal": ("layer refusal is added at (resid_post)", "refusal added, natural norms"),
+    "knockout": ("layers the direction is projected out of (resid_post)", "norms added"),
+    "refusal": ("layer refusal is added at (resid_post)", "norms added"),
 }
 COLUMNS: dict[Map, str] = {"knockout": "not removed", "refusal": "not added"}
 # How each condition's line is drawn along depth, in order.
@@ -176,37 +174,28 @@ def _broken() -> pl.Expr:
 
 
 def _marked(shown: pl.DataFrame, x: alt.X, y: alt.Y, named: list[alt.Tooltip]) -> list[alt.Chart]:
-    """Hatching and corners. A point of size 4 draws its path in pixels around its place."""
-    hatch: dict[str, Any] = {"filled": False, "stroke": marks.INK, "strokeWidth": 1, "opacity": 0.4}
-    corner = {"shape": "M-12,1L-1,1L-1,12Z", "color": marks.PALETTE["degenerate"]}
-    right, top = x.copy(), y.copy()
-    right["bandPosition"], top["bandPosition"] = 1, 0
-    drawn = [
-        (shown.filter("cancels"), hatch | {"shape": hatching(WIDE, HIGH)}, x, y),
-        (shown.filter(_broken()), corner, right, top),
+    """Hatching, a line from the bottom to the top of each strip of a cell, and corners."""
+
+    def at(axis: marks.Axis, place: float) -> marks.Axis:
+        moved = axis.copy()
+        moved["bandPosition"] = place
+        return moved
+
+    cancels = alt.Chart(shown.filter("cancels")).mark_rule(strokeWidth=1, opacity=0.4)
+    hatched = [
+        cancels.encode(
+            x=at(x, i / STRIPS),
+            x2=alt.X2("column:N", bandPosition=(i + 1) / STRIPS),
+            y=at(y, 1),
+            y2=alt.Y2("norms:N", bandPosition=0),
+        )
+        for i in range(STRIPS)
     ]
-    return [
-        alt.Chart(cells).mark_point(size=4, **mark).encode(x=across, y=up, tooltip=named)
-        for cells, mark, across, up in drawn
-        if cells.height
-    ]
-
-
-def hatching(width: float, height: float, step: float = 9) -> str:
-    """An SVG path of diagonals that fill a box around the origin, cut at its edges.
-
-    >>> hatching(4, 4, 4)
-    'M-2,2L2,-2'
-    """
-    w, h = width / 2, height / 2
-    lines = []
-    # A diagonal is x + y = c; at the corners c is plus or minus w + h, where it has no length.
-    c = -(w + h) + step
-    while c < w + h - 1e-9:
-        start, end = (max(-w, c - h), min(h, c + w)), (min(w, c + h), max(-h, c - w))
-        lines.append(f"M{start[0]:g},{start[1]:g}L{end[0]:g},{end[1]:g}")
-        c += step
-    return "".join(lines)
+    red = marks.PALETTE["degenerate"]
+    corner = alt.Chart(shown.filter(_broken()))
+    # A point of size 4 draws its path in pixels around its place.
+    corner = corner.mark_point(size=4, shape="M-12,1L-1,1L-1,12Z", color=red)
+    return [*hatched, corner.encode(x=at(x, 1), y=at(y, 0), tooltip=named)]
 
 
 def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
