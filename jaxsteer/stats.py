@@ -107,8 +107,6 @@ def paired_bootstrap(
     >>> paired_bootstrap(40, 0, 40) == (2 * wilson(40, 40)[0] - 1, 1.0)
     True
     """
-    if n == 0:
-        return -1.0, 1.0
     if only_first == only_second == 0:
         bound = wilson(0, n)[1]
         return -bound, bound

@@ -20,6 +20,7 @@ from jaxsteer.stats import (
     kappa,
     mcnemar,
     mean_bootstrap,
+    mean_interval,
     newcombe,
     paired_bootstrap,
     paired_trend,
@@ -94,6 +95,16 @@ def test_paired_bootstrap_is_the_same_every_time_and_differs_between_seeds():
     assert len(seeds) > 1
 
 
+def test_paired_bootstrap_draws_ten_thousand_times_from_seed_0():
+    # So many pairs that no two sets of draws have the same quantiles.
+    counts = (300_000, 250_000, 1_000_000)
+    assert paired_bootstrap(*counts) == paired_bootstrap(*counts, draws=10_000, seed=0)
+
+
+def test_paired_bootstrap_of_nothing_knows_nothing():
+    assert paired_bootstrap(0, 0, 0) == (-1.0, 1.0)
+
+
 def test_paired_bootstrap_without_flips_is_not_certain():
     low, high = paired_bootstrap(0, 0, 40)
     assert -high == low < -0.08
@@ -133,6 +144,26 @@ def test_mean_bootstrap_equals_scipys(rng):
 @pytest.mark.parametrize("values", [[], [0.0], [0.5]])
 def test_mean_bootstrap_of_fewer_than_two_scores_is_the_whole_range(values):
     assert mean_bootstrap(values) == (0.0, 1.0)
+
+
+def test_mean_bootstrap_draws_ten_thousand_times_from_seed_0():
+    values, generator = [0.2, 0.4, 0.9], np.random.Generator(np.random.PCG64(0))
+    drawn = [np.take(values, generator.integers(3, size=3)).mean() for _ in range(10_000)]
+    assert mean_bootstrap(values) == tuple(np.quantile(drawn, [0.025, 0.975]))
+    assert mean_bootstrap([0.2, 0.4]) == pytest.approx((0.2, 0.4))
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_mean_interval_equals_scipys(rng, n):
+    values = rng.standard_normal(n)
+    mean, sd, interval = mean_interval(values.tolist())
+    assert (mean, sd) == pytest.approx((values.mean(), values.std(ddof=1)))
+    expected = theirs.t.interval(0.95, n - 1, loc=mean, scale=theirs.sem(values))
+    assert interval == pytest.approx(expected)
+
+
+def test_one_value_has_a_mean_and_no_interval():
+    assert mean_interval([3.0]) == (3.0, 0.0, (None, None))
 
 
 @pytest.mark.parametrize("score", [0.0, 0.25, 1.0])
@@ -201,6 +232,18 @@ def test_paired_trend_at_two_strengths_is_mcnemars_chi_square():
     expected = their_mcnemar([[5, 9], [2, 4]], exact=False, correction=False)
     z, p = paired_trend(outcomes, [0.0, 1.0])
     assert (z * z, p) == pytest.approx((expected.statistic, expected.pvalue))
+
+
+def test_paired_trend_does_not_depend_on_the_unit_of_strengths():
+    outcomes = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1]], bool)
+    small = paired_trend(outcomes, [0.0, 1e-3, 3e-3])
+    assert small == pytest.approx(paired_trend(outcomes, [0.0, 1.0, 3.0]))
+
+
+@pytest.mark.parametrize("outcomes", [[[1], [0]], [[1, 1], [0, 0]]])
+def test_paired_trend_without_a_change_is_none(outcomes):
+    strengths = [float(s) for s in range(len(outcomes[0]))]
+    assert paired_trend(np.array(outcomes, bool), strengths) == (0.0, 1.0)
 
 
 def test_spearman_brown_predicts_the_reliability_of_the_double_length(rng):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
-from jaxsteer.generation.decode import Decoding, Sampling, highest
+from jaxsteer.generation.decode import Decoding, Sampling, choose, highest
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, compile_conditions, everywhere
@@ -68,6 +72,38 @@ def test_samples_depend_on_seed_and_row_id_only(model):
 def test_the_highest_logit_is_the_one_that_argmax_finds(logits):
     logits = np.array(logits, np.float32)
     assert highest(jnp.asarray(logits)) == np.argmax(logits)
+
+
+def draws(logits, ids, index=0, **settings):
+    """Token `index` of many rows that have the same logits."""
+    one = functools.partial(choose, sampling=Sampling(**settings), sample=True)
+    each = jax.vmap(one, in_axes=(None, 0, None))
+    return np.asarray(each(jnp.asarray(logits), ids, jnp.int32(index)))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "weights"),
+    [
+        (1.0, 1.0, [0.1, 0.4, 0.2, 0.3]),
+        (0.5, 1.0, [0.01, 0.16, 0.04, 0.09]),
+        # 0.4 falls short of 0.6, and with 0.3 it reaches that.
+        (1.0, 0.6, [0, 0.4, 0, 0.3]),
+    ],
+)
+def test_draws_are_as_frequent_as_their_tempered_probability_says(temperature, top_p, weights):
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+    ids = jnp.arange(4000, dtype=jnp.uint32)
+    drawn = draws(logits, ids, seed=5, temperature=temperature, top_p=top_p)
+    counts, expected = np.bincount(drawn, minlength=4), np.array(weights) / sum(weights)
+    assert not counts[expected == 0].any()
+    kept = expected > 0
+    assert scipy.stats.chisquare(counts[kept], 4000 * expected[kept]).pvalue > 1e-3
+
+
+def test_each_seed_row_and_token_is_drawn_on_its_own():
+    logits, ids = np.zeros(2**16, np.float32), jnp.arange(3, dtype=jnp.uint32)
+    drawn = [draws(logits, ids, index, seed=seed) for index in range(3) for seed in range(3)]
+    assert len(set(np.concatenate(drawn).tolist())) == 27
 
 
 def test_a_tiny_top_p_is_greedy(model):

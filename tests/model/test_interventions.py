@@ -14,6 +14,7 @@ from jaxsteer.model.interventions import (
     Project,
     apply,
     compile_conditions,
+    everywhere,
     orthonormal_rows,
 )
 
@@ -151,6 +152,8 @@ def test_measured_at_uses_that_layers_vector_everywhere():
         (Add(direction=np.full((L, D), np.nan), layers=(0,), scale=1.0), "NaN"),
         (Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, tap="embed"), "embed.0"),
         (Add(direction=np.ones((L, D)), layers=(), scale=1.0), "no layer"),
+        (Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, measured_at=L), "measured_at=3"),
+        (Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, measured_at=-1), "measured_at=-1"),
         (Cap(direction=np.ones((L, D)), layers=(0,), low=1, high=0), "swap"),
     ],
 )
@@ -170,4 +173,67 @@ def test_a_cap_on_a_zero_vector_is_inert():
     h = draw(0, 4, D)
     np.testing.assert_array_equal(
         steer(h, [Cap(direction=np.zeros((L, D)), layers=(1,), high=-1)]), h
+    )
+
+
+def test_a_projection_of_a_zero_vector_is_inert():
+    h = draw(0, 4, D)
+    np.testing.assert_array_equal(
+        steer(h, [Project(directions=(np.zeros((L, D)),), layers=(1,))]), h
+    )
+
+
+def test_a_cap_measures_along_the_direction_whatever_its_norm():
+    h, v = draw(0, 4, D), draw(1, L, D)
+    first, second = (
+        steer(h, [Cap(direction=scale * v, layers=(1,), low=0.5, high=0.5)]) for scale in (1, 1e-3)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    np.testing.assert_allclose(first @ v[1] / np.linalg.norm(v[1]), 0.5, atol=1e-5)
+
+
+def test_operations_at_one_place_work_together():
+    h, a, b = draw(0, 4, D), draw(1, L, D), draw(2, L, D)
+    added = steer(h, [Add(direction=v, layers=(1,), scale=2.0) for v in (a, b)])
+    np.testing.assert_allclose(added, h + 2 * a[1] + 2 * b[1], atol=1e-5)
+    apart = steer(h, [Project(directions=(v,), layers=(1,)) for v in (a, b)])
+    np.testing.assert_allclose(apart, steer(h, [Project(directions=(a, b), layers=(1,))]))
+
+
+def test_each_condition_steers_the_tokens_of_its_scope():
+    made = compile_conditions([[]] * 3, ["all", "prompt", "response"], n_layers=L, d_model=D)
+    assert made.on_prompt.tolist() == [True, True, False]
+    assert made.on_response.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("count", "width"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8)])
+def test_rows_of_a_projection_come_in_powers_of_two(count, width):
+    directions = tuple(draw(i, L, D) for i in range(count))
+    operations = [Project(directions=directions, layers=(1,))] if count else []
+    made = compile_conditions([operations], ["all"], n_layers=L, d_model=D, taps=("embed",))
+    assert made.sites["resid_post"].project.shape == (1, L, width, D)
+    assert made.sites["embed"].project.shape == (1, 1, 0, D)
+    assert made.sites["resid_post"].cap.shape == (1, L, 0, D)
+    assert list(made.sites) == ["embed", "resid_post"]
+
+
+def test_everywhere_removes_the_direction_at_each_layer_of_every_tap():
+    v = draw(0, L, D)
+    unit = v / np.linalg.norm(v, axis=1, keepdims=True)
+    for at, expected in ((None, unit), (2, unit[[2, 2, 2]])):
+        made = compile_conditions([everywhere(v, at)], ["all"], n_layers=L, d_model=D)
+        assert list(made.sites) == ["embed", "resid_mid", "resid_post"]
+        for tap, site in made.sites.items():
+            rows = site.project[0, :, 0]
+            wanted = expected[: len(rows)]
+            assert len(rows) == (1 if tap == "embed" else L)
+            np.testing.assert_allclose(np.abs((rows * wanted).sum(axis=1)), 1, atol=1e-6)
+
+
+def test_a_part_of_the_layers_is_taken_without_the_embedding():
+    made = compile_conditions([everywhere(draw(0, L, D))], ["all"], n_layers=L, d_model=D)
+    part = made.layers(1, 3)
+    assert list(part.sites) == ["resid_mid", "resid_post"]
+    np.testing.assert_array_equal(
+        part.sites["resid_mid"].project, made.sites["resid_mid"].project[:, 1:3]
     )

@@ -7,15 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsteer.model.config import AttentionKind, Rope
 from jaxsteer.model.layers import (
     attend,
     causal_mask,
+    contain_overflow,
     positions,
+    view,
+    views,
+    visible_slots,
     windowed,
     write_all,
     write_block,
     write_in_place,
 )
+from tests import tiny
 
 
 def draw(rng, *shape):
@@ -96,3 +102,36 @@ def test_a_window_of_a_packed_sequence_is_one_of_each_prompt():
         [0, 0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1, 1],
     ]
+
+
+def test_a_generated_token_sees_the_prompt_and_the_reply_up_to_itself():
+    held = jnp.array([False, True, True, False, False, False])
+    found = visible_slots(held, jnp.int32(3), jnp.int32(4))
+    np.testing.assert_array_equal(found, [False, True, True, True, True, False])
+
+
+def test_each_layer_sees_what_its_kind_of_attention_does():
+    kinds = (AttentionKind(rope=Rope(theta=1e4)), AttentionKind(rope=None, window=2))
+    config = tiny.config(attention=kinds, pattern=(0, 1, 0))
+    visible = causal_mask(jnp.ones(4, bool))
+    made = views(config, jnp.arange(4), visible)
+    for layer, window in enumerate((0, 2, 0)):
+        # The layer may be a number, or one that is known only when the program runs.
+        for at in (layer, jnp.int32(layer)):
+            rotation, seen = view(config, made, at)
+            np.testing.assert_array_equal(seen, windowed(visible, window))
+            assert np.asarray(rotation[1]).any() == (window == 0)
+    only = tiny.config(attention=kinds[1:], pattern=(0, 0, 0))
+    np.testing.assert_array_equal(
+        view(only, views(only, jnp.arange(4), visible), 2)[1], windowed(visible, 2)
+    )
+
+
+def test_an_overflow_marks_its_own_key_and_leaves_no_value(rng):
+    keys, values = draw(rng, 3, 2, 4), draw(rng, 3, 2, 4).at[1, 0, 2].set(jnp.inf)
+    marked, kept = contain_overflow(keys, values)
+    bad = np.zeros((3, 2), bool)
+    bad[1, 0] = True
+    np.testing.assert_array_equal(np.isnan(marked).all(-1), bad)
+    np.testing.assert_array_equal(np.asarray(marked)[~bad], np.asarray(keys)[~bad])
+    np.testing.assert_array_equal(kept, np.where(bad[..., None], 0, values))
