@@ -134,6 +134,86 @@ ops = [{ add = "refusal", at = "7", scale = -2.0, norm_of = "persona", norm_at =
     assert added.scale == -2.0 and cosine == pytest.approx(1)
 
 
+def test_a_vector_can_take_anothers_norm_layer_by_layer(tmp_path):
+    text = """
+[[condition]]
+name = "matched"
+random_seeds = [3]
+ops = [
+  { add = "random", at = "2..4", norm_of = "random" },
+  { add = "refusal", at = "7", measured_at = "steer", norm_of = "persona" },
+]
+"""
+    random, refusal = conditions.operations(compiled(tmp_path, text)["matched #3"], directions())
+    known = directions()
+    np.testing.assert_allclose(random.direction, known["random-3"].vectors, rtol=1e-6)
+    norms = np.linalg.norm(known["persona"].vectors, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(refusal.direction, axis=1), norms, rtol=1e-5)
+    assert (random.layers, refusal.layers, refusal.measured_at) == ((2, 3, 4), (7,), 5)
+
+
+def test_strengths_may_be_doses_of_the_study(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        HEAD
+        + """
+[[condition]]
+name = "c"
+scope = "response"
+benign = true
+ops = [
+  { add = "persona", at = "5", scale = "-dose" },
+  { add = "refusal", at = "5", scale = "refusal_dose" },
+  { project = "persona", everywhere = true, measured_at = "5" },
+]
+"""
+    )
+    study = spec.load(tmp_path / "mine.toml")
+    found, twin = conditions.conditions(study, NAMED, 4.0, L, 3.0)
+    scales = [getattr(op, "scale", None) for op in found.operations]
+    assert scales == [-4.0, 3.0, None]
+    assert [op.measured_at for op in found.operations] == [None, None, 5]
+    assert (found.scope, found.benign) == ("response", True)
+    assert (twin.scope, twin.benign) == ("response", False)
+    assert (twin.name, twin.base) == ("c, unsteered", "c, unsteered")
+    (system,) = conditions.system_prompts(study).values()
+    assert found.system_sha256 == sha256_bytes(system.encode())
+
+
+def test_knockouts_of_other_scopes_or_prompts_have_twins_of_their_own(tmp_path):
+    ops = '[{ add = "persona", at = "5" }, { project = "persona", at = "6" }]'
+    text = "".join(
+        f'[[condition]]\nname = "{name}"\nops = {ops}\n{more}\n'
+        for name, more in (("a", ""), ("b", 'scope = "prompt"'), ("c", "prompts = 2"))
+    )
+    found = compiled(tmp_path, text)
+    assert list(found) == ["a", "b", "c", "a, unsteered", "b, unsteered", "c, unsteered"]
+    for name in "abc":
+        twin = conditions.unsteered_twin(list(found.values()), found[name])
+        assert twin is found[f"{name}, unsteered"]
+
+
+def test_a_repeated_strength_is_refused(tmp_path):
+    text = '[[condition]]\nname = "c"\nscales = [1.0, 1.0]\n'
+    text += 'ops = [{ add = "persona", at = "5", scale = "each" }]'
+    with pytest.raises(UserError, match="'c x1' repeats a seed, scale or mode"):
+        compiled(tmp_path, text)
+
+
+def test_an_addition_of_nothing_beside_something_is_kept(tmp_path):
+    text = """
+[[condition]]
+name = "c"
+scales = [0.0, 1.0]
+ops = [{ add = "persona", at = "5", scale = "each" }, { add = "refusal", at = "5" }]
+"""
+    assert list(compiled(tmp_path, text)) == ["c x0", "c x1"]
+
+
+@pytest.mark.parametrize(("fraction", "layer"), [(0.0, 0), (0.5, 4), (0.6, 5), (1.0, 9)])
+def test_a_share_of_depth_is_the_nearest_layer(fraction, layer):
+    assert conditions.depth(fraction, L) == layer
+
+
 @pytest.mark.parametrize(
     ("op", "message"),
     [
