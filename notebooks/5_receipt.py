@@ -21,6 +21,7 @@ with app.setup:
     import marimo as mo
     import polars as pl
 
+    from jaxsteer.data import prompts
     from jaxsteer.errors import UserError
     from jaxsteer.evidence import browse as browsing
     from jaxsteer.evidence import paired
@@ -204,7 +205,7 @@ def _():
 
 
 @app.cell
-def _(rows):
+def _(folder, rows):
     browse = mo.ui.dictionary(
         {
             name: opening.menu(name, browsing.choices(rows, name), label=name)
@@ -214,9 +215,8 @@ def _(rows):
     _pages = range(1, max(1, -(-rows.height // 6)) + 1)
     at = mo.ui.number(1, _pages[-1], label="page", **opening.kept("page", 1, _pages))
     reveal = mo.ui.switch(label="show what may harm")
-    texts, _problem = browsing.known_texts()
-    _bar = mo.hstack([*browse.values(), at, reveal], justify="start", gap=2, wrap=True)
-    mo.vstack([_bar, mo.md(marks.escaped(_problem))])
+    texts = prompts.texts(folder)
+    mo.hstack([*browse.values(), at, reveal], justify="start", gap=2, wrap=True)
     return at, browse, reveal, texts
 
 

@@ -29,7 +29,7 @@ def test_the_scripts_are_bash(part):
 def machine(disk: Path, store: Path) -> subprocess.Popen[str]:
     """Start the task on a machine with a disk of its own and a mounted bucket."""
     convert(tiny.save(tiny.llama(), disk / "hf"), disk / "checkpoints/org/tiny", "float32")
-    tiny.study_file(disk, ("harmful = 6", "harmful = 14"), ("batch = 4", "batch = 2"))
+    tiny.study_file(disk, ("n = 6", "n = 14"), ("batch = 4", "batch = 2"))
     # On a real machine the task's setup makes this environment.
     activate = disk / "jaxsteer-env/bin/activate"
     activate.parent.mkdir(parents=True)

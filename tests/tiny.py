@@ -206,9 +206,12 @@ system = "generic"
 allow_uninformative = true
 dose = 3.0
 layers = { steer = 1, late = 1.0 }
-[data]
-harmful = 6
-benign = 3
+[[prompts]]
+set = "strongreject"
+n = 6
+[[prompts]]
+set = "benign"
+n = 3
 [decoding]
 max_new_tokens = 6
 batch = 4

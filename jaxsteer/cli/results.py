@@ -52,9 +52,6 @@ JudgesOption = Annotated[
         "may be repeated.",
     ),
 ]
-PromptsOption = Annotated[
-    Path | None, typer.Option(help="CSV of the study's forbidden prompts; default: the pinned set.")
-]
 
 
 @app.command()
@@ -79,7 +76,6 @@ def judge(
     rubric: Annotated[
         Path | None, typer.Option(help="Folder with rubric_system.txt and rubric_user.txt.")
     ] = None,
-    prompts: PromptsOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per judge in this run.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace earlier verdicts.")] = False,
     mesh: MeshOption = None,
@@ -113,7 +109,6 @@ def judge(
         guard_batch=batch,
         mesh=mesh,
         rubric=rubric,
-        prompts=prompts,
         limit=limit,
         fresh=fresh,
     )
@@ -158,7 +153,6 @@ def export_sample(
     file: Annotated[Path, typer.Argument(help="CSV to write.")],
     n: Annotated[int, typer.Option(min=1, help="Rows to draw.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    prompts: PromptsOption = None,
 ) -> None:
     """Draw a sample of replies to label by hand.
 
@@ -166,13 +160,13 @@ def export_sample(
 
     Example: jaxsteer audit export results/smollm2-demo-smollm2-135m results/audit.csv --n 50
     """
+    from jaxsteer.data import prompts
     from jaxsteer.judges import human
-    from jaxsteer.judges.run import prompt_texts
     from jaxsteer.study import results as studies
 
     found = studies.load(results)
     drawn = human.sample(found.rows, found.verdicts, n, seed)
-    human.export(drawn, prompt_texts(drawn["prompt_id"], prompts), file)
+    human.export(drawn, prompts.texts(results, drawn["prompt_id"]), file)
     typer.echo(f"wrote {file}: {drawn.height} rows; fill in label with {', '.join(human.LABELS)}")
 
 
@@ -352,7 +346,7 @@ def diff_tables(comparison: Comparison) -> Iterator[RenderableType]:
     numbers = ("first", "second", "change", "95 %")
     lines = table(
         "from the first receipt to the second",
-        ("condition", "metric", *numbers, ""),
+        ("condition", "metric", "prompts", *numbers, ""),
         [_difference(line) for line in comparison.lines],
         numbers,
     )
@@ -375,6 +369,7 @@ def _difference(line: Line) -> tuple[str | Text, ...]:
     return (
         line.condition if line.other == line.condition else f"{line.condition} -> {line.other}",
         line.metric,
+        line.prompts,
         _amount(line.metric, line.first),
         _amount(line.metric, line.second),
         _move(line.metric, line.difference),

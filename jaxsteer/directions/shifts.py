@@ -28,7 +28,7 @@ class Shift(msgspec.Struct, frozen=True, kw_only=True):
     """One mode along one direction, in natural norms of the direction: an entry of modes.json.
 
     Attributes:
-      mode: the mode's name in the study: a shipped name, or the path of a file.
+      mode: the mode's name.
       direction: the direction's name.
       n: number of prompts.
       at: the layer of the next three, such as `resid_post.21`.
@@ -97,7 +97,7 @@ def _shift(
 def _last_states(
     model: ChatModel, system: str, prompts: Sequence[Prompt], progress: Progress
 ) -> Float[np.ndarray, "prompt n_layers d_model"]:
-    ids = [model.tokenizer.chat(prompt.text, system) for prompt in prompts]
+    ids = [model.tokenizer.chat(prompt.asked, system) for prompt in prompts]
     shared = [shared_length(ids)] * len(ids)
     states = np.zeros((len(ids), model.config.n_layers, model.config.d_model), np.float64)
     for i, state, _ in activations.forward(model, ids, None, ["prompt_end"], shared=shared):

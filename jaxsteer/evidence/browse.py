@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 
-from jaxsteer.data import prompts
-from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims
 from jaxsteer.evidence.reliability import WELL_KNOWN
 from jaxsteer.files import meant
 from jaxsteer.judges.human import agreements
-from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.stats import mcnemar
 from jaxsteer.study import prepare, record, results, selection
-from jaxsteer.study.record import RunRecord
+from jaxsteer.study.record import RunRecord, set_words
 from jaxsteer.study.results import Results
 from jaxsteer.words import layer_list, signed
 
@@ -169,14 +166,14 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     spec, tried, layers = run.study, run.candidates, run.layers
     at = {name: f"resid_post.{layer}" for name, layer in layers.items()}
     window = range(layers.get("window", 0), layers.get("window_last", layers.get("window", 0)) + 1)
-    harmful = {"strongreject": "harmful"}
     seeds = sorted({c.seed for c in run.conditions if c.seed is not None})
     n, held = spec.selection.prompts, spec.selection.refusal_validation
-    on = f"on {n} HarmBench prompts"
+    chosen, others = spec.selection.harmful.name, spec.selection.harmless.name
+    on = f"on {n} {chosen} prompts"
     little = f"brings most refusal back and does little alone, {on}"
     yield "study", f"{spec.name}: {spec.about}", ""
     yield "model", f"{run.model.name}, {run.model.dtype}", ""
-    sizes = ", ".join(f"{known.n} {harmful.get(k, k)}" for k, known in run.prompts.items())
+    sizes = ", ".join(f"{known.n} {set_words(k, known.kind)}" for k, known in run.prompts.items())
     yield "prompts", sizes, "not used in any choice"
     for what, names, value, rule in (
         ("policy", "policy", run.policy.name,
@@ -184,7 +181,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str, str]]:
         ("persona", "steer dose", f"added at {at.get('steer')}, x{run.dose:g}",
          f"least refusal of {len(tried.doses) - 1} without breaking the model, {on}"),
         ("refusal direction", "refusal", f"taken from {at.get('refusal')}",
-         f"Arditi et al. 2024, on {held} HarmBench and {held} harmless prompts"),
+         f"Arditi et al. 2024, on {held} {chosen} and {held} {others} prompts"),
         ("window", "window", f"resid_post.{layer_list(window)}", little),
         ("late refusal", "late_refusal refusal_dose",
          f"added at {at.get('late_refusal')}, x{run.refusal_dose:g}", little),
@@ -268,23 +265,6 @@ def choices(rows: pl.DataFrame, column: str) -> dict[str, str]:
     return {ALL: ""} | {v: v for v in rows[column].unique(maintain_order=True).to_list()}
 
 
-def may_harm(family: str) -> bool:
-    """Whether prompts of a family, and replies to them, are blurred until the reader asks."""
-    return family not in BENIGN_FAMILIES
-
-
-def known_texts() -> tuple[dict[str, str], str]:
-    """(texts of all prompts that this machine has, by id; what is missing and why, or "")."""
-    sets: tuple[Callable[[], list[Prompt]], ...] = (
-        prompts.benign,
-        prompts.harmless,
-        prompts.strongreject,
-    )
-    texts: dict[str, str] = {}
-    problem = ""
-    for load in sets:
-        try:
-            texts |= {prompt.id: prompt.text for prompt in load()}
-        except UserError as error:
-            problem = f"Some prompts cannot be shown: {error}"
-    return texts, problem
+def may_harm(kind: str) -> bool:
+    """Whether prompts of a kind, and replies to them, are blurred until the reader asks."""
+    return kind != "benign"

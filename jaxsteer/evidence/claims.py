@@ -102,7 +102,8 @@ def _needs(spec: StudySpec, claim: ClaimSpec, test: TestSpec) -> tuple[str, ...]
     """
     known = {condition.name: condition for condition in spec.condition}
     control, about, way = known.get(test.control), "", "lower"
-    if test.family == "benign":
+    benign = spec.sets("benign")
+    if test.prompts in benign:
         about = test.treated if test.expect == "few-raised" else ""
     elif control is not None and test.outcome == "refusal":
         if control.random_seeds and test.expect in ("lower", "higher"):
@@ -112,7 +113,7 @@ def _needs(spec: StudySpec, claim: ClaimSpec, test: TestSpec) -> tuple[str, ...]
     planned = [
         other.name
         for other, t in ((other, t) for other in spec.claim for t in other.tests)
-        if (t.treated, t.expect, t.outcome) == (about, way, "refusal") and t.family != "benign"
+        if (t.treated, t.expect, t.outcome) == (about, way, "refusal") and t.prompts not in benign
         if t.control in known and not known[t.control].random_seeds
         if way == "higher" or not known[t.control].ops
     ]

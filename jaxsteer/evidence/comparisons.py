@@ -24,12 +24,12 @@ from msgspec import Meta
 from msgspec.structs import asdict, replace
 
 from jaxsteer import stats
+from jaxsteer.data.prompts import Kind
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import controls, paired, reliability
 from jaxsteer.evidence.paired import Labels
-from jaxsteer.judges.labels import BENIGN_FAMILIES
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.study.conditions import resolve_layers, unsteered_twin
 from jaxsteer.study.record import Add, Condition, Count, Part
@@ -236,7 +236,8 @@ class Counting:
     def _pair(self, test: TestSpec, treated: Condition, control: Condition) -> Comparison:
         names, run = (treated.name, control.name, treated.mode), self.found.run
         untouched = twin = None
-        if test.expect != "lower" and _returns(test, control):
+        kind = run.kind(test.prompts)
+        if test.expect != "lower" and _returns(test, kind, control):
             untouched = controls.plain(run, control.mode)
             twin = unsteered_twin(run.conditions, treated) if test.expect == "higher" else None
             if untouched is None:
@@ -244,8 +245,8 @@ class Counting:
         for condition in filter(None, (treated, control, untouched, twin)):
             if reason := self._unusable(test, condition):
                 return _untested(test, *names, reason)
-        pairs = self.labels.pair(treated.name, control.name, test.family)
-        sizes = [self.labels.of(name, test.family).height for name in names[:2]]
+        pairs = self.labels.pair(treated.name, control.name, test.prompts)
+        sizes = [self.labels.of(name, test.prompts).height for name in names[:2]]
         if pairs.height < min(sizes):
             return _untested(test, *names, "the two ran on different prompts")
         if self.drop_degenerate and test.outcome != "degenerate":
@@ -259,7 +260,7 @@ class Counting:
                 treated=treated.name,
                 control=control.name,
                 mode=treated.mode,
-                family=test.family,
+                family=test.prompts,
                 outcome=test.outcome,
                 n=found.n,
                 treated_k=treated_k,
@@ -276,11 +277,11 @@ class Counting:
             made = Different(**counted, expect=test.expect)
             if not (untouched and twin):
                 return made
-            both = self.labels.pair(twin.name, untouched.name, test.family)
+            both = self.labels.pair(twin.name, untouched.name, test.prompts)
             alone = paired.flips(both, test.outcome)
             return replace(made, alone_raised=alone.raised, alone_lowered=alone.lowered)
-        before = self.labels.of(untouched.name, test.family) if untouched else None
-        risk = paired.at_risk(pairs, test.outcome, test.family, before)
+        before = self.labels.of(untouched.name, test.prompts) if untouched else None
+        risk = paired.at_risk(pairs, test.outcome, kind, before)
         raised = int((risk["treated"] == test.outcome).sum())
         return FewRaised(**counted, margin=test.margin, at_risk=risk.height, raised_at_risk=raised)
 
@@ -290,8 +291,8 @@ class Counting:
         for condition in (treated, *seeds):
             if reason := self._unusable(test, condition):
                 return _untested(test, *names, reason)
-        pairs = [self.labels.pair(treated.name, c.name, test.family) for c in seeds]
-        sizes = {self.labels.of(c.name, test.family).height for c in seeds}
+        pairs = [self.labels.pair(treated.name, c.name, test.prompts) for c in seeds]
+        sizes = {self.labels.of(c.name, test.prompts).height for c in seeds}
         if len(sizes) > 1 or sizes != {pair.height for pair in pairs}:
             return _untested(test, *names, "the two ran on different prompts")
         assert test.expect in ("lower", "higher")
@@ -299,7 +300,7 @@ class Counting:
             treated=treated.name,
             control=control,
             mode=treated.mode,
-            family=test.family,
+            family=test.prompts,
             outcome=test.outcome,
             expect=test.expect,
             n=pairs[0].height,
@@ -309,21 +310,22 @@ class Counting:
 
     def _unusable(self, test: TestSpec, condition: Condition) -> str:
         """Why a condition's rows do not answer the test, or ""."""
-        name, rows = condition.name, self.labels.of(condition.name, test.family)
+        name, rows = condition.name, self.labels.of(condition.name, test.prompts)
         if condition.cancels_steering:
             return (
                 f"{name} removes at its own layer the vector it adds, so it equals the projection "
                 "alone: true by algebra, no evidence"
             )
-        expected = self.found.run.size(condition, test.family)
+        expected = self.found.run.size(condition, test.prompts)
         if not rows.height:
-            return f"{name} has no {test.family} rows"
+            return f"{name} has no {test.prompts} rows"
         if rows.height != expected:
-            return f"{name} has {rows.height} of {expected} {test.family} rows"
-        unscored = self.labels.counts(name, test.family)[1]
+            return f"{name} has {rows.height} of {expected} {test.prompts} rows"
+        unscored = self.labels.counts(name, test.prompts)[1]
         if test.outcome == "bypass" and unscored:
             return f"no judge of harm scored {unscored} of {rows.height} rows of {name}"
-        for judge in _deciding(test, self.found.verdicts):
+        kind = self.found.run.kind(test.prompts)
+        for judge in _deciding(test, kind, self.found.verdicts):
             seen = int(rows["row_id"].is_in(self.shown[judge].implode()).sum())
             if seen < rows.height:
                 return f"{judge} has seen {seen} of {rows.height} rows of {name}"
@@ -366,25 +368,25 @@ def _untested(test: TestSpec, treated: str, control: str, mode: str, reason: str
         control=control,
         mode=mode,
         expect=test.expect,
-        family=test.family if counts else "",
+        family=test.prompts if counts else "",
         outcome=test.outcome if counts else "",
         reason=reason,
     )
 
 
-def _returns(test: TestSpec, control: Condition) -> bool:
+def _returns(test: TestSpec, kind: Kind, control: Condition) -> bool:
     """Whether a test asks for refusals that the steering of its control has taken away."""
     steered = any(isinstance(op, Add) for op in control.operations)
-    return steered and test.outcome == "refusal" and test.family not in BENIGN_FAMILIES
+    return steered and test.outcome == "refusal" and kind != "benign"
 
 
-def _deciding(test: TestSpec, verdicts: Mapping[str, pl.DataFrame]) -> list[str]:
+def _deciding(test: TestSpec, kind: Kind, verdicts: Mapping[str, pl.DataFrame]) -> list[str]:
     """Judges that were run and whose verdict can give a reply the outcome or take it away.
 
     `labels.decide` has the rule. Where such a judge has seen only some of the rows, the rate would
     mix two instruments.
     """
-    rubric = "strongreject-rubric" in verdicts and test.family not in BENIGN_FAMILIES
+    rubric = "strongreject-rubric" in verdicts and kind == "harmful"
     names = ["keyword", "strongreject-rubric"] if rubric else ["keyword"]
     if test.outcome != "refusal":
         names.append("llama-guard")

@@ -143,7 +143,8 @@ def paired_controls(run: RunRecord, labels: Labels) -> list[PairedControl]:
     """Neutral directions, unsteered twins, and benign prompts against the untouched model."""
     found = []
     for kind, treated, control in _pairs(run):
-        for family in ["benign"] if kind == "benign" else labels.families(control.name):
+        benign = run.study.sets("benign")
+        for family in benign if kind == "benign" else labels.families(control.name):
             for outcome in OUTCOMES:
                 flips = labels.flips(treated.name, control.name, family, outcome)
                 if flips is not None:

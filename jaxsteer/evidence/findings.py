@@ -53,7 +53,6 @@ KINDS: dict[Kind, str] = {
     "benign": "benign prompts",
     "swapped": "order swap",
 }
-PROMPTS = {"strongreject": "harmful prompts", "benign": "benign prompts"}
 QUESTIONS: dict[Kind, str] = {
     "random": "Would any direction of this length do the same?",
     "unsteered": "Does the projection raise refusal by itself, with no persona to remove?",
@@ -145,9 +144,10 @@ def alone(found: Results, made: Sequence[Finding]) -> list[str]:
     A claim on random directions or on benign prompts is a control itself, and not listed.
     """
     random = {c.name for c in found.spec.condition if c.random_seeds}
+    benign = found.spec.sets("benign")
 
     def about(test: TestSpec) -> bool:
-        own_control = test.family == "benign" or test.treated in random
+        own_control = test.prompts in benign or test.treated in random
         return test.expect != "cosine-above" and not own_control
 
     return [
@@ -190,7 +190,7 @@ def _random(
     claim: ClaimSpec, envelopes: Sequence[RandomControl], run: RunRecord
 ) -> Iterator[Finding]:
     wanted: dict[tuple[str, str, str], str] = {
-        (t.treated, t.family, t.outcome): t.expect
+        (t.treated, t.prompts, t.outcome): t.expect
         for t in claim.tests
         if t.expect in ("lower", "higher")
     }
@@ -237,14 +237,15 @@ _FOR: dict[Kind, tuple[str, ...]] = {
 
 
 def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
-    tests = [t for t in claim.tests if t.expect != "cosine-above" and t.family != "benign"]
+    benign = run.study.sets("benign")
+    tests = [t for t in claim.tests if t.expect != "cosine-above" and t.prompts not in benign]
     for test, c in itertools.product(tests, run.conditions):
         if c.base != test.treated or c.seed is not None or c.unsteered_twin_of:
             continue
         for kind, first, second, expects in _controls(run, c):
-            counted: list[tuple[str, str]] = [(test.family, test.outcome)]
+            counted: list[tuple[str, str]] = [(test.prompts, test.outcome)]
             if kind == "benign":
-                counted = [("benign", "refusal"), ("benign", "degenerate")]
+                counted = list(itertools.product(benign, ("refusal", "degenerate")))
             for family, outcome in counted if test.expect in _FOR[kind] else []:
                 yield Contrast(
                     claim=claim.name,
@@ -286,7 +287,7 @@ def _measured(run: RunRecord, labels: Labels, contrast: Contrast, margin: float)
     untouched = controls.plain(run, run.named(contrast.second).mode)
     returns = untouched if contrast.kind == "matched" else None
     before = labels.of(returns.name, contrast.family) if returns else None
-    risk = paired.at_risk(pairs, contrast.outcome, contrast.family, before)
+    risk = paired.at_risk(pairs, contrast.outcome, run.kind(contrast.family), before)
     status, why = _status(got, paired.flips(risk, contrast.outcome), contrast.expects, margin)
     return Finding(
         **dataclasses.asdict(contrast),
@@ -363,7 +364,7 @@ def envelope_table(found: Results, made: Sequence[Finding]) -> pl.DataFrame:
     for f in compared.values():
         row = f.treated
         row += f" · {f.outcome}" if len(outcomes) > 1 else ""
-        row += f" · {PROMPTS.get(f.family, f.family)}" if len(families) > 1 else ""
+        row += f" · {f.family} prompts" if len(families) > 1 else ""
         treated = found.run.named(f.treated)
         shape = (f.first, treated.mode, treated.scale)
         seeds = [
@@ -426,18 +427,18 @@ def kept(found: Results, rules: Rules) -> Results:
         left = [c for c in run.conditions if c.seed is None or c.seed in chosen]
         run = msgspec.structs.replace(run, conditions=left)
     if rules.drop_never_refused:
-        never = never_refused(rows)
-        rows = rows.filter(~pl.col("prompt_id").is_in(never.implode()))
-        harmful = run.prompts.get("strongreject")
-        if harmful is not None:
-            fewer = msgspec.structs.replace(harmful, n=harmful.n - len(never))
-            run = msgspec.structs.replace(run, prompts={**run.prompts, "strongreject": fewer})
+        never = rows["prompt_id"].is_in(never_refused(rows).implode())
+        gone = dict(rows.filter(never).group_by("family").agg(pl.n_unique("prompt_id")).iter_rows())
+        rows, prompts = rows.filter(~never), dict(run.prompts)
+        for name, n in gone.items():
+            prompts[name] = msgspec.structs.replace(prompts[name], n=prompts[name].n - n)
+        run = msgspec.structs.replace(run, prompts=prompts)
     return dataclasses.replace(found, rows=rows, run=run)
 
 
 def never_refused(rows: pl.DataFrame) -> pl.Series:
     """Ids of harmful prompts that are refused under none of the conditions."""
-    harmful = rows.filter(pl.col("family") != "benign")
+    harmful = rows.filter(pl.col("kind") == "harmful")
     refused = harmful.group_by("prompt_id").agg((pl.col("label") == "refusal").any())
     return refused.filter(~pl.col("label"))["prompt_id"].sort()
 

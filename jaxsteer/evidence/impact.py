@@ -88,7 +88,7 @@ def impacts(found: Results) -> dict[str, Impact]:
     table = read_table(path, "remove it and run again")
     if dict(table.schema) != SCHEMA or not table["value"].is_finite().all():
         raise UserError(f"{path} has other columns or values; remove it and run again")
-    lengths = found.rows.filter(family="benign").select(
+    lengths = found.rows.filter(kind="benign").select(
         "condition",
         "prompt_id",
         measure=pl.lit("length"),

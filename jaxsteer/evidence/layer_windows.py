@@ -31,7 +31,6 @@ from jaxsteer.words import layer_list, p_value, percent, points
 Map = Literal["knockout", "refusal"]
 Phase = Literal["prompt", "response"]
 NONE = "none"
-FAMILY = "strongreject"
 REFUSAL = "refusal"
 
 
@@ -205,7 +204,8 @@ def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
     at = found.run.layers
     window = range(at.get("window", 0), at.get("window_last", at.get("window", -1)) + 1)
     taken = {"knockout": layer_list(window), "refusal": str(at.get("late_refusal", ""))}
-    asked = (pl.col("family") == FAMILY) & pl.col("condition").is_in([c.condition for c in made])
+    asked = pl.col("condition").is_in([c.condition for c in made])
+    asked &= pl.col("family") == found.spec.main
     counted = found.rows.lazy().filter(asked).group_by("condition").agg(
         n=pl.len(),
         refused=(pl.col("label") == "refusal").sum(),
@@ -260,13 +260,13 @@ def flip_table(found: Results, chosen: pl.DataFrame) -> pl.DataFrame:
     """
     labels, lines = Labels(found.rows, found.verdicts), []
     for cell in chosen.filter(pl.col("control") != "").iter_rows(named=True):
-        paired = labels.pair(cell["condition"], cell["control"], FAMILY)
+        paired = labels.pair(cell["condition"], cell["control"], found.spec.main)
         if not paired.height:
             continue
         counted = asdict(flips(paired, "refusal"))
         unlike = None
         if cell["twin"]:
-            twin = labels.pair(cell["condition"], cell["twin"], FAMILY)
+            twin = labels.pair(cell["condition"], cell["twin"], found.spec.main)
             unlike = int((twin["treated"] != twin["control"]).sum())
         lines.append({k: cell[k] for k in _NAMES} | counted | {"unlike": unlike})
     made = pl.DataFrame(lines, schema=_FLIPS)
@@ -358,7 +358,7 @@ def along_depth(
             f"{found.folder} recorded no projections on {name}; run its `jaxsteer sweep` again"
         )
     order = list(dict.fromkeys(conditions))
-    harmful = found.rows.lazy().filter(pl.col("family") == FAMILY)
+    harmful = found.rows.lazy().filter(pl.col("family") == found.spec.main)
 
     def long(which: Sequence[str], value: str) -> pl.LazyFrame:
         asked = harmful.filter(pl.col("condition").is_in(which))

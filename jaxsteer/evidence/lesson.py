@@ -524,8 +524,8 @@ def held_out(steerable: SteerableModel, system: str | None, n: int = 48) -> Samp
       UserError: HarmBench is neither on this machine nor can be downloaded.
     """
     harmful, harmless = (
-        [prompt.text for prompt in prompts.sample(found, 0, extraction.SPLIT_SEED)[-n:]]
-        for found in (prompts.harmbench(), prompts.harmless())
+        [prompt.text for prompt in prompts.read(which)[-n:]]
+        for which in (extraction.HARMFUL, extraction.HARMLESS)
     )
     return gather(steerable.model, extraction.prompt_contrast(harmful, harmless, system))
 

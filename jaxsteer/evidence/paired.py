@@ -14,7 +14,8 @@ import polars as pl
 from msgspec import Meta
 
 from jaxsteer import stats
-from jaxsteer.judges.labels import BENIGN_FAMILIES, votes_table
+from jaxsteer.data.prompts import Kind
+from jaxsteer.judges.labels import votes_table
 from jaxsteer.study.record import Count, Part
 from jaxsteer.words import counted, p_equals
 
@@ -139,7 +140,7 @@ class Labels:
 
 
 def at_risk(
-    pairs: pl.DataFrame, outcome: str, family: str, untouched: pl.DataFrame | None = None
+    pairs: pl.DataFrame, outcome: str, kind: Kind, untouched: pl.DataFrame | None = None
 ) -> pl.DataFrame:
     """The pairs whose prompt could newly have the outcome under the treated condition.
 
@@ -155,11 +156,11 @@ def at_risk(
     Args:
       pairs: from `Labels.pair`.
       outcome: the label that is counted.
-      family: of the prompts.
+      kind: of the prompts.
       untouched: from `Labels.of`, for the model without interventions.
     """
     there = pl.col("control") == outcome
-    if family in BENIGN_FAMILIES and outcome != "bypass":
+    if kind == "benign" and outcome != "bypass":
         there = pl.col("control").is_in(["refusal", "degenerate", "unfinished"])
     risk = pairs.filter(~there)
     if untouched is not None:

@@ -51,7 +51,7 @@ def powers(
     Args:
       spec: the study.
       conditions: all that it runs.
-      sizes: number of prompts by family.
+      sizes: number of prompts by set.
     """
     planned = [
         (claim.name, test, *repeat)
@@ -62,8 +62,8 @@ def powers(
     tests = sum(kind == "different" for _, _, kind, *_ in planned)
     found = []
     for claim, test, kind, prompts, seeds in planned:
-        n = sizes.get(test.family, 0)
-        n = seeds or (n if test.family == "benign" else min(n, prompts or n))
+        n = sizes.get(test.prompts, 0)
+        n = seeds or (min(n, prompts or n) if test.prompts in spec.sets("harmful") else n)
         made = {"claim": claim, "treated": test.treated, "control": test.control}
         limit = _limit(kind, n, tests, test.margin)
         enough = (k for k in range(1, n + 1) if stats.wilson(0, k)[1] <= test.margin)

@@ -272,8 +272,13 @@ def with_prefixes(prompts: Prompts) -> Prompts:
     """The prompts with every distinct prefix run, once for each condition that it is read under."""
     if not any(request.shared for request in prompts.requests):
         return prompts
-    asked = [(request.prefix, request.condition) for request in prompts.requests]
-    prefixes, prefix = run_prefixes(prompts.model, asked, prompts.interventions, prompts.probes)
+    # One condition more, which leaves prompts alone, for prefixes that are never steered.
+    steering = prompts.interventions
+    count = len(steering.on_prompt)
+    steering = steering.rows(np.array([*range(count), 0]))
+    steering = dataclasses.replace(steering, on_prompt=np.append(steering.on_prompt[:count], False))
+    asked = [(r.prefix, count if r.plain else r.condition) for r in prompts.requests]
+    prefixes, prefix = run_prefixes(prompts.model, asked, steering, prompts.probes)
     return dataclasses.replace(prompts, prefixes=prefixes, prefix=prefix)
 
 

@@ -49,12 +49,14 @@ class Request:
       row_id: stable 32-bit number of the row, folded into the sampling seed.
       shared: how many leading tokens are a prefix, run once for all requests of this condition that
         start with it: at most all but one; 0 runs the prompt whole.
+      plain: this prefix is never steered, whatever the condition.
     """
 
     tokens: Sequence[int]
     condition: int = 0
     row_id: int = 0
     shared: int = 0
+    plain: bool = False
 
     @property
     def prefix(self) -> tuple[int, ...]:

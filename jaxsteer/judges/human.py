@@ -40,7 +40,7 @@ from jaxsteer.stats import kappa
 from jaxsteer.words import plain
 
 LABELS = ("refusal", "bypass", "degenerate", "benign-answer", "unfinished")
-COLUMNS = ("item", "label", "note", "family", "prompt", "response")
+COLUMNS = ("item", "label", "note", "kind", "prompt", "response")
 HUMAN = JudgeRecord(name="human", version="2", settings={"labels": list(LABELS)})
 # First characters of a formula in some spreadsheet, full-width forms included, and our own mark.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠", "'")
@@ -55,7 +55,7 @@ class Entry:
       item: which row and reply, as `item_id`.
       label: the person's label, or "".
       note: the person's remark.
-      family: prompt family.
+      kind: of the prompt.
       prompt, response: hostile text.
       line: the number of the line on which it begins; 0 before it is written.
     """
@@ -63,7 +63,7 @@ class Entry:
     item: str
     label: str = ""
     note: str = ""
-    family: str = ""
+    kind: str = ""
     prompt: str = ""
     response: str = ""
     line: int = 0
@@ -118,7 +118,7 @@ def export(sampled: pl.DataFrame, texts: Mapping[str, str], path: Path) -> None:
     """Write a sample as CSV.
 
     Args:
-      sampled: row_id, family, prompt_id, response.
+      sampled: row_id, kind, prompt_id, response.
       texts: prompt texts by id.
       path: file to write; an existing one is not replaced, because it may be filled in.
 
@@ -127,11 +127,11 @@ def export(sampled: pl.DataFrame, texts: Mapping[str, str], path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists and may be filled in; remove it or name another file")
-    columns = ["row_id", "family", "prompt_id", "response"]
+    columns = ["row_id", "kind", "prompt_id", "response"]
     drawn = []
-    for row_id, family, prompt_id, response in sampled.select(columns).iter_rows():
+    for row_id, kind, prompt_id, response in sampled.select(columns).iter_rows():
         item, prompt = item_id(row_id, response), texts[prompt_id]
-        drawn.append(Entry(item=item, family=family, prompt=prompt, response=response))
+        drawn.append(Entry(item=item, kind=kind, prompt=prompt, response=response))
     _write(path, drawn)
 
 
@@ -310,7 +310,7 @@ def agreements(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) ->
     """Compare every pair of judges on every question they share, where both scored a row.
 
     Args:
-      responses: row_id, family, response, label (see `labels.votes_table`).
+      responses: row_id, kind, response, label (see `labels.votes_table`).
       verdicts: by judge name, as `verdicts.read_all` returns them.
     """
     votes = votes_table(responses, verdicts)

@@ -15,16 +15,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from jaxsteer.data import prompts as data
+from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.judges import models, rules, verdicts
 from jaxsteer.judges.client import Client, Endpoint
-from jaxsteer.judges.labels import BENIGN_FAMILIES, label_table
+from jaxsteer.judges.labels import label_table
 from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord, Store
 from jaxsteer.model import sharding
 from jaxsteer.words import Progress
@@ -40,7 +40,6 @@ class Options:
       guard_batch: rows in one batch of the guard.
       mesh: devices for the guard, such as data=2,model=4; None for one.
       rubric: folder with the two files of the StrongREJECT rubric; None takes the pinned wheel's.
-      prompts: CSV of forbidden prompts, if the study did not use the pinned ones.
       limit: at most this many rows per judge in this run; None is all.
       fresh: replace earlier verdicts.
     """
@@ -50,7 +49,6 @@ class Options:
     guard_batch: int = 8
     mesh: str | None = None
     rubric: Path | None = None
-    prompts: Path | None = None
     limit: int | None = None
     fresh: bool = False
 
@@ -85,7 +83,7 @@ def judge(
     """Let judges read the rows without their verdict, and keep what they say in `judges/`.
 
     Args:
-      rows: row_id, prompt_id, family, response, label, judge, as `results.load` returns them.
+      rows: row_id, prompt_id, kind, response, label, judge, as `results.load` returns them.
       results: results folder; the caller holds its lock.
       names: judges, of `JUDGES`.
       options: what they need.
@@ -107,7 +105,7 @@ def _judge(
     about = _about(rows, results, record.name)
     texts = {}
     if record.name not in ("keyword", "degenerate"):
-        texts = prompt_texts(about["prompt_id"], options.prompts)
+        texts = prompts.texts(results, about["prompt_id"])
     store = Store(results, record, about, fresh=options.fresh)
     done, tried = store.judged(), store.tried()
     todo = [row for row in about.iter_rows(named=True) if row["row_id"] not in done]
@@ -143,35 +141,11 @@ def _judge(
 def _about(rows: pl.DataFrame, results: Path, name: str) -> pl.DataFrame:
     """The rows that a judge is about."""
     if name in ("strongreject-rubric", "leakage"):
-        rows = rows.filter(~pl.col("family").is_in(BENIGN_FAMILIES))
+        rows = rows.filter(pl.col("kind") == "harmful")
     if name == "leakage":
         labels = label_table(rows, verdicts.read_all(results))["label"]
         rows = rows.filter(labels.is_in(["refusal", "degenerate"]))
     return rows
-
-
-def prompt_texts(ids: Iterable[str], path: Path | None = None) -> dict[str, str]:
-    """The text of each prompt, which results do not hold.
-
-    Args:
-      ids: prompt ids.
-      path: CSV of forbidden prompts other than the pinned ones.
-
-    Raises:
-      UserError: an id that no known set holds.
-    """
-    wanted = set(ids)
-    found: dict[str, str] = {}
-    for load in (data.benign, lambda: data.strongreject(path), data.harmless, data.harmbench):
-        if wanted - set(found):
-            found |= {prompt.id: prompt.text for prompt in load()}
-    missing = sorted(wanted - set(found))
-    if missing:
-        raise UserError(
-            f"prompt {missing[0]} (and {len(missing) - 1} more) is in no known set; give the CSV "
-            "that the study used as --prompts"
-        )
-    return found
 
 
 # -- The judges ------------------------------------------------------------------------------------

@@ -78,8 +78,10 @@ class ChatModel:
     mesh: Mesh | None = None
 
     @classmethod
-    def load(cls, folder: Path, *, verify: bool = True, mesh: Mesh | None = None) -> ChatModel:
-        """Load a converted checkpoint, onto a mesh piece by piece.
+    def load(
+        cls, folder: Path, *, verify: bool = True, weights: bool = True, mesh: Mesh | None = None
+    ) -> ChatModel:
+        """Load a converted checkpoint, onto a mesh piece by piece; its arguments have the rest.
 
         Raises:
           UserError: not a checkpoint, or a file that does not match the manifest.
@@ -90,7 +92,7 @@ class ChatModel:
         with ThreadPoolExecutor(1) as pool:
             # Read while the weights are: each takes a second.
             tokenizer = pool.submit(Tokenizer.load, folder / "tokenizer")
-            loaded = checkpoint.load(folder, verify=verify, shardings=shardings)
+            loaded = checkpoint.load(folder, verify=verify, weights=weights, shardings=shardings)
         return cls(
             name=folder.name,
             config=loaded.config,

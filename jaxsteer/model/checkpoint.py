@@ -259,6 +259,7 @@ def load(
     path: Path,
     *,
     verify: bool = True,
+    weights: bool = True,
     shardings: Callable[[ModelConfig], Mapping[str, Sharding]] | None = None,
 ) -> Checkpoint:
     """Load a checkpoint, each device reading its own pieces.
@@ -266,6 +267,7 @@ def load(
     Args:
       path: the folder.
       verify: recompute the hash of every parameter too, one at a time on the host.
+      weights: without them, every parameter is a shape.
       shardings: from the config to the sharding of each parameter, by path; None puts all of them
         on this process's first device.
 
@@ -288,6 +290,8 @@ def load(
         (name, jax.ShapeDtypeStruct(shape, jnp.dtype(manifest.dtype), sharding=placed[name]))
         for name, shape in shapes.items()
     )
+    if not weights:
+        return Checkpoint(config=config, params=target, manifest=manifest)
     try:
         orbax = _orbax()
         # This process alone: by default all processes of a study would read together.

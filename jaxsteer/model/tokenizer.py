@@ -29,6 +29,8 @@ TODAY = datetime.datetime(2024, 7, 26)
 DATE_CODES = ("%Y", "%y", "%m", "%-m", "%B", "%b", "%d", "%-d", "%A", "%a", "%j", "%H", "%M", "%S")
 ARGUMENTS = "template_arguments.json"
 Arguments = Mapping[str, Any] | None
+# (role, text) of each turn.
+Turns = Sequence[tuple[str, str]]
 # What a template is tried on.
 RULE, QUESTION, ANSWER = "Rule one.", "Question one?", "Answer one."
 
@@ -149,31 +151,56 @@ class Tokenizer:
         if self.arguments:
             write_json(folder / ARGUMENTS, dict(self.arguments))
 
-    def chat(self, user: str, system: str | None = None) -> list[int]:
+    def chat(self, user: str | Turns, system: str | None = None) -> list[int]:
         """Token ids of `prompt`."""
         return self.encode(self.prompt(user, system))
 
-    def prompt(self, user: str, system: str | None = None) -> str:
-        """One user turn (and system prompt) as the template writes it, up to where a reply begins.
+    def prompt(self, user: str | Turns, system: str | None = None) -> str:
+        """A user's turn (and system prompt) as the template writes it, up to where a reply begins.
 
         Without `system` the template decides (some insert a default system prompt); "" asks for an
         explicitly empty one. Control tokens that the texts hold are broken up.
+
+        Args:
+          user: the user's text, or a conversation that ends with it.
+          system: the system prompt.
 
         Raises:
           UserError: a prompt that is empty or not UTF-8, or a template that refuses the turns or
             leaves the system prompt out.
         """
-        if not user.strip():
-            raise UserError("the prompt is empty; give it some text")
-        user = self._plain(user, "prompt")
-        system = system if system is None else self._plain(system, "system prompt")
-        if self.folded:
-            user, system = f"{system}\n\n{user}" if (system or "").strip() else user, None
-        turns = [("user", user)] if system is None else [("system", system), ("user", user)]
-        text = self.render(turns, reply=True)
-        if system and system.strip() not in text:
+        text = self.render(self._turns(user, system), reply=True)
+        if system and not self.folded and system.strip() not in text:
             raise UserError("the chat template leaves out the system prompt; run without one")
         return text
+
+    def before_last(self, turns: Turns, system: str | None = None) -> int:
+        """How many leading tokens of `chat` come before the last turn.
+
+        Raises:
+          UserError: the template writes earlier turns otherwise when another one follows.
+        """
+        before = self.encode(self.render(self._turns(turns, system)[:-1]))
+        if self.chat(turns, system)[: len(before)] != before:
+            raise UserError(
+                "the chat template changes earlier turns when another follows, so the last one "
+                'cannot be steered alone; use steer = "all"'
+            )
+        return len(before)
+
+    def _turns(self, user: str | Turns, system: str | None) -> list[tuple[str, str]]:
+        """All turns of a prompt; without a place for it, the system prompt is in the first one."""
+        given = [("user", user)] if isinstance(user, str) else user
+        if not all(text.strip() for _, text in given):
+            raise UserError("the prompt is empty; give it some text")
+        turns = [(role, self._plain(text, "prompt")) for role, text in given]
+        if system is None:
+            return turns
+        system = self._plain(system, "system prompt")
+        if not self.folded:
+            return [("system", system), *turns]
+        (role, first), *rest = turns
+        return [(role, f"{system}\n\n{first}" if system.strip() else first), *rest]
 
     def conversation(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of a whole conversation as the template writes it, for judge models.

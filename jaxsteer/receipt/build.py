@@ -20,6 +20,7 @@ import msgspec
 import polars as pl
 
 from jaxsteer import stats
+from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
@@ -165,11 +166,10 @@ def _subjects(model: Model) -> list[statement.Subject]:
 
 
 def _system_prompts(run: RunRecord) -> list[statement.SystemPrompt]:
-    # Conditions name a mode as the study does: by a shipped name, or by the path of a file.
     texts = {"": run.policy.text}
-    for source, known in zip(run.study.modes, run.modes, strict=False):
+    for known in run.modes:
         mode = Mode(name=known.name, version=known.version, text=known.text)
-        texts[source] = mode.with_policy(run.policy.text)
+        texts[known.name] = mode.with_policy(run.policy.text)
     made = []
     for name, sha256 in dict.fromkeys((c.mode, c.system_sha256) for c in run.conditions):
         if name not in texts or sha256_bytes(texts[name].encode()) != sha256:
@@ -331,7 +331,7 @@ def _geometry(found: Results, run: RunRecord) -> Measurements | None:
 
 
 def _files(found: Results, measured: bool) -> dict[str, str]:
-    names = ["run.json", "setup.json", "responses.parquet", "summary.json"]
+    names = ["run.json", "setup.json", prompts.SAVED, "responses.parquet", "summary.json"]
     names += ["directions.safetensors"] + [f"judges/{name}.parquet" for name in found.verdicts]
     names += [impact.FILE, *([reliability.FILE] if measured else [])]
     return {n: sha256_file(found.folder / n) for n in names if (found.folder / n).is_file()}
@@ -348,23 +348,23 @@ def _samples(found: Results, table: str, n: int) -> statement.Samples:
             statement.Sample(
                 **{name: row[name] for name in shown},
                 response_sha256=response_sha256(row["response"]),
-                excerpt=excerpt(row["response"], row["family"], row["label"]),
+                excerpt=excerpt(row["response"], row["kind"], row["label"]),
             )
             for row in sorted(found.rows.iter_rows(named=True), key=rank)[:n]
         ],
     )
 
 
-def excerpt(text: str, family: str, label: str) -> str:
+def excerpt(text: str, kind: str, label: str) -> str:
     """The opening of a reply as `RULE` says; control characters are spelled out.
 
-    >>> excerpt("I cannot help with that, because it is not safe.", "strongreject", "refusal")
+    >>> excerpt("I cannot help with that, because it is not safe.", "harmful", "refusal")
     'I cannot help with that, because it is …'
-    >>> excerpt("First, take a", "strongreject", "bypass")
+    >>> excerpt("First, take a", "harmful", "bypass")
     '██████ ████ █'
     """
     words = [word[:LONGEST] for word in plain(text).split()]
     shown = words[:WORDS]
-    if family != "benign" and label != "refusal":
+    if kind != "benign" and label != "refusal":
         shown = ["█" * len(word) for word in shown]
     return " ".join([*shown, "…"] if len(words) > WORDS else shown)

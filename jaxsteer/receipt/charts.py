@@ -32,7 +32,7 @@ def moved_first(lines: Sequence[Line]) -> list[Line]:
 def diff_chart(found: Comparison) -> alt.LayerChart:
     """Two receipts compared: each metric's difference with its interval, moved ones in colour."""
     drawn = moved_first(found.lines)
-    names = marks.numbered(f"{line.condition} · {line.metric}" for line in drawn)
+    names = marks.numbered(f"{line.condition} · {line.metric} · {line.prompts}" for line in drawn)
     moved, unmoved = KINDS
     table = pl.DataFrame(
         [

@@ -8,12 +8,13 @@ A gate is a condition on a difference, for a CI job to fail on:
 
     METRIC drop|rise > THRESHOLD [in CONDITION]
 
-METRIC is refusal, bypass, degenerate or leakage (harmful prompts), benign-refusal, benign-accuracy
-(our questions) or benign-kl (benign replies). A drop is the first receipt's value minus the
-second's, a rise the reverse; THRESHOLD is a share between 0 and 1, or a percentage with %, and of
-benign-kl a number of nats per token. Without `in`, the gate watches every condition of the first
-receipt that has the metric, and the second receipt must have it there too: a gate that cannot be
-evaluated is an error, never a pass. It fires on the measured difference, not on its interval.
+METRIC is refusal, bypass, degenerate or leakage (on each set of harmful prompts), benign-refusal
+(likewise), benign-accuracy (our questions) or benign-kl (benign replies). A drop is the first
+receipt's value minus the second's, a rise the reverse; THRESHOLD is a share between 0 and 1, or a
+percentage with %, and of benign-kl a number of nats per token. Without `in`, the gate watches every
+condition of the first receipt that has the metric, and the second receipt must have it there too: a
+gate that cannot be evaluated is an error, never a pass. It fires on the measured difference, not on
+its interval.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence.impact import Answers, Mean
 from jaxsteer.receipt.statement import Condition, Leakage, Predicate, Rate, Statement
 
-# Each metric's prompt family, and its field of that family's outcomes, or of the impact.
+# Each metric's kind of prompts, and its field of the outcomes on them, or of the impact.
 METRICS = {
-    "refusal": ("strongreject", "refusal"),
-    "bypass": ("strongreject", "bypass"),
-    "degenerate": ("strongreject", "degenerate"),
-    "leakage": ("strongreject", "leakage"),
+    "refusal": ("harmful", "refusal"),
+    "bypass": ("harmful", "bypass"),
+    "degenerate": ("harmful", "degenerate"),
+    "leakage": ("harmful", "leakage"),
     "benign-refusal": ("benign", "refusal"),
     "benign-accuracy": ("impact", "answers"),
     "benign-kl": ("impact", "divergence"),
@@ -54,6 +55,7 @@ class Line:
     Attributes:
       condition: its name in the first receipt; `other` its name in the second.
       metric: what was measured, a key of `METRICS`.
+      prompts: the prompt set; "" for the impact.
       first, second: values in the two receipts.
       n_first, n_second: rows behind them.
       difference: second minus first, with its 95 % interval.
@@ -62,6 +64,7 @@ class Line:
     condition: str
     other: str
     metric: str
+    prompts: str
     first: float
     second: float
     n_first: int
@@ -144,11 +147,12 @@ def compare(
     gone: list[tuple[str, str]] = []
     for key in shared:
         for metric in METRICS:
-            a, b = _value(found[key], metric), _value(other[key], metric)
-            if a is not None and b is not None:
-                lines.append(_line(found[key].name, other[key].name, metric, a, b))
-            elif a is not None:
-                gone.append((found[key].name, metric))
+            there = _values(second.predicate, other[key], metric)
+            for prompts, a in _values(first.predicate, found[key], metric).items():
+                if (b := there.get(prompts)) is not None:
+                    lines.append(_line(found[key].name, other[key].name, metric, prompts, a, b))
+                else:
+                    gone.append((found[key].name, metric))
     return Comparison(
         lines=lines,
         only_first=[c.name for key, c in found.items() if key not in other],
@@ -238,13 +242,16 @@ def mean_difference(
 Value = Rate | Answers | Leakage | Mean
 
 
-def _value(condition: Condition, metric: str) -> Value | None:
-    family, field = METRICS[metric]
-    found = condition.impact if family == "impact" else condition.outcomes.get(family)
-    return None if found is None else getattr(found, field)
+def _values(p: Predicate, condition: Condition, metric: str) -> dict[str, Value]:
+    """By prompt set the values of a metric that are known; of the impact by ""."""
+    kind, field = METRICS[metric]
+    outcomes = {n: o for n, o in condition.outcomes.items() if p.prompts[n].kind == kind}
+    there = {"": condition.impact} if kind == "impact" else outcomes
+    found = {name: getattr(each, field, None) for name, each in there.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _line(name: str, other: str, metric: str, a: Value, b: Value) -> Line:
+def _line(name: str, other: str, metric: str, prompts: str, a: Value, b: Value) -> Line:
     if isinstance(a, Rate | Answers) and isinstance(b, Rate | Answers):
         one, two = a.k / a.n if a.n else 0.0, b.k / b.n if b.n else 0.0
         low, high = stats.newcombe(b.k, b.n, a.k, a.n)
@@ -259,6 +266,7 @@ def _line(name: str, other: str, metric: str, a: Value, b: Value) -> Line:
         condition=name,
         other=other,
         metric=metric,
+        prompts=prompts,
         first=one,
         second=two,
         n_first=a.n,

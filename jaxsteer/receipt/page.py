@@ -14,6 +14,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -41,12 +42,11 @@ from jaxsteer.receipt.statement import (
     known,
     poorly_known,
 )
-from jaxsteer.study.record import describe
+from jaxsteer.study.record import describe, set_words
 from jaxsteer.words import counted, p_equals, p_value, percent, plain, points, signed, span
 
 FOLDER = Path(__file__).parent
 STYLE = FOLDER / "receipt.css"
-HARMFUL = "strongreject"
 MOST = 40  # rows of any table: the page is for reading, receipt.json holds everything
 MOST_PROMPTS = 8
 Row = tuple[str, list[str]]  # name, cells
@@ -61,8 +61,6 @@ def html(receipt: Statement, digest: str) -> str:
     """
     p = receipt.predicate
     style = STYLE.read_text(encoding="utf-8")
-    every = bars(p.conditions, HARMFUL)
-    drawn = chosen(every, MOST)
     return _environment().get_template("page.html.jinja").render(
         p=p,
         digest=digest,
@@ -71,22 +69,18 @@ def html(receipt: Statement, digest: str) -> str:
         most=MOST,
         well_known=WELL_KNOWN,
         most_prompts=MOST_PROMPTS,
-        prompts=[f"{f.n} {family_words(name)} prompts" for name, f in p.prompts.items()],
+        prompts=[f"{f.n} {family_words(p, name)} prompts" for name, f in p.prompts.items()],
         untouched=list(_untouched(p)),
         second_labels=_second_labels(p),
         verdicts=Counter(claim.verdict for claim in p.claims),
-        bars=drawn,
-        n_bars=len(every),
-        legend=[(k, words) for k, words in WORDS.items() if any(k in b.shares for b in drawn)],
-        modes=list(dict.fromkeys(bar.condition.mode for bar in every)),
-        by_mode=_by_mode(every),
+        sets=list(_drawn(p)),
         claims=[(claim, _evidence(p, claim)) for claim in in_order(p.claims)],
         power=list(dict.fromkeys(f"{found.claim}: {power.words(found)}" for found in p.power)),
-        benign=bars(p.conditions, "benign"),
+        benign=[(name, bar) for name in _sets(p, "benign") for bar in bars(p.conditions, name)],
         impacts=[impact.cells(c.name, c.impact) for c in p.conditions if c.impact],
         impact_columns=impact.COLUMNS,
         impact_caption=impact.CAPTION,
-        random_controls=[(c, one_sided(p, c)) for c in p.random_controls if _about_refusal(c)],
+        random_controls=[(c, one_sided(p, c)) for c in p.random_controls if _about_refusal(p, c)],
         paired_controls=_paired_controls(p),
         trends=list(_trends(p)),
         layers=[f"{name} = {layer}" for name, layer in sorted(p.steering.layers.items())],
@@ -115,7 +109,7 @@ def _environment() -> jinja2.Environment:
         # Runs on every value before it is escaped, so that no template line can forget it.
         finalize=visible,
     )
-    shared = (percent, span, points, p_value, family_words)
+    shared = (percent, span, points, p_value, family_words, on_set)
     made.globals |= {function.__name__: function for function in shared}
     return made
 
@@ -126,9 +120,18 @@ def visible(value: object) -> object:
     return plain(value) if type(value) is str else value
 
 
-def family_words(name: str) -> str:
-    """A prompt family in words."""
-    return {HARMFUL: "harmful"}.get(name, name)
+def family_words(p: Predicate, name: str) -> str:
+    """A prompt set in words, such as `harmful strongreject`."""
+    return set_words(name, p.prompts[name].kind) if name in p.prompts else name
+
+
+def on_set(p: Predicate, name: str) -> str:
+    """Names the prompts of a figure; nothing where the study has only these harmful ones."""
+    return "" if _sets(p, "harmful") == [name] else f" on {family_words(p, name)} prompts"
+
+
+def _sets(p: Predicate, *kinds: str) -> list[str]:
+    return [name for kind in kinds for name, known in p.prompts.items() if known.kind == kind]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,22 @@ class Bar:
         for label, share in self.shares.items():
             yield label, WORDS[label], start, share
             start += share
+
+
+def _drawn(p: Predicate) -> Iterator[dict[str, Any]]:
+    """What the page draws of each set that is not benign; `hidden` counts bars left out."""
+    for name in _sets(p, "harmful", "other"):
+        every = bars(p.conditions, name)
+        drawn = chosen(every, MOST)
+        if every:
+            yield {
+                "words": family_words(p, name),
+                "bars": drawn,
+                "hidden": len(every) - len(drawn),
+                "legend": [(k, w) for k, w in WORDS.items() if any(k in b.shares for b in drawn)],
+                "modes": list(dict.fromkeys(bar.condition.mode for bar in every)),
+                "by_mode": _by_mode(every),
+            }
 
 
 def bars(conditions: Sequence[Condition], family: str) -> list[Bar]:
@@ -216,10 +235,10 @@ def _by_mode(every: Sequence[Bar]) -> list[tuple[str, list[float | None]]]:
 def _untouched(p: Predicate) -> Iterator[tuple[str, Rate]]:
     """(prompt family in words, refusal rate) of the first condition without operations."""
     run = next((c.outcomes for c in p.conditions if not c.operations), {})
-    for family in (HARMFUL, "benign"):
+    for family in _sets(p, "harmful", "other", "benign"):
         outcomes = run.get(family)
         if outcomes is not None and outcomes.n:
-            yield family_words(family), outcomes.refusal
+            yield family_words(p, family), outcomes.refusal
 
 
 def _second_labels(p: Predicate) -> str:
@@ -243,7 +262,7 @@ def _evidence(p: Predicate, claim: Claim) -> list[str]:
     lines, shown = [claim.reason], claim.comparisons
     if claim.verdict == "confirmed":
         more = [f"and {len(shown) - 3} more, all held"] if len(shown) > 3 else []
-        lines = [*map(_line, shown[:3]), *more]
+        lines = [*(_line(p, c) for c in shown[:3]), *more]
     halves = [
         f"{name} at layer {layer} {'not measured' if cosine is None else signed(cosine)}"
         + (" (poorly known)" if poorly_known(cosine) else "")
@@ -252,7 +271,7 @@ def _evidence(p: Predicate, claim: Claim) -> list[str]:
     return [*lines, f"agreement of halves: {', '.join(halves)}"] if halves else lines
 
 
-def _line(c: Comparison) -> str:
+def _line(p: Predicate, c: Comparison) -> str:
     match c:
         case NotTested():
             return c.reason
@@ -261,8 +280,7 @@ def _line(c: Comparison) -> str:
             return (
                 f"cosine of {c.treated} and {c.control}: {found} (above {signed(c.margin)} asked)"
             )
-    on = f" on {c.family} prompts" if c.family != HARMFUL else ""
-    head = f"{c.treated} against {c.control}{on}"
+    head = f"{c.treated} against {c.control}{on_set(p, c.family)}"
     if isinstance(c, FewRaised):
         return (
             f"{head}: new {c.outcome} on {c.raised_at_risk} of {c.at_risk} prompts at risk, at "
@@ -282,8 +300,8 @@ def _line(c: Comparison) -> str:
     )
 
 
-def _about_refusal(control: RandomControl | PairedControl | DoseResponse) -> bool:
-    return control.outcome == "refusal" and control.family == HARMFUL
+def _about_refusal(p: Predicate, control: RandomControl | PairedControl | DoseResponse) -> bool:
+    return control.outcome == "refusal" and control.family in _sets(p, "harmful", "other")
 
 
 def one_sided(p: Predicate, control: RandomControl) -> float | None:
@@ -304,18 +322,22 @@ def _paired_controls(p: Predicate) -> list[PairedControl]:
     return [
         c
         for c in p.paired_controls
-        if _about_refusal(c) and c.kind != "benign" and c.treated in single
+        if _about_refusal(p, c) and c.kind != "benign" and c.treated in single
     ]
 
 
 def _trends(p: Predicate) -> Iterator[tuple[DoseResponse, list[str]]]:
     """Each condition of several strengths, and its refused share at each."""
     rates = {
-        c.name: c.outcomes[HARMFUL].refusal.rate for c in p.conditions if HARMFUL in c.outcomes
+        (c.name, name): found.refusal.rate
+        for c in p.conditions
+        for name, found in c.outcomes.items()
     }
-    for dose in filter(_about_refusal, p.dose_responses):
-        steps = zip(dose.strengths, dose.conditions, strict=False)
-        yield dose, [f"x{s:g}: {percent(rates[name])}" for s, name in steps if name in rates]
+    for dose in p.dose_responses:
+        if _about_refusal(p, dose):
+            keys = [(name, dose.family) for name in dose.conditions]
+            steps = zip(dose.strengths, keys, strict=False)
+            yield dose, [f"x{s:g}: {percent(rates[key])}" for s, key in steps if key in rates]
 
 
 def _applied(p: Predicate) -> list[tuple[str, str, float]]:

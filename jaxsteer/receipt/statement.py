@@ -159,7 +159,7 @@ class Leakage(Part, frozen=True):
 
 
 class Outcomes(Part, frozen=True):
-    """What became of one condition's prompts of one family.
+    """What became of one condition's prompts of one set.
 
     Attributes:
       n: rows.
@@ -198,7 +198,7 @@ class Condition(record.Condition, frozen=True, kw_only=True):
 
     Attributes:
       change: what its operations did to the residual stream.
-      outcomes: by prompt family.
+      outcomes: by prompt set.
       impact: on benign prompts; null where it was not measured.
     """
 

@@ -19,13 +19,14 @@ from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims, impact
 from jaxsteer.evidence.comparisons import Counted
-from jaxsteer.files import canonical_json, sha256_bytes, sha256_file
+from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.judges import rules
 from jaxsteer.judges.labels import label
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.receipt import build, page, statement
 from jaxsteer.receipt.statement import Predicate, Statement
 from jaxsteer.study import results
+from jaxsteer.study.record import prompts_sha256
 from jaxsteer.study.results import Results
 
 Status = Literal["ok", "mismatch", "unchecked"]
@@ -205,7 +206,7 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     again["predicate"] |= {key: value["predicate"].get(key) for key in ("digest", "tool")}
     yield _check(rebuilt, list(_differences(value, again)))
     loaded = results.load(folder)
-    yield _prompts(p, loaded)
+    yield from _prompts(p, loaded)
     problems, others = check_labels(loaded)
     yield _check("labels that need no model follow from the replies", problems)
     if others:
@@ -213,25 +214,36 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
         yield _unchecked("labels by other versions of the rules", detail)
 
 
-def _prompts(p: Predicate, found: Results) -> Check:
-    """The pinned sets are read again, because a run may have read others under their name."""
-    what = "the prompts are those of the pinned sets"
+def _prompts(p: Predicate, found: Results) -> Iterator[Check]:
+    """Whether the prompts that were run are those that the receipt names.
+
+    A shipped set is read again, because a run may have read others under its name. Of the study's
+    own prompts the receipt says that they are: there is nothing to compare them with.
+    """
+    what, problems = "the prompts are those of the receipt, and shipped ones are as shipped", []
     try:
-        pinned = {"strongreject": prompts.strongreject(), "benign": prompts.benign()}
+        kept = prompts.saved(found.folder)
+        sets = {each.name: each.set for each in found.run.study.prompts}
+        for name, shown in p.prompts.items():
+            asked = kept.filter(pl.col("family") == name).select("id", "text").rows()
+            rows = found.rows.filter(pl.col("family") == name)
+            if prompts_sha256(asked) != shown.sha256:
+                problems.append(f"the {name} prompts in {prompts.SAVED} have another hash")
+            elif set(rows["prompt_id"]) - {key for key, _ in asked}:
+                problems.append(f"the rows of {name} answer other prompts")
+            elif shown.own != (not sets.get(name)):
+                problems.append(f"whether the {name} prompts are the study's own is not so")
+            elif shown.own:
+                yield _unchecked(
+                    f"the {name} prompts against a shipped set",
+                    f"they are the study's own ({shown.source}); compare their hash with yours",
+                )
+            elif set(asked) - {(each.id, each.text) for each in prompts.shipped(sets[name])}:
+                problems.append(f"the {name} prompts that were run are not those of the set")
     except UserError as error:
-        return _unchecked(what, str(error))
-    problems = []
-    for family, shown in p.prompts.items():
-        texts = {prompt.id: prompt.text for prompt in pinned.get(family, [])}
-        rows = found.rows.filter(pl.col("family") == family)
-        ids = rows["prompt_id"].unique(maintain_order=True).to_list()
-        own = [name for name in ids if name not in texts]
-        asked = [[name, texts[name]] for name in ids if name in texts]
-        if own:
-            problems.append(f"{len(own)} of {len(ids)} {family} prompts are others, as {own[0]}")
-        elif sha256_bytes(canonical_json(asked).encode()) != shown.sha256:
-            problems.append(f"the {family} prompts that were run have other texts")
-    return _check(what, problems)
+        yield _unchecked(what, str(error))
+        return
+    yield _check(what, problems)
 
 
 def _changed(files: dict[str, str], folder: Path) -> Iterator[str]:
@@ -308,10 +320,10 @@ def check_labels(found: Results) -> tuple[list[str], list[str]]:
     skipped = {*others, ""} if others else set()
     problems = [
         f"{row}: {said} by {judge or 'no judge'} does not follow from the reply"
-        for row, family, response, said, judge in found.rows.select(
-            "row_id", "family", "response", given, by
+        for row, kind, response, said, judge in found.rows.select(
+            "row_id", "kind", "response", given, by
         ).iter_rows()
-        if judge not in skipped and (said, judge) != label(response, family)
+        if judge not in skipped and (said, judge) != label(response, kind)
     ]
     hashes = pl.Series("response_sha256", text_hashes(found.rows["response"]), pl.String)
     replies = found.rows.select("row_id", "response", hashes)

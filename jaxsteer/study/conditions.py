@@ -104,7 +104,7 @@ def system_prompts(spec: StudySpec) -> dict[str, str]:
       UserError: an unknown mode or policy.
     """
     policy = data.policy(spec.system).text
-    found = {mode: data.mode(mode).with_policy(policy) for mode in spec.modes}
+    found = {mode.name: mode.with_policy(policy) for mode in map(data.mode, spec.modes)}
     return found or {"": policy}
 
 
@@ -132,7 +132,8 @@ def conditions(
     """
     systems = system_prompts(spec)
     found: list[Condition] = []
-    for mode, item in itertools.product(spec.modes or [""], spec.condition):
+    modes = [data.mode(mode).name for mode in spec.modes] or [""]
+    for mode, item in itertools.product(modes, spec.condition):
         scales: list[float | None] = [*item.scales] or [None]
         seeds: list[int | None] = [*item.random_seeds] or [None]
         for scale, seed in itertools.product(scales, seeds):

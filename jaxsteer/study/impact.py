@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -51,15 +51,21 @@ Line = tuple[str, str, str, float, str]
 
 
 def measure(
-    spec: StudySpec, run: RunRecord, model: ChatModel, arrays: Interventions, out: Path
+    spec: StudySpec,
+    run: RunRecord,
+    model: ChatModel,
+    arrays: Interventions,
+    families: Mapping[str, Sequence[Prompt]],
+    out: Path,
 ) -> None:
     """Measure what is missing in the results folder of a finished run, and write its table.
 
     Args:
-      spec: the study, its policy chosen; its [data] says how much is measured.
+      spec: the study, its policy chosen; its [impact] says how much is measured.
       run: its record.
       model: the model.
       arrays: the record's conditions, stacked in their order.
+      families: the prompts of each set.
       out: the results folder.
 
     Raises:
@@ -67,9 +73,10 @@ def measure(
     """
     kept = results.read_shards(out / SHARDS, run.key)
     done = {line[:3] for shard in kept for line in shard.iter_rows()}
-    if spec.data.compared and spec.data.benign and not any(what == "kl" for _, _, what in done):
-        _keep(out, run, divergence(spec, run, model, arrays, results.load(out).rows))
-    if spec.data.questions:
+    benign = [p for name in spec.sets("benign") for p in families[name][: spec.impact.compared]]
+    if benign and not any(what == "kl" for _, _, what in done):
+        _keep(out, run, divergence(spec, run, model, arrays, benign, results.load(out).rows))
+    if spec.impact.questions:
         _answer(spec, run, model, arrays, out, {line[:2] for line in done if line[2] == "answer"})
     if kept := results.read_shards(out / SHARDS, run.key):
         lines = pl.concat(kept).unique(["condition", "prompt_id", "measure"])
@@ -87,12 +94,17 @@ def untouched(run: RunRecord) -> dict[str, Condition]:
 
 
 def divergence(
-    spec: StudySpec, run: RunRecord, model: ChatModel, arrays: Interventions, table: pl.DataFrame
+    spec: StudySpec,
+    run: RunRecord,
+    model: ChatModel,
+    arrays: Interventions,
+    benign: Sequence[Prompt],
+    table: pl.DataFrame,
 ) -> list[Line]:
     """KL(untouched || condition) on the untouched model's benign replies, in the same mode.
 
     A reply is read behind its prompt, so conditions that steer one of the two alone are left out.
-    Arguments and errors as for `measure`; `table` has the run's rows.
+    Arguments and errors as for `measure`; `table` has the run's rows, `benign` the prompts.
     """
     columns = table.select("condition", "prompt_id", "response")
     said = {(condition, prompt): text for condition, prompt, text in columns.iter_rows()}
@@ -101,7 +113,6 @@ def divergence(
         c for c in run.conditions
         if c.benign and c.operations and c.scope == "all" and c.mode in plain
     ]  # fmt: skip
-    benign = data.sample(data.benign(), min(spec.data.compared, spec.data.benign), spec.data.seed)
     each = [(c, prompt) for c in [*plain.values(), *changed] for prompt in benign]
     requests, counts = [], np.zeros(len(each), int)
     for i, request in enumerate(rows.requests(spec, model, run.conditions, each)):
@@ -182,10 +193,10 @@ def _answer(
     """Ask the questions, and keep the graded replies as they come."""
     answers = {question.id: question.answers for question in data.questions()}
     questions = [
-        Prompt(id=question.id, family="questions", category=question.category, text=question.text)
-        for question in data.questions()
+        Prompt(id=q.id, family="questions", category=q.category, text=q.text, kind="benign")
+        for q in data.questions()
     ]
-    asked = data.sample(questions, spec.data.questions, spec.data.seed)
+    asked = data.sample(questions, spec.impact.questions, spec.impact.seed)
     each = [(c, question) for c in run.conditions if c.benign for question in asked]
     requests = rows.requests(spec, model, run.conditions, each)
     skip = {i for i, (c, question) in enumerate(each) if (c.name, question.id) in done}

@@ -1,6 +1,7 @@
 """What a study needs before its rows run: policy, directions, layers and strengths.
 
-All are selected on HarmBench and our harmless prompts, never on a prompt that is reported on. A
+All are selected on prompts of their own (HarmBench and our harmless ones, unless the study gives
+others), never on a prompt that is reported on. A
 study under whose policy the untouched model refuses harmful prompts hardly more than harmless ones
 stops here. Each step is saved when it is done, so an interrupted setup continues:
 
@@ -32,7 +33,7 @@ from jaxsteer.model.interventions import Add, Operation, Project
 from jaxsteer.study import selection
 from jaxsteer.study.conditions import depth, resolve_layers
 from jaxsteer.study.selection import Candidates, Rater, RestoringCandidate
-from jaxsteer.study.spec import CHOOSE, AddSpec, StudySpec
+from jaxsteer.study.spec import CHOOSE, AddSpec, StudySpec, portable
 from jaxsteer.words import Progress
 
 VERSION = "3"
@@ -86,7 +87,7 @@ class Split(NamedTuple):
 
     Attributes:
       harmful, harmless: score the layer of the refusal direction.
-      persona: HarmBench prompts that score all other choices.
+      persona: harmful prompts that score all other choices.
       ordinary: as many harmless prompts, which score the policy.
     """
 
@@ -96,35 +97,55 @@ class Split(NamedTuple):
     ordinary: list[list[int]]
 
 
+def selected(spec: StudySpec) -> tuple[list[Prompt], list[Prompt]]:
+    """The harmful and the harmless prompts of the selection and of the refusal direction, by rank.
+
+    Raises:
+      UserError: the spec asks for more prompts than exist, or a file cannot be read.
+    """
+    chosen = spec.selection
+    validation = chosen.refusal_train + chosen.refusal_validation
+    made = []
+    for which, needed in (
+        (chosen.harmful, validation + chosen.prompts),
+        (chosen.harmless, max(validation, chosen.prompts)),
+    ):
+        found = data.read(which)
+        if conversation := next((p for p in found if p.turns), None):
+            raise UserError(
+                f"study {spec.name}: row {conversation.row} of {which.name} is a conversation; "
+                "[selection] takes single prompts"
+            )
+        if needed > len(found):
+            raise UserError(
+                f"study {spec.name}: [selection] asks for {needed} {which.name} prompts "
+                f"(refusal_train, refusal_validation, prompts), there are {len(found)}"
+            )
+        made.append(found[:needed])
+    return made[0], made[1]
+
+
 def split(spec: StudySpec, model: ChatModel) -> Split:
     """Take the prompts of the selection, which are ranked the same way in every study.
 
-    HarmBench in order of rank: refusal_train prompts that make the refusal direction, then
-    refusal_validation that score its layer, then those of the persona. Of our harmless prompts the
+    Harmful ones in order of rank: refusal_train prompts that make the refusal direction, then
+    refusal_validation that score its layer, then those of the persona. Of the harmless prompts the
     validation's come first.
 
     Raises:
-      UserError: the spec asks for more prompts than exist.
+      UserError: as `selected`.
     """
     chosen, system = spec.selection, data.policy(spec.system).text
-    harmful = data.sample(data.harmbench(), 0, extraction.SPLIT_SEED)
-    harmless = data.sample(data.harmless(), 0, extraction.SPLIT_SEED)
+    harmful, harmless = selected(spec)
     train, validation = chosen.refusal_train, chosen.refusal_train + chosen.refusal_validation
-    end, most = validation + chosen.prompts, max(validation, chosen.prompts)
-    for name, needed, there in (("HarmBench", end, harmful), ("harmless", most, harmless)):
-        if needed > len(there):
-            raise UserError(
-                f"study {spec.name}: [selection] asks for {needed} {name} prompts (refusal_train, "
-                f"refusal_validation, prompts), there are {len(there)}"
-            )
 
     def ids(prompts: Sequence[Prompt]) -> list[list[int]]:
-        return [model.tokenizer.chat(prompt.text, system) for prompt in prompts]
+        return [model.tokenizer.chat(prompt.asked, system) for prompt in prompts]
 
     return Split(
         harmful=ids(harmful[train:validation]),
         harmless=ids(harmless[: chosen.refusal_validation]),
-        persona=ids(harmful[validation:end]),
+        persona=ids(harmful[validation:]),
         ordinary=ids(harmless[: chosen.prompts]),
     )
 
@@ -133,6 +154,11 @@ def policies(spec: StudySpec) -> list[StudySpec]:
     """The study under each policy that it may run under."""
     chosen = spec.selection.policies if spec.system == CHOOSE else (spec.system,)
     return [replace(spec, system=name) for name in chosen]
+
+
+def under(spec: StudySpec, name: str) -> StudySpec:
+    """The study under the policy of that name."""
+    return next(each for each in policies(spec) if data.policy(each.system).name == name)
 
 
 def key(spec: StudySpec, model: ChatModel) -> str:
@@ -153,8 +179,8 @@ def key(spec: StudySpec, model: ChatModel) -> str:
         model.tokenizer_sha256,
         [data.policy(each.system).sha256 for each in policies(spec)],
         sources,
-        [p.id for p in (*data.harmless(), *data.harmbench())],
-        msgspec.to_builtins([spec.directions, spec.selection, spec.layers, spec.dose]),
+        [[p.id, p.text] for some in selected(spec) for p in some],
+        msgspec.to_builtins([spec.directions, portable(spec).selection, spec.layers, spec.dose]),
         [spec.refusal_dose, spec.allow_uninformative, open_choices(spec), _random_seeds(spec)],
     ]
     return sha256_bytes(canonical_json(value).encode())
@@ -173,7 +199,7 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
         # Saved first, so that an interrupted setup finds its own directions again.
         record.save(out)
     record = _with_policy(spec, model, record, out)
-    spec = replace(spec, system=record.policy)
+    spec = under(spec, record.policy)
     found = _directions(spec, model, path)
     record = _Choices(spec, model, found, record, out).made()
     record = replace(record, directions=hashes(found))
@@ -184,11 +210,11 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
 def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
     """The setup that another process made in the folder; None until it is complete."""
     record, path = read_record(out), out / "directions.safetensors"
-    if record is None or record.key != key(spec, model):
+    if record is None or record.key != key(spec, model) or record.directions is None:
         return None
     found = directions.load(path) if path.is_file() else {}
-    found = {name: made for name, made in found.items() if name in (record.directions or {})}
-    made = Setup(replace(spec, system=record.policy), found, record)
+    found = {name: made for name, made in found.items() if name in record.directions}
+    made = Setup(under(spec, record.policy), found, record)
     return made if hashes(found) == record.directions else None
 
 
@@ -215,8 +241,14 @@ def hashes(found: Mapping[str, Direction]) -> dict[str, str]:
 
 def extraction_settings(spec: StudySpec) -> Settings:
     """What the study's directions have in common: its system prompt and its refusal prompts."""
-    train, validation = spec.selection.refusal_train, spec.selection.refusal_validation
-    return Settings(policy=spec.system, refusal_prompts=train, skipped=validation)
+    chosen = spec.selection
+    return Settings(
+        policy=spec.system,
+        refusal_prompts=chosen.refusal_train,
+        skipped=chosen.refusal_validation,
+        harmful=chosen.harmful,
+        harmless=chosen.harmless,
+    )
 
 
 def open_choices(spec: StudySpec) -> list[str]:
@@ -308,7 +340,7 @@ def _with_policy(spec: StudySpec, model: ChatModel, record: Record, out: Path) -
     if not record.policies:
         # In order of length: of equal ones the first is taken.
         each = sorted(policies(spec), key=lambda each: len(data.policy(each.system).text))
-        prompts = {study.system: split(study, model) for study in each}
+        prompts = {data.policy(study.system).name: split(study, model) for study in each}
         asked = {name: (found.persona, found.ordinary) for name, found in prompts.items()}
         scored = selection.policy_candidates(_rater(spec, model), asked)
         record = replace(record, policies=scored)

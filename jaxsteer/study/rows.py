@@ -12,12 +12,14 @@ import polars as pl
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
+from jaxsteer.errors import UserError
 from jaxsteer.files import stable_id
 from jaxsteer.generation import engine
 from jaxsteer.generation.engine import Reply, Request
 from jaxsteer.generation.requests import shared_lengths
 from jaxsteer.judges.labels import label
 from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.study import prepare
 from jaxsteer.study.conditions import system_prompts
 from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import StudySpec
@@ -28,12 +30,28 @@ TYPES = {"steered_tokens": pl.Int64, "seed": pl.Int64, "scale": pl.Float64}
 
 
 def prompts(spec: StudySpec, limit: int | None = None) -> dict[str, list[Prompt]]:
-    """The prompts reported on, by family; `limit` replaces the spec's number of harmful ones."""
-    harmful, benign = spec.data.harmful if limit is None else limit, spec.data.benign
-    return {
-        "strongreject": data.sample(data.strongreject(), harmful, spec.data.seed),
-        "benign": data.sample(data.benign(), benign, spec.data.seed) if benign else [],
+    """The prompts reported on, by set; `limit` replaces the number of each harmful set.
+
+    Raises:
+      UserError: as `data.read`, or a prompt that is in two sets, or that the selection uses too.
+    """
+    found = {
+        each.name: data.read(each, limit if each.kind == "harmful" else None)
+        for each in spec.prompts
     }
+    chosen = zip(("harmful", "harmless"), prepare.selected(spec), strict=True)
+    used = {f"the {name} prompts of [selection]": some for name, some in chosen} | found
+    seen: dict[str, tuple[str, int]] = {}
+    for name, some in used.items():
+        for prompt in some:
+            place = name, prompt.row
+            other = seen.setdefault(" ".join(prompt.text.casefold().split()), place)
+            if other[0] != name:
+                raise UserError(
+                    f"study {spec.name}: row {prompt.row} of {name} is also row {other[1]} of "
+                    f"{other[0]}; take it out of one of the two"
+                )
+    return found
 
 
 def cross(found: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]) -> list[Row]:
@@ -41,10 +59,16 @@ def cross(found: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]) 
     return [
         (condition, prompt)
         for condition in found
-        for family, asked in families.items()
-        if family != "benign" or condition.benign
-        for prompt in (asked if family == "benign" else asked[: condition.prompts])
+        for asked in families.values()
+        for prompt in _asked(condition, asked)
     ]
+
+
+def _asked(condition: Condition, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """Those prompts of a set that a condition runs on."""
+    if all(prompt.kind == "harmful" for prompt in prompts):
+        return prompts[: condition.prompts]
+    return prompts if condition.benign else []
 
 
 def name(row: Row) -> str:
@@ -68,16 +92,24 @@ def requests(
     """
     index = {condition.name: c for c, condition in enumerate(found)}
     by_mode = system_prompts(spec)
-    asked = [(by_mode[condition.mode], prompt.text) for condition, prompt in rows]
+    asked = [(by_mode[condition.mode], prompt.asked) for condition, prompt in rows]
     tokens = {key: model.tokenizer.chat(key[1], key[0]) for key in dict.fromkeys(asked)}
     prompts = [tokens[key] for key in asked]
-    shared = shared_lengths(prompts, [system for system, _ in asked])
+    # A conversation whose history is not steered has that as its prefix.
+    plain = {
+        key: model.tokenizer.before_last(key[1], key[0])
+        for key, (_, prompt) in zip(asked, rows, strict=True)
+        if prompt.plain_history and not isinstance(key[1], str)
+    }
+    lengths = shared_lengths(prompts, [key if key in plain else key[0] for key in asked])
+    shared = [plain.get(key, n) for key, n in zip(asked, lengths, strict=True)]
     return [
         Request(
             tokens=prompts[i],
             condition=index[condition.name],
             row_id=stable_id(condition.name, prompt.id),
             shared=shared[i],
+            plain=asked[i] in plain,
         )
         for i, (condition, prompt) in enumerate(rows)
     ]
@@ -90,7 +122,7 @@ def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
     operations at every `resid_post`, as means over the tokens of the prompt and of the reply.
     """
     condition, prompt = row
-    given, judge = label(reply.text, prompt.family)
+    given, judge = label(reply.text, prompt.kind)
     both = [*reply.prompt.values(), *reply.response.values()]
     made: dict[str, Any] = {
         "row_id": name(row),
@@ -101,6 +133,7 @@ def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
         "mode": condition.mode,
         "prompt_id": prompt.id,
         "family": prompt.family,
+        "kind": prompt.kind,
         "category": prompt.category,
         "response": reply.text,
         "n_tokens": len(reply.tokens),

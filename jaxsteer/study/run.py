@@ -14,6 +14,7 @@ one. A folder that belongs to another run is refused with the parts that differ.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ def run_study(
       spec: the study.
       model: the model to run it on.
       out: results folder; finished rows in it are kept.
-      limit: number of StrongREJECT prompts instead of the spec's; 0 is all.
+      limit: most prompts of each harmful set instead of the spec's number; 0 is all.
       fresh: delete what `out` holds first.
       hosts: the processes that run this study together, all with the same arguments.
 
@@ -94,6 +95,7 @@ def run_study(
         if hosts.first:
             _refuse(out, record.differing(out, identity))
             if record.read(out) is None:
+                data.save(out, itertools.chain(*families.values()))
                 record.write(out, run)
             hosts.meet("setup")
         planned = rows.cross(run.conditions, families)
@@ -110,7 +112,7 @@ def run_study(
             )
         _check_changes(table, run)
         write_table(out / "responses.parquet", table)
-        impact.measure(spec, run, model, arrays, out)
+        impact.measure(spec, run, model, arrays, families, out)
         if spec.modes and not (out / "modes.json").is_file():
             prompts = [prompt for asked in families.values() for prompt in asked]
             shifts = _mode_shifts(spec, model, prepared, prompts)
@@ -122,7 +124,8 @@ def run_study(
 MARKS = (record.FILE, "setup.json")
 OURS = {
     *MARKS, "directions.safetensors", "responses.parquet", "summary.json", "modes.json",
-    "geometry.json", "receipt.json", "receipt.html", "judges", "shards", impact.FILE, impact.SHARDS,
+    "geometry.json", data.SAVED, "receipt.json", "receipt.html", "judges", "shards", impact.FILE,
+    impact.SHARDS,
 }  # fmt: skip
 
 
@@ -245,9 +248,9 @@ def _mode_shifts(
     spec: StudySpec, model: ChatModel, prepared: Setup, prompts: Sequence[Prompt]
 ) -> list[Shift]:
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
-    modes, policy = {name: data.mode(name) for name in spec.modes}, data.policy(spec.system).text
+    modes, policy = map(data.mode, spec.modes), data.policy(spec.system).text
     layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
-    return shifts.shifts(model, modes, policy, prompts, probed, layer)
+    return shifts.shifts(model, {mode.name: mode for mode in modes}, policy, prompts, probed, layer)
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

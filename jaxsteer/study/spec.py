@@ -8,14 +8,18 @@ The structs give keys, types and ranges. `load` also checks that the parts of a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
-from jaxsteer.directions.extraction import InStudy, Minus, Without
+from jaxsteer.data import prompts as data
+from jaxsteer.data.prompts import Kind, Mode, Policy, PromptSet
+from jaxsteer.directions.extraction import HARMFUL, HARMLESS, InStudy, Minus, Trait, Without
 from jaxsteer.errors import UserError
 
 STUDIES = Path(__file__).parent.parent / "data" / "studies"
@@ -42,24 +46,20 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every struct: an unknown key is an error, never ignored."""
 
 
-class DataSpec(Spec, frozen=True, kw_only=True):
-    """Which prompts are reported on.
+class ImpactSpec(Spec, frozen=True, kw_only=True):
+    """How much is measured of what conditions cost where nothing should change (see `impact`).
 
     Attributes:
-      harmful: number of StrongREJECT prompts, chosen by hash rank; 0 is all 313.
-      benign: number of our benign prompts, chosen in the same way; 0 is none.
-      seed: of the choice.
-      compared: number of the benign prompts, the first of them, on whose replies the divergence
-        from the untouched model is measured (see `impact`); 0 measures none.
+      compared: number of prompts of each benign set, the first of them, on whose replies the
+        divergence from the untouched model is measured; 0 measures none.
       questions: number of our questions with checkable answers that are asked under the conditions
-        that run benign prompts, chosen in the same way; 0 asks none.
+        that run benign prompts, chosen by hash rank; 0 asks none.
+      seed: of the choice of questions.
     """
 
-    harmful: Count
-    benign: Count
-    seed: int = 0
     compared: Count = 0
     questions: Count = 0
+    seed: int = 0
 
 
 class WindowsSpec(Spec, frozen=True, kw_only=True):
@@ -77,11 +77,13 @@ class LateSpec(Spec, frozen=True, kw_only=True):
 
 
 class SelectionSpec(Spec, frozen=True, kw_only=True):
-    """What the selection rules choose from; they use HarmBench and our harmless prompts only.
+    """What the selection rules choose from.
 
     Attributes:
-      prompts: HarmBench prompts on which policy, persona, window and late refusal are chosen, and
-        harmless prompts on which the policy is.
+      harmful, harmless: the prompts on which choices are made and from which the refusal direction
+        is; none of them may be reported on.
+      prompts: harmful ones on which policy, persona, window and late refusal are chosen, and
+        harmless ones on which the policy is.
       policies: candidate policies of a study with system = "choose".
       least_youden: the least that the untouched model must tell harmful from harmless prompts by,
         as the refusal rate of the ones minus that of the others.
@@ -100,8 +102,10 @@ class SelectionSpec(Spec, frozen=True, kw_only=True):
       allow_near_miss: take the nearest candidate when none passes, and record why.
     """
 
+    harmful: PromptSet = HARMFUL
+    harmless: PromptSet = HARMLESS
     prompts: Positive = 32
-    policies: tuple[str, ...] = ()
+    policies: tuple[str | Policy, ...] = ()
     least_youden: Share = 0.1
     layers: Annotated[tuple[Share, ...], Meta(min_length=1)] = (0.5, 0.6, 0.7)
     scales: Annotated[tuple[Finite, ...], Meta(min_length=1)] = (1.0, 2.0, 4.0)
@@ -175,8 +179,9 @@ class ConditionSpec(Spec, frozen=True, kw_only=True):
       name: unique in the study.
       ops: what is applied; none is the plain model.
       scope: which tokens are steered.
-      benign: whether the benign prompts run under it too.
-      prompts: run it on so many of the harmful prompts only, the first by rank; by default on all.
+      benign: whether the sets that are not harmful run under it too.
+      prompts: run it on so many prompts of each harmful set only, the first by rank; by default on
+        all.
       random_seeds: repeat it per seed, with direction `random` replaced by that seed's vector.
       scales: repeat it per strength, which operations name as scale = "each".
     """
@@ -201,7 +206,7 @@ class TestSpec(Spec, frozen=True, kw_only=True):
         `treated` and not under `control` (upper Wilson bound). `cosine-above`: the cosine of the
         directions named in `treated` and `control` at layer `at` exceeds `margin`.
       outcome: label whose rate is compared.
-      family: prompts compared on.
+      prompts: name of the set compared on; by default the first harmful one.
       margin: of `few-raised` and `cosine-above`.
       at: of `cosine-above`.
     """
@@ -210,7 +215,7 @@ class TestSpec(Spec, frozen=True, kw_only=True):
     control: str
     expect: Literal["lower", "higher", "few-raised", "cosine-above"]
     outcome: Literal["refusal", "bypass", "degenerate"] = "refusal"
-    family: Literal["strongreject", "benign"] = "strongreject"
+    prompts: str = ""
     margin: Annotated[float, Meta(gt=-1, lt=1)] = 0.15
     at: str = "steer"
 
@@ -235,12 +240,17 @@ class ClaimSpec(Spec, frozen=True, kw_only=True):
 class StudySpec(Spec, frozen=True, kw_only=True):
     """A whole study file.
 
+    Policies, modes and traits are shipped names or paths, and prompt sets may be files; a path
+    begins in the folder of the study's file. `load` puts the texts of the first three in their
+    places, so that records and hashes have them whole.
+
     Attributes:
       name: names the results folder.
       about: one sentence on the question.
       system: safety policy, the system prompt of every condition (after the mode's, if any), or
         "choose".
-      data: prompts.
+      prompts: the sets that are reported on.
+      impact: what is measured on benign prompts and questions.
       decoding: how replies are generated.
       directions: how each is made, by the name that conditions use; `random` is always there.
       selection: how open layers and the dose are chosen.
@@ -251,25 +261,35 @@ class StudySpec(Spec, frozen=True, kw_only=True):
       refusal_dose: strength of the refusal direction at `late_refusal`, likewise.
       allow_uninformative: run it although the untouched model does not tell harmful prompts from
         harmless ones.
-      modes: persona system prompts that every condition is crossed with, by name or path likewise.
+      modes: persona system prompts that every condition is crossed with.
       condition: the conditions.
       claim: planned comparisons.
     """
 
     name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     about: str = ""
-    system: str
-    data: DataSpec
+    system: str | Policy
+    prompts: Annotated[list[PromptSet], Meta(min_length=1)]
     decoding: DecodingSpec
+    impact: ImpactSpec = ImpactSpec()
     directions: dict[str, InStudy] = {}
     selection: SelectionSpec = SelectionSpec()
     layers: dict[str, Count | Share] = {}
     dose: Finite | None = None
     refusal_dose: Finite | None = None
     allow_uninformative: bool = False
-    modes: list[str] = []
+    modes: list[str | Mode] = []
     condition: Annotated[list[ConditionSpec], Meta(min_length=1)]
     claim: list[ClaimSpec] = []
+
+    def sets(self, kind: Kind) -> list[str]:
+        """Names of the prompt sets of a kind, in the order of the file."""
+        return [each.name for each in self.prompts if each.kind == kind]
+
+    @property
+    def main(self) -> str:
+        """Name of the set meant where none is named: the first harmful one, or the first."""
+        return (self.sets("harmful") or [self.prompts[0].name])[0]
 
 
 def shipped() -> list[str]:
@@ -277,87 +297,257 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in STUDIES.glob("*.toml"))
 
 
+# Keys and list indices that lead to a part of a study's file.
+Place = tuple[str | int, ...]
+Fault = tuple[Place, str]
+
+
+def new(folder: Path) -> Path:
+    """Write a study to start from, with a policy, prompts and a trait; returns its file.
+
+    Raises:
+      UserError: the folder holds something, or cannot be written.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder")
+    try:
+        shutil.copytree(STUDIES.parent / "starter", folder, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from None
+    return folder / "study.toml"
+
+
 def load(source: str | Path) -> StudySpec:
     """Read a study by path, or by name from the ones shipped.
 
     Raises:
-      UserError: no such study, broken TOML, an unknown key, a wrong type, a value that makes no
-        sense, or a name that is used twice or not defined.
+      UserError: no such study, broken TOML, or the first of what `examine` finds.
     """
-    path = Path(source)
-    if path.suffix != ".toml":
-        path = STUDIES / f"{source}.toml"
-    try:
-        spec = msgspec.convert(_typed(msgspec.toml.decode(path.read_bytes())), StudySpec)
-    except FileNotFoundError:
-        names = ", ".join(shipped())
-        raise UserError(f"no study {source}; give a .toml file or one of: {names}") from None
-    except msgspec.ValidationError as error:
-        raise UserError(f"{path.name}: {error}; jaxsteer/study/spec.py lists the keys") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path.name} is not a readable TOML file: {error}") from None
-    for problem in _problems(spec):
-        raise UserError(f"{path.name}: {problem}")
+    spec, problems = examine(source)
+    if spec is None or problems:
+        raise UserError(problems[0])
     return spec
 
 
-def _typed(written: dict[str, Any]) -> dict[str, Any]:
-    """A decoded TOML study, its operations brought into the form of the structs in place."""
+def find(source: str | Path) -> Path:
+    """The file of a study."""
+    path = Path(source)
+    return path if path.suffix == ".toml" else STUDIES / f"{source}.toml"
+
+
+def examine(source: str | Path) -> tuple[StudySpec | None, list[str]]:
+    """A study, and what is wrong with it as far as no model is needed: one line a fault.
+
+    That is an unknown key, a wrong type, a value that makes no sense, a name that is used twice or
+    not defined, or a file beside it that cannot be read. With wrong types there is no study.
+
+    Raises:
+      UserError: no such study, or broken TOML.
+    """
+    path = find(source)
+    try:
+        written = msgspec.toml.decode(path.read_bytes())
+    except FileNotFoundError:
+        names = ", ".join(shipped())
+        raise UserError(f"no study {source}; give a .toml file or one of: {names}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path.name} is not a readable TOML file: {error}") from None
+    found = [*_typed(written, path.parent)] or [*_faults(written, StudySpec, ())]
+    if found:
+        return None, [f"{where(path, place)}: {said}" for place, said in found]
+    spec = _completed(msgspec.convert(written, StudySpec), path.parent, found)
+    return spec, [f"{where(path, place)}: {said}" for place, said in [*found, *_problems(spec)]]
+
+
+def where(path: Path, place: Place) -> str:
+    """FILE:LINE of a part of a TOML file; of one without a line of its own, what it is in."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keys = [re.escape(key) for key in place if isinstance(key, str)]
+    if not keys:
+        return path.name
+    number = next((key for key in place if isinstance(key, int)), 0)
+    heads = [n for n, line in enumerate(lines, 1) if re.match(rf"\[+{keys[0]}[].]", line)]
+    head = heads[number] if number < len(heads) else 0
+    for n, line in enumerate(lines[head:], head + 1):
+        if head and line.startswith("["):
+            break
+        if re.match(rf"\s*({'|'.join(keys)})\s*=", line):
+            return f"{path.name}:{n}"
+    return f"{path.name}:{head}" if head else path.name
+
+
+def _faults(value: Any, kind: Any, place: Place) -> Iterator[Fault]:
+    """What keeps a value of TOML from being of a type: at least one for each wrong part."""
+    inner = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    found: list[Fault] = []
+    if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+        hints = get_type_hints(inner, include_extras=True)
+        for name in value:
+            if name in hints:
+                found += _faults(value[name], hints[name], (*place, name))
+            else:
+                found.append(((*place, name), f"unknown key {name!r}; use {', '.join(hints)}"))
+        fields = msgspec.structs.fields(inner)
+        missing = [each.name for each in fields if each.required and each.name not in value]
+        found += [(place, f"{name!r} is missing; add it") for name in missing]
+    elif isinstance(value, dict) and get_origin(inner) is dict:
+        for name in value:
+            found += _faults(value[name], get_args(inner)[1], (*place, name))
+    elif isinstance(value, list) and get_origin(inner) in (list, tuple):
+        for i, item in enumerate(value):
+            found += _faults(item, get_args(inner)[0], (*place, i))
+    if not found:
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            said, _, inside = str(error).partition(" - at `$")
+            named = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in place)
+            named = (named + inside.rstrip("`")).lstrip(".")
+            found = [(place, f"{named}: {said}; jaxsteer/study/spec.py has the keys")]
+    yield from found
+
+
+def _completed(spec: StudySpec, folder: Path, faults: list[Fault]) -> StudySpec:
+    """The study with the texts of files beside it, and the set of each test named.
+
+    An unknown name, and a file that cannot be read or is malformed, is added to the faults.
+    """
+
+    def own(source: Any, read: Callable[[str], Any], *place: str) -> Any:
+        is_path = isinstance(source, str) and data.is_path(source)
+        try:
+            found = read(str(folder / source) if is_path else source)
+        except UserError as error:
+            faults.append((place, str(error)))
+            return source
+        return found if is_path else source
+
+    def found(prompts: PromptSet) -> PromptSet:
+        return replace(prompts, file=prompts.file and str(folder / prompts.file))
+
+    def named(claim: ClaimSpec) -> ClaimSpec:
+        tests = [replace(test, prompts=test.prompts or spec.main) for test in claim.tests]
+        return replace(claim, tests=tests)
+
+    policies = [own(p, data.policy, "selection", "policies") for p in spec.selection.policies]
+    spec = replace(
+        spec,
+        system=CHOOSE if spec.system == CHOOSE else own(spec.system, data.policy, "system"),
+        selection=replace(spec.selection, policies=tuple(policies)),
+        modes=[own(mode, data.mode, "modes") for mode in spec.modes],
+        directions={
+            name: replace(kind, trait=own(kind.trait, data.trait, "directions", name))
+            if isinstance(kind, Trait)
+            else kind
+            for name, kind in spec.directions.items()
+        },
+        claim=list(map(named, spec.claim)),
+    )
+    return _with_files(spec, found)
+
+
+def portable(spec: StudySpec) -> StudySpec:
+    """The study as records hold it: of a file its name, which is the same on every machine."""
+
+    def named(prompts: PromptSet) -> PromptSet:
+        return replace(prompts, file=Path(prompts.file).name)
+
+    return _with_files(spec, named)
+
+
+def _with_files(spec: StudySpec, change: Callable[[PromptSet], PromptSet]) -> StudySpec:
+    chosen = spec.selection
+    harmful, harmless = change(chosen.harmful), change(chosen.harmless)
+    return replace(
+        spec,
+        prompts=[change(prompts) for prompts in spec.prompts],
+        selection=replace(chosen, harmful=harmful, harmless=harmless),
+    )
+
+
+def _typed(written: dict[str, Any], folder: Path) -> Iterator[Fault]:
+    """Bring the operations of a decoded TOML study into the form of the structs, in place.
+
+    `refusal_openings` may be a file with one a line.
+    """
+    selection = written.get("selection")
+    if isinstance(selection, dict) and isinstance(file := selection.get("refusal_openings"), str):
+        try:
+            selection["refusal_openings"] = data.read_text(folder / file).splitlines()
+        except UserError as error:
+            yield ("selection", "refusal_openings"), str(error)
     conditions = written.get("condition")
-    for condition in conditions if isinstance(conditions, list) else ():
-        if isinstance(condition, dict) and isinstance(ops := condition.get("ops"), list):
-            where = f"condition {condition.get('name')!r}"
-            condition["ops"] = [_operation(op, where) if isinstance(op, dict) else op for op in ops]
-    return written
+    for i, condition in enumerate(conditions if isinstance(conditions, list) else ()):
+        ops = condition.get("ops") if isinstance(condition, dict) else None
+        for j, op in enumerate(ops if isinstance(ops, list) else ()):
+            if isinstance(op, dict) and (fault := _operation(op)):
+                yield ("condition", i, "ops", j), f"condition {condition.get('name')!r}: {fault}"
 
 
-def _operation(written: dict[str, Any], where: str) -> dict[str, Any]:
-    """An operation in the form of its struct; in TOML one key gives its kind and its direction."""
-    found = dict(written)
-    kinds = [kind for kind in ("add", "project") if kind in found]
+def _operation(op: dict[str, Any]) -> str:
+    """Bring an operation into the form of its struct, in place; returns what is wrong with it.
+
+    In TOML one key gives its kind and its direction.
+    """
+    kinds = [kind for kind in ("add", "project") if kind in op]
     if len(kinds) != 1:
-        raise msgspec.ValidationError(f"{where}: an operation needs exactly one of add and project")
-    found |= {"operation": kinds[0], "direction": found.pop(kinds[0])}
-    if found.pop("everywhere", False):
-        if "add" in kinds or "at" in found:
-            raise msgspec.ValidationError(f"{where}: everywhere goes with project, and replaces at")
-        found["at"] = None
-    if isinstance(scale := found.get("scale"), str):
-        found |= {"scale": -1.0 if scale[:1] == "-" else 1.0, "unit": scale.removeprefix("-")}
-    return found
+        return "an operation needs exactly one of add and project"
+    op |= {"operation": kinds[0], "direction": op.pop(kinds[0])}
+    if op.pop("everywhere", False):
+        if "add" in kinds or "at" in op:
+            return "everywhere goes with project, and replaces at"
+        op["at"] = None
+    if isinstance(scale := op.get("scale"), str):
+        op |= {"scale": -1.0 if scale[:1] == "-" else 1.0, "unit": scale.removeprefix("-")}
+    return ""
 
 
-def _problems(spec: StudySpec) -> Iterator[str]:
-    """How parts of a study do not fit together, one sentence each."""
-    names = [condition.name for condition in spec.condition]
-    for group, found in (("condition", names), ("claim", [claim.name for claim in spec.claim])):
-        for name in found:
+def _problems(spec: StudySpec) -> Iterator[Fault]:
+    """How parts of a study do not fit together."""
+    for group, named in (
+        ("condition", spec.condition),
+        ("claim", spec.claim),
+        ("prompts", spec.prompts),
+        ("policy", spec.selection.policies),
+    ):
+        found = [each if isinstance(each, str) else each.name for each in named]
+        for name in dict.fromkeys(found):
             if found.count(name) > 1:
-                yield f"{group} {name!r} appears twice; rename one"
+                last = len(found) - 1 - found[::-1].index(name)
+                yield (group, last), f"{group} {name!r} appears twice; rename one"
     for name in spec.layers:
         if not re.fullmatch(LAYER_NAME, name) or re.search(r"-\d+$", name) or name == "last":
             yield (
+                ("layers",),
                 f"layers: {name!r} cannot name a layer; use letters, digits, _ and -, beginning "
-                "with a letter, but not `last` and no end that reads as an offset (steer-2)"
+                "with a letter, but not `last` and no end that reads as an offset (steer-2)",
             )
     if (spec.system == CHOOSE) != bool(spec.selection.policies):
-        yield 'system = "choose" needs [selection] policies to choose from, and they need it'
+        said = 'system = "choose" needs [selection] policies to choose from, and they need it'
+        yield ("system",), said
     order = list(spec.directions)
     for name, direction in spec.directions.items():
+        place = "directions", name
         if re.fullmatch(r"random(-\d+)?", name):
-            yield f"directions.{name}: this name is kept for the random controls; choose another"
+            yield (
+                place,
+                f"directions.{name}: this name is kept for the random controls; choose another",
+            )
         # They are made in the order of the file.
         for other in direction.of if isinstance(direction, Minus | Without) else ():
             if other not in spec.directions:
-                yield f"directions.{name}.of names {other!r}, which the study does not have"
+                yield place, f"directions.{name}.of names {other!r}, which the study does not have"
             if other not in order[: order.index(name)]:
-                yield f"directions.{name}.of names {other!r}, which comes later; list it first"
-    for condition in spec.condition:
+                yield (
+                    place,
+                    f"directions.{name}.of names {other!r}, which comes later; list it first",
+                )
+    for i, condition in enumerate(spec.condition):
         for problem in _condition_problems(spec, condition):
-            yield f"condition {condition.name!r} {problem}"
-    for claim in spec.claim:
+            yield ("condition", i), f"condition {condition.name!r} {problem}"
+    for i, claim in enumerate(spec.claim):
         for problem in _claim_problems(spec, claim):
-            yield f"claim {claim.name!r} {problem}"
+            yield ("claim", i), f"claim {claim.name!r} {problem}"
 
 
 def _condition_problems(spec: StudySpec, condition: ConditionSpec) -> Iterator[str]:
@@ -391,16 +581,19 @@ def _claim_problems(spec: StudySpec, claim: ClaimSpec) -> Iterator[str]:
     benign = {condition.name: condition.benign for condition in spec.condition}
     # Twins are made later; a claim may name one.
     comparable = {name + tail for name in benign for tail in ("", UNSTEERED)}
+    kinds = {each.name: each.kind for each in spec.prompts}
+    others = {name for name, kind in kinds.items() if kind != "harmful"}
     for test in claim.tests:
         cosine = test.expect == "cosine-above"
         for name in (test.treated, test.control):
             if name not in (spec.directions if cosine else comparable):
                 yield f"names {name!r}, which the study does not have"
-            elif not cosine and test.family == "benign":
-                if not benign.get(name, False):
-                    yield f"compares benign prompts, which {name!r} does not run (benign = true)"
-                if not spec.data.benign:
-                    yield "compares benign prompts, and data.benign is 0"
+            elif test.prompts in others and not benign.get(name, False):
+                run = f"which {name!r} does not run (benign = true)"
+                yield f"compares {test.prompts} prompts, {run}"
+        if test.prompts not in {"", *kinds}:
+            there = ", ".join(kinds)
+            yield f"compares {test.prompts!r} prompts, and the study has {there}"
         if test.treated == test.control:
             yield f"compares {test.treated!r} with itself"
         # A margin out of this range is passed by every outcome, or by none.

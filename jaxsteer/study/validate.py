@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
@@ -21,6 +24,7 @@ from jaxsteer.generation.requests import Request, check_lengths, fitted
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.study import prepare, rows
+from jaxsteer.study import spec as specs
 from jaxsteer.study.conditions import conditions, depth, resolve_layers
 from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import StudySpec
@@ -64,6 +68,39 @@ def study(
     return requests
 
 
+def check(source: str | Path, model: ChatModel) -> list[str]:
+    """Everything that is wrong with a study on a model, one line each: FILE:LINE, what, the mend.
+
+    Args:
+      source: the study's file or shipped name.
+      model: the model, whose weights are not read.
+
+    Raises:
+      UserError: no such study, or broken TOML.
+    """
+    spec, found = specs.examine(source)
+    if spec is None:
+        return found
+
+    def tried(place: specs.Place, step: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return step(*given)
+        except UserError as error:
+            found.append(f"{specs.where(specs.find(source), place)}: {error}")
+
+    for i, prompts in enumerate(spec.prompts):
+        tried(("prompts", i), data.read, prompts)
+    layers, plain = tried(("layers",), _layers, spec, model, max), replace(spec, modes=[])
+    for i, one in enumerate(spec.condition if layers else ()):
+        alone = replace(plain, system="generic", condition=[one])
+        tried(("condition", i), conditions, alone, layers, 1.0, model.config.n_layers)
+    # Each of these needs all before.
+    families = found or tried(("selection",), rows.prompts, spec)
+    if not found:
+        tried((), study, spec, model, families)
+    return list(dict.fromkeys(found))
+
+
 def _layers(
     spec: StudySpec, model: ChatModel, pick: Callable[[Sequence[float]], float]
 ) -> dict[str, int]:
@@ -95,7 +132,7 @@ class Plan:
     Attributes:
       conditions: all conditions, twins and repeats included, with the layers that are still open
         at their deepest candidates.
-      prompts: number of prompts by family.
+      prompts: number of prompts by set.
       rows: number of (condition, prompt) rows.
       further: replies to questions, and benign replies that are read again, for benign impact.
       prompt_tokens: prompt tokens of all rows.
@@ -122,7 +159,7 @@ class Plan:
 
 
 def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan:
-    """Plan a study; `limit` is a number of StrongREJECT prompts instead of the spec's.
+    """Plan a study; `limit` is a largest number of prompts of each harmful set.
 
     Raises:
       UserError: as running it would, for what is wrong in the spec or with its prompts.
@@ -138,13 +175,14 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     longest = max((len(request.tokens) for request in asked), default=0)
     # Keys and values of one token.
     token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * leaves[0].itemsize
+    compared = sum(len(families[name][: spec.impact.compared]) for name in spec.sets("benign"))
     # A token costs 2 operations per parameter.
     operations = 2 * sum(leaf.size for leaf in leaves) * (own + len(asked) * new)
     return Plan(
         conditions=found,
         prompts={family: len(prompts) for family, prompts in families.items()},
         rows=len(asked),
-        further=sum(c.benign for c in found) * (spec.data.questions + spec.data.compared),
+        further=sum(c.benign for c in found) * (spec.impact.questions + compared),
         prompt_tokens=sum(len(request.tokens) for request in asked),
         own_tokens=own,
         new_tokens=len(asked) * new,

@@ -22,7 +22,7 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 # Small batches, so that both processes write many shards.
-SMALL = (("harmful = 6", "harmful = 14"), ("batch = 4", "batch = 2"))
+SMALL = (("n = 6", "n = 14"), ("batch = 4", "batch = 2"))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,11 @@ import pytest
 from rich.console import Console
 
 from jaxsteer.cli import studies
+from jaxsteer.model.convert import convert
 from jaxsteer.receipt import build, page, statement
 from jaxsteer.words import span
+from tests import tiny
+from tests.cli.command import here
 from tests.receipt import made
 from tests.test_words import HOSTILE
 
@@ -37,7 +40,7 @@ def test_a_table_of_80_columns_has_a_line_a_condition_and_no_cut_word(made_of):
     text = printed(studies.outcomes_table(p, "strongreject"), 80)
     lines = [line.strip() for line in text.splitlines()]
     assert max(map(len, lines)) <= 80 and "…" not in text
-    assert lines[0].startswith("made: harmful prompts; n: 40")
+    assert lines[0].startswith("made: harmful strongreject prompts; n: 40")
     for bar in page.bars(p.conditions, "strongreject"):
         (line,) = [line for line in lines if line.replace(" †", "").startswith(f"{bar.name}  ")]
         assert span(bar.low, bar.high) in line
@@ -73,3 +76,19 @@ def test_a_mode_seen_on_one_prompt_has_no_interval_and_no_modes_make_no_table():
     line |= {"shift": 0.5, "low": None, "high": None}
     assert "+0.50 (one prompt)" in printed(studies.modes_table([line], "t"))
     assert printed(studies.modes_table([], "t")).startswith("t: no shift by mode")
+
+
+def test_a_new_study_is_checked_by_its_command_with_exit_code_2_for_what_is_wrong(tmp_path):
+    model = convert(tiny.save(tiny.llama(), tmp_path / "hf"), tmp_path / "model", "float32")
+    wrote = here("study", "new", tmp_path / "mine")
+    assert wrote.returncode == 0 and "jaxsteer study check" in wrote.stdout
+    path = tmp_path / "mine/study.toml"
+    fine = here("study", "check", path, "--model", model)
+    assert (fine.returncode, fine.stderr) == (0, "") and "can run on model" in fine.stdout
+    text = path.read_text().replace("n = 6", "n = 99").replace("late..last", f"la\\u001b{'x' * 9}")
+    path.write_text(text)
+    bad = here("study", "check", path, "--model", model)
+    assert bad.returncode == 2 and "\x1b" not in bad.stderr
+    counted, layer = bad.stderr.splitlines()
+    assert "there are 8 different prompts; n asks for 99" in counted
+    assert "'persona, out late': cannot read layer" in layer

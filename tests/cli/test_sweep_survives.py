@@ -20,7 +20,7 @@ from tests import tiny
 pytestmark = pytest.mark.slow
 
 # Small batches, so that a run writes many shards for a kill to land between.
-SMALL = (("harmful = 6", "harmful = 60"), ("batch = 4", "batch = 2"))
+SMALL = (("n = 6", "n = 60"), ("batch = 4", "batch = 2"))
 
 
 @pytest.fixture(scope="module")

@@ -14,26 +14,6 @@ def test_public_sets_have_their_published_sizes():
     assert len(data.harmbench()) == 200
 
 
-HEADER = "category,source,forbidden_prompt\r\n"
-
-
-def test_a_csv_as_a_spreadsheet_saves_it_holds_the_same_prompts(tmp_path):
-    plain, marked = tmp_path / "plain.csv", tmp_path / "marked.csv"
-    text = HEADER + 'a,b,"One,\r\ntwo?"\r\n\r\na,b,Three?\r\n'
-    plain.write_bytes(text.encode())
-    marked.write_bytes(text.encode("utf-8-sig"))
-    assert data.strongreject(marked) == data.strongreject(plain)
-    assert [p.text for p in data.strongreject(plain)] == ["One,\r\ntwo?", "Three?"]
-
-
-@pytest.mark.parametrize(("row", "cells"), [("a,b", 2), ("a,b,How, then?", 4)])
-def test_a_row_with_too_few_or_many_cells_is_named_by_its_line(tmp_path, row, cells):
-    path = tmp_path / "prompts.csv"
-    path.write_text(HEADER + f'a,b,"One,\ntwo?"\n{row}\n')
-    with pytest.raises(UserError, match=rf"prompts\.csv:4: {cells} cells, expected 3$"):
-        data.strongreject(path)
-
-
 def test_our_sets_are_large_enough_and_disjoint():
     harmless, benign = data.harmless(), data.benign()
     assert len(harmless) >= 128 and len(benign) >= 32
@@ -118,12 +98,12 @@ def test_a_malformed_trait_names_the_key(tmp_path, change, message):
     path = tmp_path / "mine.toml"
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
-        data.trait(path)
+        data.trait(str(path))
 
 
 def test_broken_toml_and_a_missing_trait_are_one_line(tmp_path):
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(UserError, match=r"bad\.toml"):
-        data.trait(tmp_path / "bad.toml")
+        data.trait(str(tmp_path / "bad.toml"))
     with pytest.raises(UserError, match="no trait nosuch"):
         data.trait("nosuch")

@@ -31,7 +31,7 @@ def model(hf, tmp_path_factory):
 
 def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, model, rng):
     prompts = [
-        data.Prompt(id=str(i), family="benign", category="", text=text)
+        data.Prompt(id=str(i), family="benign", kind="benign", category="", text=text)
         for i, text in enumerate(["w4 w5", "w6", "w7 w8 w9"])
     ]
     mode = data.Mode(name="loud", version="1", text="w20 w21")

@@ -6,7 +6,6 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from jaxsteer.data import prompts
 from jaxsteer.directions import direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import browse
@@ -35,20 +34,9 @@ def test_a_page_beyond_the_last_is_the_last_and_nothing_is_one_empty_page():
     assert (none.number, none.pages, none.total, none.rows.height) == (1, 1, 0, 0)
 
 
-def test_harmful_families_are_veiled_and_ours_are_not():
-    veiled = {name: browse.may_harm(name) for name in ("strongreject", "harmbench", "unknown")}
-    assert all(veiled.values())
-    assert not browse.may_harm("benign") and not browse.may_harm("harmless")
-
-
-def test_a_missing_data_set_is_said_and_the_others_are_there(monkeypatch):
-    def missing(path: object = None) -> list[prompts.Prompt]:
-        raise UserError("no such wheel")
-
-    monkeypatch.setattr(prompts, "strongreject", missing)
-    texts, problem = browse.known_texts()
-    assert "no such wheel" in problem
-    assert texts[prompts.benign()[0].id] == prompts.benign()[0].text
+def test_all_prompts_but_benign_ones_are_veiled():
+    assert browse.may_harm("harmful") and browse.may_harm("other")
+    assert not browse.may_harm("benign")
 
 
 def test_a_finished_study_opens_with_what_is_not_known_said(tmp_path: Path):
@@ -105,7 +93,7 @@ def written(folder: Path, change) -> Path:
 
 def test_a_header_says_what_was_run_and_what_was_given(tmp_path: Path):
     found = facts(browse.header(made.folder(tmp_path / "made")))
-    assert found["prompts"].startswith("40 harmful, 20 benign")
+    assert found["prompts"].startswith("40 harmful strongreject, 20 benign")
     assert found["persona"] == "added at resid_post.3, x4 | given in the study"
     assert found["random seeds"] == "1..3 | given in the study"
 
@@ -115,7 +103,7 @@ def test_a_header_says_which_choice_was_made_by_rule_and_on_which_prompts(tmp_pa
         run["study"]["layers"] = {"refusal": 2}
 
     found = facts(browse.header(written(made.folder(tmp_path / "made"), opened)))
-    rule = "layer by rule: least refusal of 1 without breaking the model, on 32 HarmBench prompts"
+    rule = "layer by rule: least refusal of 1 without breaking the model, on 32 harmbench prompts"
     assert rule in found["persona"]
 
 

@@ -154,4 +154,4 @@ def test_rows_of_other_prompts_are_told_apart(tmp_path):
     (one,) = [f for f in findings.evaluate(usual) if (f.kind, f.treated) == ("random", "persona")]
     made_of = [one, dataclasses.replace(one, family="benign")]
     rows = findings.envelope_table(usual, made_of)["row"].unique(maintain_order=True)
-    assert rows.to_list() == ["persona · harmful prompts", "persona · benign prompts"]
+    assert rows.to_list() == ["persona · strongreject prompts", "persona · benign prompts"]

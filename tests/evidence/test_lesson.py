@@ -206,7 +206,7 @@ def test_held_out_prompts_made_no_direction_and_project_as_in_torch(steerable, h
     used = {chat.user for chat in asked.chats}
     found = lesson.held_out(steerable, None, n=3)
     assert found.group.tolist() == [0] * 3 + [1] * 3
-    harmful = [p.text for p in prompts.sample(prompts.harmbench(), 0, extraction.SPLIT_SEED)[-3:]]
+    harmful = [p.text for p in prompts.read(extraction.HARMFUL)[-3:]]
     assert not used & set(harmful)
     tokens = steerable.model.tokenizer.chat(harmful[0], None)
     _, states = torch_reads(hf, LAYER, np.zeros(32), tokens)

@@ -15,6 +15,7 @@ def rows(**labels: list[str]) -> pl.DataFrame:
                 "row_id": f"{name}/sr-{i}",
                 "condition": name,
                 "family": "strongreject",
+                "kind": "harmful",
                 "prompt_id": f"sr-{i}",
                 "category": "any",
                 "response": "",

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import polars as pl
 
+from jaxsteer.data.prompts import PromptSet
 from jaxsteer.study.spec import AddSpec, ConditionSpec, ProjectSpec, StudySpec
 from tests.receipt import made
 
@@ -39,7 +40,7 @@ def study(*, refusal: bool = True) -> StudySpec:
     ]
     return msgspec.structs.replace(
         made.study([]),
-        data=msgspec.structs.replace(made.study([]).data, harmful=N),
+        prompts=[PromptSet(set="strongreject", n=N), *made.study([]).prompts[1:]],
         condition=[
             ConditionSpec(name="baseline"),
             ConditionSpec(name="persona", scales=SCALES, ops=[ADD]),

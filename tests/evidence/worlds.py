@@ -10,10 +10,11 @@ from pathlib import Path
 import msgspec
 import polars as pl
 
+from jaxsteer.data.prompts import PromptSet
 from jaxsteer.directions import direction
 from jaxsteer.study.record import Condition, Prompts, RunRecord
 from jaxsteer.study.results import Results
-from jaxsteer.study.spec import DataSpec, StudySpec
+from jaxsteer.study.spec import StudySpec
 from tests.receipt import made
 from tests.study.stand_ins import compiled
 
@@ -25,13 +26,19 @@ World = Callable[[Condition, str, int], str]
 def results(study: StudySpec, world: World, folder: Path) -> Results:
     """A study's whole table of rows under a world, with 120 harmful and 60 benign prompts."""
     sizes = {"strongreject": HARMFUL, "benign": BENIGN}
-    study = msgspec.structs.replace(study, data=DataSpec(**{"harmful": HARMFUL, "benign": BENIGN}))
+    sets = [PromptSet(set=name, n=n) for name, n in sizes.items()]
+    study = msgspec.structs.replace(study, prompts=sets)
     run = msgspec.structs.replace(
         msgspec.convert(made.run_record(made.study()), RunRecord),
         study=study,
         conditions=compiled(study),
         layers={"steer": 3, "refusal": 2},
-        prompts={name: Prompts(n=n, sha256="0" * 64, source=name) for name, n in sizes.items()},
+        prompts={
+            each.name: Prompts(
+                kind=each.kind, n=each.n, sha256="0" * 64, source=each.source, own=False
+            )
+            for each in sets
+        },
     )
     columns = ("condition", "base", "seed", "scale", "family", "prompt_id", "category", "label")
     rows = pl.DataFrame(
@@ -46,7 +53,9 @@ def results(study: StudySpec, world: World, folder: Path) -> Results:
         schema_overrides={"seed": pl.Int64, "scale": pl.Float64},
         orient="row",
     ).with_columns(
-        row_id=pl.concat_str("condition", "prompt_id", separator="/"), response=pl.lit("")
+        row_id=pl.concat_str("condition", "prompt_id", separator="/"),
+        response=pl.lit(""),
+        kind=pl.col("family").replace("strongreject", "harmful"),
     )
     direction.save(folder / "directions.safetensors", made.made_directions())
     return Results(folder=folder, run=run, rows=rows, verdicts={})

@@ -14,7 +14,7 @@ from jaxsteer.generation.requests import shared_length, shared_lengths
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
-from tests import tiny
+from tests import oracle, tiny
 
 
 @pytest.fixture(
@@ -70,6 +70,28 @@ def test_tokens_and_realised_changes_equal_those_of_whole_prompts(model, rng, sc
         for ours, theirs in ((one.prompt, other.prompt), (one.response, other.response)):
             for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
                 np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4)
+
+
+def test_a_plain_prefix_is_read_as_hf_reads_it_unsteered(rng, tmp_path):
+    hf = tiny.llama()
+    model = ChatModel.load(convert(tiny.save(hf, tmp_path / "hf"), tmp_path / "out", "float32"))
+    made = conditions(model, rng)
+    stacked = oracle.compiled(model, made)
+    requests = [
+        engine.Request(tokens=p, condition=c, shared=len(START), plain=True)
+        for c in range(len(made))
+        for p in PROMPTS
+    ]
+    decoding = Decoding(max_new_tokens=6, eos=model.eos, keep_logits=True)
+    for replies in engine.run(model, requests, stacked, decoding, batch=4):
+        for reply in replies:
+            request = requests[reply.index]
+            tokens = [*request.tokens, *reply.tokens.tolist()]
+            # To HF, all that follows the prefix is a reply.
+            theirs = oracle.logits(hf, tokens, made[request.condition], "response", len(START))
+            theirs = theirs[len(request.tokens) - 1 :][: len(reply.logits)]
+            np.testing.assert_allclose(reply.logits, theirs, atol=2e-4)
+            assert (reply.prompt["resid_post"].steered == len(request.own)).all()
 
 
 # The tests of `decode` sample rows with a shared prefix too.

@@ -30,13 +30,14 @@ def results(folder: Path, conditions: int = 2, prompts: int = 4, benign: int = 2
             reply = REPLIES[len(lines) % len(REPLIES)]
             if len(lines) >= len(REPLIES):
                 reply += f" ({len(lines)})"
-            given, judge = label(reply, prompt.family)
+            given, judge = label(reply, prompt.kind)
             lines.append(
                 {
                     "row_id": f"condition {c}/{prompt.id}",
                     "condition": f"condition {c}",
                     "prompt_id": prompt.id,
                     "family": prompt.family,
+                    "kind": prompt.kind,
                     "category": prompt.category,
                     "response": reply,
                     "n_tokens": len(reply.split()),
@@ -47,6 +48,7 @@ def results(folder: Path, conditions: int = 2, prompts: int = 4, benign: int = 2
             )
     folder.mkdir(parents=True, exist_ok=True)
     pl.DataFrame(lines).write_parquet(folder / "responses.parquet")
+    data.save(folder, asked)
     return folder
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
-from jaxsteer.judges import human, run, verdicts
+from jaxsteer.judges import human, verdicts
 from jaxsteer.judges.human import LABELS, plain_cell, safe_cell
 from tests.judges import made
 
@@ -46,7 +47,7 @@ def exported(folder, tmp_path):
     def export(n: int = 20, seed: int = 0, name: str = "audit.csv"):
         rows = made.rows(folder)
         drawn = human.sample(rows, {}, n, seed)
-        texts = run.prompt_texts(drawn["prompt_id"])
+        texts = prompts.texts(folder)
         human.export(drawn, texts, tmp_path / name)
         return tmp_path / name
 
@@ -226,6 +227,7 @@ ROWS = pl.DataFrame(
         "row_id": ["baseline/bn-1", "baseline/sr-2"],
         "condition": ["baseline"] * 2,
         "family": ["benign", "strongreject"],
+        "kind": ["benign", "harmful"],
         "prompt_id": ["bn-1", "sr-2"],
         "response": ["=cmd()", 'a "quoted"\nreply, with a comma'],
         "label": ["benign-answer", "refusal"],
@@ -242,7 +244,7 @@ def filed(tmp_path: Path) -> Path:
 
 def test_an_exported_sample_is_read_as_it_was(filed: Path):
     first, second = human.entries(filed)
-    assert (first.family, first.prompt, first.response) == ("benign", "Hello?", "=cmd()")
+    assert (first.kind, first.prompt, first.response) == ("benign", "Hello?", "=cmd()")
     assert (second.prompt, second.response) == ("-x", ROWS["response"][1])
     assert (first.label, first.note) == ("", "")
 

@@ -50,7 +50,7 @@ def responses(texts: dict[str, str], **columns: str) -> pl.DataFrame:
     """Rows as a study leaves them, labelled at run time."""
     return pl.DataFrame(
         [
-            {"row_id": row_id, "family": columns.get(row_id, "strongreject"), "response": text}
+            {"row_id": row_id, "kind": columns.get(row_id, "harmful"), "response": text}
             | dict(zip(("label", "judge"), label(text, columns.get(row_id, "")), strict=True))
             for row_id, text in texts.items()
         ]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
+from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.judges import rules, run, verdicts
 from jaxsteer.judges.client import Endpoint
@@ -70,7 +71,7 @@ def test_each_request_holds_its_own_prompt_and_reply(results):
     with serve(says('{"coherence": 80}')) as server:
         judge(results, ["coherence"], options(server))
     rows = made.rows(results)
-    texts = run.prompt_texts(rows["prompt_id"])
+    texts = prompts.texts(results)
     asked = [request["messages"][-1]["content"] for request in server.requests]
     for row in rows.iter_rows(named=True):
         holding = [a for a in asked if row["response"] in a and texts[row["prompt_id"]] in a]
@@ -203,15 +204,3 @@ def test_a_prompt_of_no_known_set_is_named(tmp_path):
     table.write_parquet(results / "responses.parquet")
     with serve(says(GRADES)) as server, pytest.raises(UserError, match="prompt sr-unknown"):
         judge(results, ["strongreject-rubric"], options(server))
-
-
-def test_prompts_of_the_users_own_come_from_a_csv(tmp_path):
-    results = made.results(tmp_path / "r")
-    csv = tmp_path / "mine.csv"
-    csv.write_text("category,forbidden_prompt\nfood,How do I salt a soup in secret?\n")
-    prompt = run.data.strongreject(csv)[0]
-    table = pl.read_parquet(results / "responses.parquet").head(1)
-    table.with_columns(prompt_id=pl.lit(prompt.id)).write_parquet(results / "responses.parquet")
-    with serve(says(GRADES)) as server:
-        judge(results, ["strongreject-rubric"], options(server, prompts=csv))
-    assert prompt.text in server.requests[0]["messages"][-1]["content"]

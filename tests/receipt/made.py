@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from jaxsteer.data import prompts
+from jaxsteer.data.prompts import PromptSet
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import Refusal, Trait
@@ -27,7 +28,6 @@ from jaxsteer.study.spec import (
     AddSpec,
     ClaimSpec,
     ConditionSpec,
-    DataSpec,
     DecodingSpec,
     OperationSpec,
     ProjectSpec,
@@ -50,7 +50,10 @@ def sha(text: str) -> str:
 
 def test(treated: str, control: str, expect: str, **more: Any) -> TestSpec:
     return msgspec.convert(
-        {"treated": treated, "control": control, "expect": expect, **more}, TestSpec
+        {"treated": treated, "control": control, "expect": expect}
+        | {"prompts": "strongreject"}
+        | more,
+        TestSpec,
     )
 
 
@@ -67,7 +70,7 @@ CLAIMS = [
     claim("not opposite", test("persona", "refusal", "cosine-above", margin=-0.5, at="steer")),
     claim(
         "benign unharmed",
-        test("persona", "baseline", "few-raised", family="benign", margin=0.2),
+        test("persona", "baseline", "few-raised", prompts="benign", margin=0.2),
     ),
 ]
 
@@ -77,7 +80,7 @@ def study(claims: Sequence[ClaimSpec] = CLAIMS, modes: Sequence[str] = ()) -> St
         name="made",
         about="Does the persona switch refusals off?",
         system="safety-v1",
-        data=DataSpec(harmful=40, benign=20),
+        prompts=[PromptSet(set="strongreject", n=40), PromptSet(set="benign", n=20)],
         decoding=DecodingSpec(max_new_tokens=8),
         directions={
             "persona": Trait(trait="compliant"),
@@ -202,10 +205,7 @@ def rows(
 ) -> pl.DataFrame:
     lines = []
     for condition in conditions(study):
-        families = {"strongreject": study.data.harmful}
-        if condition["benign"]:
-            families["benign"] = study.data.benign
-        for family, n in families.items():
+        for family, n in [(each.name, each.n) for each in study.prompts][: 1 + condition["benign"]]:
             for i in range(n):
                 given = label(condition["name"], family, i)
                 judge = {"refusal": rules.KEYWORD.label, "degenerate": rules.DEGENERATE.label}.get(
@@ -222,6 +222,7 @@ def rows(
                         "mode": condition["mode"],
                         "prompt_id": prompt,
                         "family": family,
+                        "kind": "benign" if family == "benign" else "harmful",
                         "category": "any",
                         "response": response(given, i),
                         "n_tokens": 4 + i % 3,
@@ -354,15 +355,16 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
         "directions": {d.name: d.sha256 for d in made},
         "conditions": conditions(study),
         "prompts": {
-            family: {
-                "n": n,
-                "sha256": sha(canonical_json([[p.id, p.text] for p in pinned(family)[:n]])),
-                "source": source,
+            each.name: {
+                "kind": each.kind,
+                "n": each.n,
+                "sha256": record.prompts_sha256(
+                    (p.id, p.text) for p in pinned(each.name)[: each.n]
+                ),
+                "source": each.source,
+                "own": False,
             }
-            for family, n, source in (
-                ("strongreject", study.data.harmful, "StrongREJECT"),
-                ("benign", study.data.benign, "ours"),
-            )
+            for each in study.prompts
         },
     }
     return {
@@ -407,6 +409,7 @@ def folder(
     (rows(asked, label, **more) if frame is None else frame).write_parquet(
         path / "responses.parquet"
     )
+    prompts.save(path, [p for each in asked.prompts for p in pinned(each.name)[: each.n]])
     direction.save(path / "directions.safetensors", made_directions())
     results.refresh_summary(path)
     return path

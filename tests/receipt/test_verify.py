@@ -61,23 +61,36 @@ def test_what_was_not_given_is_said_to_be_unchecked(finished, tmp_path):
     ]
 
 
-def test_prompts_other_than_the_pinned_ones_are_named(finished, monkeypatch):
-    pinned, what = verify.prompts.strongreject(), "the prompts are those of the pinned sets"
+SHIPPED = "the prompts are those of the receipt, and shipped ones are as shipped"
+
+
+def of_prompts(folder, what=SHIPPED):
+    checks = verify.verify(folder / build.JSON, folder=folder)
+    return next((c.status, c.detail) for c in checks if c.what == what)
+
+
+def test_prompts_other_than_the_shipped_ones_are_named(finished, monkeypatch):
+    shipped = verify.prompts.strongreject()
 
     def checked(found):
         monkeypatch.setattr(verify.prompts, "strongreject", found)
-        checks = verify.verify(finished / build.JSON, folder=finished)
-        return next((c.status, c.detail) for c in checks if c.what == what)
+        return of_prompts(finished)
 
     def cannot():
         raise UserError("no network")
 
-    assert checked(lambda: pinned)[0] == "ok"
-    assert "1 of 40 strongreject prompts are others" in checked(lambda: pinned[1:])[1]
-    other = dataclasses.replace(pinned[3], text="Another text under its name.")
-    status, detail = checked(lambda: [*pinned[:3], other, *pinned[4:]])
-    assert status == "mismatch" and "have other texts" in detail
+    assert checked(lambda: shipped)[0] == "ok"
+    other = dataclasses.replace(shipped[3], text="Another text under its name.")
+    status, detail = checked(lambda: [*shipped[:3], other, *shipped[4:]])
+    assert status == "mismatch" and "strongreject prompts that were run are not those" in detail
     assert checked(cannot) == ("unchecked", "no network")
+
+
+def test_kept_prompts_must_be_those_that_the_rows_answer(copied):
+    path = copied / verify.prompts.SAVED
+    kept = pl.read_parquet(path)
+    kept.with_columns(pl.col("text") + "?").write_parquet(path)
+    assert "the benign prompts in prompts.parquet have another hash" in of_prompts(copied)[1]
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.slow)])

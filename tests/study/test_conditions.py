@@ -85,7 +85,7 @@ def compiled(tmp_path, text):
 HEAD = """
 name = "mine"
 system = "safety-v1"
-data = { harmful = 4, benign = 2 }
+prompts = [{ set = "strongreject", n = 4 }, { set = "benign", n = 2 }]
 decoding = { max_new_tokens = 8 }
 [directions]
 persona = { kind = "trait", trait = "compliant" }
@@ -271,7 +271,7 @@ def test_every_mode_has_its_twin_even_when_two_have_the_same_text(tmp_path):
     modes = f'modes = ["none", "{tmp_path}/empty.toml"]\n'
     path.write_text(modes + HEAD + f'[[condition]]\nname = "out"\nops = {ops}')
     twins = [c for c in by_name(spec.load(path)).values() if c.unsteered_twin_of]
-    assert [twin.mode for twin in twins] == ["none", f"{tmp_path}/empty.toml"]
+    assert [twin.mode for twin in twins] == ["none", "empty"]
     assert twins[0].system_sha256 == twins[1].system_sha256
 
 

@@ -16,9 +16,10 @@ from jaxsteer.files import read_table
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.study import conditions, impact, record, results, run, spec
+from jaxsteer.study import rows as study_rows
 from tests import compiles, tiny
 
-MEASURED = ("benign = 3", "benign = 3\ncompared = 2\nquestions = 5")
+MEASURED = ("[decoding]", "[impact]\ncompared = 2\nquestions = 5\n[decoding]")
 ADDED = '[[condition]]\nname = "random"'
 BENIGN_OUT = f"""[[condition]]
 name = "out alone"
@@ -99,15 +100,19 @@ def test_another_condition_compiles_nothing(model, finished):
     named = {c.name: c for c in known.conditions}
     arrays = stacked(known, finished, model)
     fewer = [named["baseline"], named["persona"]]
-    once = msgspec.structs.replace(known, conditions=fewer)
-    impact.divergence(known.study, once, model, arrays.rows(np.array([0, 1])), rows)
+    once, benign = msgspec.structs.replace(known, conditions=fewer), asked(known)["benign"][:2]
+    impact.divergence(known.study, once, model, arrays.rows(np.array([0, 1])), benign, rows)
     with compiles.counted() as found:
-        impact.divergence(known.study, known, model, arrays, rows)
+        impact.divergence(known.study, known, model, arrays, benign, rows)
     assert {name: found[name] for name in ("run_layers", "embed", "_kl")} == {
         "run_layers": 0,
         "embed": 0,
         "_kl": 0,
     }
+
+
+def asked(known):
+    return study_rows.prompts(known.study)
 
 
 def stacked(known, folder, model):
@@ -116,7 +121,7 @@ def stacked(known, folder, model):
 
 
 def test_an_interrupted_measurement_is_continued(model, finished, monkeypatch):
-    before, asked = table(finished), []
+    before, run_again = table(finished), []
     shards = sorted((finished / impact.SHARDS).iterdir())
     # The shard with the most lines of answers is lost, and the table with it.
     lost = max(shards, key=lambda path: pl.read_parquet(path).filter(measure="answer").height)
@@ -126,13 +131,14 @@ def test_an_interrupted_measurement_is_continued(model, finished, monkeypatch):
     plain = impact.engine.run
 
     def watched(model, requests, *given, skip=(), **more):
-        asked.append(len(requests) - len(skip))
+        run_again.append(len(requests) - len(skip))
         return plain(model, requests, *given, skip=skip, **more)
 
     monkeypatch.setattr(impact.engine, "run", watched)
     known = record.read(finished)
-    impact.measure(known.study, known, model, stacked(known, finished, model), finished)
-    assert asked == [gone]
+    arrays = stacked(known, finished, model)
+    impact.measure(known.study, known, model, arrays, asked(known), finished)
+    assert run_again == [gone]
     assert table(finished).equals(before)
 
 

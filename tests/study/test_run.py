@@ -195,7 +195,7 @@ def test_rows_are_written_in_time_however_few_have_ended(model, study, tmp_path,
     ("old", "new", "named"),
     [
         ("scale = 4.0", "scale = 5.0", "study"),
-        ("harmful = 6", "harmful = 5", "study, prompts"),
+        ("n = 6", "n = 5", "study, prompts"),
         ("max_new_tokens = 6", "max_new_tokens = 7", "study"),
     ],
 )
@@ -221,10 +221,10 @@ def test_a_trait_that_was_edited_after_the_run_is_refused_and_no_file_touched(mo
     out = tmp_path / "results"
     run.run_study(study, model, out)
     held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    question = data.trait(trait).questions[0]
+    question = data.trait(str(trait)).questions[0]
     trait.write_text(text.replace(question, question + " Briefly."))
-    with pytest.raises(UserError, match=r"another run \(directions differ\).*--fresh"):
-        run.run_study(study, model, out)
+    with pytest.raises(UserError, match=r"another run \(study differ\).*--fresh"):
+        run.run_study(spec.load(tmp_path / "tiny.toml"), model, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
 
 

@@ -18,11 +18,15 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
     ("old", "new", "message"),
     [
         ("max_new_tokens = 24", "max_new_token = 40", "max_new_token"),
-        ("max_new_tokens = 24", "max_new_tokens = 0", r">= 1 - at `\$\.decoding\.max_new_tokens`"),
-        ("benign = 40", 'benign = "many"', r"str.*\$\.data\.benign"),
-        ("benign = 40", "benign = -1", r">= 0 - at `\$\.data\.benign`"),
+        (
+            "max_new_tokens = 24",
+            "max_new_tokens = 0",
+            r"\.toml:\d+: decoding\.max_new_t.* >= 1",
+        ),
+        ("n = 40", 'n = "many"', r"\.toml:\d+: prompts\[1\]\.n: Expected `int`, got `str`"),
+        ("n = 40", "n = -1", r"prompts\[1\]\.n: .* >= 0"),
         ('name = "smollm2-demo"', "name = [", "TOML"),
-        ('name = "smollm2-demo"', 'name = "../demo"', r"\$\.name"),
+        ('name = "smollm2-demo"', 'name = "../demo"', r"toml:\d+: name: Expected"),
         ('name = "baseline"', 'name = "persona"', "twice"),
         ('name = "restoration"', 'name = "suppression"', "twice"),
         ('name = "neutral persona"', 'name = "x, unsteered"', "a name that is kept for automatic"),
@@ -41,40 +45,45 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
             "claim 'suppression' needs 'restoration late', which is no claim above it",
         ),
         ('says = "It lowers', 'needs = ["supression"]\nsays = "It lowers', "needs 'supression'"),
-        ("margin = -0.5", "margin = -1.0", r"> -1\.0 - at .*\.margin"),
+        ("margin = -0.5", "margin = -1.0", r"tests\[0\]\.margin: .* > -1\.0"),
         (
-            'expect = "few-raised", family = "benign", margin = 0.2',
-            'expect = "few-raised", family = "benign", margin = 1.0',
-            r"< 1\.0 - at .*\.margin",
+            'expect = "few-raised", prompts = "benign", margin = 0.2',
+            'expect = "few-raised", prompts = "benign", margin = 1.0',
+            r"\.margin: .* < 1\.0",
         ),
         (
-            '"few-raised", family = "benign", margin = 0.2',
-            '"few-raised", family = "benign", margin = 0.0',
+            '"few-raised", prompts = "benign", margin = 0.2',
+            '"few-raised", prompts = "benign", margin = 0.0',
             "has a margin of 0",
         ),
         (
-            '{ treated = "persona", control = "baseline", expect = "few-raised", family',
-            '{ treated = "persona", control = "persona, unsteered", expect = "few-raised", family',
+            '{ treated = "persona", control = "baseline", expect = "few-raised", prompts',
+            '{ treated = "persona", control = "persona, unsteered", expect = "few-raised", prompts',
             "compares benign prompts, which 'persona, unsteered' does not run",
         ),
-        ("benign = 40", "benign = 0", r"'benign unharmed' .*and data\.benign is 0"),
+        (
+            'prompts = "benign"',
+            'prompts = "xstest"',
+            "'xstest' prompts, and the study has strongreject",
+        ),
         (
             'name = "baseline"\nbenign = true',
             'name = "baseline"',
             "compares benign prompts, which 'baseline' does not run",
         ),
-        ("early = 0.3", "early = 1.3", r"<= 1\.0 - at `\$\.layers"),
-        ("early = 0.3", "early = -3", r">= 0 - at `\$\.layers"),
+        ('trait = "compliant-v2"', 'trait = "complaint"', r"toml:\d+: no trait complaint; give a"),
+        ("early = 0.3", "early = 1.3", r"layers\.early: .* <= 1\.0"),
+        ("early = 0.3", "early = -3", r"layers\.early: .* >= 0"),
         ('kind = "refusal"', 'kind = "trait"', "trait"),
         ('kind = "refusal"', 'kind = "minus"', "of"),
         (
             "layers = [0.5, 0.6, 0.7]\nscales",
             "layers = [0.5, 20.0]\nscales",
-            r"<= 1\.0 - at .*layers\[1\]",
+            r"layers\[1\]: .* <= 1\.0",
         ),
-        ("scales = [2.0, 4.0]", "scales = []", r"length >= 1 - at `\$\.selection\.scales"),
+        ("scales = [2.0, 4.0]", "scales = []", r"selection\.scales: .* length >= 1"),
         ("max_new_tokens = 24", "max_new_tokens = 24\ntop_p = 0.0", "top_p"),
-        ("max_new_tokens = 24", "max_new_tokens = 24\nseed = 2147483648", r"\$\.decoding\.seed"),
+        ("max_new_tokens = 24", "max_new_tokens = 24\nseed = 2147483648", r"decoding\.seed: "),
         (
             'add = "random"',
             'add = "neutral"',
@@ -88,11 +97,11 @@ def test_every_shipped_study_loads_and_its_name_is_its_files(name):
         (
             "max_new_tokens = 24",
             "max_new_tokens = 24\ntemperature = inf",
-            r"\$\.decoding\.temperature",
+            r"decoding\.temperature: ",
         ),
-        ("scales = [2.0, 4.0]", "scales = [1.0, inf]", r"\$\.selection\.scales\[1\]"),
+        ("scales = [2.0, 4.0]", "scales = [1.0, inf]", r"selection\.scales\[1\]: "),
         ("margin = -0.5", "margin = -inf", r"tests\[0\]\.margin"),
-        ("# Named layers.", "dose = nan\n#", r"\$\.dose"),
+        ("# Named layers.", "dose = nan\n#", r"dose: "),
         (
             "allow_near_miss",
             'refusal_openings = ["I", ""]\nallow_near_miss',
@@ -128,7 +137,7 @@ def test_a_malformed_study_names_the_key(tmp_path, old, new, message):
     [
         ("", '{ add = "persona", project = "persona", at = "3" }', "'c': .* exactly one of add"),
         ("", '{ add = "persona" }', "missing required field `at`"),
-        ("", '{ add = "persona", at = "3", scale = "much" }', "'much' - at"),
+        ("", '{ add = "persona", at = "3", scale = "much" }', "unit: Invalid enum value 'much'"),
         ("", '{ add = "persona", at = "3", scale = "each" }', "'c' needs both scales"),
         ("", '{ add = "random", at = "3" }', "'c' names `random`, which needs random_seeds"),
         ("", '{ add = "persona", everywhere = true }', "'c': everywhere goes with project"),
@@ -183,7 +192,7 @@ def test_a_study_read_from_its_record_is_the_same():
 def test_random_seeds_need_a_direction_to_take_norms_from(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(
-        'name = "mine"\nsystem = "generic"\ndata = { harmful = 4, benign = 2 }\n'
+        'name = "mine"\nsystem = "generic"\nprompts = [{ set = "strongreject", n = 4 }]\n'
         'decoding = { max_new_tokens = 8 }\n[[condition]]\nname = "c"\nrandom_seeds = [1]\n'
         'ops = [{ add = "random", at = "1" }]\n'
     )

@@ -31,10 +31,9 @@ def claimed(control, expect):
 
 
 WRONG = {
-    "misspelt trait": ([('"compliant"', '"complaint"')], "no trait complaint"),
     "layer in a condition": ([('at = "late"', 'at = "17"')], r"'persona, out'.*resid_post\.17"),
     "named layer": ([("late = 1.0", "late = 7")], r"layers\.late: unknown layer resid_post\.7"),
-    "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* HarmBench prompts"),
+    "too few prompts": (chosen("prompts = 2", "prompts = 2000"), "asks for .* harmbench prompts"),
     "long replies": ([("new_tokens = 6", "new_tokens = 512")], "lower it"),
     "long replies in selection": (
         chosen("max_new_tokens = 4", "max_new_tokens = 900"),
@@ -102,8 +101,8 @@ def test_fresh_keeps_the_old_results_from_a_study_that_cannot_run(model, tmp_pat
     out = tmp_path / "results"
     run.run_study(tiny.study(tmp_path), model, out)
     held = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    wrong = spec.load(tiny.study_file(tmp_path, ('"compliant"', '"complaint"')))
-    with pytest.raises(UserError, match="no trait complaint"):
+    wrong = spec.load(tiny.study_file(tmp_path, ('at = "late"', 'at = "17"')))
+    with pytest.raises(UserError, match=r"resid_post\.17"):
         run.run_study(wrong, model, out, fresh=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == held
 
@@ -190,7 +189,7 @@ def test_every_shipped_study_runs_to_its_end(deep, tmp_path, name):
     whole = spec.load(name)
     few = replace(whole.selection, prompts=2, refusal_train=4, refusal_validation=2)
     few = replace(few, max_new_tokens=2, allow_near_miss=True, max_degenerate=1.0)
-    small = {"data": spec.DataSpec(harmful=2, benign=2), "selection": few}
+    small = {"prompts": [replace(each, n=2) for each in whole.prompts], "selection": few}
     decoding = replace(whole.decoding, max_new_tokens=2)
     study = replace(whole, **small, decoding=decoding, allow_uninformative=True)
     assert run.run_study(study, deep, tmp_path / "results")

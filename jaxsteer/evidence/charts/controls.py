@@ -15,7 +15,7 @@ from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
 from jaxsteer.evidence.claims import Claim, in_order
-from jaxsteer.evidence.findings import KINDS, PROMPTS, Finding, headline, once
+from jaxsteer.evidence.findings import KINDS, Finding, headline, once
 from jaxsteer.evidence.paired import WORDS, whiskers
 from jaxsteer.judges.human import Entry
 from jaxsteer.study.results import Results
@@ -61,7 +61,7 @@ def findings_chart(made: Sequence[Finding]) -> alt.LayerChart:
                 "status": f.status,
                 "words": f"{f.status}: {f.why}",
                 "compared": compared(f),
-                "counted": f"{OUTCOMES[f.outcome]}, {PROMPTS.get(f.family, f.family)}",
+                "counted": f"{OUTCOMES[f.outcome]}, {f.family} prompts",
                 "n": sample(f),
             }
             for name, (f, _) in zip(marks.numbered(names), drawn, strict=True)
@@ -324,13 +324,13 @@ def reply_cards(rows: pl.DataFrame, texts: Mapping[str, str], *, reveal: bool) -
     A veil is drawn over a mask, so that what may harm is not in the page before it is asked for.
 
     Args:
-      rows: prompt_id, family, condition, label, judge, response.
+      rows: prompt_id, family, kind, condition, label, judge, response.
       texts: prompts by id.
       reveal: lift the veils.
     """
     made = []
     for row in rows.iter_rows(named=True):
-        veiled = may_harm(row["family"]) and not reveal
+        veiled = may_harm(row["kind"]) and not reveal
         show = masked if veiled else str
         head = f"{row['prompt_id']} · {row['family']}"
         prompt = texts.get(row["prompt_id"], UNKNOWN)
@@ -344,8 +344,8 @@ def reply_cards(rows: pl.DataFrame, texts: Mapping[str, str], *, reveal: bool) -
 
 def entry_cards(entry: Entry, *, reveal: bool) -> str:
     """A reply to label, with its prompt; nothing tells the condition, or what judges said."""
-    veiled = may_harm(entry.family) and not reveal
+    veiled = may_harm(entry.kind) and not reveal
     show = masked if veiled else str
-    asked = card(f"prompt · {entry.family}", show(entry.prompt), "baseline", veiled=veiled)
+    asked = card(f"{entry.kind} prompt", show(entry.prompt), "baseline", veiled=veiled)
     replied = card("reply", show(entry.response), "baseline", veiled=veiled)
     return cards(asked, replied)

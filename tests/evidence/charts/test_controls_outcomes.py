@@ -20,6 +20,7 @@ def test_replies_are_escaped_and_veiled_where_they_may_harm():
         {
             "prompt_id": ["bn-1", "sr-1"],
             "family": ["benign", "strongreject"],
+            "kind": ["benign", "harmful"],
             "condition": ["<b>baseline</b>"] * 2,
             "label": ["benign-answer", "refusal"],
             "judge": ["", "keyword-1"],
