@@ -171,8 +171,8 @@ def fan_chart(table: pl.DataFrame, view: View) -> alt.LayerChart:
     same = table.filter(pl.col("direction") != view.name, strength=most["strength"])
     below = int((same["moved"] < most["moved"]).sum())
     finding = (
-        f"At {signed(most['strength'], 0)}, {view.name} moves {percent(most['moved'])} of the next "
-        f"token: more than {below} of {len(same)} random directions"
+        f"At {signed(most['strength'], 0)}, {view.name} moves {percent(most['moved'])} of the "
+        f"probability: more than {below} of {len(same)} random directions"
     )
     x = alt.X("strength:Q", title=f"strength at layer {view.layer}, {UNIT}", axis=_strengths())
     share = alt.Axis(format=marks.PERCENT)

@@ -101,7 +101,7 @@ def test_a_direction_is_compared_with_the_random_ones_at_the_same_strength():
     table = table.with_columns(
         moved=pl.when(pl.col("direction") == "random-2").then(0.9).otherwise("moved")
     )
-    assert "moves 80 % of the next token: more than 1 of 2 random" in title(
+    assert "moves 80 % of the probability: more than 1 of 2 random" in title(
         steering.fan_chart(table, VIEW)
     )
 
