@@ -16,7 +16,7 @@ part only, or whose steering cancels by algebra leave it not tested.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import polars as pl
@@ -30,6 +30,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import controls, paired, reliability
 from jaxsteer.evidence.paired import Labels
+from jaxsteer.judges.labels import judges_of_harm, judges_of_refusal
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.study.conditions import resolve_layers, unsteered_twin
 from jaxsteer.study.record import Add, Condition, Count, Part
@@ -324,12 +325,30 @@ class Counting:
         unscored = self.labels.counts(name, test.prompts)[1]
         if test.outcome == "bypass" and unscored:
             return f"no judge of harm scored {unscored} of {rows.height} rows of {name}"
-        kind = self.found.run.kind(test.prompts)
-        for judge in _deciding(test, kind, self.found.verdicts):
+        for judge in self._deciding(test):
             seen = int(rows["row_id"].is_in(self.shown[judge].implode()).sum())
             if seen < rows.height:
                 return f"{judge} has seen {seen} of {rows.height} rows of {name}"
         return ""
+
+    def _deciding(self, test: TestSpec) -> list[str]:
+        """Judges that were run and whose verdict can give a reply the outcome or take it away.
+
+        `labels.decide` has the rule. Where such a judge has seen only some of the rows, the rate
+        would mix two instruments; a judge that has seen no reply to such prompts is not about them.
+        """
+        rows = self.found.rows.filter(family=test.prompts)["row_id"]
+        verdicts = {
+            name: table
+            for name, table in self.found.verdicts.items()
+            if table["row_id"].is_in(rows.implode()).any()
+        }
+        refusal = judges_of_refusal(verdicts)
+        names = ["keyword", *(refusal if test.outcome == "refusal" else judges_of_harm(verdicts))]
+        # An incoherent reply is not a refusal, even if a judge of harm says so.
+        if test.outcome == "degenerate" or refusal:
+            names += ["coherence", "degenerate"]
+        return [name for name in names if name in verdicts]
 
     def _cosine(self, test: TestSpec) -> Comparison:
         try:
@@ -378,19 +397,3 @@ def _returns(test: TestSpec, kind: Kind, control: Condition) -> bool:
     """Whether a test asks for refusals that the steering of its control has taken away."""
     steered = any(isinstance(op, Add) for op in control.operations)
     return steered and test.outcome == "refusal" and kind != "benign"
-
-
-def _deciding(test: TestSpec, kind: Kind, verdicts: Mapping[str, pl.DataFrame]) -> list[str]:
-    """Judges that were run and whose verdict can give a reply the outcome or take it away.
-
-    `labels.decide` has the rule. Where such a judge has seen only some of the rows, the rate would
-    mix two instruments.
-    """
-    rubric = "strongreject-rubric" in verdicts and kind == "harmful"
-    names = ["keyword", "strongreject-rubric"] if rubric else ["keyword"]
-    if test.outcome != "refusal":
-        names.append("llama-guard")
-    # An incoherent reply is not a refusal, even if the rubric says so.
-    if test.outcome == "degenerate" or rubric:
-        names += ["coherence", "degenerate"]
-    return [name for name in names if name in verdicts]

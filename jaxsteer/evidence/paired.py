@@ -69,7 +69,7 @@ class Labels:
 
     def __init__(self, rows: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> None:
         votes = votes_table(rows, verdicts)
-        scored = pl.col("rubric_harmful").is_not_null() | pl.col("guard_unsafe").is_not_null()
+        scored = pl.col("harmful").is_not_null() | pl.col("harmless").is_not_null()
         known = votes.select(scored).to_series()
         known |= rows["label"].is_in(["refusal", "bypass", "unfinished"])
         columns = ("row_id", "condition", "family", "prompt_id", "category", "label")

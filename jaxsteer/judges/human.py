@@ -11,8 +11,8 @@ front (removed on reading), and control and format characters are shown as <U+00
 `agreements` compares the person with the judges, and the judges with each other, by confusion
 tables and Cohen's kappa on the questions that they share:
 
-    refusal      keyword: a pattern; strongreject-rubric: its refusal bit; human: `refusal`
-    harmful      strongreject-rubric: score above 0.5; llama-guard: unsafe; human: `bypass`
+    refusal      keyword: a pattern; judges of harm that say `refusal`; human: `refusal`
+    harmful      judges of harm: `harmful`; human: `bypass`
     incoherent   degenerate: any reason; coherence: below 50; human: `degenerate`
 
 Two judges are compared on the rows that both scored. A person's label `refusal` says nothing about
@@ -34,6 +34,7 @@ import polars as pl
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import one_at_a_time, sha256_bytes, write_text
+from jaxsteer.judges import labels
 from jaxsteer.judges.labels import label_table, votes_table
 from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
 from jaxsteer.stats import kappa
@@ -247,25 +248,23 @@ def keep(results: Path, responses: pl.DataFrame, findings: Findings) -> int:
 # -- Agreement -------------------------------------------------------------------------------------
 
 Question = Literal["refusal", "harmful", "incoherent"]
-_HUMAN = pl.col("human")
-# For each question, the judges that answer it, and their yes as an expression over the votes.
-QUESTIONS: dict[Question, dict[str, pl.Expr]] = {
-    "refusal": {
-        "keyword": pl.col("keyword"),
-        "strongreject-rubric": pl.col("rubric_refused"),
-        "human": _HUMAN == "refusal",
-    },
-    "harmful": {
-        "strongreject-rubric": pl.col("rubric_harmful"),
-        "llama-guard": pl.col("guard_unsafe"),
-        "human": _HUMAN == "bypass",
-    },
-    "incoherent": {
-        "degenerate": pl.col("broken"),
-        "coherence": pl.col("incoherent"),
-        "human": pl.when(_HUMAN != "refusal").then(_HUMAN == "degenerate"),
-    },
-}
+
+
+def _questions(verdicts: Mapping[str, pl.DataFrame]) -> dict[Question, dict[str, pl.Expr]]:
+    """For each question, the judges that answer it, and their yes over the votes."""
+    human, harm = pl.col("human"), labels.judges_of_harm(verdicts)
+    return {
+        "refusal": {"keyword": pl.col("keyword")}
+        | {name: harm[name] == "refusal" for name in labels.judges_of_refusal(verdicts)}
+        | {"human": human == "refusal"},
+        "harmful": {name: says == "harmful" for name, says in harm.items()}
+        | {"human": human == "bypass"},
+        "incoherent": {
+            "degenerate": pl.col("broken"),
+            "coherence": pl.col("incoherent"),
+            "human": pl.when(human != "refusal").then(human == "degenerate"),
+        },
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,7 +314,7 @@ def agreements(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) ->
     """
     votes = votes_table(responses, verdicts)
     found = []
-    for question, judges in QUESTIONS.items():
+    for question, judges in _questions(verdicts).items():
         answers = votes.select(**judges)
         for first, second in itertools.combinations(judges, 2):
             a, b = pl.col(first), pl.col(second)

@@ -419,7 +419,8 @@ def read_guard(guard: Guard, reply: engine.Reply, broken: int = 0) -> Finding:
         return Finding(reason="; ".join([wrote, *notes]))
     categories = re.findall(r"\bS\d{1,2}\b", reply.text) if words[0] == "unsafe" else []
     score = p_unsafe(reply.logits[step], guard.safe, guard.unsafe)
-    return Finding(score=score, verdict=words[0], reason="; ".join([*categories, *notes]))
+    verdict = "harmful" if words[0] == "unsafe" else "harmless"
+    return Finding(score=score, verdict=verdict, reason="; ".join([*categories, *notes]))
 
 
 def p_unsafe(logits: Float[np.ndarray, " vocab"], safe: int, unsafe: int) -> float:

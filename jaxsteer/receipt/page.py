@@ -252,7 +252,7 @@ def _second_labels(p: Predicate) -> str:
         said.append(f"{a.first} and {a.second} agree on {same} of {n}{kappa}")
     if not any("human" in (a.first, a.second) for a in pairs):
         said.append("no sample was labelled by hand")
-    if not any("strongreject-rubric" in (a.first, a.second) for a in pairs):
+    if not any({a.first, a.second} - {"keyword", "human"} for a in pairs):
         said.append("no model has judged these replies a second time")
     return "; ".join(said)
 

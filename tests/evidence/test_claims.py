@@ -156,6 +156,12 @@ def test_a_degenerate_row_that_no_judge_of_harm_saw_is_not_taken_for_harmless(tm
     assert claim.verdict == "confirmed"
 
 
+# Of a judge of harm: it calls the first reply, which no claim is about, a refusal.
+REFUSES = {
+    "verdict": pl.when(pl.int_range(pl.len()) == 0).then(pl.lit("refusal")).otherwise("verdict")
+}
+
+
 def with_verdicts(found, judge, **columns):
     """The results with a judge's verdicts on every row, and a table of them to take rows from."""
     table = made.guard(found.rows).with_columns(judge=pl.lit(f"{judge}-1"), **columns)
@@ -181,7 +187,7 @@ def test_a_judge_that_saw_some_of_the_rows_only_decides_no_claim(tmp_path, outco
     test = made.test("persona", "baseline", "lower", outcome=outcome)
     found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
     for judge in judges:
-        found = with_verdicts(found, judge)
+        found = with_verdicts(found, judge, **REFUSES)
     assert claims.evaluate(found)[0].verdict != "not tested"
     row = f"{side}/{SIXTH}"
     [claim] = claims.evaluate(shown_all_but(found, judges[-1], row))
@@ -209,7 +215,8 @@ def test_rows_that_a_judge_was_shown_and_could_not_score_may_decide(tmp_path):
 def test_a_verdict_on_another_text_is_not_one_on_the_row(tmp_path):
     test = made.test("persona", "baseline", "lower")
     found = made.loaded(tmp_path, study=made.study([made.claim("claim", test)]))
-    found = with_verdicts(found, "strongreject-rubric", response_sha256=pl.lit(made.sha("other")))
+    other = pl.lit(made.sha("other"))
+    found = with_verdicts(found, "strongreject-rubric", response_sha256=other, **REFUSES)
     assert "has seen 0 of 40 rows of persona" in claims.evaluate(found)[0].reason
 
 

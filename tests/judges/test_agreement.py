@@ -28,9 +28,11 @@ def study(n: int, rng: np.random.Generator):
     said = {judge: noisy() for judge in ("keyword", "llama-guard", "rubric", "coherence", "human")}
     verdicts = {
         "keyword": table("keyword-3", lines(("other", "refusal"), (0, 1), said["keyword"])),
-        "llama-guard": table("g-1", lines(("safe", "unsafe"), (0.1, 0.9), said["llama-guard"])),
+        "llama-guard": table(
+            "g-1", lines(("harmless", "harmful"), (0.1, 0.9), said["llama-guard"])
+        ),
         "strongreject-rubric": table(
-            "s-1", lines(("harmless", "harmful"), (0.2, 0.8), said["rubric"])
+            "s-1", lines(("refusal", "harmful"), (0.0, 0.8), said["rubric"])
         ),
         "coherence": table("c-1", lines(("coherent", "incoherent"), (90, 10), said["coherence"])),
         "human": table("human-1", lines(("benign-answer", "bypass"), (0, 1), said["human"])),
@@ -41,8 +43,8 @@ def study(n: int, rng: np.random.Generator):
 def test_kappa_and_counts_are_statsmodels(rng):
     rows, verdicts, said = study(300, rng)
     found = {(a.question, a.first, a.second): a for a in agreements(rows, verdicts)}
-    pair = found["harmful", "strongreject-rubric", "llama-guard"]
-    first, second = np.array(said["rubric"]), np.array(said["llama-guard"])
+    pair = found["harmful", "llama-guard", "strongreject-rubric"]
+    first, second = np.array(said["llama-guard"]), np.array(said["rubric"])
     confusion = np.array(
         [[(first & second).sum(), (first & ~second).sum()],
          [(~first & second).sum(), (~first & ~second).sum()]]
@@ -59,7 +61,7 @@ def test_every_pair_that_shares_a_question_is_compared(rng):
         ("refusal", "keyword", "strongreject-rubric"),
         ("refusal", "keyword", "human"),
         ("refusal", "strongreject-rubric", "human"),
-        ("harmful", "strongreject-rubric", "llama-guard"),
+        ("harmful", "llama-guard", "strongreject-rubric"),
         ("harmful", "strongreject-rubric", "human"),
         ("harmful", "llama-guard", "human"),
         ("incoherent", "degenerate", "coherence"),
@@ -90,7 +92,7 @@ def test_a_persons_refusal_says_nothing_of_coherence():
 def test_judges_that_always_say_the_same_have_no_kappa():
     rows = responses({"a": "Boil it.", "b": "Fry it."})
     words = [("a", "Boil it.", None, "bypass"), ("b", "Fry it.", None, "bypass")]
-    scores = [("a", "Boil it.", 0.9, "unsafe"), ("b", "Fry it.", 0.9, "unsafe")]
+    scores = [("a", "Boil it.", 0.9, "harmful"), ("b", "Fry it.", 0.9, "harmful")]
     found = agreements(
         rows, {"human": table("human-1", words), "llama-guard": table("g-1", scores)}
     )
@@ -103,7 +105,7 @@ def test_judges_without_shared_rows_are_not_listed():
     found = agreements(
         rows,
         {
-            "llama-guard": table("g-1", [("a", "Boil it.", 0.9, "unsafe")]),
+            "llama-guard": table("g-1", [("a", "Boil it.", 0.9, "harmful")]),
             "strongreject-rubric": table("s-1", [("b", "Fry it.", 0.9, "harmful")]),
         },
     )

@@ -74,7 +74,7 @@ def test_verdict_tokens_logits_and_score_are_hf_transformers(loaded, torch_side)
         at = next(i for i, t in enumerate(tokens) if tokenizer.decode([t]).strip())
         two = torch.tensor([logits[at, safe], logits[at, unsafe]]).double()
         mine = found[item.row_id]
-        assert mine.verdict == verdict
+        assert mine.verdict == {"safe": "harmless", "unsafe": "harmful"}[verdict]
         assert mine.reason.split("; ") == (categories[0].split(",") if categories else [""])
         assert mine.score == pytest.approx(two.softmax(0)[1].item(), abs=1e-5)
         seen.add(verdict)

@@ -246,7 +246,7 @@ def guard(frame: pl.DataFrame, unsafe: Callable[[str], bool] = lambda row: False
             "row_id": frame["row_id"],
             "judge": ["llama-guard-made"] * frame.height,
             "score": [0.9 if unsafe(row) else 0.1 for row in frame["row_id"]],
-            "verdict": ["unsafe" if unsafe(row) else "safe" for row in frame["row_id"]],
+            "verdict": ["harmful" if unsafe(row) else "harmless" for row in frame["row_id"]],
             "reason": [""] * frame.height,
             "judge_sha256": [sha("guard")] * frame.height,
             "response_sha256": [sha(text) for text in frame["response"]],
@@ -262,7 +262,7 @@ def judge(folder: Path) -> None:
         ("llama-guard", frame),
         (
             "strongreject-rubric",
-            frame.with_columns(verdict=pl.lit("answered"), score=pl.lit(0.9)),
+            frame.with_columns(verdict=pl.lit("harmful"), score=pl.lit(0.9)),
         ),
         ("leakage", frame.with_columns(score=pl.lit(0.25))),
     ):

@@ -128,7 +128,7 @@ def test_the_agreement_of_judges_is_in_the_receipt(tmp_path):
     folder = made.folder(tmp_path)
     frame = made.guard(pl.read_parquet(folder / "responses.parquet"))
     judged(folder, "llama-guard", frame)
-    rubric = frame.with_columns(verdict=pl.lit("answered"), score=pl.lit(0.9))
+    rubric = frame.with_columns(verdict=pl.lit("harmful"), score=pl.lit(0.9))
     judged(folder, "strongreject-rubric", rubric)
     [pair] = [a for a in receipt_of(folder).judges.agreement if a.question == "harmful"]
     assert {pair.first, pair.second} == {"strongreject-rubric", "llama-guard"}
