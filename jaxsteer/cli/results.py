@@ -67,10 +67,16 @@ def judge(
     rate: Annotated[float | None, typer.Option(min=0.001, help="Calls per minute.")] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait for one call.")] = 60.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a judge's reply.")] = 768,
+    max_completion_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The same, for servers that want this name.")
+    ] = None,
     omit: Annotated[
         list[str] | None,
         typer.Option(help="Parameter to omit: temperature, seed or max_tokens."),
     ] = None,
+    api_version: Annotated[
+        str, typer.Option(help="Of an Azure endpoint, such as 2024-10-21.")
+    ] = "",
     guard_model: Annotated[Path | None, typer.Option(help="Llama-Guard-3 checkpoint.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows in one batch of llama-guard.")] = 8,
     rubric: Annotated[
@@ -99,7 +105,9 @@ def judge(
         concurrency=concurrency,
         rate=rate,
         timeout=timeout,
-        max_tokens=max_tokens,
+        max_tokens=max_completion_tokens or max_tokens,
+        limit_name="max_completion_tokens" if max_completion_tokens else "max_tokens",
+        api_version=api_version,
         omit=tuple(omit or ()),
         key_variable=key_variable,
     )

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, str]]
 OMITTABLE = ("temperature", "seed", "max_tokens")
+_NAMED = re.compile(r"\b(max_tokens|max_completion_tokens|temperature|seed)\b")
+# Of the token limit's two names, a server that refuses one takes the other.
+OTHER_FLAG = {
+    "max_tokens": "--max-completion-tokens N",
+    "max_completion_tokens": "--max-tokens N instead",
+}
+# A parameter may also be named for what is wrong with one row, such as its length.
+_REFUSED = re.compile(
+    r"unsupported|not (support|permitted|allowed)|unrecogni[sz]ed|unknown|unexpected", re.IGNORECASE
+)
 GIVE_UP = 8
 # Seconds of Retry-After that the openai client waits at most (its MAX_RETRY_AFTER_DELAY).
 LONGEST_WAIT = 120
@@ -49,6 +59,9 @@ class Endpoint:
       timeout: seconds to wait for the server in one call.
       attempts: calls for one reply before the row is left without one.
       max_tokens: longest judge reply.
+      limit_name: the parameter that carries this limit.
+      api_version: of an Azure endpoint, which takes it as a parameter of the address and the key in
+        a header of its own; "" for any other endpoint.
       omit: request parameters not to send, for servers that reject them (of `OMITTABLE`).
       key_variable: environment variable that holds the API key; if it is unset, no key is sent.
     """
@@ -60,6 +73,8 @@ class Endpoint:
     timeout: float = 60.0
     attempts: int = 5
     max_tokens: int = 768
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    api_version: str = ""
     omit: tuple[str, ...] = ()
     key_variable: str = "JAXSTEER_JUDGE_KEY"
 
@@ -79,7 +94,7 @@ class Endpoint:
             "messages": [dict(message) for message in messages],
             "temperature": TEMPERATURES[attempt],
             "seed": attempt,
-            "max_tokens": self.max_tokens,
+            self.limit_name: self.max_tokens,
             "stream": False,
         }
         return {name: value for name, value in body.items() if name not in self.omit}
@@ -161,7 +176,10 @@ class Client:
         self.next_call = asyncio.Lock()
         # The openai client accepts no empty key, so without a key its header is left out.
         self.headers = {} if self.key else {"Authorization": openai.Omit()}
-        self.openai = openai.AsyncOpenAI(
+        azure = {"api_version": endpoint.api_version} if endpoint.api_version else {}
+        make: Any = openai.AsyncAzureOpenAI if azure else openai.AsyncOpenAI
+        self.openai = make(
+            **azure,
             base_url=endpoint.base_url,
             api_key=self.key or "none",
             max_retries=endpoint.attempts - 1,
@@ -249,7 +267,10 @@ class Client:
         status, text = error.status_code, self._clean(error.response.text)
         reason = f"HTTP {status} ({text})" if text else f"HTTP {status}"
         wait = error.response.headers.get("retry-after", "")
-        if status < 400 or status in (401, 403, 404, 405):
+        named = _NAMED.search(f"{error.param} {error.response.text}")
+        if status in (400, 422) and named and _REFUSED.search(error.response.text):
+            mend = f"give {OTHER_FLAG.get(named[1], f'--omit {named[1]}')}"
+        elif status < 400 or status in (401, 403, 404, 405):
             mend = f"check --base-url, --judge-model and the key in {self.endpoint.key_variable}"
         elif wait.isdecimal() and int(wait) > LONGEST_WAIT:
             mend = f"it asks to wait {wait} s; run again then, verdicts so far are kept"

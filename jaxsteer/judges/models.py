@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -272,11 +273,14 @@ def read_leakage(answer: str, count: int) -> Finding:
 async def ask_all(
     rubric: Rubric, client: Client, items: Sequence[Item], keep: Callable[[Findings], None]
 ) -> None:
-    """Ask about every item, `concurrency` at the same time, and keep each finding as it comes."""
+    """Ask about every item, `concurrency` at the same time, and keep each finding as it comes.
+
+    The first is asked alone, so that a refused key or parameter costs one call.
+    """
     waiting: Iterator[Item] = iter(items)
 
-    async def worker() -> None:
-        for item in waiting:
+    async def worker(most: int | None = None) -> None:
+        for item in itertools.islice(waiting, most):
             keep([(item.row_id, await ask_one(rubric, client, item))])
 
     async def heed() -> None:
@@ -290,6 +294,7 @@ async def ask_all(
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(heed())
+                await group.create_task(worker(1))
                 count = min(client.endpoint.concurrency, len(items))
                 await asyncio.gather(*(group.create_task(worker()) for _ in range(count)))
                 watch.cancel()

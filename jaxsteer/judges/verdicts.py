@@ -192,7 +192,10 @@ class Store:
 
     def _still_valid(self, found: pl.DataFrame) -> pl.DataFrame:
         """The verdicts on texts that have not changed since; another judge's are an error."""
-        if found["judge_sha256"].eq_missing(self.judge.sha256).all():
+        ours = pl.col("judge_sha256").eq_missing(self.judge.sha256)
+        # A row that another judge could not score holds nothing that would be lost.
+        found = found.filter(ours | pl.col("verdict").is_not_null())
+        if found.select(ours.all()).item():
             texts = pl.Series(
                 [self.texts.get(row_id) for row_id in found["row_id"]], dtype=pl.String
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ class Scripted:
         self.script = script
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.at_once = self.busy = 0
         self.base_url = ""
@@ -58,6 +60,7 @@ def serve(script: Script | Reply) -> Iterator[Scripted]:
             with known.lock:
                 number = len(known.requests)
                 known.requests.append(json.loads(body))
+                known.paths.append(self.path)
                 known.headers.append({k.lower(): v for k, v in self.headers.items()})
                 known.busy += 1
                 known.at_once = max(known.at_once, known.busy)
@@ -66,7 +69,7 @@ def serve(script: Script | Reply) -> Iterator[Scripted]:
             finally:
                 with known.lock:
                     known.busy -= 1
-            if self.path != "/v1/chat/completions":
+            if not re.fullmatch(r"/v1(/deployments/[\w-]+)?/chat/completions(\?.*)?", self.path):
                 reply = Reply(status=404, data=b"no such path")
             if reply.silent:
                 known.closing.wait()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import socket
 import threading
 import time
@@ -172,6 +173,67 @@ def test_a_bad_request_is_not_repeated(tmp_path):
     assert str(answer) == "HTTP 400 (context length exceeded)"
 
 
+def refusing(body, n):
+    """A server of today: it wants the limit under its new name, and no temperature or seed."""
+    wrong = next((name for name in ("max_tokens", "temperature", "seed") if name in body), None)
+    if wrong is None:
+        return says('{"coherence": 80}')
+    words = f"Unsupported parameter: '{wrong}' is not supported. Use 'max_completion_tokens'."
+    error = {"message": words, "param": wrong, "code": "unsupported_parameter"}
+    return Reply(400, data=json.dumps({"error": error}).encode())
+
+
+def test_a_refused_parameter_stops_the_run_on_its_first_row_with_the_flag_that_mends_it(tmp_path):
+    items = [Item(row_id=f"r{i}", prompt="p", response=f"Text {i}.") for i in range(9)]
+    mends = [
+        ("give --max-completion-tokens N", {"limit_name": "max_completion_tokens"}),
+        ("give --omit temperature", {"omit": ("temperature",)}),
+        ("give --omit seed", {"omit": ("temperature", "seed")}),
+    ]
+    given: dict = {}
+    with serve(refusing) as server:
+        for calls, (message, mend) in enumerate(mends, start=1):
+            client = Client(settings(server, **given), cache=tmp_path)
+            with pytest.raises(UserError, match=message):
+                asyncio.run(models.ask_all(models.coherence(), client, items, print))
+            assert len(server.requests) == calls
+            given |= mend
+        kept: list = []
+        client = Client(settings(server, max_tokens=99, **given), cache=tmp_path)
+        asyncio.run(models.ask_all(models.coherence(), client, items, kept.extend))
+    assert len(kept) == 9 and {finding.score for _, finding in kept} == {80.0}
+    assert server.requests[-1]["max_completion_tokens"] == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "flag"),
+    [
+        ('{"error": {"message": "Unrecognized request argument: seed"}}', "--omit seed"),
+        ('{"detail": [{"loc": ["seed"], "msg": "Extra inputs are not permitted"}]}', "--omit seed"),
+        ("max_completion_tokens: unknown field", "give --max-tokens N instead"),
+        ("'max_tokens' or 'max_completion_tokens' is too large: 768", ""),
+        ("This model's maximum context is 4096, you asked for max_tokens 768", ""),
+    ],
+)
+def test_a_400_stops_the_run_only_if_it_refuses_a_parameter(tmp_path, text, flag):
+    with serve(Reply(400, data=text.encode())) as server:
+        (answer,) = ask(settings(server), tmp_path)
+    assert isinstance(answer, UserError if flag else Unanswered)
+    assert flag in str(answer)
+
+
+def test_azure_gets_its_key_in_a_header_and_its_version_in_the_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "azure-secret")
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "of-another-service")
+    with serve(says("fine")) as server:
+        where = settings(server, key_variable="MY_KEY", api_version="2024-10-21")
+        (answer,) = ask(where, tmp_path)
+    assert answer.text == "fine"
+    assert server.paths == ["/v1/deployments/judge-9b/chat/completions?api-version=2024-10-21"]
+    assert server.headers[0]["api-key"] == "azure-secret"
+    assert "authorization" not in server.headers[0]
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 302])
 def test_an_error_that_every_row_would_get_stops_the_run(tmp_path, status):
     with serve(Reply(status, {"Location": "http://127.0.0.1:9/"})) as server:
@@ -206,19 +268,20 @@ def test_a_long_retry_after_stops_the_run(tmp_path):
 
 
 def test_as_many_calls_are_in_flight_as_allowed_and_no_more(tmp_path):
-    items = [Item(row_id=f"r{i}", prompt="p", response=f"{i}") for i in range(24)]
+    items = [Item(row_id=f"r{i}", prompt="p", response=f"{i}") for i in range(25)]
     kept: list = []
-    # Each call waits for two more, so it takes three in flight to go on.
+    # Each call but the first, which is made alone, waits for two more: it takes three to go on.
     together = threading.Barrier(3, timeout=30)
 
     def script(body, n):
-        together.wait()
+        if n:
+            together.wait()
         return says('{"coherence": 80}')
 
     with serve(script) as server:
         client = Client(settings(server, concurrency=3), cache=tmp_path)
         asyncio.run(models.ask_all(models.coherence(), client, items, kept.extend))
-    assert len(kept) == 24 and server.at_once == 3
+    assert len(kept) == 25 and server.at_once == 3
 
 
 def test_calls_are_spaced_by_the_rate_repeated_ones_too(tmp_path):

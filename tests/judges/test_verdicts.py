@@ -64,6 +64,15 @@ def test_verdicts_of_another_judge_are_refused_plainly_and_kept(tmp_path):
     assert (tmp_path / "judges/judge.parquet").read_bytes() == before
 
 
+def test_a_file_without_verdicts_is_no_other_judges(tmp_path):
+    with store(tmp_path) as first:
+        first.add([("a", Finding(reason="no reply: HTTP 400"))])
+    with store(tmp_path, identity={"model": "n"}) as second:
+        assert second.tried() == set()
+        second.add([("b", YES)])
+    assert verdicts.read_all(tmp_path)["judge"]["row_id"].to_list() == ["b"]
+
+
 def test_fresh_replaces_another_judges_verdicts(tmp_path):
     with store(tmp_path) as first:
         first.add([("a", YES), ("b", YES)])
