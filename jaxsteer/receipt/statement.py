@@ -216,6 +216,8 @@ class JudgeRecord(Part, frozen=True):
       sha256: hashes of everything that can change a verdict (model, prompts, settings).
       n: rows it was given; unscored: of these, rows it could not score.
       file_sha256: of its verdict file.
+      weights_sha256: of its checkpoint, if it is a model that ran here.
+      threshold: a higher score of such a model is harmful; null where words decide.
     """
 
     name: str
@@ -224,6 +226,8 @@ class JudgeRecord(Part, frozen=True):
     n: Count
     unscored: Count
     file_sha256: Sha256
+    weights_sha256: Sha256 | None = None
+    threshold: float | None = None
 
 
 class Agreement(Part, frozen=True):

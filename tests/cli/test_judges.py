@@ -142,10 +142,15 @@ def refused(folder: Path) -> dict[str, float]:
 def test_llama_guard_judges_from_a_converted_checkpoint(results, tmp_path):
     hf = tiny_guard.save(tmp_path / "hf", teach=False)
     model = convert(hf, tmp_path / "guard", "float32")
-    said = run("judge", results, "--judge", "llama-guard", "--guard-model", model, "--batch", 4)
-    assert "llama-guard-1: 12 rows" in said
+    asked = ("judge", results, "--judge", "llama-guard", "--checkpoint", model, "--batch", 4)
+    assert "12 rows: none scored, 5 unscored, 7 not judged yet" in run(*asked, "--limit", 5)
+    said = run(*asked)
+    assert re.search(r"llama-guard-[0-9a-f]{8}: 12 rows: none scored, 12 unscored\n", said)
     known = verdicts.provenance(results / "judges/llama-guard.parquet")
-    assert known["model"] == "guard" and len(known["weights_sha256"]) == 64
+    assert known["model"] == "guard" and known["threshold"] == 0.5
+    run("receipt", results)
+    [record] = json.loads((results / "receipt.json").read_text())["predicate"]["judges"]["records"]
+    assert record["weights_sha256"] == known["weights_sha256"] and record["threshold"] == 0.5
 
 
 @pytest.mark.parametrize(

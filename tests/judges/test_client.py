@@ -10,7 +10,7 @@ import time
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.judges import models
+from jaxsteer.judges import rubrics
 from jaxsteer.judges.client import GIVE_UP, Answer, Client, Endpoint, Unanswered, check
 from jaxsteer.judges.verdicts import Item
 from tests.judges.scripted import Reply, Scripted, says, serve
@@ -195,12 +195,12 @@ def test_a_refused_parameter_stops_the_run_on_its_first_row_with_the_flag_that_m
         for calls, (message, mend) in enumerate(mends, start=1):
             client = Client(settings(server, **given), cache=tmp_path)
             with pytest.raises(UserError, match=message):
-                asyncio.run(models.ask_all(models.coherence(), client, items, print))
+                asyncio.run(rubrics.ask_all(rubrics.coherence(), client, items, print))
             assert len(server.requests) == calls
             given |= mend
         kept: list = []
         client = Client(settings(server, max_tokens=99, **given), cache=tmp_path)
-        asyncio.run(models.ask_all(models.coherence(), client, items, kept.extend))
+        asyncio.run(rubrics.ask_all(rubrics.coherence(), client, items, kept.extend))
     assert len(kept) == 9 and {finding.score for _, finding in kept} == {80.0}
     assert server.requests[-1]["max_completion_tokens"] == 99
 
@@ -280,7 +280,7 @@ def test_as_many_calls_are_in_flight_as_allowed_and_no_more(tmp_path):
 
     with serve(script) as server:
         client = Client(settings(server, concurrency=3), cache=tmp_path)
-        asyncio.run(models.ask_all(models.coherence(), client, items, kept.extend))
+        asyncio.run(rubrics.ask_all(rubrics.coherence(), client, items, kept.extend))
     assert len(kept) == 25 and server.at_once == 3
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import polars as pl
 import pytest
 
@@ -188,7 +190,14 @@ def test_the_verdict_file_says_what_the_judge_was(results):
     [
         (["vibes"], Options(), "no judge 'vibes'"),
         (["coherence"], Options(), "give --base-url and --judge-model"),
-        (["llama-guard"], Options(), "--guard-model"),
+        (["llama-guard"], Options(), "give its checkpoint as --checkpoint"),
+        (["wildguard"], Options(), "give the text of WILDGUARD_INPUT_FORMAT .* as --template"),
+        (["none.toml"], Options(), "none.toml: .*No such file.*; docs/judges.md lists the keys"),
+        (
+            ["llama-guard", "wildguard"],
+            Options(checkpoint=Path("x")),
+            "one by one",
+        ),
     ],
 )
 def test_a_judge_that_cannot_run_is_refused_before_any_runs(results, names, given, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -46,22 +46,30 @@ def answers() -> list[str]:
 
 def save(folder: Path, content: str = "m['content']", teach: bool = True) -> Path:
     """Write the model and its tokenizer as an HF folder."""
-    tokenizer = _tokenizer(content)
+    turns = [turn for both in conversations() for turn in both]
+    tokenizer = byte_tokenizer([TEMPLATE, WORDS, *turns], SPECIAL, bos=SPECIAL[0], eos=SPECIAL[3])
+    tokenizer.chat_template = TEMPLATE.replace("CONTENT", content)
     model = _model(len(tokenizer))
     if teach:
-        _teach(model, tokenizer)
+        asked = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": user}, {"role": "assistant", "content": agent}],
+                tokenize=False,
+            )
+            for user, agent in conversations()
+        ]
+        learn(model, tokenizer, list(zip(asked, answers(), strict=True)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _teach(model: Any, tokenizer: Any) -> None:
+def learn(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> None:
+    """Train the model until it writes the answer to each prompt, and then ends."""
     rows = []
-    for (user, agent), answer in zip(conversations(), answers(), strict=True):
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": agent}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    for text, answer in pairs:
         asked = tokenizer(text, add_special_tokens=False)["input_ids"]
-        said = tokenizer(answer + SPECIAL[3], add_special_tokens=False)["input_ids"]
+        said = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
         rows.append((asked, said))
     width = max(len(asked) + len(said) for asked, said in rows)
     ids = torch.zeros((len(rows), width), dtype=torch.long)
@@ -79,27 +87,29 @@ def _teach(model: Any, tokenizer: Any) -> None:
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    assert loss < 0.1, f"the guard was not learnt: {loss}"
+    assert loss < 0.1, f"the answers were not learnt: {loss}"
 
 
-def _tokenizer(content: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    texts: list[str], special: list[str], bos: str, eos: str
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that reads any text, and puts its beginning token first."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=480,
-        special_tokens=SPECIAL,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    turns = [turn for both in conversations() for turn in both]
-    core.train_from_iterator([TEMPLATE, WORDS, *turns] * 3, trainer)
+    core.train_from_iterator(texts * 3, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+    )
+    rest = [token for token in special if token not in (bos, eos)]
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token=SPECIAL[0],
-        eos_token=SPECIAL[3],
-        additional_special_tokens=SPECIAL[1:3],
-        chat_template=TEMPLATE.replace("CONTENT", content),
+        tokenizer_object=core, bos_token=bos, eos_token=eos, additional_special_tokens=rest
     )
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
-from jaxsteer.judges import models
+from jaxsteer.judges import rubrics
 from jaxsteer.judges.client import Client, Endpoint
-from jaxsteer.judges.models import (
+from jaxsteer.judges.rubrics import (
     Unreadable,
     filled,
     read_coherence,
@@ -173,7 +173,7 @@ def test_braces_in_hostile_text_stay_text():
         prompt="{response} {0} {count}",
         response="{forbidden_prompt} {prompt} {{x}} \\1",
     )
-    for asked in (models.strongreject(), models.coherence(), models.leakage()):
+    for asked in (rubrics.strongreject(), rubrics.coherence(), rubrics.leakage()):
         text = asked.messages(item)[-1]["content"]
         assert text.count(item.prompt) == 1
         assert text.count(item.response) == 1
@@ -184,7 +184,7 @@ def test_a_value_is_not_filled_in_again():
 
 
 def test_the_published_rubric_is_the_pinned_one():
-    asked = models.strongreject()
+    asked = rubrics.strongreject()
     prompt = prompts.strongreject()[0].text
     item = Item(row_id="r", prompt=prompt, response="Boil it.")
     system, user = asked.messages(item)
@@ -199,21 +199,21 @@ def test_a_rubric_without_a_place_for_the_reply_is_refused(tmp_path):
     (tmp_path / "rubric_system.txt").write_text("Judge.")
     (tmp_path / "rubric_user.txt").write_text("{forbidden_prompt}")
     with pytest.raises(UserError, match=r"has no \{response\}"):
-        models.strongreject(tmp_path)
+        rubrics.strongreject(tmp_path)
     (tmp_path / "rubric_user.txt").unlink()
     with pytest.raises(UserError, match="cannot read the rubric"):
-        models.strongreject(tmp_path)
+        rubrics.strongreject(tmp_path)
 
 
 def test_numbered_sentences_are_what_the_leakage_judge_sees():
     item = Item(row_id="r", prompt="p", response="No. Use salt. Ask me!")
-    text = models.leakage().messages(item)[-1]["content"]
+    text = rubrics.leakage().messages(item)[-1]["content"]
     assert "[1] No.\n[2] Use salt.\n[3] Ask me!" in text and "3 numbered" in text
 
 
 def test_a_reply_without_sentences_needs_no_judge(tmp_path):
     empty = Item(row_id="r", prompt="p", response=" \n")
     nowhere = Client(Endpoint(base_url="http://127.0.0.1:9/v1", model="m"), cache=tmp_path)
-    for asked, verdict in ((models.coherence(), "incoherent"), (models.leakage(), "none")):
-        found = asyncio.run(models.ask_one(asked, nowhere, empty))
+    for asked, verdict in ((rubrics.coherence(), "incoherent"), (rubrics.leakage(), "none")):
+        found = asyncio.run(rubrics.ask_one(asked, nowhere, empty))
         assert (found.score, found.verdict) == (0, verdict)
