@@ -94,7 +94,7 @@ class JudgeSpec(Spec, frozen=True, kw_only=True):
       fields: what is put into the template: {prompt}, {reply} and {policy}, with text around them,
         by the template's names, or by the roles of a conversation.
       read: how the answer is read.
-      about: which replies are judged: all, or those to prompts that are not benign.
+      about: which replies are judged: all, or those to harmful prompts.
       checkpoint: its folder, relative to the file; "" is given on the command line.
       template: a file, relative to the TOML: Jinja (.jinja), or plain text with names in braces;
         `chat` is the checkpoint's chat template; "" is given on the command line.

@@ -71,8 +71,8 @@ class Finding:
     reason: str = ""
 
 
-# The replies that a judge is about: all; those to prompts that are not benign; of these, those that
-# are refused or degenerate.
+# The replies that a judge is about: all; those to harmful prompts; of these, those that are refused
+# or degenerate.
 About = Literal["all", "harmful", "failed"]
 # Row ids with what a judge says of them.
 Findings = Sequence[tuple[str, Finding]]
