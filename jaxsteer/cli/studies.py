@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,10 +104,10 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
-    from jaxsteer.evidence import impact, power
+    from jaxsteer.evidence import impact, power, reliability
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
-    from jaxsteer.study import results, run, spec, validate
+    from jaxsteer.study import prepare, results, run, spec, validate
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -131,6 +132,10 @@ def sweep(
     if not joined.first:
         joined.meet("receipt")
         return
+    kept = folder / prepare.SAMPLES
+    if kept.is_dir():
+        reliability.measure(folder, loaded)
+        shutil.rmtree(kept)
     receipt, _ = build.write(folder)
     made = statement.load(receipt)
     for family in made.predicate.prompts:

@@ -153,6 +153,7 @@ def extract(
     *,
     found: Mapping[str, Direction] | None = None,
     settings: Settings = DEFAULT,
+    keep: Path | None = None,
 ) -> Direction:
     """Make one direction.
 
@@ -162,6 +163,7 @@ def extract(
       kind: how it is made.
       found: the directions that exist already, for kinds made of others.
       settings: what directions have in common.
+      keep: file for the sums of its samples (see `samples.Parts`), if it has any.
 
     Raises:
       UserError: no direction to take norms from, or as `contrast` and `samples.gather`.
@@ -182,16 +184,20 @@ def extract(
             made = direction.random_like(found[other or real[0]], seed)
             return dataclasses.replace(made, name=name)
         case _:
-            return difference(model, name, contrast(kind, settings))
+            return difference(model, name, contrast(kind, settings), keep)
 
 
-def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
+def difference(
+    model: ChatModel, name: str, made_of: Contrast, keep: Path | None = None
+) -> Direction:
     """The difference of a contrast's means, with its provenance.
 
     Raises:
       UserError: as `samples.gather`.
     """
     found = samples.gather(model, made_of)
+    if keep is not None:
+        found.keep(keep)
     norms = np.linalg.norm(found.values[found.positive].astype(np.float64), axis=-1)
     provenance: dict[str, Any] = {
         "tap": "resid_post",
@@ -205,10 +211,14 @@ def difference(model: ChatModel, name: str, made_of: Contrast) -> Direction:
         "weights_sha256": model.weights_sha256,
         "tokenizer_sha256": model.tokenizer_sha256,
     }
-    if (halves := found.split_half()) is not None:
-        mean = [round(float(value), 6) for value in halves]
-        units = len(np.unique(found.units[found.labelled]))
-        provenance["split_half"] = {"unit": found.labelled, "units": units, "mean": mean}
+    parts = found.parts(found.labelled)
+    if (halves := parts.split_half()) is not None:
+        mean = [round(float(value), 6) for value in halves.mean(axis=0)]
+        provenance["split_half"] = {
+            "unit": found.labelled,
+            "units": len(parts.ids),
+            "mean": mean,
+        }
     if made_of.replayed_under or made_of.position != "prompt_end":
         sampled = {**samples.SAMPLED, "max_new_tokens": made_of.max_new_tokens}
         provenance |= {"seed": made_of.seed, "sampled": sampled}

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
+from safetensors.numpy import load_file, save_file
 
 from jaxsteer.directions import activations
 from jaxsteer.directions.activations import Position
 from jaxsteer.errors import UserError
-from jaxsteer.files import stable_id
+from jaxsteer.files import atomic_path, stable_id
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.requests import shared_lengths
@@ -96,27 +98,89 @@ class Samples:
         """Mean of group 0 minus the mean of the other groups' means, float32, summed in float64."""
         return _difference(self.values, np.ones(len(self.group)), self.group).astype(np.float32)
 
-    def split_half(self, repeats: int = 100, seed: int = 0) -> Float[np.ndarray, " layer"] | None:
-        """Mean cosine of the directions of two random halves of the labelled units, by layer.
+    def parts(self, unit: str) -> Parts:
+        """The samples summed by unit and side, in float64."""
+        key = 2 * self.units[unit].astype(np.int64) + self.positive
+        order = np.argsort(key, kind="stable")
+        found, starts, counts = np.unique(key[order], return_index=True, return_counts=True)
+        sums = np.zeros((len(found), *self.values.shape[1:]))
+        for layer in range(self.values.shape[1]):
+            values = self.values[order, layer].astype(np.float64)
+            # The common mean drops out of differences; without it they lose fewer digits.
+            sums[:, layer] = np.add.reduceat(values - values.mean(axis=0), starts, axis=0)
+        return Parts(ids=found // 2, positive=found % 2 > 0, counts=counts, sums=sums)
 
-        Each side's units are halved, `repeats` times. None where a side has fewer than two units;
-        `evidence.reliability` says what it means, and measures more of it.
+    def keep(self, path: Path) -> None:
+        """Write the sums of all units to a safetensors file, float32."""
+        arrays = {
+            f"{unit}.{name}": value.astype(np.float32) if name == "sums" else value
+            for unit in self.units
+            for name, value in vars(self.parts(unit)).items()
+        }
+        path.parent.mkdir(exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(arrays, temporary)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """Samples summed by unit and side: all that halves and relabellings of whole units need.
+
+    Attributes:
+      ids: the unit of each part.
+      positive: whether its samples are on the positive side.
+      counts: its number of samples.
+      sums: of its samples, without the mean of all samples.
+    """
+
+    ids: Int[np.ndarray, " part"]
+    positive: Bool[np.ndarray, " part"]
+    counts: Int[np.ndarray, " part"]
+    sums: Float[np.ndarray, "part layer d_model"]
+
+    def weights(
+        self, positive: Bool[np.ndarray, "repeat part"], kept: Bool[np.ndarray, "repeat part"]
+    ) -> Float[np.ndarray, "repeat part"]:
+        """Weights of the sums in a difference of means over the samples of the kept parts."""
+        up, down = positive & kept, ~positive & kept
+        return up / (up @ self.counts)[:, None] - down / (down @ self.counts)[:, None]
+
+    def split_half(
+        self, *, halves: int = 100, seed: int = 0, size: int | None = None
+    ) -> Float[np.ndarray, "half layer"] | None:
+        """Cosines between the directions of two random halves of the units, for each repeat.
+
+        A unit of both sides, such as a question, is in the same half on both. Units of one side
+        are halved on each side. With `size`, each half has that many units a side; the rest is
+        left out. None where a side has fewer than two units.
         """
-        ids, at, unit = np.unique(self.units[self.labelled], return_index=True, return_inverse=True)
-        group, counts, found = self.group[at], np.bincount(unit), []
-        if min((group == 0).sum(), (group > 0).sum()) < 2:
+        up, down = self.ids[self.positive], self.ids[~self.positive]
+        if min(len(up), len(down)) < 2:
             return None
-        sums = np.zeros((len(ids), *self.values.shape[1:]))
-        np.add.at(sums, unit, self.values)
+        sides = [up] if np.array_equal(up, down) else [up, down]
         generator = np.random.Generator(np.random.PCG64(seed))
-        for _ in range(repeats):
-            first = np.zeros(len(ids), bool)
-            for side in (np.flatnonzero(group == 0), np.flatnonzero(group > 0)):
-                first[generator.permutation(side)[: len(side) // 2]] = True
-            one, two = (_difference(sums[h], counts[h], group[h]) for h in (first, ~first))
-            norms = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-            found.append(np.einsum("ld,ld->l", one, two) / np.where(norms > 0, norms, 1.0))
-        return np.mean(found, axis=0)
+        kept = np.zeros((2, halves, len(self.ids)), bool)
+        for repeat in range(halves):
+            for side in sides:
+                order, n = generator.permutation(side), len(side) // 2 if size is None else size
+                kept[0, repeat] |= np.isin(self.ids, order[:n])
+                kept[1, repeat] |= np.isin(self.ids, order[n : None if size is None else 2 * n])
+        one, two = (self.weights(np.broadcast_to(self.positive, h.shape), h) for h in kept)
+        found = []
+        for sums in self.sums.transpose(1, 0, 2):
+            first, second = one @ sums, two @ sums
+            norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+            dots = np.einsum("rd,rd->r", first, second)
+            found.append(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 1e-12))
+        return np.stack(found, axis=1)
+
+
+def kept(path: Path) -> dict[str, Parts]:
+    """The sums that `Samples.keep` wrote, by unit."""
+    arrays = load_file(path)
+    units = dict.fromkeys(name.rpartition(".")[0] for name in arrays)
+    fields = [field.name for field in dataclasses.fields(Parts)]
+    return {unit: Parts(**{name: arrays[f"{unit}.{name}"] for name in fields}) for unit in units}
 
 
 def _difference(

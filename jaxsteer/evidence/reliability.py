@@ -10,28 +10,27 @@ with all its instructions, or a prompt.
     isotropic    1 / sqrt(d_model), the spread of random vectors; for comparison only, since the
                  residual stream is far from isotropic
 
-The first two use the samples' inner products per layer, so repeats cost little. `measure` does all
-this for a study, whose directions it makes again sample by sample: geometry.json of its results.
+The first two need only sums of samples over units, which a sweep keeps until `measure` has written
+geometry.json; without them `measure` makes the samples again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from jaxsteer import stats
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import FromChats, contrast
-from jaxsteer.directions.samples import Samples, gather
+from jaxsteer.directions.samples import Parts, gather, kept
 from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json
 from jaxsteer.model.chat_model import ChatModel
@@ -43,6 +42,7 @@ from jaxsteer.words import Progress
 
 FORMAT: Final = "jaxsteer-geometry-1"
 FILE = "geometry.json"
+Units = Mapping[str, Parts]
 WELL_KNOWN = 0.5  # smallest split-half cosine of a direction that is not marked
 
 
@@ -158,10 +158,10 @@ def measure(
         for name, direction in directions.load(folder / "directions.safetensors").items()
         if direction.provenance.get("kind") != "random"
     }
-    gathered: dict[str, Samples | str] = {}
+    gathered: dict[str, Units | str] = {}
     with Progress("samples of directions", len(named), unit="directions") as progress:
         for name in named:
-            gathered[name] = _samples_of(found.spec, model, name)
+            gathered[name] = _samples_of(folder, found.spec, model, name)
             progress.advance(1)
     made = Measurements(
         format=FORMAT,
@@ -202,51 +202,56 @@ def load(folder: Path) -> Measurements | None:
         raise UserError(f"{path}: {error}; run `jaxsteer geometry` again") from None
 
 
-def _samples_of(spec: StudySpec, model: ChatModel, name: str) -> Samples | str:
+def _samples_of(folder: Path, spec: StudySpec, model: ChatModel, name: str) -> Units | str:
     """The samples behind one direction of a study, or why it has none of its own."""
-    kind = spec.directions.get(name)
+    path, kind = folder / prepare.SAMPLES / f"{name}.safetensors", spec.directions.get(name)
+    if path.is_file():
+        return kept(path)
     if isinstance(kind, FromChats):
-        return gather(model, contrast(kind, prepare.extraction_settings(spec)))
+        found = gather(model, contrast(kind, prepare.extraction_settings(spec)))
+        return {unit: found.parts(unit) for unit in found.units}
     if kind is None:
         return "not made by this study's spec"
     return "made of other directions, which are measured instead"
 
 
-def _described(direction: Direction, samples: Samples | str, halves: int, seed: int) -> Measured:
+def _labelled(units: Units) -> Parts:
+    """The units that are on one side only, so that a null may shuffle their labels."""
+    return next(parts for parts in units.values() if len(np.unique(parts.ids)) == len(parts.ids))
+
+
+def _described(direction: Direction, units: Units | str, halves: int, seed: int) -> Measured:
     entry = Measured(
         sha256=direction.sha256,
         kind=str(direction.provenance.get("kind")),
         norm=_rounded(np.linalg.norm(direction.vectors.astype(np.float64), axis=1)),
     )
-    if isinstance(samples, str):
-        return msgspec.structs.replace(entry, not_measured=samples)
-    alike = cosines(samples.direction(), direction.vectors)
+    if isinstance(units, str):
+        return msgspec.structs.replace(entry, not_measured=units)
+    whole = _labelled(units)
+    every = whole.weights(whole.positive[None], np.ones((1, len(whole.ids)), bool))
+    alike = cosines(np.einsum("p,pld->ld", every[0], whole.sums), direction.vectors)
     nonzero = np.linalg.norm(direction.vectors, axis=1) > 0
     reliability = {}
-    for unit in samples.units:
-        try:
-            split = split_half(samples, unit, halves=halves, seed=seed)
-        except UserError:
+    for unit, parts in units.items():
+        split = parts.split_half(halves=halves, seed=seed)
+        if split is None:
             continue
         mean = split.mean(axis=0)
         low, high = np.quantile(split, [0.025, 0.975], axis=0)
+        sizes = ((n, parts.split_half(halves=halves, seed=seed, size=n)) for n in _sizes(parts))
         reliability[unit] = Halves(
-            units=len(np.unique(samples.units[unit])),
+            units=len(np.unique(parts.ids)),
             mean=_rounded(mean),
             low=_rounded(low),
             high=_rounded(high),
             spearman_brown=_rounded([stats.spearman_brown(float(r)) for r in mean]),
-            growth={
-                n: _rounded(
-                    split_half(samples, unit, halves=halves, seed=seed, size=n).mean(axis=0)
-                )
-                for n in _sizes(samples, unit)
-            },
+            growth={n: _rounded(s.mean(axis=0)) for n, s in sizes if s is not None},
         )
     return msgspec.structs.replace(
         entry,
-        n_positive=int(samples.positive.sum()),
-        n_negative=int((~samples.positive).sum()),
+        n_positive=int(whole.counts[whole.positive].sum()),
+        n_negative=int(whole.counts[~whole.positive].sum()),
         recomputed_cosine=round(float(alike[nonzero].min(initial=1.0)), 6),
         reliability=reliability,
     )
@@ -255,8 +260,8 @@ def _described(direction: Direction, samples: Samples | str, halves: int, seed: 
 def _pair(
     first: Direction,
     second: Direction,
-    first_samples: Samples | str,
-    second_samples: Samples | str,
+    first_units: Units | str,
+    second_units: Units | str,
     draws: int,
     seed: int,
 ) -> Pair:
@@ -264,14 +269,14 @@ def _pair(
     nulls = [
         (
             name,
-            relabellings(samples),
-            permutation_null(samples, other, draws=draws, seed=seed),
+            relabellings(_labelled(units)),
+            permutation_null(_labelled(units), other, draws=draws, seed=seed),
         )
-        for name, samples, other in (
-            (first.name, first_samples, second.vectors),
-            (second.name, second_samples, first.vectors),
+        for name, units, other in (
+            (first.name, first_units, second.vectors),
+            (second.name, second_units, first.vectors),
         )
-        if isinstance(samples, Samples)
+        if not isinstance(units, str)
     ]
     null = None
     if nulls:
@@ -288,12 +293,10 @@ def _pair(
     return Pair(first=first.name, second=second.name, cosine=_rounded(observed), null=null)
 
 
-def _sizes(samples: Samples, unit: str) -> list[int]:
+def _sizes(parts: Parts) -> list[int]:
     """1, 2, 4 and so on, and the largest number of units a side that a half can have."""
-    ids = samples.units[unit]
-    each = (np.unique(ids[side]) for side in (samples.positive, ~samples.positive))
-    most = min(map(len, each)) // 2
-    return sorted({most} | {2**k for k in range(most.bit_length())})
+    most = min(parts.positive.sum(), (~parts.positive).sum()) // 2
+    return sorted({int(most)} | {2**k for k in range(int(most).bit_length())})
 
 
 def _rounded(values: Any) -> list[float]:
@@ -308,102 +311,29 @@ def cosines(first: Layers, second: Layers) -> Float[np.ndarray, " layer"]:
     return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Parts:
-    """Samples summed by unit and side. Halves and relabellings take whole units, so that inner
-    products of these few sums are all they need.
-
-    Attributes:
-      ids: the unit of each part.
-      positive: whether its samples are on the positive side.
-      counts: its number of samples.
-      order, starts: the samples part by part, and where each part begins.
-    """
-
-    ids: Int[np.ndarray, " part"]
-    positive: Bool[np.ndarray, " part"]
-    counts: Int[np.ndarray, " part"]
-    order: Int[np.ndarray, " sample"]
-    starts: Int[np.ndarray, " part"]
-
-    def sums(self, samples: Samples) -> Iterator[Float[np.ndarray, "part d_model"]]:
-        """The sums of one layer after the other, in float64."""
-        for layer in range(samples.values.shape[1]):
-            values = samples.values[self.order, layer].astype(np.float64)
-            # The common mean drops out of differences; without it they lose fewer digits.
-            yield np.add.reduceat(values - values.mean(axis=0), self.starts, axis=0)
-
-    def weights(
-        self, positive: Bool[np.ndarray, "repeat part"], kept: Bool[np.ndarray, "repeat part"]
-    ) -> Float[np.ndarray, "repeat part"]:
-        """Weights of the sums in a difference of means over the samples of the kept parts."""
-        up, down = positive & kept, ~positive & kept
-        return up / (up @ self.counts)[:, None] - down / (down @ self.counts)[:, None]
-
-
-def _parts(samples: Samples, unit: str) -> _Parts:
-    key = 2 * samples.units[unit].astype(np.int64) + samples.positive
-    order = np.argsort(key, kind="stable")
-    parts, starts, counts = np.unique(key[order], return_index=True, return_counts=True)
-    return _Parts(ids=parts // 2, positive=parts % 2 > 0, counts=counts, order=order, starts=starts)
-
-
-def split_half(
-    samples: Samples, unit: str, *, halves: int = 100, seed: int = 0, size: int | None = None
-) -> Float[np.ndarray, "half layer"]:
-    """Cosines between the directions of two random halves of the units, for each repeat.
-
-    A unit of both sides, such as a question, is in the same half on both. Units of one side are
-    halved on each side. With `size`, each half has that many units a side; the rest is left out.
-
-    Raises:
-      UserError: a side has fewer than two units.
-    """
-    parts = _parts(samples, unit)
-    up, down = parts.ids[parts.positive], parts.ids[~parts.positive]
-    if min(len(up), len(down)) < 2:
-        raise UserError(f"one {unit} on each side cannot be halved; use another unit")
-    sides = [up] if np.array_equal(up, down) else [up, down]
-    generator = np.random.Generator(np.random.PCG64(seed))
-    kept = np.zeros((2, halves, len(parts.ids)), bool)
-    for repeat in range(halves):
-        for side in sides:
-            order, n = generator.permutation(side), len(side) // 2 if size is None else size
-            kept[0, repeat] |= np.isin(parts.ids, order[:n])
-            kept[1, repeat] |= np.isin(parts.ids, order[n : None if size is None else 2 * n])
-    one, two = (parts.weights(np.broadcast_to(parts.positive, half.shape), half) for half in kept)
-    found = []
-    for sums in parts.sums(samples):
-        first, second = one @ sums, two @ sums
-        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-        found.append(_ratio(np.einsum("rd,rd->r", first, second), norms))
-    return np.stack(found, axis=1)
-
-
 def permutation_null(
-    samples: Samples, other: Layers, *, draws: int = 1000, seed: int = 0
+    parts: Parts, other: Layers, *, draws: int = 1000, seed: int = 0
 ) -> Float[np.ndarray, "draw layer"]:
     """Cosines with `other` of directions made from shuffled labels.
 
     Labels move between whole units, so the null keeps the anisotropy and everything the samples
-    share, and the number of positive units.
+    share, and the number of positive units. A unit is on one side only.
     """
-    parts = _parts(samples, samples.labelled)
     generator = np.random.Generator(np.random.PCG64(seed))
     shuffled = np.stack([generator.permutation(parts.positive) for _ in range(draws)])
     weights = parts.weights(shuffled, np.ones_like(shuffled))
     found = []
-    for sums, wide in zip(parts.sums(samples), other.astype(np.float64), strict=True):
+    for sums, wide in zip(parts.sums.transpose(1, 0, 2), other.astype(np.float64), strict=True):
         norms = np.einsum("rp,rp->r", weights @ (sums @ sums.T), weights)
         norms = np.sqrt(np.maximum(norms, 0)) * np.linalg.norm(wide)
-        found.append(_ratio(weights @ (sums @ wide), norms))
+        dots = weights @ (sums @ wide)
+        found.append(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 1e-12))
     return np.stack(found, axis=1)
 
 
-def relabellings(samples: Samples) -> int:
+def relabellings(parts: Parts) -> int:
     """Number of different labellings of the units, with the true one."""
-    ids = samples.units[samples.labelled]
-    return math.comb(len(np.unique(ids)), len(np.unique(ids[samples.positive])))
+    return math.comb(len(parts.ids), int(parts.positive.sum()))
 
 
 def two_sided_p(
@@ -413,7 +343,3 @@ def two_sided_p(
     # A relabelling that happens to be the true one equals the observed but for rounding.
     beyond = (np.abs(null) >= np.abs(observed) - 1e-12).sum(axis=0)
     return (1 + beyond) / (1 + len(null))
-
-
-def _ratio(dots: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    return np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 1e-12)

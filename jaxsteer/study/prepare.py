@@ -38,6 +38,9 @@ from jaxsteer.words import Progress
 
 VERSION = "3"
 
+# Folder of a results folder with sums of the directions' samples, until they are measured.
+SAMPLES = "samples"
+
 
 class Record(Candidates, frozen=True, kw_only=True):
     """setup.json.
@@ -323,8 +326,9 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
         done, settings = len(kinds) - len(missing), extraction_settings(spec)
         with Progress("directions", len(kinds), done, unit="directions") as progress:
             for name in missing:
+                kept = path.with_name(SAMPLES) / f"{name}.safetensors"
                 found[name] = extraction.extract(
-                    model, name, kinds[name], found=found, settings=settings
+                    model, name, kinds[name], found=found, settings=settings, keep=kept
                 )
                 directions.add(path, found[name], model)
                 progress.advance(1)

@@ -125,7 +125,7 @@ MARKS = (record.FILE, "setup.json")
 OURS = {
     *MARKS, "directions.safetensors", "responses.parquet", "summary.json", "modes.json",
     "geometry.json", data.SAVED, "receipt.json", "receipt.html", "judges", "shards", impact.FILE,
-    impact.SHARDS,
+    impact.SHARDS, prepare.SAMPLES,
 }  # fmt: skip
 
 

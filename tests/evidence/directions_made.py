@@ -64,7 +64,7 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
     """geometry.json in the form that `reliability.measure` writes."""
     described = {}
     for name, found in made.items():
-        split = {u: reliability.split_half(found, u, halves=20) for u in found.units}
+        split = {u: found.parts(u).split_half(halves=20) for u in found.units}
         described[name] = {
             "sha256": named[name].sha256,
             "kind": "trait",
@@ -77,9 +77,7 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
                     "high": half.max(axis=0).tolist(),
                     "spearman_brown": half.mean(axis=0).tolist(),
                     "growth": {
-                        n: reliability.split_half(found, unit, halves=20, size=n)
-                        .mean(axis=0)
-                        .tolist()
+                        n: found.parts(unit).split_half(halves=20, size=n).mean(axis=0).tolist()
                         for n in (1, 2)
                     },
                 }
@@ -88,12 +86,13 @@ def record(named: dict[str, Direction], made: dict[str, Samples]) -> dict[str, A
         }
     pairs = []
     for one, other in itertools.combinations(sorted(made), 2):
-        null = reliability.permutation_null(made[one], named[other].vectors, draws=100)
+        parts = made[one].parts(made[one].labelled)
+        null = reliability.permutation_null(parts, named[other].vectors, draws=100)
         low, high = np.quantile(null, [0.025, 0.975], axis=0)
         cosine = reliability.cosines(named[one].vectors, named[other].vectors)
         p = reliability.two_sided_p(cosine, null)
         ends = {"low": low.tolist(), "high": high.tolist(), "p": p.tolist()}
-        shuffled = {"shuffled": [one], "relabellings": reliability.relabellings(made[one])}
+        shuffled = {"shuffled": [one], "relabellings": reliability.relabellings(parts)}
         pair = {"first": one, "second": other, "cosine": cosine.tolist()}
         pairs.append({**pair, "null": {**shuffled, **ends}})
     return {

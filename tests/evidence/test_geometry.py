@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as theirs
 
-from jaxsteer.directions.samples import Samples
-from jaxsteer.errors import UserError
+from jaxsteer.directions.samples import Samples, kept
 from jaxsteer.evidence import reliability
 
 LAYERS, WIDTH = 2, 24
@@ -54,14 +53,19 @@ def theirs_cosine(a, b):
     return cosine(a.astype(np.float64), b.astype(np.float64))
 
 
-def test_the_reliability_kept_with_a_direction_is_that_of_a_hundred_halvings(rng):
-    made = instructed(rng, shared=2.0)
-    expected = reliability.split_half(made, "instruction", halves=100).mean(axis=0)
-    np.testing.assert_allclose(made.split_half(), expected, atol=1e-5)
-
-
 def test_one_instruction_a_side_has_no_halves(rng):
-    assert instructed(rng, instructions=1).split_half() is None
+    assert instructed(rng, instructions=1).parts("instruction").split_half() is None
+
+
+def test_sums_that_are_kept_say_the_same(rng, tmp_path):
+    made = instructed(rng)
+    made.keep(tmp_path / "samples" / "one.safetensors")
+    again = kept(tmp_path / "samples" / "one.safetensors")
+    assert again.keys() == made.units.keys()
+    for unit, parts in again.items():
+        assert parts.sums.dtype == np.float32 and parts.counts.sum() == len(made.group)
+        expected = made.parts(unit).split_half(halves=10)
+        np.testing.assert_allclose(parts.split_half(halves=10), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
@@ -76,7 +80,7 @@ def test_smaller_halves_agree_as_far_as_their_noise_allows(rng, size):
         units={"instruction": np.arange(64)},
         labelled="instruction",
     )
-    found = reliability.split_half(made, "instruction", halves=200, size=size).mean()
+    found = made.parts("instruction").split_half(halves=200, size=size).mean()
     assert found == pytest.approx(1 / (1 + 2 * 4 / size), abs=0.05)
 
 
@@ -96,13 +100,13 @@ def test_halves_are_directions_of_disjoint_units(rng, unit):
             for h in (first, ~first)
         ]
         possible.add(round(float(reliability.cosines(*halves)[0]), 4))
-    found = reliability.split_half(made, unit, halves=30)
+    found = made.parts(unit).split_half(halves=30)
     assert {round(float(value), 4) for value in found[:, 0]} == possible
 
 
 def test_reliability_rises_with_the_effect_and_falls_to_nothing_without_one(rng):
     means = [
-        reliability.split_half(instructed(rng, effect=effect), "instruction").mean()
+        instructed(rng, effect=effect).parts("instruction").split_half().mean()
         for effect in (0.0, 1.0, 5.0)
     ]
     assert abs(means[0]) < 0.2 < means[1] < means[2]
@@ -112,13 +116,8 @@ def test_reliability_rises_with_the_effect_and_falls_to_nothing_without_one(rng)
 def test_reliability_over_questions_hides_what_reliability_over_instructions_shows(rng):
     # No effect at all: the same few instructions in both halves still look like a direction.
     made = instructed(rng, effect=0.0, shared=2.0)
-    assert reliability.split_half(made, "question").mean() > 0.9
-    assert reliability.split_half(made, "instruction").mean() < 0.3
-
-
-def test_one_unit_a_side_cannot_be_halved(rng):
-    with pytest.raises(UserError, match="one instruction on each side"):
-        reliability.split_half(instructed(rng, instructions=1), "instruction")
+    assert made.parts("question").split_half().mean() > 0.9
+    assert made.parts("instruction").split_half().mean() < 0.3
 
 
 def test_the_null_is_all_relabellings_of_whole_units(rng):
@@ -129,9 +128,9 @@ def test_the_null_is_all_relabellings_of_whole_units(rng):
         up = np.isin(made.units["instruction"], chosen)
         direction = made.values[up].mean(axis=0) - made.values[~up].mean(axis=0)
         possible.add(round(float(reliability.cosines(direction, other)[1]), 4))
-    found = reliability.permutation_null(made, other, draws=200)
+    found = reliability.permutation_null(made.parts(made.labelled), other, draws=200)
     assert {round(float(value), 4) for value in found[:, 1]} == possible
-    assert reliability.relabellings(made) == len(possible) == 6
+    assert reliability.relabellings(made.parts(made.labelled)) == len(possible) == 6
 
 
 def test_the_p_value_agrees_with_scipys_permutation_test(rng):
@@ -153,7 +152,7 @@ def test_the_p_value_agrees_with_scipys_permutation_test(rng):
     expected = theirs.permutation_test(
         (np.arange(20), np.arange(20, 40)), statistic, n_resamples=2000, vectorized=False, rng=0
     )
-    null = reliability.permutation_null(made, other, draws=2000)
+    null = reliability.permutation_null(made.parts(made.labelled), other, draws=2000)
     observed = reliability.cosines(made.direction(), other)
     assert reliability.two_sided_p(observed, null)[0] == pytest.approx(expected.pvalue, abs=0.03)
 
@@ -163,7 +162,7 @@ def test_the_isotropic_null_is_too_narrow_where_a_few_dimensions_carry_the_varia
     stretch[0] = 30.0
     other = np.ones((LAYERS, WIDTH), np.float32) * stretch.astype(np.float32)
     made = instructed(rng, effect=0.0, stretch=stretch)
-    null = reliability.permutation_null(made, other)
+    null = reliability.permutation_null(made.parts(made.labelled), other)
     assert null.std() > 3 * WIDTH**-0.5
 
 
@@ -172,7 +171,7 @@ def test_the_permutation_null_rejects_no_more_often_than_it_says(rng):
     other = rng.standard_normal((LAYERS, WIDTH)).astype(np.float32)
     for _ in range(60):
         made = instructed(rng, effect=0.0, shared=2.0)
-        null = reliability.permutation_null(made, other, draws=200)
+        null = reliability.permutation_null(made.parts(made.labelled), other, draws=200)
         observed = reliability.cosines(made.direction(), other)
         rejected += reliability.two_sided_p(observed, null)[0] <= 0.05
     assert theirs.binomtest(int(rejected), 60).proportion_ci(0.99).low <= 0.05

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
+from jaxsteer.directions.samples import Samples
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability
+from jaxsteer.study import prepare
 from tests.evidence import directions_made
 from tests.receipt import made as receipts
 
@@ -31,3 +34,26 @@ def test_what_was_measured_reads_back(tmp_path):
     found = reliability.load(directions_made.folder(tmp_path))
     assert found.directions["persona"].reliability["instruction"].units == 20
     assert found.pairs[0].null.shuffled == [found.pairs[0].first]
+
+
+def test_the_sums_that_a_sweep_kept_are_measured(tmp_path, monkeypatch, rng, smollm2):
+    def no_gathering(*given):
+        raise AssertionError("the samples were there")
+
+    monkeypatch.setattr(reliability, "gather", no_gathering)
+    model = receipts.run_record(receipts.study())["model"]
+    model |= {"weights_sha256": smollm2.weights_sha256}
+    folder = receipts.folder(tmp_path / "made", model=model)
+    for name in ("persona", "refusal"):
+        made = Samples(
+            values=rng.standard_normal((8, receipts.LAYERS, receipts.WIDTH)).astype(np.float32),
+            group=np.arange(8) // 4,
+            units={"prompt": np.arange(8)},
+            labelled="prompt",
+        )
+        made.keep(folder / prepare.SAMPLES / f"{name}.safetensors")
+    found = reliability.measure(folder, smollm2, halves=10, draws=20)
+    assert found == reliability.load(folder)
+    assert found.directions["persona"].reliability["prompt"].units == 8
+    (pair,) = found.pairs
+    assert pair.null is not None and pair.null.relabellings == 70
