@@ -56,7 +56,7 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
         x=marks.points_axis(
             "difference", "second receipt minus first, in points of 100 prompts", ends
         ),
-        y=marks.row_axis("row", numbers=True),
+        y=marks.row_axis("row", numbers=True, above=marks.ROW),
         tooltip=marks.tooltip("condition metric", percent="first second low high"),
         **marks.by_role("kind", KINDS, legend=alt.Legend(offset=22)),
     )
@@ -70,7 +70,7 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
     if len(drawn) < len(found.lines):
         detail += f"; {len(drawn)} of {len(found.lines)} drawn"
     layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high")]
-    return marks.wide(layers, finding, detail, max(60, 22 * len(drawn)))
+    return marks.wide(layers, finding, detail, marks.ROW * len(drawn))
 
 
 def changed_table(found: Comparison) -> str:

@@ -67,11 +67,11 @@ def findings_chart(made: Sequence[Finding]) -> alt.LayerChart:
             for name, (f, _) in zip(marks.numbered(names), drawn, strict=True)
         ]
     )
-    y = marks.row_axis("row", numbers=True)
+    y = marks.row_axis("row", numbers=True, above=marks.ROW)
     roles = marks.by_role("status", STATUS, legend=None)
     dots = alt.Chart(table).mark_point(size=95)
     dots = dots.encode(x=x, y=y, tooltip=marks.tooltip("compared counted n words"), **roles)
-    said = alt.Chart(table).mark_text(align="right", dy=-9, fontSize=11, fontWeight="bold")
+    said = alt.Chart(table).mark_text(align="right", dy=12, fontSize=11, fontWeight="bold")
     said = said.encode(x=alt.value("width"), y=y, color=roles["color"], text="status:N")
     layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high"), said]
     sizes = {
@@ -83,7 +83,7 @@ def findings_chart(made: Sequence[Finding]) -> alt.LayerChart:
         "seed": "random directions: treated minus their mean, bar = range of seeds",
     }
     detail = "; ".join(f"{parts[unit]}, n = {extent(ns, unit)}" for unit, ns in sizes.items() if ns)
-    return marks.wide(layers, headline(made), detail, max(60, 32 * len(drawn)))
+    return marks.wide(layers, headline(made), detail, marks.ROW * len(drawn))
 
 
 def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
@@ -100,7 +100,9 @@ def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
         high=rate.filter(kind == "random").max(),
         seeds=(kind == "random").sum(),
     )
-    x, y = marks.share_axis("rate", f"{' or '.join(outcomes)} rate"), marks.row_axis("row")
+    step = marks.ROW + 8 * (max(spans["seeds"]) + 1)
+    x = marks.share_axis("rate", f"{' or '.join(outcomes)} rate")
+    y = marks.row_axis("row", above=step)
     dots = alt.Chart(table).mark_point(size=80)
     dots = dots.encode(
         x=x,
@@ -116,11 +118,9 @@ def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
     finding = "Outside the range of the random directions: "
     finding += f"{outside} of {counted(spans.height, what)}"
     detail = f"share of prompts, n = {extent(table['n'])} each, Wilson 95 % intervals; "
-    most = max(spans["seeds"])
-    detail += (
-        f"shaded: range over {extent(spans['seeds'], 'seed')}" if most > 1 else "1 random seed"
-    )
-    return marks.wide(layers, finding, detail, max(40, 9 * (most + 1)) * spans.height)
+    several = max(spans["seeds"]) > 1
+    detail += f"shaded: range over {extent(spans['seeds'], 'seed')}" if several else "1 random seed"
+    return marks.wide(layers, finding, detail, step * spans.height)
 
 
 def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) -> alt.LayerChart:
@@ -146,7 +146,7 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
         title=f"prompts, one column each (n = {shown.height})",
         axis=alt.Axis(labels=False, ticks=False),
     )
-    y = marks.row_axis("side")
+    y = marks.row_axis("side", above=55)
     labels = set(long["label"])
     roles = {label: role for label, role in LABELS.items() if label in labels}
     dots = (
@@ -250,13 +250,18 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
         outcome=pl.col("label").replace_strict(WORDS, return_dtype=pl.String),
         row=pl.Series(rows, dtype=pl.String),
     )
-    x, y = marks.share_axis("start", f"share of {subject}"), marks.row_axis("row")
+    x, y = marks.share_axis("start", f"share of {subject}"), marks.row_axis("row", above=marks.ROW)
     colours = alt.Scale(
         domain=[WORDS[label] for label in there],
         range=[marks.PALETTE[LABELS[label]] for label in there],
     )
-    colour = alt.Color("outcome:N", scale=colours, title=None, legend=alt.Legend(columns=2))
-    bars = alt.Chart(shown).mark_bar(opacity=0.8, cornerRadius=0, height={"band": 0.72})
+    colour = alt.Color(
+        "outcome:N",
+        scale=colours,
+        title=None,
+        legend=alt.Legend(columns=alt.expr("width < 480 ? 1 : 3")),
+    )
+    bars = alt.Chart(shown).mark_bar(opacity=0.8, cornerRadius=0, height=14)
     ends = whiskers(table).join(shown.select("group", "row").unique(), on="group", how="left")
     # Each outcome's interval has its own height within the bar, so that they do not run together.
     heights = {"refusal": -4, "bypass": 0, "degenerate": 4}
@@ -276,8 +281,8 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
             "; thin lines: Wilson 95 % intervals, of refused from the left, of harmful and broken "
             "from the right"
         )
-    height = 30 * table["group"].n_unique()
-    return marks.wide([stack, *drawn], outcomes(table, unit, subject), detail, max(60, height))
+    height = marks.ROW * table["group"].n_unique()
+    return marks.wide([stack, *drawn], outcomes(table, unit, subject), detail, height)
 
 
 def outcomes(table: pl.DataFrame, unit: str, subject: str) -> str:

@@ -201,7 +201,7 @@ def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.Layer
     opposite, other = map(pl.lit, KINDS)
     shown = table.with_columns(kind=pl.when("opposite").then(opposite).otherwise(other))
     x = alt.X("cosine:Q", title="mean cosine over the window", axis=SIGNED)
-    y = marks.row_axis("pair")
+    y = marks.row_axis("pair", above=marks.ROW)
     roles = marks.by_role("kind", KINDS, legend=alt.Legend() if shown["opposite"].any() else None)
     dots = alt.Chart(shown).mark_point(size=90)
     dots = dots.encode(
@@ -217,7 +217,7 @@ def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.Layer
     some = f"{shown.height} of {total} pairs" if shown.height < total else _all(total, "pair")
     detail = f"{some}; line: smallest to largest over the layers"
     detail += "; grey: mean 95 % null range" if null.height else ""
-    return marks.wide(layers, finding, detail, max(60, 24 * shown.height))
+    return marks.wide(layers, finding, detail, marks.ROW * shown.height)
 
 
 def components_chart(found: Components, window: Window) -> alt.LayerChart:

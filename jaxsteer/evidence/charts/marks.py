@@ -342,13 +342,24 @@ def numbered(labels: Iterable[str]) -> list[str]:
     return [f"{place:04d} {label}" for place, label in enumerate(labels)]
 
 
-def row_axis(field: str, *, numbers: bool = False, **axis: Any) -> alt.Y:
-    """A named row for each value of a column, in the order of the table."""
+ROW = 40  # pixels of a row whose label stands above its marks
+
+
+def row_axis(field: str, *, numbers: bool = False, above: float = 0, **axis: Any) -> alt.Y:
+    """A named row for each value of a column, in the order of the table.
+
+    Args:
+      field: the column.
+      numbers: do not draw the numbers that `numbered` put before the labels.
+      above: height of a row, to put labels above its marks, so that they take no width.
+      axis: further properties of the axis.
+    """
     if numbers:
         axis["labelExpr"] = "slice(datum.label, 5)"
-    # On a narrow page the plot needs more than half of it.
-    limit = alt.expr("min(360, 0.8 * width)")
-    return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(labelLimit=limit, **axis))
+    if above:
+        axis |= {"labelAlign": "left", "labelBaseline": "top", "labelPadding": 0, "zindex": 1}
+        axis |= {"labelOffset": 1 - above / 2, "tickSize": 0}
+    return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(labelLimit=360, **axis))
 
 
 def with_interval(chart: alt.Chart, low: str, high: str) -> alt.LayerChart:

@@ -220,7 +220,7 @@ def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
         scale=alt.Scale(domain=[-1.1 * reach, 1.45 * reach], nice=False),
         axis=alt.Axis(format="+.0%", tickCount=6),
     )
-    base = alt.Chart(shown).encode(y=marks.row_axis("condition"))
+    base = alt.Chart(shown).encode(y=marks.row_axis("condition", above=marks.ROW))
     bars = [
         base.mark_bar(color=marks.colour(role), opacity=0.75, height=15).encode(
             x=marks.on_axis(x, field),
@@ -235,7 +235,7 @@ def flips_chart(table: pl.DataFrame) -> alt.LayerChart:
     words = base.mark_text(align="left", dx=7).encode(x=marks.on_axis(x, "right"), text="words:N")
     detail = "diamond and line: net change, paired bootstrap 95 %; n is in every line"
     layers = [*bars, whisker, net, words]
-    return marks.wide(layers, flips_finding(table), detail, max(60, 28 * shown.height))
+    return marks.wide(layers, flips_finding(table), detail, marks.ROW * shown.height)
 
 
 def flips_finding(table: pl.DataFrame) -> str:
