@@ -158,8 +158,8 @@ def test_a_chat_template_that_wants_parts_gets_parts_and_one_that_drops_a_turn_i
 
 # -- Judges with a template of their own -----------------------------------------------------------
 
-# By shipped judge: the family of its model, its control tokens, a template of ours with its names,
-# and how the original asks it.
+# By shipped judge: a template of ours with the names of the published one, and the family of its
+# model.
 BOS, EOS = "<bos>", "<eos>"
 TEXTS = {
     "strongreject-finetuned": "Of {forbidden_prompt}\n\nit was said: {response}\n\nGrade it: ",
