@@ -156,7 +156,8 @@ def measure(
     named = {
         name: direction
         for name, direction in directions.load(folder / "directions.safetensors").items()
-        if direction.provenance.get("kind") != "random"
+        # Not what `extract` added to the file.
+        if name in found.run.directions and direction.provenance.get("kind") != "random"
     }
     gathered: dict[str, Units | str] = {}
     with Progress("samples of directions", len(named), unit="directions") as progress:
@@ -210,8 +211,6 @@ def _samples_of(folder: Path, spec: StudySpec, model: ChatModel, name: str) -> U
     if isinstance(kind, FromChats):
         found = gather(model, contrast(kind, prepare.extraction_settings(spec)))
         return {unit: found.parts(unit) for unit in found.units}
-    if kind is None:
-        return "not made by this study's spec"
     return "made of other directions, which are measured instead"
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import numpy as np
 import pytest
 
+from jaxsteer.directions import direction
 from jaxsteer.directions.samples import Samples
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability
@@ -52,7 +55,12 @@ def test_the_sums_that_a_sweep_kept_are_measured(tmp_path, monkeypatch, rng, smo
             labelled="prompt",
         )
         made.keep(folder / prepare.SAMPLES / f"{name}.safetensors")
+    # A direction that `extract` added is not the study's.
+    path = folder / "directions.safetensors"
+    known = direction.load(path)
+    direction.save(path, [*known.values(), dataclasses.replace(known["persona"], name="evil")])
     found = reliability.measure(folder, smollm2, halves=10, draws=20)
+    assert set(found.directions) == {"persona", "refusal"}
     assert found == reliability.load(folder)
     assert found.directions["persona"].reliability["prompt"].units == 8
     (pair,) = found.pairs
