@@ -275,7 +275,7 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
     ]
     hover = marks.tooltip("group outcome k n", percent="share low high")
     stack = bars.encode(x=x, x2="end:Q", y=y, color=colour, tooltip=hover)
-    detail = f"one bar a {unit}, most refusals first; beside it: refused, and n"
+    detail = f"one bar a {unit}, most refusals first; above it: refused, of n"
     if drawn:
         detail += (
             "; thin lines: Wilson 95 % intervals, of refused from the left, of harmful and broken "
