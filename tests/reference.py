@@ -21,7 +21,7 @@ from jaxsteer.generation.engine import Request
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Decoder, Params, Realised, Steering, bind, empty_cache
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.layers import causal_mask, positions
+from jaxsteer.model.layers import causal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,7 @@ def read(
         )
         out = model(
             tokens,
-            positions(real),
-            causal_mask(real),
+            causal(real),
             empty_cache(config, config.n_layers, len(tokens), dtype),
             jnp.int32(0),
             steering=steering,

@@ -30,7 +30,7 @@ from jaxsteer.model import sharding
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import Cache, Decoder, Params, Past, Realised, Steering, bind
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.layers import visible_slots, write_block
+from jaxsteer.model.layers import Visible, write_block
 
 # Steps of a chunk. A cache is written this many slots at a time, so a reply starts at a multiple.
 CHUNK = 8
@@ -204,13 +204,20 @@ def advance(
     index = jnp.arange(count)
     # The cache slot of the token that each row reads first in this chunk.
     first = state.start + state.emitted - 1
-    before = jax.vmap(visible_slots)(state.held, state.start, first - 1)
+    slot = jnp.arange(state.held.shape[1])
+    before = state.held | ((slot >= state.start[:, None]) & (slot < first[:, None]))
+    # A token sees the slots of the chunk up to its own, since they hold the positions that follow.
+    chunk = state.position[:, None] + jnp.arange(CHUNK)
+    slots = (
+        jnp.concatenate([before, jnp.ones_like(chunk)], axis=1, dtype=jnp.int32),
+        jnp.concatenate([jnp.cumsum(before, axis=1) - 1, chunk], axis=1),
+    )
     choose_rows = jax.vmap(
         functools.partial(choose, sampling=sampling, sample=decoding.sample), in_axes=(0, 0, 0)
     )
 
     def read_token(
-        row: DecodeState, visible: Array, slot: Array, recent: Cache, past: Past
+        row: DecodeState, slots: tuple[Array, Array], slot: Array, recent: Cache, past: Past
     ) -> tuple[Array, Cache, dict[str, Realised]]:
         # A row that has ended is neither steered nor counted.
         steering = Steering(
@@ -219,17 +226,15 @@ def advance(
             real=row.live[None],
             probes=jnp.asarray(probes),
         )
-        token, position = row.last[None], row.position[None]
-        out = model(token, position, visible[None], recent, slot, past=past, steering=steering)
+        visible = Visible(jnp.ones(1, jnp.int32), row.position[None], *slots)
+        out = model(row.last[None], visible, recent, slot, past=past, steering=steering)
         return model.logits(out.hidden)[0], out.cache, out.realised
 
     read_tokens = jax.vmap(read_token, in_axes=(0, 0, None, 0, 0))
 
     def body(carry: tuple[Array, Cache, DecodeState]) -> tuple[Array, Cache, DecodeState]:
         done, recent, s = carry
-        of_chunk = jnp.broadcast_to(jnp.arange(CHUNK) <= done, (count, CHUNK))
-        visible = jnp.concatenate([before, of_chunk], axis=1)
-        logits, recent, realised = read_tokens(s, visible, done, recent, state.cache)
+        logits, recent, realised = read_tokens(s, slots, done, recent, state.cache)
         token = choose_rows(logits, s.ids, s.emitted)
         ended = s.live & ends(token, decoding)
         # A row that has ended writes beyond its buffer, which writes nothing.

@@ -36,7 +36,7 @@ from jaxsteer.model import decoder, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.layers import causal_mask, positions
+from jaxsteer.model.layers import causal
 
 TAP = "resid_post"
 
@@ -196,10 +196,10 @@ def run_layers(
         taps = _taps(entry.interventions, segment_ids, jnp.asarray(probes), asked)
         config, layers = blocks.config, blocks.layers
         cache = decoder.empty_cache(config, len(layers), len(segment_ids), stream.dtype)
-        seen = positions(segment_ids, before), causal_mask(segment_ids, before)
+        visible = causal(segment_ids, before)
         past = None if prefix is None else prefix.cache
         after, written = decoder.run_blocks(
-            config, layers, stream, *seen, cache, jnp.int32(0), taps, past, jnp.asarray(first)
+            config, layers, stream, visible, cache, jnp.int32(0), taps, past, jnp.asarray(first)
         )
         captured, realised = taps.results()
         return LayerOutput(

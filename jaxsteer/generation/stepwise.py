@@ -44,7 +44,7 @@ from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions
-from jaxsteer.model.layers import causal_mask, positions
+from jaxsteer.model.layers import Visible
 
 TAP = "resid_post"
 
@@ -104,14 +104,12 @@ class Tokens:
     """What layers need to know of the tokens that a pass reads.
 
     Attributes:
-      positions: rotary positions.
       visible: the cache slots that each attends to.
       steered: which are steered.
       real: which are no padding.
     """
 
-    positions: Int[Array, "*row token"]
-    visible: Bool[Array, "*row token slot"]
+    visible: Visible
     steered: Bool[Array, "*row token"]
     real: Bool[Array, "*row token"]
 
@@ -139,17 +137,20 @@ def embed_tokens(
     model, slot = _bound(config, params), jnp.asarray(state.slot)
 
     def one(tokens: Array, real: Array, held: Array, asked: Interventions) -> Any:
-        earlier = jnp.broadcast_to(held, (tokens.shape[0], held.shape[0]))
+        after = lax.dynamic_update_slice_in_dim(held, real, slot, axis=0).astype(jnp.int32)
         read = Tokens(
-            positions=positions(real, held),
-            visible=lax.dynamic_update_slice_in_dim(earlier, causal_mask(real), slot, axis=1),
+            visible=Visible(
+                segment_ids=real.astype(jnp.int32),
+                positions=jnp.sum(held) + jnp.maximum(jnp.cumsum(real) - 1, 0),
+                slot_segment_ids=after,
+                slot_positions=jnp.cumsum(after) - 1,
+            ),
             steered=real & jnp.where(slot == 0, asked.on_prompt, asked.on_response),
             real=real,
         )
         taps = _taps(read, asked, jnp.zeros((1, 0, model.config.d_model)))
         h = model.embedded(tokens, taps)
-        held = lax.dynamic_update_slice_in_dim(held, real, slot, axis=0)
-        return read, h, taps.results()[1], held
+        return read, h, taps.results()[1], after > 0
 
     rows = (tokens, real, state.held, state.interventions)
     return jax.vmap(one)(*jax.tree.map(jnp.asarray, rows))
@@ -195,9 +196,9 @@ def read_layers(
     probes = jnp.asarray(state.probes)
 
     def one(read: Tokens, h: Array, cache: decoder.Cache, asked: Interventions) -> Any:
-        taps, where = _taps(read, asked, probes), (read.positions, read.visible)
+        taps = _taps(read, asked, probes)
         h, cache = decoder.run_blocks(
-            config, layers, h, *where, cache, slot, taps, first=jnp.asarray(number)
+            config, layers, h, read.visible, cache, slot, taps, first=jnp.asarray(number)
         )
         captured, realised = taps.results()
         exact = lax.Precision.HIGHEST

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions, SiteArrays, apply
-from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, softcap, view, views
+from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, Visible, softcap, view, views
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]
 Cache = list[tuple[KeyValues, KeyValues]]
@@ -143,8 +143,7 @@ def run_blocks(
     config: ModelConfig,
     blocks: Iterable[Block],
     h: Float[Array, "token d_model"],
-    positions: Int[Array, " token"],
-    visible: Bool[Array, "token seen"],
+    visible: Visible,
     cache: Cache,
     slot: Int[Array, ""],
     taps: Taps,
@@ -158,7 +157,7 @@ def run_blocks(
     Returns:
       The residual stream after them, and their cache.
     """
-    kinds = views(config, positions, visible)
+    kinds = views(config, visible)
     written = []
     with exact_products():
         for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
@@ -187,8 +186,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, " token"],
-        positions: Int[Array, " token"],
-        visible: Bool[Array, "token seen"],
+        visible: Visible,
         cache: Cache,
         slot: Int[Array, ""],
         *,
@@ -200,7 +198,6 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: token ids; padding may be any id, since the masks alone identify it.
-          positions: rotary position of each token, counted over real tokens.
           visible: which slots, of `past` and of `cache`, each token attends to, its own included.
           cache: keys and values of earlier tokens.
           slot: where in the cache this pass's tokens go.
@@ -210,9 +207,7 @@ class Decoder(nnx.Module):
         """
         taps = Taps(steering, capture)
         h = self.embedded(tokens, taps)
-        h, written = run_blocks(
-            self.config, self.layers, h, positions, visible, cache, slot, taps, past
-        )
+        h, written = run_blocks(self.config, self.layers, h, visible, cache, slot, taps, past)
         captured, realised = taps.results()
         return Forward(
             hidden=self.final_norm(h), cache=written, captured=captured, realised=realised

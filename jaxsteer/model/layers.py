@@ -6,6 +6,8 @@ from masks of real tokens, never from token ids.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -50,68 +52,68 @@ class Linear(nnx.Module):
         return y + self.bias[...] if self.use_bias else y
 
 
-def causal_mask(
+# The segment id of a prefix, which every prompt attends to.
+EVERY = -1
+NO_WINDOW = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """Which slots tokens attend to: those of their own prompt and its prefix, up to themselves.
+
+    By token and by slot, since a mask of all pairs grows with the square of a prompt's length.
+
+    Attributes:
+      segment_ids: the prompt of each token; 0 for padding.
+      positions: of each token, counted over its prompt's real tokens, prefix included.
+      slot_segment_ids: the prompt of the token in each slot; 0 for none, `EVERY` for a prefix.
+      slot_positions: of the token in each slot.
+      window: a token sees the last so many of its slots, its own included.
+    """
+
+    segment_ids: Int[Array, "*row token"]
+    positions: Int[Array, "*row token"]
+    slot_segment_ids: Int[Array, "*row slot"]
+    slot_positions: Int[Array, "*row slot"]
+    window: int | Int[Array, "*row"] = NO_WINDOW
+
+    def mask(self) -> Bool[Array, "token slot"]:
+        """Which slots each token sees."""
+        here = self.slot_segment_ids
+        own = (here == self.segment_ids[:, None]) & (here > 0)
+        back = self.positions[:, None] - self.slot_positions
+        return (own | (here == EVERY)) & (back >= 0) & (back < self.window)
+
+
+def causal(
     segment_ids: Bool[Array, " token"] | Int[Array, " token"],
     before: Bool[Array, " slot"] | None = None,
-) -> Bool[Array, "token slots"]:
-    """Which slots each token attends to: real ones of its own prompt, up to itself.
+) -> Visible:
+    """Each token attends to the real tokens of its own prompt, up to itself, and of its prefix.
 
     Args:
       segment_ids: the prompt of each token in a packed sequence, 0 for padding; or the mask of the
-        real tokens of one prompt.
+        real tokens of one prompt. The tokens of a prompt are neighbours.
       before: which slots of the prefix hold a real token; None without a prefix.
 
-    [F, T, T] gives             with before = [F, T]       and [1, 1, 2] gives
+    The masks of [F, T, T], of the same after [F, T], and of [1, 1, 2] are
         [[F, F, F],             [[F, T, F, F, F],          [[T, F, F],
          [F, T, F],              [F, T, F, T, F],           [T, T, F],
          [F, T, T]]              [F, T, F, T, T]]           [F, F, T]]
+    and the positions [0, 0, 1], [1, 1, 2] and [0, 1, 0].
     """
-    tokens = segment_ids.shape[0]
-    same = segment_ids[None, :] == segment_ids[:, None]
-    own = jnp.tril(same) & (segment_ids > 0)[None, :]
-    if before is None:
-        return own
-    return jnp.concatenate([jnp.broadcast_to(before, (tokens, before.shape[0])), own], axis=1)
-
-
-def positions(
-    segment_ids: Bool[Array, " token"] | Int[Array, " token"],
-    before: Bool[Array, " slot"] | None = None,
-) -> Int[Array, " token"]:
-    """Positions counted over a prompt's real tokens, prefix included; arguments as `causal_mask`.
-
-    [F, T, T] gives [0, 0, 1], after [F, T] it gives [1, 1, 2]; [1, 1, 2] gives [0, 1, 0].
-    """
-    start = 0 if before is None else jnp.sum(before)
-    return start + jnp.maximum(jnp.sum(causal_mask(segment_ids), axis=1) - 1, 0)
-
-
-def visible_slots(
-    held: Bool[Array, " slots"], start: Int[Array, ""], newest: Int[Array, ""]
-) -> Bool[Array, " slots"]:
-    """Which cache slots a generated token attends to: the prompt's real ones, and the reply's.
-
-    Args:
-      held: which slots hold a real token of the prompt.
-      start: the slot of the reply's first token.
-      newest: the slot of this token.
-
-    held = [F, T, T, F, F, F] with start 3 and newest 4 gives [F, T, T, T, T, F].
-    """
-    index = jnp.arange(held.shape[0])
-    return held | ((index >= start) & (index <= newest))
-
-
-def windowed(visible: Bool[Array, "token seen"], window: int) -> Bool[Array, "token seen"]:
-    """The last `window` visible slots of each token, its own included; all of them if it is 0.
-
-    Visible slots are in the order of their positions, whatever lies between. A window of 2 turns
-    [T, T, F, T, F], the slots that the token in the fourth sees, into [F, T, F, T, F].
-    """
-    if not 0 < window < visible.shape[1]:
-        return visible
-    from_here_on = jnp.cumsum(visible[:, ::-1], axis=1)[:, ::-1]
-    return visible & (from_here_on <= window)
+    ids, index = segment_ids.astype(jnp.int32), jnp.arange(segment_ids.shape[0])
+    held = jnp.zeros((0,), bool) if before is None else before
+    opens = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
+    own = index - jax.lax.cummax(jnp.where(opens, index, 0))
+    positions = jnp.sum(held) + jnp.where(ids > 0, own, 0)
+    return Visible(
+        segment_ids=ids,
+        positions=positions,
+        slot_segment_ids=jnp.concatenate([EVERY * held, ids]),
+        slot_positions=jnp.concatenate([jnp.cumsum(held) - 1, positions]),
+    )
 
 
 def rope_frequencies(rope: Rope, width: int) -> Float[Array, " half"]:
@@ -142,20 +144,21 @@ def rotate(
     return jnp.concatenate([rotated, x[..., width:]], axis=-1) if width < x.shape[-1] else rotated
 
 
-Views = list[tuple[Float[Array, "2 token half"], Bool[Array, "token seen"]]]
+Views = list[tuple[Float[Array, "2 token half"], Visible]]
 
 
-def views(
-    config: ModelConfig, positions: Int[Array, " token"], visible: Bool[Array, "token seen"]
-) -> Views:
+def views(config: ModelConfig, visible: Visible) -> Views:
     """For each kind of layer, how tokens are rotated and which slots they attend to."""
     return [
-        (rotation(kind.rope, positions, config.rotary_dim), windowed(visible, kind.window))
+        (
+            rotation(kind.rope, visible.positions, config.rotary_dim),
+            dataclasses.replace(visible, window=kind.window or NO_WINDOW),
+        )
         for kind in config.attention
     ]
 
 
-def view(config: ModelConfig, views: Views, layer: int | Int[Array, ""]) -> tuple[Array, Array]:
+def view(config: ModelConfig, views: Views, layer: int | Int[Array, ""]) -> tuple[Array, Visible]:
     """Those of one layer, whose number may be known only when the program runs."""
     if len(views) == 1:
         return views[0]
@@ -205,6 +208,13 @@ def write_all(cache: Array, block: Array, slot: Array) -> Array:
     return jnp.where(here[:, None, None], block[:, None], parts).reshape(cache.shape)
 
 
+# Most tokens whose scores are held at once; more of them, block by block.
+LONG = 256
+TOKENS, SLOTS = 128, 256
+# The score of a slot that is not visible.
+HIDDEN = -1e30
+
+
 def contain_overflow(
     keys: Float[Array, "token kv_head head_dim"], values: Float[Array, "token kv_head head_dim"]
 ) -> tuple[Float[Array, "token kv_head head_dim"], Float[Array, "token kv_head head_dim"]]:
@@ -221,9 +231,10 @@ def contain_overflow(
 def attend(
     q: Float[Array, "token kv_head group head_dim"],
     caches: Sequence[tuple[Array, Array]],
-    visible: Bool[Array, "token seen"],
+    visible: Visible,
     scale: float,
     bound: float = 0.0,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "token kv_head group head_dim"]:
     """Softmax attention over several caches, as if their slots were concatenated.
 
@@ -233,10 +244,13 @@ def attend(
       visible: which slots of all the caches each token attends to.
       scale: multiplies the products of queries and keys.
       bound: of the scores, see `softcap`.
+      first: the slot of the first token; none attends to a slot after its own.
     """
+    if len(q) > LONG:
+        return attend_in_blocks(q, caches, visible, scale, bound, first)
     by_head = jnp.moveaxis(q, 0, 2)
     score = jnp.concatenate([_scores(by_head, keys) for keys, _ in caches], axis=-1)
-    score = jnp.where(visible, softcap(score * scale, bound), -1e30)
+    score = jnp.where(visible.mask(), softcap(score * scale, bound), HIDDEN)
     weight = jax.nn.softmax(score, axis=-1).astype(q.dtype)
     mixed, first = [], 0
     for _, values in caches:
@@ -244,6 +258,60 @@ def attend(
         mixed.append(jnp.einsum("kgts,ksh->kgth", part, values, preferred_element_type=jnp.float32))
         first += values.shape[1]
     return jnp.moveaxis(sum(mixed), 2, 0).astype(q.dtype)
+
+
+def attend_in_blocks(
+    q: Float[Array, "token kv_head group head_dim"],
+    caches: Sequence[tuple[Array, Array]],
+    visible: Visible,
+    scale: float,
+    bound: float,
+    first: int | Int[Array, ""],
+) -> Float[Array, "token kv_head group head_dim"]:
+    """`attend` for many tokens: never holds more than a block of the score matrix.
+
+    The softmax is summed from block to block (Milakov and Gimelshein 2018, algorithm 3), and blocks
+    after a token's own are left out. Arguments as for `attend`.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    both = (jnp.concatenate(some, axis=1) for some in zip(*caches, strict=True))
+    keys, values = (_blocks(some, SLOTS, 1) for some in both)
+    of_slots = visible.slot_segment_ids, visible.slot_positions
+    by_slot = [_blocks(some, SLOTS, 0) for some in of_slots]
+
+    def one(block: tuple[Array, ...]) -> Array:
+        number, queries, *of_tokens = block
+        by_head = jnp.moveaxis(queries, 0, 2)
+
+        def add(at: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, mixed = carry
+            score = softcap(product("kgth,ksh->kgts", by_head, keys[at]) * scale, bound)
+            here = Visible(*of_tokens, *(some[at] for some in by_slot))
+            mask = dataclasses.replace(here, window=visible.window).mask()
+            score = jnp.where(mask, score, HIDDEN)
+            highest = jnp.maximum(top, jnp.max(score, axis=-1))
+            weight, kept = jnp.exp(score - highest[..., None]), jnp.exp(top - highest)
+            found = product("kgts,ksh->kgth", weight.astype(q.dtype), values[at])
+            total = total * kept + jnp.sum(weight, axis=-1)
+            return highest, total, mixed * kept[..., None] + found
+
+        zeros = jnp.zeros(by_head.shape, jnp.float32)
+        begin = (zeros[..., 0] + HIDDEN, zeros[..., 0], zeros)
+        end = (first + (number + 1) * TOKENS - 1) // SLOTS + 1
+        _, total, mixed = jax.lax.fori_loop(0, jnp.minimum(end, len(keys)), add, begin)
+        return jnp.moveaxis(mixed / total[..., None], 2, 0).astype(q.dtype)
+
+    by_token = [_blocks(some, TOKENS, 0) for some in (q, visible.segment_ids, visible.positions)]
+    found = jax.lax.map(one, (jnp.arange(len(by_token[0])), *by_token))
+    return found.reshape(-1, *q.shape[1:])[: len(q)]
+
+
+def _blocks(x: Array, size: int, axis: int) -> Array:
+    """Blocks of an axis as the first axis, the last filled with zeros: 3 of [4] or 2 of [2, 4]."""
+    length = x.shape[axis]
+    count = -(-length // size)
+    x = jnp.pad(x, [(0, count * size - length if i == axis else 0) for i in range(x.ndim)])
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _scores(
@@ -279,7 +347,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "token d_model"],
         rotation: Float[Array, "2 token half"],
-        visible: Bool[Array, "token seen"],
+        visible: Visible,
         cache: tuple[Array, Array],
         slot: Int[Array, ""],
         past: tuple[Array, Array] | None = None,
@@ -304,7 +372,8 @@ class Attention(nnx.Module):
         q = q.reshape(tokens, c.n_kv_heads, -1, c.head_dim)
         written = (keys, values)
         caches = [written] if past is None else [past, written]
-        mixed = attend(q, caches, visible, c.attention_scale, c.attention_softcap)
+        first = slot + (0 if past is None else past[0].shape[1])
+        mixed = attend(q, caches, visible, c.attention_scale, c.attention_softcap, first)
         return self.o(mixed.reshape(tokens, -1)), written
 
 

@@ -24,11 +24,14 @@ from tests import oracle, tiny
         pytest.param(tiny.qwen2, id="qwen2", marks=pytest.mark.slow),
     ],
 )
-def model(request, tmp_path_factory):
+def hf(request):
+    return request.param()
+
+
+@pytest.fixture(scope="module")
+def model(hf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prefix")
-    return ChatModel.load(
-        convert(tiny.save(request.param(), folder / "hf"), folder / "out", "float32")
-    )
+    return ChatModel.load(convert(tiny.save(hf, folder / "hf"), folder / "out", "float32"))
 
 
 START = [4, 9, 33, 7, 12]
@@ -92,6 +95,18 @@ def test_a_plain_prefix_is_read_as_hf_reads_it_unsteered(rng, tmp_path):
             theirs = theirs[len(request.tokens) - 1 :][: len(reply.logits)]
             np.testing.assert_allclose(reply.logits, theirs, atol=2e-4)
             assert (reply.prompt["resid_post"].steered == len(request.own)).all()
+
+
+def test_a_prompt_read_block_by_block_is_continued_as_hf_continues_it(hf, model, rng):
+    long, system = rng.integers(3, 60, 420).tolist(), rng.integers(3, 60, 300).tolist()
+    prompts, made = [long, [*system, 7, 8], [*system, 9]], conditions(model, rng)[:2]
+    for shared in (0, 30):
+        same = [[*long[:shared], *prompt[shared:]] for prompt in prompts]
+        for reply in run(model, same, made, shared):
+            prompt, operations = same[reply.index % 3], made[reply.index // 3]
+            after = oracle.logits(hf, [*prompt, *reply.tokens], operations)
+            chosen = after.argmax(-1)[len(prompt) - 1 :]
+            assert reply.tokens.tolist() == chosen[: len(reply.tokens)].tolist()
 
 
 # The tests of `decode` sample rows with a shared prefix too.

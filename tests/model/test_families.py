@@ -17,7 +17,7 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import from_hf
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import TAPS, Add, Cap, Project
-from jaxsteer.model.layers import causal_mask, positions
+from jaxsteer.model.layers import Visible
 from tests import compiles, oracle, tiny
 
 PROMPT = 13
@@ -30,12 +30,17 @@ WIDTH = 16
 def step(definition, params, tokens, real, held, cache, slot, interventions):
     """Read tokens from `slot` on: the cache, the stream at every tap, and logits."""
     model = decoder.bind(definition, params)
-    earlier = jnp.broadcast_to(held, (tokens.shape[0], held.shape[0]))
+    held = jax.lax.dynamic_update_slice_in_dim(held, real, slot, axis=0)
+    counted = jnp.cumsum(held) - 1
     steered = jnp.where(slot == 0, interventions.on_prompt, interventions.on_response)
     out = model(
         tokens,
-        positions(real, held),
-        jax.lax.dynamic_update_slice_in_dim(earlier, causal_mask(real), slot, axis=1),
+        Visible(
+            segment_ids=real.astype(int),
+            positions=jax.lax.dynamic_slice_in_dim(counted, slot, len(real)),
+            slot_segment_ids=held.astype(int),
+            slot_positions=counted,
+        ),
         cache,
         slot,
         steering=decoder.Steering(
@@ -46,7 +51,6 @@ def step(definition, params, tokens, real, held, cache, slot, interventions):
         ),
         capture=TAPS,
     )
-    held = jax.lax.dynamic_update_slice_in_dim(held, real, slot, axis=0)
     return out.cache, held, out.captured, model.logits(out.hidden)
 
 
