@@ -176,6 +176,16 @@ def plain(text: str, spelled: str = "\\x{:02x}") -> str:
     return "".join(shown)
 
 
+_said = [time.monotonic()]
+
+
+def still(line: str) -> None:
+    """Say on stderr how far long work is, at most every ten seconds."""
+    if time.monotonic() - _said[0] > 10:
+        _said[0] = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Counts rows of one phase: `with Progress("study", 100) as p: p.advance(4, tokens=160)`.
 

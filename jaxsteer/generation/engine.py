@@ -224,7 +224,7 @@ def _read(job: _Job, rows: Sequence[int]) -> Iterator[tuple[DecodeState, list[tu
     prompts, model = job.prompts, job.prompts.model
     by_width = grouped(rows, prompts.packed.width)
     for width in sorted(by_width):
-        for some, batch in layer_sharing.read(prompts, by_width[width]):
+        for some, batch in layer_sharing.read(prompts, by_width[width], slots=job.cache_slots):
             yield (
                 prefill.finish(model, job.decoding, batch, job.sampling, job.cache_slots),
                 list(enumerate(some)),

@@ -24,29 +24,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from jaxsteer.errors import heed_stop
 from jaxsteer.generation import prefill
 from jaxsteer.generation.prefill import LayerOutput, Prefix, PromptBatch, SequenceBatch, take
 from jaxsteer.generation.requests import (
     BATCH_ALONE,
+    WIDTH,
     PackedPrompts,
     Request,
     fitted,
     grouped,
     one_each,
     parts,
+    together,
 )
 from jaxsteer.model import sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import blocks_graph
 from jaxsteer.model.interventions import Interventions, compile_conditions
+from jaxsteer.words import still
 
 # Rows of a finished batch, and entries of a batch on a mesh: enough tokens for full speed, few
 # enough that the last batch wastes little.
 BATCH = sharding.PROMPT_BATCH
+# Tokens up to which `BATCH` is that size: rows that are longer would take too much memory.
+USUAL = 512
+# Tokens of a prompt up to which nothing is said while it is read.
+SILENT = 1024
 # The width of prefixes is a multiple of this.
 PREFIX_MULTIPLE = 16
 
@@ -150,7 +158,7 @@ def filled(rows: Sequence[int], size: int) -> list[int]:
 
 
 def read(
-    prompts: Prompts, rows: Sequence[int], *, size: int = 0
+    prompts: Prompts, rows: Sequence[int], *, size: int = 0, slots: int = 0
 ) -> Iterator[tuple[list[int], PromptBatch]]:
     """Take rows through all layers, depth first, so memory holds one batch per layer group.
 
@@ -158,34 +166,57 @@ def read(
       prompts: the prompts of a run.
       rows: which to read; their packed sequences have one width.
       size: packed sequences that go through a layer group together; 0 for `BATCH_ALONE`, or
-        `BATCH` on a mesh, and fewer in a run of fewer.
+        `BATCH` on a mesh, fewer if they are long, and fewer in a run of fewer.
+      slots: length of the caches that will be made of them.
 
     Yields:
-      At most `BATCH` rows, and what reading them left.
+      At most `BATCH` rows, fewer if they are long, and what reading them left.
     """
-    packed, mesh = prompts.packed, prompts.model.mesh
+    packed, mesh, data = prompts.packed, prompts.model.mesh, sharding.data_size(prompts.model.mesh)
+    width = packed.width(rows[0])
+    entries, count = batch_sizes(mesh, width, slots)
     # By sequences, so that further conditions compile nothing; all, not those that are left.
-    count = sum(len(tokens) == packed.width(rows[0]) for tokens in packed.tokens)
-    most = BATCH_ALONE if mesh is None else BATCH
-    size = size or fitted(most, count, sharding.data_size(mesh))
-    yield from _deeper(prompts, [], {row: () for row in rows}, size)
+    size = size or fitted(entries, sum(len(tokens) == width for tokens in packed.tokens), data)
+    # A few rows, since few sequences may have many conditions.
+    sizes = size, fitted(count, 4 * len(packed.tokens), data)
+    yield from _deeper(prompts, [], {row: () for row in rows}, sizes)
+
+
+def batch_sizes(mesh: Mesh | None, width: int, slots: int = 0) -> tuple[int, int]:
+    """Most entries of a batch, and most rows of a finished one; arguments as for `read`.
+
+    >>> batch_sizes(None, 128, 192), batch_sizes(None, 1024, 1056), batch_sizes(None, 8192)
+    ((8, 16), (1, 7), (1, 1))
+    """
+    most, usual = (BATCH_ALONE, WIDTH) if mesh is None else (BATCH, USUAL)
+    return together(most, width, usual), together(BATCH, max(width, slots), USUAL)
+
+
+def between(stream: Array, done: int, groups: int) -> None:
+    """Between two layer groups: hear a stop signal and, in long prompts, say how far they are."""
+    heed_stop()
+    if stream.shape[-2] > SILENT:
+        jax.block_until_ready(stream)
+        still(f"reading a prompt of {stream.shape[-2]:,} tokens: {done / groups:.0%}")
 
 
 def _deeper(
-    prompts: Prompts, outputs: list[LayerOutput], paths: dict[int, Path], size: int
+    prompts: Prompts, outputs: list[LayerOutput], paths: dict[int, Path], sizes: tuple[int, int]
 ) -> Iterator[tuple[list[int], PromptBatch]]:
-    """Take rows through the layers that follow `outputs`; arguments as for `_run`."""
-    if len(outputs) > len(layer_groups(prompts.model.config.n_layers)):
-        # A few rows, since few sequences may have many conditions.
-        few = 4 * len(prompts.packed.tokens)
-        size = fitted(BATCH, few, sharding.data_size(prompts.model.mesh))
-        for some in parts(list(paths), size):
-            yield some, _batch(prompts, filled(some, size), outputs, paths)
+    """Take rows through the layers that follow `outputs`; arguments as for `_run`.
+
+    `sizes` are those of a batch of entries, and of a finished batch of rows.
+    """
+    (entries, count), groups = sizes, layer_groups(prompts.model.config.n_layers)
+    if len(outputs) > len(groups):
+        for some in parts(list(paths), count):
+            yield some, _batch(prompts, filled(some, count), outputs, paths)
         return
-    for entries in parts(_entries(prompts, len(outputs), paths), size):
-        heed_stop()
+    for here in parts(_entries(prompts, len(outputs), paths), entries):
+        if outputs:
+            between(outputs[-1].stream, len(outputs) - 1, len(groups))
         # Held by no variable here, so that memory never holds the outputs of two batches.
-        yield from _deeper(prompts, *_run(prompts, outputs, paths, entries, size), size)
+        yield from _deeper(prompts, *_run(prompts, outputs, paths, here, entries), sizes)
 
 
 def _entries(prompts: Prompts, depth: int, paths: dict[int, Path]) -> list[list[int]]:

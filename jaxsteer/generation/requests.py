@@ -3,7 +3,7 @@
 Sequence packing puts short prompts side by side in one packed sequence, an entry of a prefill
 batch. Prompts of 11 to 87 tokens, each padded to its own width, would be one third padding; in
 packed sequences of 96 tokens padding is less than a tenth. A token attends to its own prompt only
-(`layers.causal_mask`). How prompts are packed follows from all prompts of a run, never from which
+(`layers.causal`). How prompts are packed follows from all prompts of a run, never from which
 of them are still to be run, so a resumed run packs them in the same way.
 
 Prompts of 3 and 4 tokens in a packed sequence of 8:
@@ -25,8 +25,8 @@ from jaxtyping import Float, Int
 from jaxsteer.errors import UserError
 from jaxsteer.model.decoder import Realised
 
-# Padded lengths of prompts.
-BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# Padded lengths of prompts: 192, 256, 384, 512 and so on, up to a million.
+BUCKETS = (32, 64, 96, 128, *(n << power for power in range(6, 19) for n in (3, 4)))
 # Most prompts in a packed sequence: compiled programs measure the change in this many.
 MAX_SEGMENTS = 8
 # Most tokens of a packed sequence of several prompts: attention in wider ones costs more than the
@@ -154,15 +154,24 @@ def bucket(length: int, limit: int) -> int:
     A row's own length decides, never its neighbours', so padding is a property of the row.
 
     Raises:
-      UserError: longer than `limit` tokens or than the largest bucket.
+      UserError: longer than `limit` tokens.
     """
     for size in BUCKETS:
         if length <= size and length <= limit:
             return size
-    most = max(0, min(limit, BUCKETS[-1]))
+    most = max(0, limit)
     # A limit is the model's context, less what the reply may take.
     mend = "shorten it" if most else "max_new_tokens leaves no room for the prompt; lower it"
     raise UserError(f"a prompt has {length} tokens and at most {most} fit; {mend}")
+
+
+def together(most: int, length: int, usual: int) -> int:
+    """How many sequences are run together: `most`, or fewer of more than the usual length.
+
+    >>> together(8, 96, 128), together(8, 384, 128), together(8, 8192, 128)
+    (8, 2, 1)
+    """
+    return min(most, max(1, most * usual // length))
 
 
 def check_lengths(lengths: Iterable[int], limit: int) -> None:

@@ -38,7 +38,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxsteer.errors import heed_stop
 from jaxsteer.generation import prefill
 from jaxsteer.generation.decode import Decoding, Sampling, choose
-from jaxsteer.generation.layer_sharing import layer_groups
+from jaxsteer.generation.layer_sharing import between, layer_groups
 from jaxsteer.generation.requests import bucket, left_pad
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
@@ -233,6 +233,7 @@ def _read(
     read, h, at_embed, held = embed_tokens(model.config, model.params, padded, real, bare)
     cache, projections, changes = [], [], [at_embed]
     for first, last in layer_groups(model.config.n_layers):
+        between(h, first, model.config.n_layers)
         some = dataclasses.replace(
             state,
             cache=state.cache[first:last],
