@@ -190,15 +190,14 @@ def impact_table(costs: Mapping[str, Impact], title: str) -> Table:
 
 def plan_table(plan: Plan, title: str) -> Table:
     """A study's cost, one figure per line."""
-    megabytes = 1 / 2**20
+    memory = {**plan.memory, "memory in all, rough": sum(plan.memory.values())}
     figures = [
         ("conditions (controls included)", f"{len(plan.conditions)}"),
         ("rows", f"{plan.rows}"),
         ("replies for benign impact, at most", f"{plan.further}"),
         ("prompt tokens", f"{plan.prompt_tokens:,} ({plan.own_tokens:,} not in a shared prefix)"),
         ("new tokens, at most", f"{plan.new_tokens:,}"),
-        ("weights", f"{plan.weights_bytes * megabytes:,.0f} MiB"),
-        ("cache of a batch", f"{plan.cache_bytes * megabytes:,.0f} MiB"),
+        *((name, f"{size / 2**20:,.0f} MiB") for name, size in memory.items()),
         ("time of the rows here, rough", f"{plan.seconds / 60:,.1f} min"),
         ("still to choose", ", ".join(plan.open_choices) or "nothing"),
     ]

@@ -36,7 +36,7 @@ from jaxsteer.generation.layer_sharing import Prompts
 from jaxsteer.generation.requests import Reply as Reply
 from jaxsteer.generation.requests import Request as Request
 from jaxsteer.generation.requests import bucket, fitted, grouped, pack
-from jaxsteer.model import sharding
+from jaxsteer.model import decoder, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Params
 from jaxsteer.model.interventions import Interventions
@@ -117,10 +117,11 @@ def run(
 
     Raises:
       UserError: a prompt that does not fit the model's context with its reply, that is empty, or
-        that is all prefix.
+        that is all prefix; or more memory than there is.
     """
     limit = model.config.max_position - decoding.max_new_tokens
     _check(requests, limit)
+    check_memory(model, requests, decoding.max_new_tokens, batch)
     todo = [i for i in range(len(requests)) if i not in skip]
     if not todo:
         return
@@ -152,6 +153,43 @@ def run(
             heed_stop()
             if replies:
                 yield replies
+
+
+def memory(
+    model: ChatModel, requests: Sequence[Request], new_tokens: int, batch: int
+) -> dict[str, int]:
+    """Roughly how many bytes a run takes at most, by what they are for; arguments as for `run`."""
+    config, token = model.config, decoder.token_bytes(model.config, model.params)
+    longest = max((len(request.tokens) for request in requests), default=1)
+    width, slots = bucket(longest, config.max_position), cache_slots(0, longest, new_tokens)
+    batch = fitted(batch, len(requests), sharding.data_size(model.mesh))
+    entries, rows = layer_sharing.batch_sizes(model.mesh, width, slots)
+    # The residual stream and what a layer makes of it, float32.
+    read = entries * width * (token + 4 * (8 * config.d_model + 3 * config.d_ff))
+    prefixes = {(request.prefix, request.condition) for request in requests}
+    return {
+        "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
+        "cache of a batch": batch * slots * token,
+        "shared prefixes": sum(len(prefix) for prefix, _ in prefixes) * token,
+        "prompts being read": count_loops(batch, model.params) * (read + rows * slots * token),
+    }
+
+
+def check_memory(
+    model: ChatModel, requests: Sequence[Request], new_tokens: int, batch: int
+) -> None:
+    """Refuse a run that does not fit the memory; arguments as for `run`.
+
+    Raises:
+      UserError: it does not.
+    """
+    longest = max((len(request.tokens) for request in requests), default=0)
+    mend = (
+        f"lower the batch of {batch} rows or max_new_tokens, or shorten the longest prompt "
+        f"({longest:,} tokens)"
+    )
+    needed = sum(memory(model, requests, new_tokens, batch).values())
+    sharding.check_memory(model.params, needed, mend)
 
 
 def _check(requests: Sequence[Request], limit: int) -> None:

@@ -40,7 +40,7 @@ from jaxsteer.generation import prefill
 from jaxsteer.generation.decode import Decoding, Sampling, choose
 from jaxsteer.generation.layer_sharing import between, layer_groups
 from jaxsteer.generation.requests import bucket, left_pad
-from jaxsteer.model import decoder
+from jaxsteer.model import decoder, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.interventions import AnyArray, Interventions
@@ -311,12 +311,17 @@ def read_each(
       width: pad to at least this many tokens, so that prompts shorter than it share a program.
 
     Raises:
-      UserError: the prompt and its reply do not fit the model's context.
+      UserError: the prompt and its reply do not fit the model's context, or the memory.
     """
     config, room = model.config, decoding.max_new_tokens
     limit, count = config.max_position - room, len(interventions.on_prompt)
     padded = bucket(max(len(prompt), min(width, limit)), limit)
     dtype = model.params["embed"]["embedding"].dtype
+    # The cache, and what the layers write next to it.
+    needed = 2 * count * (padded + room) * decoder.token_bytes(config, model.params)
+    needed += sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    mend = f"shorten the prompt ({len(prompt):,} tokens) or lower max_new_tokens ({room})"
+    sharding.check_memory(model.params, needed, mend)
     cache = decoder.empty_cache(config, config.n_layers, padded + room, dtype)
     begin = State(
         cache=jax.tree.map(lambda kv: jnp.broadcast_to(kv, (count, *kv.shape)), cache),

@@ -289,6 +289,12 @@ def empty_cache(config: ModelConfig, n_layers: int, slots: int, dtype: DTypeLike
     return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layers)]
 
 
+def token_bytes(config: ModelConfig, params: Params) -> int:
+    """Bytes of the keys and values of one token, in all layers."""
+    entries = 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    return entries * int(params["embed"]["embedding"].dtype.itemsize)
+
+
 @functools.cache
 def graph(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef[Decoder]:
     """The model without its parameters: hashable, so jitted functions take it as static."""

@@ -15,9 +15,12 @@ The mesh spans the devices of this process. Processes divide the rows of a study
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -200,3 +203,30 @@ def check_batch(batch: int, mesh: Mesh | None) -> None:
             f"a batch of {batch} rows cannot be split over data={data}; make the batch a multiple "
             f"of {data} (such as {-(-batch // data) * data}), or choose another --mesh"
         )
+
+
+def check_memory(params: Any, needed: float, mend: str) -> None:
+    """Refuse what takes more memory than the devices of the parameters have, all together.
+
+    Args:
+      params: the parameters of a model.
+      needed: bytes, the parameters included.
+      mend: what the user can lower, for the message.
+
+    Raises:
+      UserError: it does.
+    """
+    stats = [device.memory_stats() for device in jax.tree.leaves(params)[0].devices()]
+    there = sum(each["bytes_limit"] for each in stats) if all(stats) else _of_machine()
+    if needed > there:
+        sizes = f"{needed / 2**30:.1f} GiB of memory, and {there / 2**30:.1f} GiB are there"
+        raise UserError(f"this takes about {sizes}; {mend}")
+
+
+def _of_machine() -> int:
+    """Bytes of memory of this machine, or of the container that it is."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # The file says `max` where there is no limit.
+    with contextlib.suppress(OSError, ValueError):
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return found

@@ -77,7 +77,9 @@ def run_study(
     families = rows.prompts(spec, limit)
     # With a record, the layers are chosen, and their other candidates no longer matter.
     if fresh or not (out / record.FILE).is_file():
-        validate.study(spec, model, families)
+        wanted = spec.decoding
+        asked = validate.study(spec, model, families)
+        engine.check_memory(model, asked, wanted.max_new_tokens, wanted.batch)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         identity = record.asked(spec, model, families)
         prepared = _prepared(spec, model, out, identity, hosts)

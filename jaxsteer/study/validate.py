@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
 from jaxsteer.errors import UserError
+from jaxsteer.generation import engine
 from jaxsteer.generation.requests import Request, check_lengths, fitted
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
@@ -138,8 +139,7 @@ class Plan:
       prompt_tokens: prompt tokens of all rows.
       own_tokens: of these, the ones after the prefix that rows share.
       new_tokens: most tokens that can be generated.
-      weights_bytes: size of the parameters.
-      cache_bytes: size of the keys and values of the rows that decode together.
+      memory: bytes at most, roughly, by what they are for (`engine.memory`).
       seconds: rough time of the rows on one device, without preparation and compilation, every
         reply at full length.
       open_choices: what is selected before the rows run, such as `steer` and `dose`.
@@ -152,8 +152,7 @@ class Plan:
     prompt_tokens: int
     own_tokens: int
     new_tokens: int
-    weights_bytes: int
-    cache_bytes: int
+    memory: dict[str, int]
     seconds: float
     open_choices: list[str]
 
@@ -172,9 +171,6 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
     batch = fitted(spec.decoding.batch, len(asked))
     leaves = jax.tree.leaves(model.params)
     own = sum(len(request.own) for request in asked)
-    longest = max((len(request.tokens) for request in asked), default=0)
-    # Keys and values of one token.
-    token_bytes = 2 * config.n_layers * config.n_kv_heads * config.head_dim * leaves[0].itemsize
     compared = sum(len(families[name][: spec.impact.compared]) for name in spec.sets("benign"))
     # A token costs 2 operations per parameter.
     operations = 2 * sum(leaf.size for leaf in leaves) * (own + len(asked) * new)
@@ -186,8 +182,7 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
         prompt_tokens=sum(len(request.tokens) for request in asked),
         own_tokens=own,
         new_tokens=len(asked) * new,
-        weights_bytes=sum(leaf.nbytes for leaf in leaves),
-        cache_bytes=batch * (longest + new) * token_bytes,
+        memory=engine.memory(model, asked, new, spec.decoding.batch),
         seconds=operations / _operations_per_second(config, batch),
         open_choices=prepare.open_choices(spec),
     )

@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import jax
 import numpy as np
 import pytest
 
 from jaxsteer.errors import UserError
-from jaxsteer.generation import engine
+from jaxsteer.generation import engine, stepwise
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Project, compile_conditions
-from tests import tiny
+from tests import oracle, tiny
 
 PROMPTS = [[3] * 40, [4, 9], [5, 8, 7], [6, 41, 12, 9], [3, 9]]
 
@@ -87,6 +88,15 @@ def test_a_run_that_is_closed_early_holds_no_array(model):
         assert len(jax.live_arrays()) == before
     finally:
         gc.enable()
+
+
+def test_a_run_that_does_not_fit_the_memory_is_refused(model, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 200)
+    with pytest.raises(UserError, match=r"GiB are there; lower the batch of 3 rows or max_new_tok"):
+        run(model, [Request(tokens=p) for p in PROMPTS])
+    with pytest.raises(UserError, match=r"shorten the prompt \(40 tokens\) or lower"):
+        decoding = Decoding(max_new_tokens=5, eos=())
+        stepwise.read_each(model, PROMPTS[0], oracle.compiled(model, [[]]), decoding)
 
 
 def test_no_requests_give_no_batches(model):

@@ -155,7 +155,7 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
     assert len(planned.conditions) == len({entry["condition"] for entry in summary})
     assert planned.new_tokens >= table["n_tokens"].sum()
     assert 0 < planned.own_tokens < planned.prompt_tokens
-    assert planned.weights_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert planned.memory["weights"] == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     assert planned.open_choices == []
 
 
