@@ -177,7 +177,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     yield "prompts", sizes, "not used in any choice"
     for what, names, value, rule in (
         ("policy", "policy", run.policy.name,
-         f"best of {len(tried.policies)} at telling {n} HarmBench from harmless prompts"),
+         f"best of {len(tried.policies)} at telling {n} {chosen} from {others} prompts"),
         ("persona", "steer dose", f"added at {at.get('steer')}, x{run.dose:g}",
          f"least refusal of {len(tried.doses) - 1} without breaking the model, {on}"),
         ("refusal direction", "refusal", f"taken from {at.get('refusal')}",
