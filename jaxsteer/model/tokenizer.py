@@ -169,8 +169,10 @@ class Tokenizer:
           UserError: a prompt that is empty or not UTF-8, or a template that refuses the turns or
             leaves the system prompt out.
         """
-        text = self.render(self._turns(user, system), reply=True)
-        if system and not self.folded and system.strip() not in text:
+        turns = self._turns(user, system)
+        text = self.render(turns, reply=True)
+        # The first turn, in which control tokens are broken up.
+        if system and not self.folded and turns[0][1].strip() not in text:
             raise UserError("the chat template leaves out the system prompt; run without one")
         return text
 

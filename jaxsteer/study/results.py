@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from msgspec.structs import replace
 
+from jaxsteer.data.prompts import Policy
 from jaxsteer.errors import UserError
 from jaxsteer.files import (
     atomic_path,
@@ -37,7 +39,7 @@ from jaxsteer.files import (
 from jaxsteer.judges.labels import LABELS, label_table
 from jaxsteer.judges.verdicts import read_all
 from jaxsteer.stats import wilson
-from jaxsteer.study import prepare, record
+from jaxsteer.study import record
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
 
@@ -109,7 +111,9 @@ class Results:
     @property
     def spec(self) -> StudySpec:
         """The study, with its policy filled in."""
-        return prepare.under(self.run.study, self.run.policy.name)
+        policy = self.run.policy
+        own = Policy(name=policy.name, text=policy.text, version=policy.version)
+        return replace(self.run.study, system=own)
 
 
 def load(folder: Path) -> Results:

@@ -9,9 +9,9 @@ import torch
 from jaxsteer.data import prompts as data
 from jaxsteer.directions import shifts
 from jaxsteer.directions.direction import Direction
+from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.receipt import build
 from jaxsteer.study import results, run, spec
 from tests import tiny
 
@@ -80,18 +80,12 @@ def test_a_study_with_modes_runs_every_condition_under_each_and_records_the_shif
     assert all(f["low"] <= f["shift"] <= f["high"] and len(f["by_layer"]) == 3 for f in found)
 
 
-def test_modes_from_two_files_with_one_name_are_told_apart_in_the_receipt(model, tmp_path):
+def test_modes_from_two_files_with_one_name_are_refused(model, tmp_path):
     files = [tmp_path / "first.toml", tmp_path / "second.toml"]
     for path in files:
         path.write_text(f'name = "mine"\nversion = "1"\ntext = "Be the {path.stem}."\n')
     first, second = map(str, files)
     change = ('system = "generic"', f'system = "generic"\nmodes = ["{first}", "{second}"]')
     study = spec.load(tiny.study_file(tmp_path, change))
-    run.run_study(study, model, tmp_path / "results")
-    found = json.loads((tmp_path / "results/modes.json").read_text())
-    assert [f["mode"] for f in found] == [first, second]
-    prompts = build.build(tmp_path / "results")["predicate"]["system_prompts"]
-    assert [(s["mode"], s["text"].split(".")[0]) for s in prompts] == [
-        (first, "Be the first"),
-        (second, "Be the second"),
-    ]
+    with pytest.raises(UserError, match="'mine: baseline' repeats a seed, scale or mode"):
+        run.run_study(study, model, tmp_path / "results")

@@ -109,7 +109,14 @@ def test_a_need_is_met_mode_by_mode():
     restoration = spec.ClaimSpec(
         name="restoration",
         says="It returns.",
-        tests=[spec.TestSpec(treated="persona, out of window", control="persona", expect="higher")],
+        tests=[
+            spec.TestSpec(
+                treated="persona, out of window",
+                control="persona",
+                expect="higher",
+                prompts="strongreject",
+            )
+        ],
     )
     study = msgspec.structs.replace(study, claim=[*study.claim, restoration])
 
