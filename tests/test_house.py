@@ -26,6 +26,12 @@ from tests import weigh
 #    20 / 140  stop signals, locks, and faults said in one line
 #    13 / 108  limits of an answer, refusals by any verb, thinking that never ended
 #    20 /  46  the table of windows, one-sided judges, a GGUF refused by its first bytes
+#   252 / 432  prompt sets, policies, modes and traits of one's own; study new and study check
+#     5 / 216  judges that run here, described in files
+#   121 / 125  long prompts attended to in blocks, and the memory that a run takes
+#     0 / 190  one header for every notebook, menus of results, addresses that can be sent
+#     0 / 197  notebook 1: where directions come from, a map, random directions, exercises
+#    53 / 150  titles that are true on any data, reliability measured by the sweep
 CORE = 6432
 WHOLE = 15237
 MODULE = 350
