@@ -105,9 +105,7 @@ test-slow: .venv/made-dev model ## run the long tests: killed processes, browser
 	@touch $@
 
 test-floor: .venv-floor/made model ## run the short tests with the lowest versions that pyproject.toml allows
-	.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m "not slow" \
-		--deselect tests/test_makefile.py::test_the_lowest_versions_allowed_have_passed_the_tests
-	.venv-floor/bin/python -m tests.floors
+	.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/made-dev ## ruff, mypy, and the package's size by folder
 	$(BIN)/ruff check .

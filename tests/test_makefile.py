@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 
-from tests import floors
 from tests.conftest import ROOT
 
 NAMES = ("STUDY=my study.toml", "MODEL=my model", "OUT=a b")
@@ -54,8 +53,3 @@ def test_an_export_of_a_folder_without_a_study_stops_at_once():
     ]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "results/typo holds no study" in done.stdout
-
-
-def test_the_lowest_versions_allowed_have_passed_the_tests():
-    passed = floors.RECORD.read_text(encoding="utf-8")
-    assert floors.allowed() == passed, "run `make test-floor`, which records what passed"
