@@ -26,7 +26,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # The files that take longest come first: if one were the last, a process would wait for the other.
+# The very first runs the whole demo, which needs memory that later tests would have taken.
 FIRST = (
+    "test_readme.py",
     "generation/test_decode.py",
     "model/test_families.py",
     "cli/test_models.py",
