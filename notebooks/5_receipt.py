@@ -6,8 +6,7 @@
 """The refusal receipt: read, verify and compare it, then read the replies that it counts.
 
 marimo edit notebooks/5_receipt.py
-python notebooks/5_receipt.py -- --results results/smollm2-demo-smollm2-135m \\
-    [--second OTHER/receipt.json]
+python notebooks/5_receipt.py -- --results FOLDER [--second OTHER/receipt.json]
 """
 
 import marimo
