@@ -283,10 +283,10 @@ def test_an_unknown_mode_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama3.1-8b-paper", "qwen2.5-7b-paper"])
-def test_the_paper_studies_compile_for_their_models_with_every_condition_of_the_protocol(name):
+def test_the_paper_studies_compile_for_their_models_with_every_condition_of_the_paper(name):
     compiled = stand_ins.compiled(spec.load(name))
     names = [condition.name for condition in compiled]
-    # PROTOCOL 2.1 lists 63 conditions for Llama and 64 for Qwen, the baseline among them.
+    # The reference study has 63 conditions for Llama and 64 for Qwen, the baseline among them.
     blocks = {"persona, natural", "user persona, natural", "I-Thou, natural", "minus refusal"}
     blocks |= {"I-Thou without assistant axis", "random, norm of I-Thou", "baseline"}
     blocks |= {"I-Thou at several blocks", "refusal out of blocks 14 to 27"}
