@@ -270,7 +270,8 @@ def test_a_published_judge_asks_and_scores_as_its_own_code_does_on_torch(publish
 
 @pytest.mark.slow
 def test_an_adapter_merged_here_scores_as_peft_does(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft  # Here, since it takes seconds.
+
     name = "strongreject-finetuned"
     tokenizer = tokenizer_for(name)
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1}
