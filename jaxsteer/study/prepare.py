@@ -1,9 +1,9 @@
 """What a study needs before its rows run: policy, directions, layers and strengths.
 
 All are selected on prompts of their own (HarmBench and our harmless ones, unless the study gives
-others), never on a prompt that is reported on. A
-study under whose policy the untouched model refuses harmful prompts hardly more than harmless ones
-stops here. Each step is saved when it is done, so an interrupted setup continues:
+others), never on a prompt that is reported on. A study under whose policy the untouched model
+refuses harmful prompts hardly more than harmless ones stops here. Each step is saved when it is
+done, so an interrupted setup continues:
 
     directions.safetensors  the directions so far, with provenance
     setup.json              the candidates so far with their scores, then the choices
