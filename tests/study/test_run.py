@@ -210,7 +210,7 @@ def test_a_changed_study_is_refused_naming_what_differs_and_fresh_replaces_it(
         run.run_study(changed, model, out)
     assert (out / "responses.parquet").read_bytes() == before
     run.run_study(changed, model, out, fresh=True)
-    assert results.load(out).spec == changed
+    assert results.load(out).run.study == changed
 
 
 def test_a_trait_that_was_edited_after_the_run_is_refused_and_no_file_touched(model, tmp_path):
