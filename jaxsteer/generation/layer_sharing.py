@@ -158,7 +158,7 @@ def filled(rows: Sequence[int], size: int) -> list[int]:
 
 
 def read(
-    prompts: Prompts, rows: Sequence[int], *, size: int = 0, slots: int = 0
+    prompts: Prompts, rows: Sequence[int], *, size: int = 0, slots: int = 0, finished: int = 0
 ) -> Iterator[tuple[list[int], PromptBatch]]:
     """Take rows through all layers, depth first, so memory holds one batch per layer group.
 
@@ -168,6 +168,7 @@ def read(
       size: packed sequences that go through a layer group together; 0 for `BATCH_ALONE`, or
         `BATCH` on a mesh, fewer if they are long, and fewer in a run of fewer.
       slots: length of the caches that will be made of them.
+      finished: rows of a finished batch; 0 for `BATCH`, fewer in a run of few packed sequences.
 
     Yields:
       At most `BATCH` rows, fewer if they are long, and what reading them left.
@@ -178,7 +179,7 @@ def read(
     # By sequences, so that further conditions compile nothing; all, not those that are left.
     size = size or fitted(entries, sum(len(tokens) == width for tokens in packed.tokens), data)
     # A few rows, since few sequences may have many conditions.
-    sizes = size, fitted(count, 4 * len(packed.tokens), data)
+    sizes = size, fitted(count, finished or 4 * len(packed.tokens), data)
     yield from _deeper(prompts, [], {row: () for row in rows}, sizes)
 
 
@@ -328,8 +329,8 @@ def run_prefixes(
       probes: unit directions whose projections are recorded; None for none.
 
     Returns:
-      One entry per distinct prefix and condition, and others up to full batches, all of one width:
-      the longest, rounded up to a multiple of 16. Then the entry of each that was asked.
+      An entry for each distinct prefix and condition, all of one width: the longest, rounded up to
+      a multiple of 16. Then the entry of each that was asked. On a mesh there are further entries.
     """
     index = {distinct: number for number, distinct in enumerate(dict.fromkeys(asked))}
     tokens = [tokens for tokens, _ in index]
@@ -342,9 +343,12 @@ def run_prefixes(
         probes=prefill.no_probes(model.config) if probes is None else probes,
         packed=one_each(tokens, width),
     )
-    found, order = [], list[int]()
-    for rows, batch in read(prompts, range(len(index))):
+    found, place, entries = list[Prefix](), dict[int, int](), 0
+    # As many rows as there are distinct prefixes: most conditions differ in the last layers, so a
+    # larger batch would be full of copies.
+    for rows, batch in read(prompts, range(len(index)), finished=len(prompts.packed.tokens)):
         found.append(prefill.as_prefix(batch))
-        order += rows + [len(index)] * (len(batch.ids) - len(rows))
+        place |= {row: entries + number for number, row in enumerate(rows)}
+        entries += len(batch.ids)
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
-    return take(joined, np.argsort(order, kind="stable")), [index[one] for one in asked]
+    return joined, [place[index[one]] for one in asked]
