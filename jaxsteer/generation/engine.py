@@ -45,6 +45,8 @@ from jaxsteer.model.interventions import Interventions
 SLOT_MULTIPLE = 16
 # Fewest slots of one of two loops.
 LEAST_SLOTS = 16
+# Bytes of a process apart from its arrays, measured with SmolLM2's demo.
+PROCESS = 2**30
 
 Loop = Generator[list[Reply], None, None]
 
@@ -163,15 +165,18 @@ def memory(
     longest = max((len(request.tokens) for request in requests), default=1)
     width, slots = bucket(longest, config.max_position), cache_slots(0, longest, new_tokens)
     batch = fitted(batch, len(requests), sharding.data_size(model.mesh))
+    loops = count_loops(batch, model.params)
     entries, rows = layer_sharing.batch_sizes(model.mesh, width, slots)
     # The residual stream and what a layer makes of it, float32.
     read = entries * width * (token + 4 * (8 * config.d_model + 3 * config.d_ff))
     prefixes = {(request.prefix, request.condition) for request in requests}
+    shared = max((request.shared for request in requests), default=0)
     return {
+        "libraries and programs": PROCESS,
         "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "cache of a batch": batch * slots * token,
         "shared prefixes": sum(len(prefix) for prefix, _ in prefixes) * token,
-        "prompts being read": count_loops(batch, model.params) * (read + rows * slots * token),
+        "prompts being read": loops * (read + rows * (shared + slots) * token),
     }
 
 
