@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
@@ -76,7 +76,6 @@ class Source:
       name: of the folder, of the hub's model, or of the file.
       revision: of a hub model, the commit.
       config: its configuration.
-      form: which names its tensors have, see `weights.table`.
       tokenizer: its tokenizer, with the chat template.
       ends: token ids that end a reply, as far as its files name them.
       files: the files that it has been read from.
@@ -89,7 +88,6 @@ class Source:
     name: str
     revision: str | None = None
     config: ModelConfig
-    form: Literal["hf", "gguf"]
     tokenizer: Tokenizer
     ends: set[int]
     files: list[Path]
@@ -164,7 +162,7 @@ def convert(
     tensors, files = found.weights()
     if lora is not None:
         tensors = [*adapter.merged(tensors, adapter.load(lora), options.adapter)]
-    params = fill(found.config, tensors, found.form, dtype, found.name, quiet=quiet)
+    params = fill(found.config, tensors, dtype, found.name, quiet=quiet)
     files = [*found.files, *files, *([Path(options.template)] if options.template else [])]
     hashes = {file.name: sha256_file(file) for file in sorted(files) if file.is_file()}
     if lora is not None:
@@ -189,7 +187,7 @@ def convert(
 
 
 def _adapter_folder(name: str, base: Source) -> Path:
-    if base.form == "gguf":
+    if base.kind == "gguf":
         raise UserError(f"{base.name}: an adapter is merged into Hugging Face weights, not a GGUF")
     hub = not Path(name).is_dir() and HUB_ID.fullmatch(name)
     return hub_folder(name, None, adapter.FILES) if hub else Path(name)
@@ -221,7 +219,6 @@ def tied(tensors: Iterable[Tensor], config: ModelConfig, where: str) -> Iterator
 def fill(
     target: ModelConfig,
     tensors: Iterable[Tensor],
-    form: Literal["hf", "gguf"],
     dtype: str,
     where: str,
     *,
@@ -232,7 +229,6 @@ def fill(
     Args:
       target: the configuration to fill.
       tensors: the source's tensors, read one at a time.
-      form: naming scheme of the source.
       dtype: of the result.
       where: the source's name in errors.
       quiet: show no progress.
@@ -240,29 +236,28 @@ def fill(
     Raises:
       UserError: every unread source tensor, unfilled target and shape mismatch in one message.
     """
-    entries = {entry.source: entry for entry in weights.table(target, form)}
-    shapes = weights.param_shapes(target)
+    paths, shapes = weights.table(target), weights.param_shapes(target)
     params: dict[str, np.ndarray] = {}
     problems: dict[str, str] = {}
-    with Progress(where, len(entries), unit="tensors", quiet=quiet) as progress:
+    with Progress(where, len(paths), unit="tensors", quiet=quiet) as progress:
         for name, read in tied(weights.separate(tensors, target), target, where):
             progress.advance(1)
-            entry = entries.pop(name, None)
-            if entry is None:
+            path = paths.pop(name, None)
+            if path is None:
                 problems[name] = "is in the source and has no place in the model"
                 continue
             try:
-                value = weights.transform(read(), entry.rule, target)
+                value = read().T if path.endswith("kernel") else read()
             except (NotImplementedError, ValueError, OSError) as error:
                 problems[name] = f"cannot be read ({error})"
                 continue
             if value.dtype.name not in SOURCE_DTYPES:
                 problems[name] = f"has type {value.dtype.name}, not {', '.join(SOURCE_DTYPES)}"
-            elif value.shape != shapes[entry.target]:
-                problems[name] = f"has shape {value.shape}, expected {shapes[entry.target]}"
+            elif value.shape != shapes[path]:
+                problems[name] = f"has shape {value.shape}, expected {shapes[path]}"
             else:
-                params[entry.target] = value.astype(FLOATS[dtype], order="C", copy=False)
-    problems |= dict.fromkeys(entries, "is missing")
+                params[path] = value.astype(FLOATS[dtype], order="C", copy=False)
+    problems |= dict.fromkeys(paths, "is missing")
     if problems:
         listed = [f"{name} {problem}" for name, problem in problems.items()]
         more = f"; and {len(listed) - 12} more" if len(listed) > 12 else ""
@@ -362,7 +357,6 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
         kind="folder",
         name=name,
         config=dataclasses.replace(config, tied=False) if options.untie else config,
-        form="hf",
         tokenizer=tokenizer,
         ends=ends,
         files=files,

@@ -23,7 +23,7 @@ from jaxsteer.model.config import READ, AttentionKind, ModelConfig, from_hf
 from jaxsteer.model.convert import Options, Source
 from jaxsteer.model.families import FAMILIES
 from jaxsteer.model.tokenizer import Tokenizer, transformers
-from jaxsteer.model.weights import Tensor
+from jaxsteer.model.weights import Tensor, stored
 
 if TYPE_CHECKING:
     from gguf.gguf_reader import ReaderTensor
@@ -126,11 +126,10 @@ def read(path: Path, options: Options) -> Source:
         kind="gguf",
         name=name,
         config=config,
-        form="gguf",
         tokenizer=tokenizer,
         ends={int(fields[key]) for key in ends & fields.keys()},
         files=[],
-        weights=lambda: (list(_tensors(tensors)), files),
+        weights=lambda: (list(_tensors(tensors, config)), files),
         notes=notes,
     )
 
@@ -286,18 +285,39 @@ def _factors(tensor: ReaderTensor) -> list[float]:
     return np.array(tensor.data, float).tolist()
 
 
-def _tensors(tensors: list[ReaderTensor]) -> Iterator[Tensor]:
+def _tensors(tensors: list[ReaderTensor], config: ModelConfig) -> Iterator[Tensor]:
+    """The tensors, those of the model with the names and in the form that HF's files have."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    family = FAMILIES[config.family]
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == family.gguf)
+    names = get_tensor_name_map(architecture, config.n_layers)
+    hf = {names.get_name(name, (".weight", ".bias")): name for name in stored(config)}
     for tensor in tensors:
         if tensor.name not in (ROPE_FACTORS, SHORT, LONG):
-            yield tensor.name, functools.partial(_dequantised, tensor)
+            name = hf.get(tensor.name, tensor.name)
+            yield name, functools.partial(_as_hf, tensor, name, config)
 
 
-def _dequantised(tensor: ReaderTensor) -> np.ndarray:
+def _as_hf(tensor: ReaderTensor, name: str, config: ModelConfig) -> np.ndarray:
     from gguf.quants import dequantize
 
     # GGUF lists the innermost axis first.
     shape = tuple(int(length) for length in reversed(tensor.shape))
-    return dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    value = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    if FAMILIES[config.family].gguf_pairs and (match := re.search(r"\.([qk])_proj\.", name)):
+        return unpermute(value, config.n_heads if match[1] == "q" else config.n_kv_heads)
+    return value - config.norm_offset if name.endswith("norm.weight") else value
+
+
+def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's row order of a [heads * head_dim, d_model] matrix, or of a bias.
+
+    Per head, rows come as rotary pairs side by side; HF wants all first halves, then all second
+    halves. For head_dim 4: rows [a0, b0, a1, b1] become [a0, a1, b0, b1].
+    """
+    paired = value.reshape(heads, len(value) // heads // 2, 2, *value.shape[1:])
+    return paired.swapaxes(1, 2).reshape(value.shape)
 
 
 def _tokenizer(fields: Mapping[str, Any], where: str, options: Options) -> Tokenizer:

@@ -139,12 +139,10 @@ def hf_folder(model: ChatModel, tokenizer: Path, out: Path) -> Path:
     shutil.copytree(tokenizer, out)
     flat = weights.flatten(model.params)
     tensors: dict[str, Any] = {}
-    for entry in weights.table(model.config, "hf"):
-        value = np.asarray(flat[entry.target])
+    for name, path in weights.table(model.config).items():
+        value = np.asarray(flat[path])
         # A transpose is a view, and what is saved is the buffer below it.
-        tensors[entry.source] = np.ascontiguousarray(
-            value.T if entry.rule == "transpose" else value
-        )
+        tensors[name] = np.ascontiguousarray(value.T if path.endswith("kernel") else value)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(llama_config(model)))
     return out

@@ -443,9 +443,9 @@ def test_conversion_needs_the_output_and_little_more(copy, tmp_path):
     shapes = param_shapes(config)
     size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
     tensors = {}
-    for entry in table(config, "hf"):
-        shape = shapes[entry.target][:: -1 if entry.rule == "transpose" else 1]
-        tensors[entry.source] = np.full(shape, 0.5, np.float32)
+    for name, path in table(config).items():
+        shape = shapes[path][:: -1 if path.endswith("kernel") else 1]
+        tensors[name] = np.full(shape, 0.5, np.float32)
     save_file(tensors, large / "model.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", UNDER_A_LIMIT, copy, large, tmp_path, str(int(1.4 * size))],
