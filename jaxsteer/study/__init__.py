@@ -3,7 +3,6 @@
 In come a study file, a model, prompts and the ways to make directions. `spec` reads the file,
 `validate` says whether and at what cost it can run, `prepare` makes the directions and
 selects layers and dose on prompts that are not reported on, `conditions` resolves what is applied
-where, `rows` pairs conditions with prompts, `run` runs the rows. Out come
-the run record (`record`) and the table of labelled replies, which `results` reads back. Begin with
-`run.run_study`.
+where and pairs conditions with prompts, `run` runs these rows. Out come the run record (`record`)
+and the table of labelled replies, which `results` reads back. Begin with `run.run_study`.
 """

@@ -1,4 +1,4 @@
-"""From a study's spec to its conditions: layers resolved, repeats and unsteered twins made.
+"""From a study's spec to its conditions and rows: layers resolved, repeats and twins made.
 
 A layer is written `21` or `steer+2`, several `22,24` or `22..29` or `steer+1..last`.
 
@@ -7,6 +7,9 @@ without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such a condition is
 `cancels_steering`. Every knockout (a condition that adds and projects) gets its twin without
 steering, named `NAME, unsteered`, because only the difference between the two is evidence. A
 repeat with a random direction has none: it is a control itself.
+
+A row is a condition with a prompt. It asks the model for one reply (`requests`), and leaves one
+line in the table (`line`).
 """
 
 from __future__ import annotations
@@ -21,16 +24,23 @@ import numpy as np
 from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
+from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions.direction import Direction, ends, spelling
 from jaxsteer.errors import UserError
-from jaxsteer.files import sha256_bytes
+from jaxsteer.files import sha256_bytes, stable_id
+from jaxsteer.generation import engine
+from jaxsteer.generation.engine import Reply, Request
+from jaxsteer.generation.requests import shared_lengths
+from jaxsteer.judges.labels import label
 from jaxsteer.model import interventions
+from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Layers
 from jaxsteer.study.record import Add, Condition, Operation, Project, unsteered
 from jaxsteer.study.spec import LAYER_NAME, UNSTEERED, AddSpec, OperationSpec, StudySpec
 
 # From a layer expression to its layers.
 Resolve = Callable[[str], tuple[int, ...]]
+Row = tuple[Condition, Prompt]
 
 
 def depth(fraction: float, n_layers: int) -> int:
@@ -277,3 +287,107 @@ def mark_cancelling(found: Sequence[Condition], arrays: Interventions) -> list[C
         replace(condition, cancels_steering=bool(cancel))
         for condition, cancel in zip(found, cancels, strict=True)
     ]
+
+
+def cross(found: Sequence[Condition], families: Mapping[str, Sequence[Prompt]]) -> list[Row]:
+    """Every row of the study, in the order of the table."""
+    return [
+        (condition, prompt)
+        for condition in found
+        for asked in families.values()
+        for prompt in _asked(condition, asked)
+    ]
+
+
+def _asked(condition: Condition, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """Those prompts of a set that a condition runs on."""
+    if all(prompt.kind == "harmful" for prompt in prompts):
+        return prompts[: condition.prompts]
+    return prompts if condition.benign else []
+
+
+def row_id(row: Row) -> str:
+    """A row's id, CONDITION/PROMPT: unique in the study and the same in every run."""
+    return f"{row[0].name}/{row[1].id}"
+
+
+def requests(
+    spec: StudySpec, model: ChatModel, found: Sequence[Condition], rows: Sequence[Row]
+) -> list[Request]:
+    """What each row asks of the model: the prompt's tokens, and how many of them rows share.
+
+    Args:
+      spec: the study.
+      model: the model.
+      found: all conditions, in the order of the stacked interventions.
+      rows: from `cross`.
+
+    Raises:
+      UserError: an empty prompt, or a chat template that refuses one.
+    """
+    index = {condition.name: c for c, condition in enumerate(found)}
+    by_mode = system_prompts(spec)
+    asked = [(by_mode[condition.mode], prompt.asked) for condition, prompt in rows]
+    tokens = {key: model.tokenizer.chat(key[1], key[0]) for key in dict.fromkeys(asked)}
+    prompts = [tokens[key] for key in asked]
+    # A conversation whose history is not steered has that as its prefix.
+    plain = {
+        key: model.tokenizer.before_last(key[1], key[0])
+        for key, (_, prompt) in zip(asked, rows, strict=True)
+        if prompt.plain_history and not isinstance(key[1], str)
+    }
+    lengths = shared_lengths(prompts, [key if key in plain else key[0] for key in asked])
+    shared = [plain.get(key, n) for key, n in zip(asked, lengths, strict=True)]
+    return [
+        Request(
+            tokens=prompts[i],
+            condition=index[condition.name],
+            row_id=stable_id(condition.name, prompt.id),
+            shared=shared[i],
+            plain=asked[i] in plain,
+        )
+        for i, (condition, prompt) in enumerate(rows)
+    ]
+
+
+def line(row: Row, reply: Reply, probed: Sequence[str]) -> dict[str, Any]:
+    """A finished row's line in the table.
+
+    For each probed direction it has the projections of the residual stream before and after the
+    operations at every `resid_post`, as means over the tokens of the prompt and of the reply.
+    """
+    condition, prompt = row
+    given, judge = label(reply.text, prompt.kind)
+    both = [*reply.prompt.values(), *reply.response.values()]
+    made: dict[str, Any] = {
+        "row_id": row_id(row),
+        "condition": condition.name,
+        "base": condition.base,
+        "seed": condition.seed,
+        "scale": condition.scale,
+        "mode": condition.mode,
+        "prompt_id": prompt.id,
+        "family": prompt.family,
+        "kind": prompt.kind,
+        "category": prompt.category,
+        "response": reply.text,
+        "n_tokens": len(reply.tokens),
+        "stopped": reply.stopped,
+        "label": given,
+        "judge": judge,
+        "cancels_steering": condition.cancels_steering,
+        # Tokens times sites where something changed, and the summed norm of the change there.
+        "steered_tokens": sum(int(found.steered[found.change > 0].sum()) for found in both),
+        "change": engine.total_change(reply),
+    }
+    # The model reads all generated tokens but the last, and that one too before an end token.
+    read = len(reply.tokens) - (0 if reply.stopped else 1)
+    for phase, realised, tokens in (
+        ("prompt", reply.prompt, reply.n_prompt),
+        ("response", reply.response, read),
+    ):
+        stream, count = realised["resid_post"], max(tokens, 1)
+        for p, direction in enumerate(probed):
+            made[f"{direction}_before_{phase}"] = (stream.before[:, p] / count).tolist()
+            made[f"{direction}_after_{phase}"] = (stream.after[:, p] / count).tolist()
+    return made

@@ -35,7 +35,7 @@ from jaxsteer.judges.labels import is_right
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.study import results, rows
+from jaxsteer.study import conditions, results
 from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.spec import StudySpec
 from jaxsteer.words import Progress
@@ -115,7 +115,7 @@ def divergence(
     ]  # fmt: skip
     each = [(c, prompt) for c in [*plain.values(), *changed] for prompt in benign]
     requests, counts = [], np.zeros(len(each), int)
-    for i, request in enumerate(rows.requests(spec, model, run.conditions, each)):
+    for i, request in enumerate(conditions.requests(spec, model, run.conditions, each)):
         text = said[plain[each[i][0].mode].name, each[i][1].id]
         reply = model.tokenizer.encode(text)[:COMPARED]
         requests.append(dataclasses.replace(request, tokens=[*request.tokens, *reply]))
@@ -198,7 +198,7 @@ def _answer(
     ]
     asked = data.sample(questions, spec.impact.questions, spec.impact.seed)
     each = [(c, question) for c in run.conditions if c.benign for question in asked]
-    requests = rows.requests(spec, model, run.conditions, each)
+    requests = conditions.requests(spec, model, run.conditions, each)
     skip = {i for i, (c, question) in enumerate(each) if (c.name, question.id) in done}
     decoding = Decoding(max_new_tokens=ANSWER, eos=model.eos)
     batch, lines = spec.decoding.batch, list[Line]()

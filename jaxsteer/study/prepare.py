@@ -128,6 +128,31 @@ def selected(spec: StudySpec) -> tuple[list[Prompt], list[Prompt]]:
     return made[0], made[1]
 
 
+def prompts(spec: StudySpec, limit: int | None = None) -> dict[str, list[Prompt]]:
+    """The prompts reported on, by set; `limit` replaces the number of each harmful set.
+
+    Raises:
+      UserError: as `data.read`, or a prompt that is in two sets, or that the selection uses too.
+    """
+    found = {
+        each.name: data.read(each, limit if each.kind == "harmful" else None)
+        for each in spec.prompts
+    }
+    chosen = zip(("harmful", "harmless"), selected(spec), strict=True)
+    used = {f"the {name} prompts of [selection]": some for name, some in chosen} | found
+    seen: dict[str, tuple[str, int]] = {}
+    for name, some in used.items():
+        for prompt in some:
+            place = name, prompt.row
+            other = seen.setdefault(" ".join(prompt.text.casefold().split()), place)
+            if other[0] != name:
+                raise UserError(
+                    f"study {spec.name}: row {prompt.row} of {name} is also row {other[1]} of "
+                    f"{other[0]}; take it out of one of the two"
+                )
+    return found
+
+
 def split(spec: StudySpec, model: ChatModel) -> Split:
     """Take the prompts of the selection, which are ranked the same way in every study.
 

@@ -37,7 +37,7 @@ from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.requests import pack
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
-from jaxsteer.study import conditions, impact, prepare, record, results, rows, validate
+from jaxsteer.study import conditions, impact, prepare, record, results, validate
 from jaxsteer.study.prepare import Setup
 from jaxsteer.study.record import RunRecord
 from jaxsteer.study.spec import StudySpec
@@ -74,11 +74,11 @@ def run_study(
       UserError: the model cannot run the study, `out` belongs to another run or is in use, or a
         condition changed nothing or made the residual stream overflow.
     """
-    families = rows.prompts(spec, limit)
+    families = prepare.prompts(spec, limit)
     # With a record, the layers are chosen, and their other candidates no longer matter.
     if fresh or not (out / record.FILE).is_file():
         wanted = spec.decoding
-        asked = validate.study(spec, model, families)
+        _, asked = validate.study(spec, model, families)
         engine.check_memory(model, asked, wanted.max_new_tokens, wanted.batch)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         identity = record.asked(spec, model, families)
@@ -100,12 +100,12 @@ def run_study(
                 data.save(out, itertools.chain(*families.values()))
                 record.write(out, run)
             hosts.meet("setup")
-        planned = rows.cross(run.conditions, families)
+        planned = conditions.cross(run.conditions, families)
         _finish(run, model, prepared, arrays, planned, out / "shards", hosts)
         hosts.meet("rows")
         if not hosts.first:
             return []
-        names = [rows.name(row) for row in planned]
+        names = [conditions.row_id(row) for row in planned]
         table = hosts.seen(lambda: results.gathered(out / "shards", run.key, names))
         if table is None:
             raise UserError(
@@ -187,16 +187,16 @@ def _finish(
     model: ChatModel,
     prepared: Setup,
     arrays: Interventions,
-    planned: Sequence[rows.Row],
+    planned: Sequence[conditions.Row],
     folder: Path,
     hosts: Hosts,
 ) -> None:
     """Run the rows of this process's share that no shard holds."""
     shards = results.read_shards(folder, run.key)
     finished = {row_id for shard in shards for row_id in shard["row_id"]}
-    done = {i for i, row in enumerate(planned) if rows.name(row) in finished}
+    done = {i for i, row in enumerate(planned) if conditions.row_id(row) in finished}
     wanted = run.study.decoding
-    asked = rows.requests(prepared.spec, model, run.conditions, planned)
+    asked = conditions.requests(prepared.spec, model, run.conditions, planned)
     # Rows of one packed sequence run in one process, because they share work.
     packed = pack(asked, model.config.max_position - wanted.max_new_tokens)
     share = hosts.share([f"sequence {n}" for n in packed.sequence])
@@ -222,8 +222,10 @@ def _finish(
     with Progress(title, len(share), len(share & done)) as progress:
 
         def keep() -> None:
-            lines = [rows.line(planned[reply.index], reply, probed) for reply in ended]
-            results.write_shard(folder, run.key, pl.DataFrame(lines, schema_overrides=rows.TYPES))
+            lines = [conditions.line(planned[reply.index], reply, probed) for reply in ended]
+            # A column may be null in every line of a shard.
+            shard = pl.DataFrame(lines, schema_overrides=results.SCHEMA)
+            results.write_shard(folder, run.key, shard)
             count, tokens = len(ended), sum(len(reply.tokens) for reply in ended)
             # Before the report, which raises after a stop signal: no row is written twice.
             ended.clear()

@@ -24,17 +24,19 @@ from jaxsteer.generation import engine
 from jaxsteer.generation.requests import Request, check_lengths, fitted
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.study import prepare, rows
+from jaxsteer.study import prepare
 from jaxsteer.study import spec as specs
-from jaxsteer.study.conditions import conditions, depth, resolve_layers
+from jaxsteer.study.conditions import conditions, cross, depth, requests, resolve_layers
 from jaxsteer.study.record import Condition
 from jaxsteer.study.spec import StudySpec
 
 
 def study(
     spec: StudySpec, model: ChatModel, families: Mapping[str, Sequence[Prompt]]
-) -> list[Request]:
-    """Check the study; returns what each of its rows will ask of the model.
+) -> tuple[list[Condition], list[Request]]:
+    """Check the study; returns its conditions and what each of its rows will ask of the model.
+
+    Layers that are still open are at their deepest candidates.
 
     Raises:
       UserError: the errors that preparing and running the study would raise, for what is wrong in
@@ -47,8 +49,8 @@ def study(
     room, split = model.config.max_position, prepare.split(spec, model)
     if "refusal" in still:
         prepare.openings(spec, model)
-    asked = [*split.persona, *split.ordinary]
-    check_lengths(map(len, asked), room - spec.selection.max_new_tokens)
+    chosen_on = [*split.persona, *split.ordinary]
+    check_lengths(map(len, chosen_on), room - spec.selection.max_new_tokens)
     extremes = [_layers(spec, model, pick) for pick in (max, min)]
     found = [conditions(spec, layers, dose, n_layers) for layers in extremes]
     names = {condition.base for every in found for condition in every}
@@ -63,10 +65,9 @@ def study(
                     f"{where}: there is no condition {min(missing)!r}; only a condition that "
                     "adds and projects has an unsteered twin, unless the study has an equal one"
                 )
-    requests = rows.requests(spec, model, found[0], rows.cross(found[0], families))
-    lengths = (len(request.tokens) for request in requests)
-    check_lengths(lengths, room - spec.decoding.max_new_tokens)
-    return requests
+    asked = requests(spec, model, found[0], cross(found[0], families))
+    check_lengths((len(each.tokens) for each in asked), room - spec.decoding.max_new_tokens)
+    return found[0], asked
 
 
 def check(source: str | Path, model: ChatModel) -> list[str]:
@@ -96,7 +97,7 @@ def check(source: str | Path, model: ChatModel) -> list[str]:
         alone = replace(plain, system="generic", condition=[one])
         tried(("condition", i), conditions, alone, layers, 1.0, model.config.n_layers)
     # Each of these needs all before.
-    families = found or tried(("selection",), rows.prompts, spec)
+    families = found or tried(("selection",), prepare.prompts, spec)
     if not found:
         tried((), study, spec, model, families)
     return list(dict.fromkeys(found))
@@ -164,10 +165,8 @@ def plan(spec: StudySpec, model: ChatModel, *, limit: int | None = None) -> Plan
       UserError: as running it would, for what is wrong in the spec or with its prompts.
     """
     config, new = model.config, spec.decoding.max_new_tokens
-    families = rows.prompts(spec, limit)
-    asked = study(spec, model, families)
-    under = prepare.policies(spec)[0]
-    found = conditions(under, _layers(spec, model, max), spec.dose or 1.0, config.n_layers)
+    families = prepare.prompts(spec, limit)
+    found, asked = study(spec, model, families)
     batch = fitted(spec.decoding.batch, len(asked))
     leaves = jax.tree.leaves(model.params)
     own = sum(len(request.own) for request in asked)

@@ -22,8 +22,8 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.decoder import graph
 from jaxsteer.model.interventions import Add, Interventions, Operation, Project
-from jaxsteer.study import prepare, rows, run, spec
-from jaxsteer.study.conditions import conditions, operations, stacked
+from jaxsteer.study import prepare, run, spec
+from jaxsteer.study.conditions import conditions, cross, operations, requests, stacked
 from tests.bench.job import Job, Site
 
 
@@ -62,20 +62,20 @@ def demo(model: ChatModel, results: Path) -> Workload:
     study, chosen, n_layers = prepared.spec, prepared.record, model.config.n_layers
     compiled = conditions(study, chosen.layers, chosen.dose, n_layers, chosen.refusal_dose)
     shape = (model.config.n_layers, model.config.d_model)
-    crossed = rows.cross(compiled, rows.prompts(study))
-    requests = rows.requests(study, model, compiled, crossed)
+    crossed = cross(compiled, prepare.prompts(study))
+    asked = requests(study, model, compiled, crossed)
     probed = [name for name in run.PROBES if name in prepared.directions]
     probes = np.stack([prepared.directions[name].unit() for name in probed], axis=1)
     return Workload(
         names=[condition.name for condition in compiled],
-        requests=requests,
+        requests=asked,
         interventions=stacked(compiled, prepared.directions, shape),
         probes=probes.astype(np.float32),
         decoding=Decoding(max_new_tokens=study.decoding.max_new_tokens, eos=model.eos),
         batch=study.decoding.batch,
         job=Job(
-            tokens=[list(request.tokens) for request in requests],
-            condition=[request.condition for request in requests],
+            tokens=[list(request.tokens) for request in asked],
+            condition=[request.condition for request in asked],
             conditions=[sites(operations(c, prepared.directions)) for c in compiled],
             max_new_tokens=study.decoding.max_new_tokens,
             eos=list(model.eos),

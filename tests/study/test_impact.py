@@ -15,8 +15,7 @@ from jaxsteer.evidence.impact import impacts
 from jaxsteer.files import read_table
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import conditions, impact, record, results, run, spec
-from jaxsteer.study import rows as study_rows
+from jaxsteer.study import conditions, impact, prepare, record, results, run, spec
 from tests import compiles, tiny
 
 MEASURED = ("[decoding]", "[impact]\ncompared = 2\nquestions = 5\n[decoding]")
@@ -112,7 +111,7 @@ def test_another_condition_compiles_nothing(model, finished):
 
 
 def asked(known):
-    return study_rows.prompts(known.study)
+    return prepare.prompts(known.study)
 
 
 def stacked(known, folder, model):

@@ -12,7 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.receipt import build, page, statement, verify
-from jaxsteer.study import results, rows, run, spec, validate
+from jaxsteer.study import prepare, results, run, spec, validate
 from tests import tiny
 
 HOSTILE = "<script>x</script>\x1b[31m =cmd() {{ 7 * 7 }}"
@@ -142,7 +142,7 @@ def test_the_history_of_a_conversation_is_read_but_not_steered(model, finished):
     loaded = results.load(finished)
     talks = loaded.rows.filter(condition="persona", family="talks")
     study = spec.load(finished.parent / "tiny.toml")
-    asked = {p.id: p for p in rows.prompts(study)["talks"]}
+    asked = {p.id: p for p in prepare.prompts(study)["talks"]}
     for prompt, steered, replied in talks.select(
         "prompt_id", "steered_tokens", "n_tokens"
     ).iter_rows():
