@@ -203,9 +203,7 @@ def extract(
         check_writable(out)
     loaded = open_model(model, mesh)
     out = out or directions_file(loaded)
-    found = directions.load(out) if out.is_file() else {}
-    for direction in found.values():
-        directions.check_model(direction, loaded, str(out))
+    found = directions.of_model(out, loaded)
     settings = extraction.Settings(policy=policy, seed=seed)
     for name, kind in named:
         made = extraction.extract(loaded, name, kind, found=found, settings=settings)

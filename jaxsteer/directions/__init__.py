@@ -3,6 +3,6 @@
 Begin with `extraction`, the table of the kinds of direction. It lists the chats behind each kind;
 `samples` runs them and `activations` reads the stream at a tap; the difference of the samples'
 means is a `direction`, a value with arithmetic, a file format, and a notation for interventions
-with it. `shifts` says how far system prompts move the stream along directions;
+with it. `samples.shifts` says how far system prompts move the stream along directions;
 `evidence.reliability` says how well directions are known.
 """

@@ -134,11 +134,20 @@ def add(path: Path, made: Direction, model: ChatModel) -> dict[str, Direction]:
       UserError: a file of another model, or one that cannot be read or written.
     """
     with one_at_a_time(path):
-        found = load(path) if path.is_file() else {}
-        for known in found.values():
-            check_model(known, model, str(path))
-        found[made.name] = made
+        found = of_model(path, model) | {made.name: made}
         save(path, list(found.values()))
+    return found
+
+
+def of_model(path: Path, model: ChatModel) -> dict[str, Direction]:
+    """The directions of a file; none if there is no such file.
+
+    Raises:
+      UserError: as `load`, or directions of another model.
+    """
+    found = load(path) if path.is_file() else {}
+    for known in found.values():
+        check_model(known, model, str(path))
     return found
 
 

@@ -39,6 +39,9 @@ from jaxsteer.model.chat_model import ChatModel
 HARMFUL = PromptSet(set="harmbench", seed=11)
 HARMLESS = PromptSet(set="harmless", seed=11)
 
+# The system prompt under which the model reads the users of a user persona.
+REPLAYED_UNDER = "You are a helpful assistant."
+
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
     """How one direction is made: an entry of a study's `[directions]`."""
@@ -130,7 +133,14 @@ def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
     """
     match kind:
         case UserPersona():
-            made = user_contrast(prompts.trait(kind.trait), kind.position)
+            # The model's replies to the trait's chats, replayed as a user's messages.
+            said = trait_contrast(prompts.trait(kind.trait), kind.position)
+            made = dataclasses.replace(
+                said,
+                kind="user-persona",
+                source_sha256=_sha256([said.source_sha256, REPLAYED_UNDER]),
+                replayed_under=REPLAYED_UNDER,
+            )
         case Trait():
             made = trait_contrast(prompts.trait(kind.trait), kind.position)
         case Refusal():
@@ -272,9 +282,7 @@ def find_or_extract(
     Raises:
       UserError: a file of another model or that cannot be written, or as `read_name` and `extract`.
     """
-    found = direction.load(path) if path.is_file() else {}
-    for known in found.values():
-        direction.check_model(known, model, str(path))
+    found = direction.of_model(path, model)
     asked = dict(_wanted(text, found) for text in names)
     real = [name for name, kind in asked.items() if not isinstance(kind, Random)]
     # Random ones last, since they take the norms of another; they cost nothing and are not kept.
@@ -317,20 +325,6 @@ def trait_contrast(trait: prompts.Trait, position: Position = "prompt_end") -> C
         source_sha256=trait.sha256,
         chats=_crossed([trait.positive, trait.negative], trait.questions),
         position=position,
-    )
-
-
-def user_contrast(
-    trait: prompts.Trait,
-    position: Position = "prompt_end",
-    system: str = "You are a helpful assistant.",
-) -> Contrast:
-    """The model's replies in `trait_contrast`, replayed as a user's messages under `system`."""
-    return dataclasses.replace(
-        trait_contrast(trait, position),
-        kind="user-persona",
-        source_sha256=_sha256([trait.sha256, system]),
-        replayed_under=system,
     )
 
 

@@ -2,6 +2,11 @@
 
 A direction is the difference of means of these samples. `evidence.reliability` halves them and
 shuffles their labels.
+
+`shifts` has persona modes in a vector's units. For each mode and direction v with unit u, at each
+layer: the mean over prompts of u . (h_mode - h_none) / |v|, where h is `resid_post` at the last
+prompt token and "none" the policy alone on the same prompt. Adding v once there shifts by +1, so a
+mode made of words can be compared with a vector.
 """
 
 from __future__ import annotations
@@ -11,22 +16,28 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file, save_file
 
+from jaxsteer.data.prompts import Mode, Prompt
 from jaxsteer.directions import activations
 from jaxsteer.directions.activations import Position
+from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.files import atomic_path, stable_id
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding, Sampling
-from jaxsteer.generation.requests import shared_lengths
+from jaxsteer.generation.requests import shared_length, shared_lengths
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Layers
+from jaxsteer.words import Progress
 
 # How replies are sampled, as in persona vectors (Chen et al. 2025).
 SAMPLED = {"temperature": 1.0, "top_p": 0.95}
+# Standard errors to either end of a 95 % interval.
+Z95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,11 @@ class Samples:
 
     def direction(self) -> Layers:
         """Mean of group 0 minus the mean of the other groups' means, float32, summed in float64."""
-        return _difference(self.values, np.ones(len(self.group)), self.group).astype(np.float32)
+        first, *others = (
+            self.values[self.group == one].mean(axis=0, dtype=np.float64)
+            for one in np.unique(self.group)
+        )
+        return (first - np.mean(others, axis=0)).astype(np.float32)
 
     def parts(self, unit: str) -> Parts:
         """The samples summed by unit and side, in float64."""
@@ -183,19 +198,6 @@ def kept(path: Path) -> dict[str, Parts]:
     return {unit: Parts(**{name: arrays[f"{unit}.{name}"] for name in fields}) for unit in units}
 
 
-def _difference(
-    sums: Float[np.ndarray, "part layer d_model"],
-    counts: Shaped[np.ndarray, " part"],
-    group: Int[np.ndarray, " part"],
-) -> Float[np.ndarray, "layer d_model"]:
-    """Mean of group 0 minus the mean of the other groups' means, from sums of so many samples."""
-    first, *others = (
-        sums[group == one].sum(axis=0, dtype=np.float64) / counts[group == one].sum()
-        for one in np.unique(group)
-    )
-    return first - np.mean(others, axis=0)
-
-
 def sample_replies(
     model: ChatModel,
     prompts: Sequence[Sequence[int]],
@@ -279,3 +281,85 @@ def _check_groups(asked: Sequence[Chat], answered: Sequence[Chat]) -> None:
                 f"every sampled reply under {str(chat.system)[:60]!r} was empty, so there is "
                 "nothing to average; take another seed, or the position prompt_end"
             )
+
+
+class Shift(msgspec.Struct, frozen=True, kw_only=True):
+    """One mode along one direction, in natural norms of the direction: an entry of modes.json.
+
+    Attributes:
+      mode: the mode's name.
+      direction: the direction's name.
+      n: number of prompts.
+      at: the layer of the next three, such as `resid_post.21`.
+      shift: the mean over prompts.
+      low, high: its 95 % interval (normal, over prompts); None for a single prompt.
+      by_layer: the mean at every layer.
+    """
+
+    mode: str
+    direction: str
+    n: int
+    at: str
+    shift: float
+    low: float | None
+    high: float | None
+    by_layer: list[float]
+
+
+def shifts(
+    model: ChatModel,
+    modes: Sequence[Mode],
+    policy: str,
+    prompts: Sequence[Prompt],
+    directions: Mapping[str, Direction],
+    layer: int,
+) -> list[Shift]:
+    """Measure every mode along every direction; a mode without text is left out, as it is zero.
+
+    Args:
+      model: the model that reads the prompts.
+      modes: the modes.
+      policy: the system prompt that follows a mode's text, and that the mode is compared with.
+      prompts: the user's messages.
+      directions: by name.
+      layer: the layer to give with its interval.
+    """
+    texts = {mode.name: mode.with_policy(policy) for mode in modes if mode.text}
+    with Progress("modes", (1 + len(texts)) * len(prompts), unit="prompts") as progress:
+        plain = _last_states(model, policy, prompts, progress)
+        found = []
+        for name, system in texts.items():
+            moved = _last_states(model, system, prompts, progress) - plain
+            found += [_shift(name, direction, moved, layer) for direction in directions.values()]
+    return found
+
+
+def _shift(
+    mode: str, direction: Direction, moved: Float[np.ndarray, "prompt n_layers d_model"], layer: int
+) -> Shift:
+    norms, n = np.maximum(np.linalg.norm(direction.vectors, axis=1), 1e-30), len(moved)
+    along = np.einsum("pld,ld->pl", moved, direction.unit()) / norms
+    mean = along.mean(axis=0)
+    half = Z95 * along.std(axis=0, ddof=1)[layer] / np.sqrt(n) if n > 1 else None
+    return Shift(
+        mode=mode,
+        direction=direction.name,
+        n=n,
+        at=f"resid_post.{layer}",
+        shift=float(mean[layer]),
+        low=None if half is None else float(mean[layer] - half),
+        high=None if half is None else float(mean[layer] + half),
+        by_layer=[round(float(value), 5) for value in mean],
+    )
+
+
+def _last_states(
+    model: ChatModel, system: str, prompts: Sequence[Prompt], progress: Progress
+) -> Float[np.ndarray, "prompt n_layers d_model"]:
+    ids = [model.tokenizer.chat(prompt.asked, system) for prompt in prompts]
+    shared = [shared_length(ids)] * len(ids)
+    states = np.zeros((len(ids), model.config.n_layers, model.config.d_model), np.float64)
+    for i, state, _ in activations.forward(model, ids, None, ["prompt_end"], shared=shared):
+        states[i] = state[:, 0]
+        progress.advance(1)
+    return states

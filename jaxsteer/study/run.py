@@ -27,8 +27,7 @@ import polars as pl
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
-from jaxsteer.directions import shifts
-from jaxsteer.directions.shifts import Shift
+from jaxsteer.directions import samples
 from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json, write_table
 from jaxsteer.generation import engine
@@ -117,8 +116,8 @@ def run_study(
         impact.measure(spec, run, model, arrays, families, out)
         if spec.modes and not (out / "modes.json").is_file():
             prompts = [prompt for asked in families.values() for prompt in asked]
-            shifts = _mode_shifts(spec, model, prepared, prompts)
-            write_json(out / "modes.json", msgspec.to_builtins(shifts))
+            moved = _mode_shifts(spec, model, prepared, prompts)
+            write_json(out / "modes.json", msgspec.to_builtins(moved))
         return results.refresh_summary(out)
 
 
@@ -250,11 +249,14 @@ def _finish(
 
 def _mode_shifts(
     spec: StudySpec, model: ChatModel, prepared: Setup, prompts: Sequence[Prompt]
-) -> list[Shift]:
+) -> list[samples.Shift]:
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
-    modes, policy = map(data.mode, spec.modes), data.policy(spec.system).text
+    modes, policy = (
+        {mode.name: mode for mode in map(data.mode, spec.modes)},
+        data.policy(spec.system).text,
+    )
     layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
-    return shifts.shifts(model, {mode.name: mode for mode in modes}, policy, prompts, probed, layer)
+    return samples.shifts(model, modes, policy, prompts, probed, layer)
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

@@ -13,11 +13,12 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import (
     InStudy,
     Random,
+    UserPersona,
     axis_contrast,
+    contrast,
     difference,
     prompt_contrast,
     trait_contrast,
-    user_contrast,
 )
 from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
@@ -118,8 +119,8 @@ def test_provenance_says_how_replies_were_sampled_if_any_were(model):
 
 def test_the_assistant_axis_gives_each_role_the_same_weight(hf, model):
     default, roles, questions = ["w20", "w21 w22"], [("a", "w3"), ("b", "w4 w5")], ["w6", "w7 w8"]
-    contrast = axis_contrast(default, roles, questions, "prompt_end")
-    made = difference(model, "assistant-axis", contrast)
+    axis = axis_contrast(default, roles, questions, "prompt_end")
+    made = difference(model, "assistant-axis", axis)
 
     def mean(*systems):
         rows = [model.tokenizer.chat(q, system) for system in systems for q in questions]
@@ -137,8 +138,9 @@ def test_a_group_whose_replies_are_all_empty_is_named(model):
 
 
 def test_a_user_persona_is_read_where_the_models_replies_are_a_users_messages(hf, model):
-    contrast = replace(user_contrast(TRAIT, system="w9"), seed=3, max_new_tokens=4)
-    made = difference(model, "user", contrast)
+    asked = contrast(UserPersona(trait=TRAIT))
+    asked = replace(asked, replayed_under="w9", seed=3, max_new_tokens=4)
+    made = difference(model, "user", asked)
 
     def mean(side):
         asked = [model.tokenizer.chat(q, i) for i in side for q in TRAIT.questions]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jaxsteer.data import prompts as data
-from jaxsteer.directions import shifts
+from jaxsteer.directions import samples
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
@@ -39,8 +39,8 @@ def test_a_shift_is_the_difference_of_hf_states_in_norms_of_the_direction(hf, mo
     direction = Direction(name="v", vectors=vectors, provenance={})
 
     def measured(prompts, layer):
-        modes = {"none": data.mode("none"), "loud": mode}
-        return shifts.shifts(model, modes, POLICY, prompts, {"v": direction}, layer)
+        modes = [data.mode("none"), mode]
+        return samples.shifts(model, modes, POLICY, prompts, {"v": direction}, layer)
 
     def state(system, text, layer):
         ids = torch.tensor([model.tokenizer.chat(text, system)])
