@@ -29,7 +29,7 @@ from jaxsteer.directions.extraction import FromChats, InStudy, Random, Settings
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Add, Operation, Project
+from jaxsteer.model.interventions import Add, Project
 from jaxsteer.study import selection
 from jaxsteer.study.conditions import depth, resolve_layers
 from jaxsteer.study.selection import Candidates, Rater, RestoringCandidate
@@ -443,16 +443,15 @@ class _Choices:
         layers = self._depths(self.chosen.layers)
         layers = layers if "steer" in self.still else [self.layers["steer"]]
         scales = self.chosen.scales if self.dose is None else (self.dose,)
-        persona, prompts = self.found["persona"], self.prompts.persona
+        grid = selection.additions(self.found["persona"].vectors, layers, scales)
         candidates = self._scored(
-            "doses",
-            lambda: selection.dose_candidates(self.rater, persona, prompts, layers, scales),
+            "doses", lambda: selection.dose_candidates(self.rater, self.prompts.persona, grid)
         )
         best = selection.choose_dose(candidates, self.chosen.max_degenerate)
         self.layers["steer"], self.dose = best.layer, best.scale
 
     def _restoring(
-        self, field: str, grid: Mapping[tuple[int, int, float], Sequence[Operation]], title: str
+        self, field: str, grid: selection.Grid, title: str
     ) -> tuple[RestoringCandidate, tuple[str, ...]]:
         vectors, dose = self.found["persona"].vectors, 1.0 if self.dose is None else self.dose
         persona = Add(direction=vectors, layers=(self.layers["steer"],), scale=dose)
@@ -483,12 +482,10 @@ class _Choices:
     def _late_refusal(self) -> None:
         vectors, fixed = self.found["refusal"].vectors, self.layers.get("late_refusal")
         layers = self._depths(self.chosen.late.layers) if fixed is None else [fixed]
-        scales = self.chosen.late.scales if "refusal_dose" in self.still else (self.refusal_dose,)
-        grid = {
-            (layer, 1, scale or 1.0): [Add(direction=vectors, layers=(layer,), scale=scale or 1.0)]
-            for layer in layers
-            for scale in scales
-        }
+        scales = self.chosen.late.scales
+        if "refusal_dose" not in self.still:
+            scales = (self.refusal_dose or 1.0,)
+        grid = selection.additions(vectors, layers, scales)
         best, why = self._restoring("late", grid, "late refusal")
         self.layers["late_refusal"], self.refusal_dose = best.layer, best.scale
         self.record = replace(self.record, late_near_miss=why)

@@ -251,10 +251,7 @@ def _mode_shifts(
     spec: StudySpec, model: ChatModel, prepared: Setup, prompts: Sequence[Prompt]
 ) -> list[samples.Shift]:
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
-    modes, policy = (
-        {mode.name: mode for mode in map(data.mode, spec.modes)},
-        data.policy(spec.system).text,
-    )
+    modes, policy = list(map(data.mode, spec.modes)), data.policy(spec.system).text
     layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
     return samples.shifts(model, modes, policy, prompts, probed, layer)
 

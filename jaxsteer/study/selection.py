@@ -34,6 +34,7 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (
     Add,
     Interventions,
+    Layers,
     Operation,
     Scope,
     compile_conditions,
@@ -45,6 +46,8 @@ from jaxsteer.words import Progress, percent, signed
 # Token ids of some prompts, and what is done to the model that answers them.
 Prompts = Sequence[Sequence[int]]
 Cell = tuple[Prompts, Sequence[Operation]]
+# Candidate operations by first layer, width and strength.
+Grid = Mapping[tuple[int, int, float], Sequence[Operation]]
 
 
 class RefusalCandidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,32 +318,26 @@ def uninformative(chosen: PolicyCandidate, least: float) -> str:
     )
 
 
-def dose_candidates(
-    rater: Rater,
-    direction: Direction,
-    prompts: Prompts,
-    layers: Sequence[int],
-    scales: Sequence[float],
-) -> tuple[DoseCandidate, ...]:
-    """Rates over the (layer, strength) grid of a direction, and of its baseline."""
-    grid, v = [(0, 0.0), *itertools.product(layers, scales)], direction.vectors
-    cells: list[Cell] = [
-        (prompts, [Add(direction=v, layers=(layer,), scale=scale)] if scale else [])
-        for layer, scale in grid
-    ]
-    found = zip(grid, rater.rates(cells, "persona layer and strength"), strict=True)
+def additions(direction: Layers, layers: Sequence[int], scales: Sequence[float]) -> Grid:
+    """A direction added at each layer with each strength."""
+    return {
+        (layer, 1, scale): [Add(direction=direction, layers=(layer,), scale=scale)]
+        for layer, scale in itertools.product(layers, scales)
+    }
+
+
+def dose_candidates(rater: Rater, prompts: Prompts, grid: Grid) -> tuple[DoseCandidate, ...]:
+    """Rates of each addition of the persona, and of the baseline."""
+    every = {(0, 0, 0.0): [], **grid}
+    found = rater.rates([(prompts, ops) for ops in every.values()], "persona layer and strength")
     return tuple(
         DoseCandidate(layer=layer, scale=scale, **structs.asdict(rates))
-        for (layer, scale), rates in found
+        for (layer, _, scale), rates in zip(every, found, strict=True)
     )
 
 
 def restoring_candidates(
-    rater: Rater,
-    persona: Operation,
-    prompts: Prompts,
-    grid: Mapping[tuple[int, int, float], Sequence[Operation]],
-    title: str,
+    rater: Rater, persona: Operation, prompts: Prompts, grid: Grid, title: str
 ) -> tuple[RestoringCandidate, ...]:
     """Rates of operations with the persona and without it.
 
@@ -348,7 +345,7 @@ def restoring_candidates(
       rater: how to decode.
       persona: what suppresses refusal.
       prompts: harmful ones, as token ids.
-      grid: the operations by first layer, width and strength.
+      grid: the operations.
       title: of the progress bar.
     """
     every = {(0, 0, 0.0): [], **grid}
