@@ -59,33 +59,40 @@ def canonical_json(value: Any) -> str:
 
 
 @contextlib.contextmanager
+def writing(path: Path, mend: str = "free space or choose another --out") -> Iterator[None]:
+    """Say in one line that a file or folder cannot be written, and how to mend it.
+
+    Raises:
+      UserError: the system refused: a full disk, a read-only folder, a name too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; {mend}") from error
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; on success fsync it and rename it over `path`.
 
-    On any error the temporary file is removed and `path` stays as it was. A full disk or a
-    read-only folder becomes a `UserError` that names the file.
+    On any error the temporary file is removed and `path` stays as it was.
+
+    Raises:
+      UserError: as `writing`.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another --out"
-        ) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another --out"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -154,13 +161,9 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; choose another --out")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or choose another --out"
-        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

