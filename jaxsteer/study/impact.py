@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +35,7 @@ from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.study import conditions, results
-from jaxsteer.study.record import Condition, RunRecord
-from jaxsteer.study.spec import StudySpec
+from jaxsteer.study.record import Condition, Prepared, RunRecord
 from jaxsteer.words import Progress
 
 FILE, SHARDS = "impact.parquet", "impact"
@@ -50,42 +48,31 @@ SCHEMA = {
 Line = tuple[str, str, str, float, str]
 
 
-def measure(
-    spec: StudySpec,
-    run: RunRecord,
-    model: ChatModel,
-    arrays: Interventions,
-    families: Mapping[str, Sequence[Prompt]],
-    out: Path,
-) -> None:
-    """Measure what is missing in the results folder of a finished run, and write its table.
+def measure(prepared: Prepared) -> None:
+    """Measure what is missing of a finished run, and write its table.
 
-    Args:
-      spec: the study, its policy chosen; its [impact] says how much is measured.
-      run: its record.
-      model: the model.
-      arrays: the record's conditions, stacked in their order.
-      families: the prompts of each set.
-      out: the results folder.
+    The study's [impact] says how much is measured.
 
     Raises:
       UserError: a reply or question that does not fit the model's context, or damaged files.
     """
-    kept = results.read_shards(out / SHARDS, run.key)
+    run, out = prepared.run, prepared.out
+    asked, kept = run.study.impact, results.read_shards(out / SHARDS, run.key)
     done = {line[:3] for shard in kept for line in shard.iter_rows()}
-    benign = [p for name in spec.sets("benign") for p in families[name][: spec.impact.compared]]
+    sets = [prepared.families[name][: asked.compared] for name in run.study.sets("benign")]
+    benign = [prompt for some in sets for prompt in some]
     if benign and not any(what == "kl" for _, _, what in done):
-        _keep(out, run, divergence(spec, run, model, arrays, benign, results.load(out).rows))
-    if spec.impact.questions:
-        _answer(spec, run, model, arrays, out, {line[:2] for line in done if line[2] == "answer"})
+        _keep(prepared, divergence(prepared, benign, results.load(out).rows))
+    if asked.questions:
+        _answer(prepared, {line[:2] for line in done if line[2] == "answer"})
     if kept := results.read_shards(out / SHARDS, run.key):
         lines = pl.concat(kept).unique(["condition", "prompt_id", "measure"])
         write_table(out / FILE, lines.sort("measure", "condition", "prompt_id"))
 
 
-def _keep(out: Path, run: RunRecord, lines: Sequence[Line]) -> None:
+def _keep(prepared: Prepared, lines: Sequence[Line]) -> None:
     shard = pl.DataFrame(lines, schema=SCHEMA, orient="row")
-    results.write_shard(out / SHARDS, run.key, shard)
+    results.write_shard(prepared.out / SHARDS, prepared.run.key, shard)
 
 
 def untouched(run: RunRecord) -> dict[str, Condition]:
@@ -93,19 +80,13 @@ def untouched(run: RunRecord) -> dict[str, Condition]:
     return {c.mode: c for c in run.conditions if c.benign and not c.operations}
 
 
-def divergence(
-    spec: StudySpec,
-    run: RunRecord,
-    model: ChatModel,
-    arrays: Interventions,
-    benign: Sequence[Prompt],
-    table: pl.DataFrame,
-) -> list[Line]:
+def divergence(prepared: Prepared, benign: Sequence[Prompt], table: pl.DataFrame) -> list[Line]:
     """KL(untouched || condition) on the untouched model's benign replies, in the same mode.
 
     A reply is read behind its prompt, so conditions that steer one of the two alone are left out.
-    Arguments and errors as for `measure`; `table` has the run's rows, `benign` the prompts.
+    Errors as for `measure`; `table` has the run's rows, `benign` the prompts.
     """
+    run, model = prepared.run, prepared.model
     columns = table.select("condition", "prompt_id", "response")
     said = {(condition, prompt): text for condition, prompt, text in columns.iter_rows()}
     plain = untouched(run)
@@ -115,12 +96,12 @@ def divergence(
     ]  # fmt: skip
     each = [(c, prompt) for c in [*plain.values(), *changed] for prompt in benign]
     requests, counts = [], np.zeros(len(each), int)
-    for i, request in enumerate(conditions.requests(spec, model, run.conditions, each)):
+    for i, request in enumerate(conditions.requests(run.spec, model, run.conditions, each)):
         text = said[plain[each[i][0].mode].name, each[i][1].id]
         reply = model.tokenizer.encode(text)[:COMPARED]
         requests.append(dataclasses.replace(request, tokens=[*request.tokens, *reply]))
         counts[i] = len(reply)
-    streams = _streams(model, requests, arrays, counts)
+    streams = _streams(model, requests, prepared.arrays, counts)
     of = grouped(range(len(each)), lambda i: each[i][0].name)
     lines = list[Line]()
     for c in changed:
@@ -182,35 +163,31 @@ def _kl(
     return jax.lax.map(one, (plain, changed))
 
 
-def _answer(
-    spec: StudySpec,
-    run: RunRecord,
-    model: ChatModel,
-    arrays: Interventions,
-    out: Path,
-    done: set[tuple[str, str]],
-) -> None:
+def _answer(prepared: Prepared, done: set[tuple[str, str]]) -> None:
     """Ask the questions, and keep the graded replies as they come."""
+    run, model, wanted = prepared.run, prepared.model, prepared.run.study.impact
     answers = {question.id: question.answers for question in data.questions()}
     questions = [
         Prompt(id=q.id, family="questions", category=q.category, text=q.text, kind="benign")
         for q in data.questions()
     ]
-    asked = data.sample(questions, spec.impact.questions, spec.impact.seed)
+    asked = data.sample(questions, wanted.questions, wanted.seed)
     each = [(c, question) for c in run.conditions if c.benign for question in asked]
-    requests = conditions.requests(spec, model, run.conditions, each)
+    requests = conditions.requests(run.spec, model, run.conditions, each)
     skip = {i for i, (c, question) in enumerate(each) if (c.name, question.id) in done}
     decoding = Decoding(max_new_tokens=ANSWER, eos=model.eos)
-    batch, lines = spec.decoding.batch, list[Line]()
+    batch, lines = run.study.decoding.batch, list[Line]()
     with Progress("questions", len(each), len(skip)) as progress:
-        for replies in engine.run(model, requests, arrays, decoding, batch=batch, skip=skip):
+        for replies in engine.run(
+            model, requests, prepared.arrays, decoding, batch=batch, skip=skip
+        ):
             for reply in replies:
                 condition, question = each[reply.index]
                 right = float(is_right(reply.text, answers[question.id]))
                 lines.append((condition.name, question.id, "answer", right, reply.text))
             progress.advance(len(replies), sum(len(reply.tokens) for reply in replies))
             if len(lines) >= batch:
-                _keep(out, run, lines)
+                _keep(prepared, lines)
                 lines.clear()
     if lines:
-        _keep(out, run, lines)
+        _keep(prepared, lines)

@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import jax
 import msgspec
@@ -20,10 +20,11 @@ from msgspec import Meta
 
 from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Kind, Prompt
+from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.files import canonical_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Scope, Tap
+from jaxsteer.model.interventions import Interventions, Scope, Tap
 from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import StudySpec, portable
 from jaxsteer.words import layer_list
@@ -198,6 +199,14 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     conditions: list[Condition]
     environment: dict[str, str]
 
+    @property
+    def spec(self) -> StudySpec:
+        """The study, with its policy filled in."""
+        own = prompts.Policy(
+            name=self.policy.name, text=self.policy.text, version=self.policy.version
+        )
+        return msgspec.structs.replace(self.study, system=own)
+
     def named(self, name: str) -> Condition:
         """The condition of that name."""
         return next(c for c in self.conditions if c.name == name)
@@ -214,6 +223,26 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     def kind(self, family: str) -> Kind:
         """The kind of a set; of one without prompts, "harmful"."""
         return self.prompts[family].kind if family in self.prompts else "harmful"
+
+
+class Prepared(NamedTuple):
+    """A run with all that its rows need.
+
+    Attributes:
+      run: its record.
+      model: the model.
+      arrays: the record's conditions, stacked in their order.
+      directions: by name.
+      families: the prompts of each set.
+      out: the results folder.
+    """
+
+    run: RunRecord
+    model: ChatModel
+    arrays: Interventions
+    directions: Mapping[str, Direction]
+    families: Mapping[str, Sequence[Prompt]]
+    out: Path
 
 
 def asked(

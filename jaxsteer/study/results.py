@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from msgspec.structs import replace
 
-from jaxsteer.data.prompts import Policy
 from jaxsteer.errors import UserError
 from jaxsteer.files import (
     atomic_path,
@@ -111,9 +109,7 @@ class Results:
     @property
     def spec(self) -> StudySpec:
         """The study, with its policy filled in."""
-        policy = self.run.policy
-        own = Policy(name=policy.name, text=policy.text, version=policy.version)
-        return replace(self.run.study, system=own)
+        return self.run.spec
 
 
 def load(folder: Path) -> Results:

@@ -26,7 +26,6 @@ import numpy as np
 import polars as pl
 
 from jaxsteer.data import prompts as data
-from jaxsteer.data.prompts import Prompt
 from jaxsteer.directions import samples
 from jaxsteer.errors import UserError
 from jaxsteer.files import locked, write_json, write_table
@@ -35,10 +34,9 @@ from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.requests import pack
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.interventions import Interventions
 from jaxsteer.study import conditions, impact, prepare, record, results, validate
 from jaxsteer.study.prepare import Setup
-from jaxsteer.study.record import RunRecord
+from jaxsteer.study.record import Prepared, RunRecord
 from jaxsteer.study.spec import StudySpec
 from jaxsteer.words import Progress
 
@@ -81,16 +79,16 @@ def run_study(
         engine.check_memory(model, asked, wanted.max_new_tokens, wanted.batch)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
         identity = record.asked(spec, model, families)
-        prepared = _prepared(spec, model, out, identity, hosts)
-        spec, made = prepared.spec, prepared.record
+        setup = _setup(spec, model, out, identity, hosts)
+        spec, made = setup.spec, setup.record
         shape = (model.config.n_layers, model.config.d_model)
         layers, n_layers = made.layers, model.config.n_layers
         found = conditions.conditions(spec, layers, made.dose, n_layers, made.refusal_dose)
-        arrays = conditions.stacked(found, prepared.directions, shape)
+        arrays = conditions.stacked(found, setup.directions, shape)
         identity |= {"layers": layers, "dose": made.dose, "refusal_dose": made.refusal_dose}
         identity["policy"] = record.text_of(data.policy(spec.system))
         identity["candidates"] = made.candidates
-        identity["directions"] = prepare.hashes(prepared.directions)
+        identity["directions"] = prepare.hashes(setup.directions)
         identity["conditions"] = conditions.mark_cancelling(found, arrays)
         run = record.make(identity)
         if hosts.first:
@@ -100,7 +98,8 @@ def run_study(
                 record.write(out, run)
             hosts.meet("setup")
         planned = conditions.cross(run.conditions, families)
-        _finish(run, model, prepared, arrays, planned, out / "shards", hosts)
+        prepared = Prepared(run, model, arrays, setup.directions, families, out)
+        _finish(prepared, planned, hosts)
         hosts.meet("rows")
         if not hosts.first:
             return []
@@ -113,11 +112,9 @@ def run_study(
             )
         _check_changes(table, run)
         write_table(out / "responses.parquet", table)
-        impact.measure(spec, run, model, arrays, families, out)
+        impact.measure(prepared)
         if spec.modes and not (out / "modes.json").is_file():
-            prompts = [prompt for asked in families.values() for prompt in asked]
-            moved = _mode_shifts(spec, model, prepared, prompts)
-            write_json(out / "modes.json", msgspec.to_builtins(moved))
+            write_json(out / "modes.json", msgspec.to_builtins(_mode_shifts(prepared)))
         return results.refresh_summary(out)
 
 
@@ -147,7 +144,7 @@ def _held(out: Path, fresh: bool) -> Iterator[None]:
         yield
 
 
-def _prepared(
+def _setup(
     spec: StudySpec, model: ChatModel, out: Path, identity: Mapping[str, Any], hosts: Hosts
 ) -> Setup:
     """The study's setup, made or read by the first process and read by the others."""
@@ -164,12 +161,12 @@ def _prepared(
         return prepare.read(spec, model, out) if same else None
 
     hosts.meet("setup")
-    if (prepared := hosts.seen(read)) is None:
+    if (setup := hosts.seen(read)) is None:
         raise UserError(
             f"process {hosts.process} does not find in {out} what process 0 prepared; give all "
             "processes the same command, and an --out that all hosts share"
         )
-    return prepared
+    return setup
 
 
 def _refuse(out: Path, differ: Sequence[str] | None) -> None:
@@ -181,21 +178,14 @@ def _refuse(out: Path, differ: Sequence[str] | None) -> None:
         )
 
 
-def _finish(
-    run: RunRecord,
-    model: ChatModel,
-    prepared: Setup,
-    arrays: Interventions,
-    planned: Sequence[conditions.Row],
-    folder: Path,
-    hosts: Hosts,
-) -> None:
+def _finish(prepared: Prepared, planned: Sequence[conditions.Row], hosts: Hosts) -> None:
     """Run the rows of this process's share that no shard holds."""
+    run, model, folder = prepared.run, prepared.model, prepared.out / "shards"
     shards = results.read_shards(folder, run.key)
     finished = {row_id for shard in shards for row_id in shard["row_id"]}
     done = {i for i, row in enumerate(planned) if conditions.row_id(row) in finished}
     wanted = run.study.decoding
-    asked = conditions.requests(prepared.spec, model, run.conditions, planned)
+    asked = conditions.requests(run.spec, model, run.conditions, planned)
     # Rows of one packed sequence run in one process, because they share work.
     packed = pack(asked, model.config.max_position - wanted.max_new_tokens)
     share = hosts.share([f"sequence {n}" for n in packed.sequence])
@@ -209,7 +199,7 @@ def _finish(
     replies = engine.run(
         model,
         asked,
-        arrays,
+        prepared.arrays,
         Decoding(max_new_tokens=wanted.max_new_tokens, eos=model.eos, sample=sample),
         probes=probes,
         sampling=Sampling(seed=wanted.seed, temperature=heat, top_p=wanted.top_p),
@@ -247,13 +237,13 @@ def _finish(
                 keep()
 
 
-def _mode_shifts(
-    spec: StudySpec, model: ChatModel, prepared: Setup, prompts: Sequence[Prompt]
-) -> list[samples.Shift]:
+def _mode_shifts(prepared: Prepared) -> list[samples.Shift]:
+    run, model = prepared.run, prepared.model
     probed = {name: prepared.directions[name] for name in PROBES if name in prepared.directions}
-    modes, policy = list(map(data.mode, spec.modes)), data.policy(spec.system).text
-    layer = prepared.record.layers.get("steer", model.config.n_layers // 2)
-    return samples.shifts(model, modes, policy, prompts, probed, layer)
+    modes, asked = list(map(data.mode, run.study.modes)), prepared.families.values()
+    layer = run.layers.get("steer", model.config.n_layers // 2)
+    every = [prompt for some in asked for prompt in some]
+    return samples.shifts(model, modes, run.policy.text, every, probed, layer)
 
 
 def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:

@@ -97,12 +97,16 @@ def logits(hf, tokens, add):
 def test_another_condition_compiles_nothing(model, finished):
     known, rows = record.read(finished), results.load(finished).rows
     named = {c.name: c for c in known.conditions}
-    arrays = stacked(known, finished, model)
+    every = prepared(known, finished, model)
     fewer = [named["baseline"], named["persona"]]
-    once, benign = msgspec.structs.replace(known, conditions=fewer), asked(known)["benign"][:2]
-    impact.divergence(known.study, once, model, arrays.rows(np.array([0, 1])), benign, rows)
+    some = every._replace(
+        run=msgspec.structs.replace(known, conditions=fewer),
+        arrays=every.arrays.rows(np.array([0, 1])),
+    )
+    benign = every.families["benign"][:2]
+    impact.divergence(some, benign, rows)
     with compiles.counted() as found:
-        impact.divergence(known.study, known, model, arrays, benign, rows)
+        impact.divergence(every, benign, rows)
     assert {name: found[name] for name in ("run_layers", "embed", "_kl")} == {
         "run_layers": 0,
         "embed": 0,
@@ -110,13 +114,11 @@ def test_another_condition_compiles_nothing(model, finished):
     }
 
 
-def asked(known):
-    return prepare.prompts(known.study)
-
-
-def stacked(known, folder, model):
-    shape = (model.config.n_layers, model.config.d_model)
-    return conditions.stacked(known.conditions, directions_of(folder), shape)
+def prepared(known, folder, model):
+    directions, shape = directions_of(folder), (model.config.n_layers, model.config.d_model)
+    arrays = conditions.stacked(known.conditions, directions, shape)
+    families = prepare.prompts(known.study)
+    return record.Prepared(known, model, arrays, directions, families, folder)
 
 
 def test_an_interrupted_measurement_is_continued(model, finished, monkeypatch):
@@ -134,9 +136,7 @@ def test_an_interrupted_measurement_is_continued(model, finished, monkeypatch):
         return plain(model, requests, *given, skip=skip, **more)
 
     monkeypatch.setattr(impact.engine, "run", watched)
-    known = record.read(finished)
-    arrays = stacked(known, finished, model)
-    impact.measure(known.study, known, model, arrays, asked(known), finished)
+    impact.measure(prepared(record.read(finished), finished, model))
     assert run_again == [gone]
     assert table(finished).equals(before)
 
