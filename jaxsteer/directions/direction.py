@@ -3,10 +3,10 @@
 A direction is float32 [n_layers, d_model], one vector per block at `resid_post`, with the natural
 norm of a difference of means. `extraction` makes directions.
 
-Layers and interventions are written `21`, `22..29`, `compliant@21x4`, `compliant@22..29`. On the
-command line an intervention is `NAME@LAYERS`. A strength is `x4` (multiples of the direction's
-natural norm) or `x0.2r` (share of the mean residual norm at that layer, from the direction's
-provenance).
+Layers are written `21`, `22..29` or `22,24`, and in a study also `steer+1..last`. On the command
+line an intervention is `NAME@LAYERS`, such as `compliant@21x4` or `compliant@22..29`. A strength
+is `x4` (multiples of the direction's natural norm) or `x0.2r` (share of the mean residual norm at
+that layer, from the direction's provenance).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ FORMAT = "jaxsteer-directions-1"
 NAME = r"[\w.-]+"
 # Few digits, because windows are written out before any model says how many layers it has.
 LAYERS = r"[0-9]{1,4}(?:(?:\.\.|-)[0-9]{1,4})?"
+# A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
+LAYER_NAME = r"[^\W\d][\w-]*?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,40 +221,49 @@ class Asked:
     relative: bool = False
 
 
-def ends(window: str) -> tuple[str, str]:
-    """First and last layer of a window, as they are written; a single layer is both.
+def layers(
+    at: int | str, named: Mapping[str, int] | None = None, where: str = ""
+) -> tuple[int, ...]:
+    """The 0-based layers of an expression, in ascending order.
 
-    >>> ends("22..29"), ends("steer+1")
-    (('22', '29'), ('steer+1', 'steer+1'))
-    """
-    first, dots, last = window.partition("..")
-    return first, last if dots else first
+    >>> layers(21), layers("22..24"), layers("2, steer+1..last", {"steer": 5, "last": 8})
+    ((21,), (22, 23, 24), (2, 6, 7, 8))
 
-
-def spelling(text: str) -> str:
-    """The end of a message about layers: how to spell a window that is written with a hyphen.
-
-    >>> spelling("22-29")
-    '; write a window as 22..29'
-    """
-    match = re.fullmatch(r"([0-9]+)-([0-9]+)", text)
-    return f"; write a window as {match[1]}..{match[2]}" if match else ""
-
-
-def layers(at: int | str) -> tuple[int, ...]:
-    """The 0-based layers of `21`, or of the window `22..29` with both ends.
+    Args:
+      at: the expression; a window has both ends.
+      named: layers by name; `window` goes on to `window_last`.
+      where: begins the message of an error.
 
     Raises:
-      UserError: another text, or a window that ends before it starts.
+      UserError: not such an expression, an unknown name, or a window that ends before it starts.
     """
-    text = str(at)
-    if not re.fullmatch(LAYERS, text) or "-" in text:
-        mend = spelling(text) or "; write one layer as 21, a window as 22..29"
-        raise UserError(f"cannot read layers {text!r}{mend}")
-    first, last = map(int, ends(text))
-    if last < first:
-        raise UserError(f"layers {text} end before they start; swap them")
-    return tuple(range(first, last + 1))
+    named, found = named or {}, set[int]()
+    for part in str(at).replace(" ", "").split(","):
+        if part == "window" and "window_last" in named:
+            part = "window..window_last"
+        first, dots, last = part.partition("..")
+        start, stop = (_layer(end, named, where) for end in (first, last if dots else first))
+        if stop < start:
+            raise UserError(
+                f"{where}layers {at} end ({stop}) before they start ({start}); swap them"
+            )
+        found |= set(range(start, stop + 1))
+    return tuple(sorted(found))
+
+
+def _layer(at: str, named: Mapping[str, int], where: str) -> int:
+    """One layer: a number, or a name with or without an offset."""
+    match = re.fullmatch(rf"([0-9]{{1,4}})|({LAYER_NAME})([+-][0-9]{{1,4}})?", at)
+    if match and match[1]:
+        return int(match[1])
+    if match and match[2] in named:
+        return named[match[2]] + int(match[3] or 0)
+    mend = "write one layer as 21, a window as 22..29"
+    if hyphen := re.fullmatch("([0-9]+)-([0-9]+)", at):
+        mend = f"write a window as {hyphen[1]}..{hyphen[2]}"
+    elif named:
+        mend += f", or use one of {', '.join(named)} with an offset such as steer+2"
+    raise UserError(f"{where}cannot read layers {at!r}; {mend}")
 
 
 def parse(steer: Sequence[str], project: Sequence[str]) -> list[Asked]:
@@ -281,15 +292,10 @@ def operations(asked: Sequence[Asked], found: Mapping[str, Direction]) -> list[O
     """The asked operations, with directions looked up by name.
 
     Raises:
-      UserError: an unknown direction, or a relative strength without recorded residual norms.
+      UserError: a relative strength without recorded residual norms.
     """
     made: list[Operation] = []
     for item in asked:
-        if item.name not in found:
-            raise UserError(
-                f"no direction {item.name!r} in the directions file; it has "
-                f"{', '.join(found) or 'none'}; make one with `jaxsteer extract {item.name}`"
-            )
         direction = found[item.name]
         if item.scale is None:
             made.append(Project(directions=(direction.vectors,), layers=item.layers))

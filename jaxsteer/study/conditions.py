@@ -1,7 +1,5 @@
 """From a study's spec to its conditions and rows: layers resolved, repeats and twins made.
 
-A layer is written `21` or `steer+2`, several `22,24` or `22..29` or `steer+1..last`.
-
 A projection that contains the vector just added at the same tap gives exactly what projecting
 without adding gives, (I - uu^T)(h + a u) = (I - uu^T) h, so such a condition is marked
 `cancels_steering`. Every knockout (a condition that adds and projects) gets its twin without
@@ -16,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +22,7 @@ from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
-from jaxsteer.directions.direction import Direction, ends, spelling
+from jaxsteer.directions.direction import Direction, layers
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes, stable_id
 from jaxsteer.generation import engine
@@ -36,7 +33,7 @@ from jaxsteer.model import interventions
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Layers
 from jaxsteer.study.record import Add, Condition, Operation, Project, unsteered
-from jaxsteer.study.spec import LAYER_NAME, UNSTEERED, AddSpec, OperationSpec, StudySpec
+from jaxsteer.study.spec import UNSTEERED, AddSpec, OperationSpec, StudySpec
 
 # From a layer expression to its layers.
 Resolve = Callable[[str], tuple[int, ...]]
@@ -49,51 +46,25 @@ def depth(fraction: float, n_layers: int) -> int:
 
 
 def resolve_layers(at: str, named: Mapping[str, int], n_layers: int, where: str) -> tuple[int, ...]:
-    """The 0-based layers of an expression, in ascending order.
-
-    >>> resolve_layers("2, steer+1..last", {"steer": 5}, 9, "at")
-    (2, 6, 7, 8)
+    """The layers of an expression, as `direction.layers`, all of which the model has.
 
     Args:
       at: the expression.
-      named: layers by name; `last` is the last one, and `window` goes on to `window_last`.
+      named: layers by name, to which `last` is added.
       n_layers: blocks of the model.
       where: begins the message of an error.
 
     Raises:
-      UserError: not such an expression, an unknown name, or a layer the model does not have.
+      UserError: as `direction.layers`, or a layer that the model does not have.
     """
-    found: set[int] = set()
-    for part in at.replace(" ", "").split(","):
-        if part == "window" and "window_last" in named:
-            part = "window..window_last"
-        start, stop = (_resolve_layer(end, named, n_layers, where) for end in ends(part))
-        if stop < start:
+    found = layers(at, {**named, "last": n_layers - 1}, f"{where}: ")
+    for layer in found:
+        if not 0 <= layer < n_layers:
             raise UserError(
-                f"{where}: window {at!r} ends (layer {stop}) before it starts ({start})"
+                f"{where}: unknown layer resid_post.{layer} (from {at!r}); this model has "
+                f"resid_post.0 to resid_post.{n_layers - 1}"
             )
-        found |= set(range(start, stop + 1))
-    return tuple(sorted(found))
-
-
-def _resolve_layer(at: str, named: Mapping[str, int], n_layers: int, where: str) -> int:
-    """One layer: a number, or a name with or without an offset."""
-    if mend := spelling(at):
-        raise UserError(f"{where}: cannot read layers {at!r}{mend}")
-    layers = {**named, "last": n_layers - 1}
-    match = re.fullmatch(rf"([0-9]{{1,6}})|({LAYER_NAME})([+-][0-9]{{1,6}})?", at)
-    if not match or (match[2] and match[2] not in layers):
-        raise UserError(
-            f"{where}: cannot read layer {at!r}; use a number, or one of {', '.join(layers)} with "
-            "an offset such as steer+2"
-        )
-    layer = int(match[1]) if match[1] else layers[match[2]] + int(match[3] or 0)
-    if not 0 <= layer < n_layers:
-        raise UserError(
-            f"{where}: unknown layer resid_post.{layer} (from {at!r}); this model has "
-            f"resid_post.0 to resid_post.{n_layers - 1}"
-        )
-    return layer
+    return found
 
 
 def condition_name(base: str, mode: str, scale: float | None, seed: int | None) -> str:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Kind, Mode, Policy, PromptSet
+from jaxsteer.directions.direction import LAYER_NAME
 from jaxsteer.directions.extraction import HARMFUL, HARMLESS, InStudy, Minus, Trait, Without
 from jaxsteer.errors import UserError
 from jaxsteer.files import writing
@@ -39,8 +40,6 @@ RandomSeed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 CHOOSE = "choose"
 # The end of the names of the controls that conditions get without their additions.
 UNSTEERED = ", unsteered"
-# A pattern that takes as little as it can: in `late-2`, the name is `late` and -2 an offset.
-LAYER_NAME = r"[^\W\d][\w-]*?"
 
 
 class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -62,7 +62,7 @@ WRONG = {
     "a layer that is not chosen": (
         [("steer = 1, ", ""), (DIRECTION, DIRECTION.replace("persona", "charm"))]
         + [('"persona", at', '"charm", at')] * 3,
-        "cannot read layer 'steer'",
+        "cannot read layers 'steer'",
     ),
 }
 
@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_the_layer_it_chose_though_another_candidate_would_no
         for scale in (0.0, 1.0)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "study", lambda *args: [])
+        patch.setattr(validate, "study", lambda *args: ([], []))
         patch.setattr(selection, "dose_candidates", lambda *args, **kwargs: cells)
         summary = run.run_study(study, model, tmp_path / "results")
     assert run.run_study(study, model, tmp_path / "results") == summary
@@ -140,7 +140,7 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
         )
     )
     if made:
-        assert validate.study(study, model, {}) == []
+        assert validate.study(study, model, {})[1] == []
     else:
         with pytest.raises(UserError, match="there is no condition"):
             validate.study(study, model, {})
