@@ -15,12 +15,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jaxsteer.errors import UserError, heed_stop
+from jaxsteer.errors import UserError, heed_stop, one_line
 
 if TYPE_CHECKING:
     import polars as pl
+
+T = TypeVar("T")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -175,6 +177,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically, keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: type[T], again: str) -> T:
+    """Read a JSON file as a struct of msgspec's or a builtin type.
+
+    Args:
+      path: the file.
+      kind: what it holds.
+      again: what to do about a damaged one, in words.
+
+    Raises:
+      UserError: the file is missing, unreadable or holds something else.
+    """
+    import msgspec
+
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (msgspec.MsgspecError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); {again}") from None
 
 
 def read_table(path: Path, again: str) -> pl.DataFrame:

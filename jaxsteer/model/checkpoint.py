@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxsteer.errors import UserError, heed_stop, one_line
 from jaxsteer.files import (
     canonical_json,
     one_at_a_time,
+    read_json,
     sha256_bytes,
     sha256_file,
     write_json,
@@ -232,25 +233,13 @@ def _save_params(path: Path, params: Mapping[str, np.ndarray]) -> None:
         raise OSError(0, one_line(error)) from None
 
 
-T = TypeVar("T")
-
-
 def read_manifest(path: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
       UserError: not a checkpoint, or one of another format.
     """
-    return _read(path / "manifest.json", Manifest)
-
-
-def _read(file: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(
-            f"{file} cannot be read as a checkpoint's ({one_line(error)}); {_again(file.parent)}"
-        ) from None
+    return read_json(path / "manifest.json", Manifest, _again(path))
 
 
 def _again(path: Path) -> str:
@@ -283,7 +272,7 @@ def load(
     """
     manifest = read_manifest(path)
     _check_file(path / "config.json", manifest.config_sha256, path)
-    config = _read(path / "config.json", ModelConfig)
+    config = read_json(path / "config.json", ModelConfig, _again(path))
     tokenizer = path / "tokenizer"
     for name in sorted({*manifest.tokenizer_files, *(file.name for file in tokenizer.glob("*"))}):
         _check_file(tokenizer / name, manifest.tokenizer_files.get(name), path)

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxsteer.errors import UserError, one_line
-from jaxsteer.files import sha256_file
+from jaxsteer.files import T, read_json, sha256_file
 from jaxsteer.model import adapter, checkpoint, weights
 from jaxsteer.model.config import ModelConfig, from_hf, ignored
 from jaxsteer.model.tokenizer import Tokenizer
@@ -386,14 +386,8 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-T = TypeVar("T")
-
-
 def _read(path: Path, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+    return read_json(path, kind, "download it again")
 
 
 def _weights(folder: Path) -> tuple[list[Tensor], list[Path]]:

@@ -11,7 +11,6 @@ done, so an interrupted setup continues:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from jaxsteer.directions import extraction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import FromChats, InStudy, Random, Settings
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, sha256_bytes, write_json
+from jaxsteer.files import canonical_json, read_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Project
 from jaxsteer.study import selection
@@ -253,13 +252,7 @@ def read_record(out: Path) -> Record | None:
       UserError: the file cannot be read.
     """
     path = out / "setup.json"
-    try:
-        # Not msgspec's own reader: a score may be NaN.
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Record)
-    except FileNotFoundError:
-        return None
-    except (msgspec.ValidationError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove it and run again") from None
+    return read_json(path, Record, "remove it and run again") if path.exists() else None
 
 
 def hashes(found: Mapping[str, Direction]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Kind, Prompt
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, sha256_bytes, write_json
+from jaxsteer.files import canonical_json, read_json, sha256_bytes, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Scope, Tap
 from jaxsteer.study.selection import Candidates
@@ -320,12 +320,9 @@ def read(folder: Path) -> RunRecord | None:
         name.
     """
     path, again = folder / FILE, "run the study with --fresh, or choose another --out"
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=RunRecord)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (msgspec.DecodeError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}; {again}") from None
+    found = read_json(path, RunRecord, again)
     if len({condition.name for condition in found.conditions}) < len(found.conditions):
         raise UserError(f"{path}: two conditions have one name; {again}")
     return found
