@@ -40,14 +40,12 @@ def position_weights(
         response_avg    [0, 0, 0, .5, .5, 0]    every response token, without the ending token
 
     Raises:
-      UserError: a response position asked of an empty response, or an unknown position.
+      UserError: a response position asked of an empty response.
     """
     weights = np.zeros((len(asked), len(real)), np.float32)
     end = int(np.flatnonzero(real)[-1]) + 1
     start = end - response
     for i, position in enumerate(asked):
-        if position not in POSITIONS:
-            raise UserError(f"unknown position {position!r}; they are {', '.join(POSITIONS)}")
         if position == "prompt_end":
             weights[i, start - 1] = 1
         elif not response:

@@ -263,7 +263,6 @@ def find_or_extract(
     names: Sequence[str],
     path: Path,
     *,
-    settings: Settings = DEFAULT,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Direction]:
     """The directions of a file, with the missing ones extracted and saved in it.
@@ -276,7 +275,6 @@ def find_or_extract(
       names: what is needed, as `read_name` reads it. `random-SEED` has the norms of the first
         other one.
       path: the directions file, which need not exist.
-      settings: of the directions that are extracted.
       say: called with one line before each extraction.
 
     Raises:
@@ -291,11 +289,11 @@ def find_or_extract(
         if isinstance(kind, Random):
             kind = msgspec.structs.replace(kind, norms_of=real[0] if real else "")
             found[name] = extract(model, name, kind, found=found if real else {})
-        elif name not in found or _outdated(found[name], model, kind, settings):
+        elif name not in found or _outdated(found[name], model, kind):
             check_writable(path)
             say(f"extracting {name}; it is kept in {path}")
             assert kind is not None
-            made = extract(model, name, kind, found=found, settings=settings)
+            made = extract(model, name, kind, found=found)
             found |= direction.add(path, made, model)
     return found
 
@@ -310,10 +308,10 @@ def _wanted(text: str, found: Mapping[str, Direction]) -> tuple[str, InStudy | R
         return text, None
 
 
-def _outdated(known: Direction, model: ChatModel, kind: Kind | None, settings: Settings) -> bool:
+def _outdated(known: Direction, model: ChatModel, kind: Kind | None) -> bool:
     if not isinstance(kind, FromChats):
         return False
-    made_of, keys = contrast(kind, settings), ("source_sha256", "position", "tokenizer_sha256")
+    made_of, keys = contrast(kind), ("source_sha256", "position", "tokenizer_sha256")
     wanted = [made_of.source_sha256, made_of.position, model.tokenizer_sha256]
     return [known.provenance.get(key) for key in keys] != wanted
 
@@ -347,7 +345,6 @@ def axis_contrast(
     default: Sequence[str],
     roles: Sequence[tuple[str, str]],
     questions: Sequence[str],
-    position: Position = "response_avg",
 ) -> Contrast:
     """Default system prompts against roles (name, instruction), with the same questions.
 
@@ -357,7 +354,7 @@ def axis_contrast(
         kind="assistant-axis",
         source_sha256=_sha256([list(default), [list(r) for r in roles], list(questions)]),
         chats=_crossed([default, *([instruction] for _, instruction in roles)], questions),
-        position=position,
+        position="response_avg",
         max_new_tokens=48,
     )
 

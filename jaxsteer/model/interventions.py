@@ -220,7 +220,6 @@ def compile_conditions(
     *,
     n_layers: int,
     d_model: int,
-    taps: Sequence[Tap] = (),
 ) -> Interventions:
     """Stack conditions into arrays, one leading-axis entry per condition.
 
@@ -229,17 +228,17 @@ def compile_conditions(
       scopes: which tokens each condition steers.
       n_layers: blocks of the model.
       d_model: width of the residual stream.
-      taps: taps to include even when no operation names them (`resid_post` always is).
 
     Returns:
-      Float32 arrays: add [condition, layer, d_model], project [condition, layer, k, d_model],
-      cap [condition, layer, c, d_model] per tap, k and c rounded up to powers of two.
+      Float32 arrays at `resid_post` and at every other tap that an operation names: add
+      [condition, layer, d_model], project [condition, layer, k, d_model], cap [condition, layer, c,
+      d_model], k and c rounded up to powers of two.
 
     Raises:
       UserError: a layer, tap, scope, width or bound that this model does not have, or caps at
         one tap and layer whose directions are not orthogonal (their bounds could not all hold).
     """
-    used = {"resid_post", *taps}
+    used = {"resid_post"}
     for operations in conditions:
         for operation in operations:
             _check(operation, n_layers, d_model)

@@ -119,7 +119,7 @@ def test_provenance_says_how_replies_were_sampled_if_any_were(model):
 
 def test_the_assistant_axis_gives_each_role_the_same_weight(hf, model):
     default, roles, questions = ["w20", "w21 w22"], [("a", "w3"), ("b", "w4 w5")], ["w6", "w7 w8"]
-    axis = axis_contrast(default, roles, questions, "prompt_end")
+    axis = replace(axis_contrast(default, roles, questions), position="prompt_end")
     made = difference(model, "assistant-axis", axis)
 
     def mean(*systems):

@@ -210,7 +210,8 @@ def test_each_condition_steers_the_tokens_of_its_scope():
 def test_rows_of_a_projection_come_in_powers_of_two(count, width):
     directions = tuple(draw(i, L, D) for i in range(count))
     operations = [Project(directions=directions, layers=(1,))] if count else []
-    made = compile_conditions([operations], ["all"], n_layers=L, d_model=D, taps=("embed",))
+    operations.append(Add(direction=draw(9, L, D), layers=(0,), scale=1.0, tap="embed"))
+    made = compile_conditions([operations], ["all"], n_layers=L, d_model=D)
     assert made.sites["resid_post"].project.shape == (1, L, width, D)
     assert made.sites["embed"].project.shape == (1, 1, 0, D)
     assert made.sites["resid_post"].cap.shape == (1, L, 0, D)
