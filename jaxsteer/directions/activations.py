@@ -86,30 +86,48 @@ def forward(
     Raises:
       UserError: a row longer than the model's context, or as `position_weights`.
     """
-    limit = model.config.max_position
     responses = [[]] * len(prompts) if responses is None else responses
     shared = [0] * len(prompts) if shared is None else shared
     requests = [
         Request(tokens=[*prompt, *response], condition=condition, shared=n)
         for prompt, response, n in zip(prompts, responses, shared, strict=True)
     ]
+    arrays = interventions or layer_sharing.untouched(model.config)
+    for some, batch in batches(model, requests, arrays, capture=True):
+        real = np.asarray(batch.real)
+        weights = np.zeros((len(real), len(asked), real.shape[1]), np.float32)
+        for i, row in enumerate(some):
+            weights[i] = position_weights(real[i], len(responses[row]), asked)
+        found = prefill.states(model.definition, model.params, batch, weights)
+        states, logits = jax.device_get(found)
+        yield from zip(some, states, logits, strict=False)
+
+
+def batches(
+    model: ChatModel,
+    requests: Sequence[Request],
+    interventions: Interventions,
+    *,
+    capture: bool = False,
+) -> Iterator[tuple[list[int], prefill.PromptBatch]]:
+    """Read requests in batches of one width; yields the rows of each batch, and what was read.
+
+    With `capture`, the stream at every `resid_post` is kept.
+
+    Raises:
+      UserError: a request longer than the model's context.
+    """
+    limit = model.config.max_position
     check_lengths((len(request.tokens) for request in requests), limit)
     given = layer_sharing.with_prefixes(
         Prompts(
             model=model,
             requests=requests,
-            interventions=interventions or layer_sharing.untouched(model.config),
+            interventions=interventions,
             probes=prefill.no_probes(model.config),
             packed=pack(requests, limit),
         )
     )
-    given = dataclasses.replace(given, capture=True)
+    given = dataclasses.replace(given, capture=capture)
     for rows in grouped(range(len(requests)), given.packed.width).values():
-        for some, batch in layer_sharing.read(given, rows):
-            real = np.asarray(batch.real)
-            weights = np.zeros((len(real), len(asked), real.shape[1]), np.float32)
-            for i, row in enumerate(some):
-                weights[i] = position_weights(real[i], len(responses[row]), asked)
-            found = prefill.states(model.definition, model.params, batch, weights)
-            states, logits = jax.device_get(found)
-            yield from zip(some, states, logits, strict=False)
+        yield from layer_sharing.read(given, rows)

@@ -25,11 +25,11 @@ from jaxtyping import Array, Float
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
+from jaxsteer.directions import activations
 from jaxsteer.files import write_table
-from jaxsteer.generation import engine, layer_sharing, prefill
+from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
-from jaxsteer.generation.layer_sharing import Prompts
-from jaxsteer.generation.requests import Request, grouped, pack
+from jaxsteer.generation.requests import Request, grouped
 from jaxsteer.judges.labels import is_right
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
@@ -118,26 +118,15 @@ def _streams(
     model: ChatModel, requests: Sequence[Request], arrays: Interventions, counts: np.ndarray
 ) -> Float[np.ndarray, "row token d_model"]:
     """The stream after all layers where each of the last tokens of a request is predicted."""
-    prompts = layer_sharing.with_prefixes(
-        Prompts(
-            model=model,
-            requests=requests,
-            interventions=arrays,
-            probes=prefill.no_probes(model.config),
-            packed=pack(requests, model.config.max_position),
-        )
-    )
     found = np.zeros((len(requests), COMPARED, model.config.d_model), np.float32)
-    by_width = grouped(range(len(requests)), prompts.packed.width)
     with Progress("benign replies", len(requests), unit="replies") as progress:
-        for width in sorted(by_width):
-            for some, batch in layer_sharing.read(prompts, by_width[width]):
-                stream, real = np.asarray(batch.outputs[-1].stream), np.asarray(batch.real)
-                for slot, row in enumerate(some):
-                    # Of 3 prompt and 2 reply tokens, those at 2 and 3 predict the reply.
-                    read = np.flatnonzero(real[slot])[-counts[row] - 1 : -1]
-                    found[row, : len(read)] = stream[batch.entry[slot, -1], read]
-                progress.advance(len(some))
+        for some, batch in activations.batches(model, requests, arrays):
+            stream, real = np.asarray(batch.outputs[-1].stream), np.asarray(batch.real)
+            for slot, row in enumerate(some):
+                # Of 3 prompt and 2 reply tokens, those at 2 and 3 predict the reply.
+                read = np.flatnonzero(real[slot])[-counts[row] - 1 : -1]
+                found[row, : len(read)] = stream[batch.entry[slot, -1], read]
+            progress.advance(len(some))
     return found
 
 
