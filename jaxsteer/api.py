@@ -7,9 +7,9 @@ importable. Layers are 0-based blocks, a strength is in natural norms of its dir
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -39,6 +39,7 @@ from jaxsteer.model.interventions import (
     compile_conditions,
 )
 from jaxsteer.model.tokenizer import Tokenizer
+from jaxsteer.words import say
 
 Layers = int | str | Sequence[int]
 
@@ -338,10 +339,6 @@ def direction(model: ChatModel, what: str | Path, *, name: str = "") -> Directio
         check_model(found[name], model, str(what))
         return found[name]
     use_compile_cache()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     found = extraction.find_or_extract(model, [str(what)], directions_file(model), say=say)
     return found[extraction.read_name(str(what))[0]]
 
@@ -363,7 +360,7 @@ def add(
 
     Args:
       direction: from `direction`.
-      at: 0-based layers: 20, "21..29", or a sequence of them.
+      at: 0-based layers: 20, "21..29", "20, 22..24", or a sequence of numbers.
       scale: multiples of the direction's natural norm.
       tap: `embed`, `resid_mid` or `resid_post`.
       measured_at: use this layer's vector at every layer instead of each layer's own.
@@ -371,13 +368,7 @@ def add(
     Raises:
       UserError: layers that are not written so.
     """
-    return Add(
-        direction=direction.vectors,
-        layers=_layers(at),
-        scale=scale,
-        tap=tap,
-        measured_at=measured_at,
-    )
+    return Add(direction=direction.vectors, scale=scale, **_place(at, tap, measured_at))
 
 
 def project(
@@ -397,12 +388,8 @@ def project(
     Raises:
       UserError: layers that are not written so.
     """
-    return Project(
-        directions=tuple(one.vectors for one in directions),
-        layers=_layers(at),
-        tap=tap,
-        measured_at=measured_at,
-    )
+    vectors = tuple(direction.vectors for direction in directions)
+    return Project(directions=vectors, **_place(at, tap, measured_at))
 
 
 def cap(
@@ -427,15 +414,9 @@ def cap(
     Raises:
       UserError: layers that are not written so.
     """
-    return Cap(
-        direction=direction.vectors,
-        layers=_layers(at),
-        low=low,
-        high=high,
-        tap=tap,
-        measured_at=measured_at,
-    )
+    return Cap(direction=direction.vectors, low=low, high=high, **_place(at, tap, measured_at))
 
 
-def _layers(at: Layers) -> tuple[int, ...]:
-    return read_layers(at) if isinstance(at, int | str) else tuple(at)
+def _place(at: Layers, tap: Tap, measured_at: int | None) -> dict[str, Any]:
+    layers = read_layers(at) if isinstance(at, int | str) else tuple(at)
+    return {"layers": layers, "tap": tap, "measured_at": measured_at}

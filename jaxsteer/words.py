@@ -15,7 +15,6 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -179,11 +178,16 @@ def plain(text: str, spelled: str = "\\x{:02x}") -> str:
 _said = [time.monotonic()]
 
 
+def say(line: str) -> None:
+    """Say a line on stderr, where progress goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def still(line: str) -> None:
     """Say on stderr how far long work is, at most every ten seconds."""
     if time.monotonic() - _said[0] > 10:
         _said[0] = time.monotonic()
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 class Progress:
@@ -215,9 +219,7 @@ class Progress:
                 self.title, total=self.total, completed=self.done, speed="(starting)"
             )
         elif not self.quiet:
-            print(
-                f"{self.title}: {self.done}/{self.total} {self.unit}", file=sys.stderr, flush=True
-            )
+            say(f"{self.title}: {self.done}/{self.total} {self.unit}")
         return self
 
     def advance(self, count: int, tokens: int = 0) -> None:
@@ -240,18 +242,9 @@ class Progress:
             if self.fresh:
                 left = f"{(self.total - self.done) * elapsed / self.fresh:.0f} s left"
             parts = [f"{self.done}/{self.total} {self.unit}", speed, left]
-            print(
-                f"{self.title}: {', '.join(part for part in parts if part)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{self.title}: {', '.join(part for part in parts if part)}")
         heed_stop()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live:
             self.bar.stop()

