@@ -42,7 +42,7 @@ def _say_fault(error: Exception) -> NoReturn:
     import importlib.metadata
 
     from jaxsteer.data.wheels import cache_dir
-    from jaxsteer.words import plain
+    from jaxsteer.words import plain, say
 
     path = cache_dir() / "faults" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     trace = "".join(traceback.format_exception(error))
@@ -54,10 +54,7 @@ def _say_fault(error: Exception) -> NoReturn:
         where = f"its traceback cannot be written to {path}:\n{trace}"
     said = f"{type(error).__name__}: {one_line(error)}"
     version = importlib.metadata.version("jaxsteer")
-    print(
-        plain(f"jaxsteer: a fault of jaxsteer {version} ({said}); please report it, {where}"),
-        file=sys.stderr,
-    )
+    say(plain(f"jaxsteer: a fault of jaxsteer {version} ({said}); please report it, {where}"))
     leave(1)
 
 
