@@ -113,7 +113,7 @@ def commands(folder: Path) -> Iterator[dict[str, Command]]:
     """The commands on a tiny model; their scripted judge lives as long as the context."""
     hf = tiny.save(tiny.llama(), folder / "hf")
     model = str(convert(hf, folder / "model", "float32"))
-    study = tiny.study_file(folder, ("harmful = 6", "harmful = 24"), ("batch = 4", "batch = 2"))
+    study = tiny.study_file(folder, ("n = 6", "n = 24"), ("batch = 4", "batch = 2"))
     file, out = folder / "d.safetensors", folder / "out"
     asked = ["--steer", "compliant@1x4", "--project", "compliant@2", "--directions", str(file)]
     with serve(says('{"coherence": 90}')) as server:
