@@ -97,10 +97,11 @@ test: .venv/made-dev model ## run the short tests, against HF transformers on to
 test-slow: .venv/made-dev model ## run the long tests: killed processes, browsers, several hosts, whole studies
 	$(PYTEST) -m slow
 
-# uv has a mode that takes the lowest version that pyproject.toml allows. torch first, so that uv keeps it.
+# uv has a mode that takes the lowest version that pyproject.toml allows. torch first and alone, so that uv
+# keeps it and takes the lowest of what torch needs as well.
 .venv-floor/made: pyproject.toml
 	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check uv torch==2.13.0
+	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --no-deps uv torch==2.13.0
 	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e '.[dev]'
 	@touch $@
 
