@@ -38,11 +38,12 @@ def test_a_block_is_written_alike_on_every_platform(rng, slot):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_attention_over_two_caches_is_that_over_their_slots_in_one(rng, tokens):
+def test_attention_over_several_caches_is_that_over_their_slots_in_one(rng, tokens):
     q = draw(rng, tokens, 2, 3, 4)
     keys, values = draw(rng, 2, 10, 4), draw(rng, 2, 10, 4)
     visible = causal(jnp.ones(tokens, int), jnp.asarray(rng.random(10 - tokens) < 0.6))
-    apart = [(keys[:, :7], values[:, :7]), (keys[:, 7:], values[:, 7:])]
+    parts = (slice(2), slice(2, 7), slice(7, None))
+    apart = [(keys[:, part], values[:, part]) for part in parts]
     found = attend(q, apart, visible, 0.5)
     # Softmax attention written out, in float64.
     score = np.einsum("tkgh,ksh->tkgs", *(np.asarray(x, np.float64) for x in (q, keys))) / 2
@@ -50,6 +51,16 @@ def test_attention_over_two_caches_is_that_over_their_slots_in_one(rng, tokens):
     weight /= weight.sum(-1, keepdims=True)
     expected = np.einsum("tkgs,ksh->tkgh", weight, np.asarray(values, np.float64))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [2, LONG + 1])
+def test_attention_of_short_numbers_adds_up_in_float32(rng, tokens):
+    q, kv = (draw(rng, *s, 4).astype(jnp.bfloat16) for s in ((tokens, 2, 3), (2, tokens)))
+    one = functools.partial(attend, visible=causal(jnp.ones(tokens, int)), scale=0.5)
+    program = jax.jit(one).lower(q, [(kv, kv)]).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 2
+    assert [line for line in products if not line.endswith("xf32>")] == []
 
 
 def test_what_is_not_visible_weighs_nothing(rng):
