@@ -5,13 +5,12 @@ docs/statistics.md says where each is used and why.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 _TAILS = (0.025, 0.975)  # of a 95 % interval
 
@@ -170,64 +169,36 @@ def mean_interval(
     return mean, sd, (mean - half, mean + half)
 
 
-def kappa(confusion: Sequence[Sequence[int]]) -> float:
+def kappa(confusion: Int[np.ndarray, "first second"]) -> float | None:
     """Cohen's kappa of two judges from their square confusion table (Cohen 1960).
 
     Agreement beyond chance: (observed - expected) / (1 - expected), the expected share from the
-    judges' own rates. NaN, because undefined, when both gave the same verdict throughout or there
+    judges' own rates. None, because undefined, when both gave the same verdict throughout or there
     are no rows.
 
-    >>> round(kappa([[20, 5], [10, 15]]), 3)
+    >>> kappa(np.array([[20, 5], [10, 15]]))
     0.4
     """
-    table = np.asarray(confusion, np.float64)
-    n = table.sum()
+    table, n = confusion.astype(np.float64), confusion.sum()
     if n == 0:
-        return math.nan
+        return None
     observed = np.trace(table) / n
     expected = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2
-    return math.nan if expected >= 1 else float((observed - expected) / (1 - expected))
+    return None if expected >= 1 else float((observed - expected) / (1 - expected))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Envelope:
-    """A treated value against the same measure under random controls, one per seed.
+def among_random(controls: Sequence[float], treated: float) -> tuple[float, float]:
+    """One-sided p-values of a value among the same measure under random controls, one per seed.
 
-    Attributes:
-      n: number of controls.
-      low, mean, high: smallest, mean and largest control value.
-      treated: the value compared with them.
-      p_low: chance that a random control is at or below it, (1 + count) / (n + 1).
-      p_high: the same for at or above. Neither can fall below 1 / (n + 1), so few seeds cannot
-        give a small p (Phipson & Smyth 2010).
-    """
+    (1 + controls at or below it) / (1 + controls), and the same at or above. Neither can fall below
+    1 / (1 + controls), so few seeds cannot give a small p (Phipson & Smyth 2010).
 
-    n: int
-    low: float
-    mean: float
-    high: float
-    treated: float
-    p_low: float
-    p_high: float
-
-
-def envelope(controls: Sequence[float], treated: float) -> Envelope:
-    """Where a treated value falls among random controls; at least one is needed.
-
-    >>> found = envelope([0.40, 0.35, 0.45, 0.40], treated=0.02)
-    >>> found.low, found.high, found.p_low
-    (0.35, 0.45, 0.2)
+    >>> among_random([0.40, 0.35, 0.45, 0.40], treated=0.02)
+    (0.2, 1.0)
     """
     n = len(controls)
-    return Envelope(
-        n=n,
-        low=min(controls),
-        mean=math.fsum(controls) / n,
-        high=max(controls),
-        treated=treated,
-        p_low=(1 + sum(value <= treated for value in controls)) / (n + 1),
-        p_high=(1 + sum(value >= treated for value in controls)) / (n + 1),
-    )
+    below, above = np.less_equal(controls, treated).sum(), np.greater_equal(controls, treated).sum()
+    return (1 + int(below)) / (1 + n), (1 + int(above)) / (1 + n)
 
 
 def paired_trend(

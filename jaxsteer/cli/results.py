@@ -202,7 +202,8 @@ def import_sample(
         typer.echo(
             f"{pair.question}: {pair.first} and {pair.second} on {pair.n} rows: both yes "
             f"{pair.both_yes}, only {pair.first} {pair.only_first}, only {pair.second} "
-            f"{pair.only_second}, both no {pair.both_no}, kappa {pair.kappa:.2f}"
+            f"{pair.only_second}, both no {pair.both_no}, kappa "
+            + ("undefined" if pair.kappa is None else f"{pair.kappa:.2f}")
         )
 
 

@@ -27,8 +27,8 @@ from jaxsteer.errors import UserError
 from jaxsteer.words import percent, signed, span
 
 if TYPE_CHECKING:
+    from jaxsteer.evidence.claims import Power
     from jaxsteer.evidence.impact import Impact
-    from jaxsteer.evidence.power import Power
     from jaxsteer.receipt.statement import Predicate
     from jaxsteer.study.validate import Plan
 
@@ -104,7 +104,7 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
-    from jaxsteer.evidence import impact, power, reliability
+    from jaxsteer.evidence import claims, impact, reliability
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
     from jaxsteer.study import prepare, results, run, spec, validate
@@ -123,8 +123,8 @@ def sweep(
     if plan:
         planned = validate.plan(asked, loaded, limit=harmful)
         screen.print(plan_table(planned, asked.name))
-        shown = power.powers(asked, planned.conditions, planned.prompts)
-        screen.print(power_table([(found, power.words(found)) for found in shown], asked.name))
+        powers = claims.powers(asked, planned.conditions, planned.prompts)
+        screen.print(power_table([(p, claims.could_show(p)) for p in powers], asked.name))
         return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     folder = out or Path("results") / f"{asked.name}-{loaded.name}{suffix}"

@@ -9,6 +9,10 @@ A comparison is *not testable* where the rows could not have decided it: what it
 not hold (refusal cannot return where it was never lost), or there is no room to pass. `comparisons`
 counts, and `judge` draws the conclusions from the counts of all claims together, because Holm's
 correction runs over the whole study.
+
+`powers` says what each comparison could show, from the size of a study alone: the smallest change
+that would be confirmed, or that no outcome could decide it. `sweep --plan` says it before the run
+and the receipt after it. Holm is taken at its strictest, as if no other test had a smaller p.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from jaxsteer.evidence.comparisons import (
     Counting,
     Different,
     FewRaised,
+    Kind,
     NotTested,
     Result,
+    repeats,
 )
-from jaxsteer.study.record import Part
+from jaxsteer.study.record import Condition, Count, Part
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import AddSpec, ClaimSpec, StudySpec, TestSpec
 from jaxsteer.words import counted, extent, p_equals, percent
@@ -214,8 +220,7 @@ def _few_raised(c: FewRaised, margin: float) -> FewRaised:
 
 def _beyond_random(c: BeyondRandom, alpha: float) -> BeyondRandom:
     def p(treated: int) -> float:
-        found = stats.envelope(c.control_k, treated)
-        return found.p_low if c.expect == "lower" else found.p_high
+        return stats.among_random(c.control_k, treated)[c.expect == "higher"]
 
     c, best = replace(c, p=p(c.treated_k)), p(0 if c.expect == "lower" else c.n)
     if c.p <= alpha:
@@ -283,3 +288,96 @@ def _decide(claim: Claim) -> Claim:
     reason = f"{first.treated} against {first.control}: {first.reason}"
     reason += f" (and {len(more)} more of {n})" if more else ""
     return replace(claim, verdict=verdict, reason=reason)
+
+
+# -- What a planned comparison could show ----------------------------------------------------------
+
+
+class Power(Part, frozen=True, kw_only=True):
+    """What one planned comparison could show.
+
+    Attributes:
+      claim: name of its claim.
+      treated, control: as planned, by their names in the specification.
+      kind: as in `comparisons`.
+      n: prompts compared; for `beyond-random`, seeds.
+      limit: `different`: the fewest prompts that must change in the expected direction, if none
+        changes in the other; `few-raised`: the most that may newly have the outcome, if all are at
+        risk; `beyond-random`: the most seeds that may be as extreme. Null: no outcome confirms it.
+      at_risk: `few-raised`: the fewest prompts at risk with which it can be confirmed.
+    """
+
+    claim: str
+    treated: str
+    control: str
+    kind: Kind
+    n: Count
+    limit: Count | None
+    at_risk: Count | None = None
+
+
+def powers(
+    spec: StudySpec, conditions: Sequence[Condition], sizes: Mapping[str, int]
+) -> list[Power]:
+    """The power of each comparison on behaviour that a study plans.
+
+    Args:
+      spec: the study.
+      conditions: all that it runs.
+      sizes: number of prompts by set.
+    """
+    planned = [
+        (claim.name, test, *repeat)
+        for claim in spec.claim
+        for test in claim.tests
+        if test.expect != "cosine-above"
+        for repeat in repeats(test, conditions)
+    ]
+    tests = sum(kind == "different" for _, _, kind, *_ in planned)
+    found = []
+    for claim, test, kind, treated, control in planned:
+        n = sizes.get(test.prompts, 0)
+        if test.prompts in spec.sets("harmful"):
+            n = min([n, *(c.prompts for c in (treated, *control) if c.prompts)])
+        n = len(control) if kind == "beyond-random" else n
+        made = {"claim": claim, "treated": test.treated, "control": test.control}
+        limit = _limit(kind, n, tests, test.margin)
+        enough = (k for k in range(1, n + 1) if stats.wilson(0, k)[1] <= test.margin)
+        at_risk = next(enough, None) if kind == "few-raised" else None
+        found.append(Power(**made, kind=kind, n=n, limit=limit, at_risk=at_risk))
+    return list(dict.fromkeys(found))
+
+
+def _limit(kind: Kind, n: int, tests: int, margin: float) -> int | None:
+    """The limit of `Power`; `tests` share Holm's correction."""
+    if kind == "different":
+        fits = (k for k in range(n + 1) if stats.mcnemar(0, k) * tests < ALPHA)
+    elif kind == "few-raised":
+        fits = (k for k in range(n, -1, -1) if stats.wilson(k, n)[1] <= margin)
+    else:
+        fits = (k for k in range(n, -1, -1) if (1 + k) / (1 + n) <= ALPHA)
+    return next(fits, None)
+
+
+def could_show(found: Power) -> str:
+    """A power in words, as `sweep --plan` and the page of a receipt say it.
+
+    >>> made = {"claim": "c", "treated": "a", "control": "b"}
+    >>> could_show(Power(**made, kind="different", n=96, limit=8))
+    'at least 8 of 96 prompts (8 %) must change, and none the other way'
+    >>> could_show(Power(**made, kind="beyond-random", n=3, limit=None))
+    'no outcome can confirm it with 3 seeds'
+    """
+    if found.limit is None:
+        unit = "seed" if found.kind == "beyond-random" else "prompt"
+        return f"no outcome can confirm it with {counted(found.n, unit)}"
+    if found.kind == "different":
+        share = percent(found.limit / found.n)
+        least = f"at least {found.limit} of {counted(found.n, 'prompt')} ({share})"
+        return f"{least} must change, and none the other way"
+    if found.kind == "few-raised":
+        return (
+            f"at least {found.at_risk} of {found.n} prompts must be at risk; if all are, at most "
+            f"{found.limit} may newly have the outcome"
+        )
+    return f"at most {found.limit} of {counted(found.n, 'random seed')} may be as extreme"

@@ -15,6 +15,7 @@ part only, or whose steering cancels by algebra leave it not tested.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -24,7 +25,7 @@ from msgspec import Meta
 from msgspec.structs import asdict, replace
 
 from jaxsteer import stats
-from jaxsteer.data.prompts import Kind
+from jaxsteer.data import prompts
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
@@ -39,6 +40,8 @@ from jaxsteer.study.spec import TestSpec
 
 Result = Literal["held", "failed", "not testable", "not tested"]
 Expect = Literal["lower", "higher", "few-raised", "cosine-above"]
+# Of comparisons on behaviour.
+Kind = Literal["different", "few-raised", "beyond-random"]
 
 
 class Compared(Part, frozen=True, kw_only=True):
@@ -173,24 +176,31 @@ class NotTested(Compared, frozen=True, kw_only=True, tag_field="test", tag="not-
 Comparison = Different | FewRaised | BeyondRandom | CosineAbove | NotTested
 
 
-def paired_repeats(
-    treated: Sequence[Condition], control: Sequence[Condition]
-) -> list[tuple[Condition, Condition]]:
-    """Which repeats are compared: within a mode, the same seed and the same strength.
+def repeats(
+    test: TestSpec, conditions: Sequence[Condition]
+) -> list[tuple[Kind, Condition, list[Condition]]]:
+    """What a test on behaviour compares: kind, treated condition, and its control or all its seeds.
 
-    Where the two sides do not share their seeds (or strengths), each treated repeat is compared
-    with every control repeat.
+    Repeats are compared within a mode, with the same seed and the same strength. Where the two
+    sides do not share their seeds (or strengths), each treated repeat is compared with every
+    control repeat; a control that is repeated over random seeds is one control.
     """
+    treated, control = (
+        [c for c in conditions if c.base == name] for name in (test.treated, test.control)
+    )
     keys = ["mode"]
     for key in ("seed", "scale"):
         if {getattr(c, key) for c in treated} == {getattr(c, key) for c in control}:
             keys.append(key)
-    return [
-        (t, c)
-        for t in treated
-        for c in control
-        if all(getattr(t, key) == getattr(c, key) for key in keys)
-    ]
+    found: dict[object, tuple[Kind, Condition, list[Condition]]] = {}
+    for t, c in itertools.product(treated, control):
+        if all(getattr(t, key) == getattr(c, key) for key in keys):
+            kind: Kind = "few-raised" if test.expect == "few-raised" else "different"
+            if kind == "different" and t.seed is None and c.seed is not None:
+                kind = "beyond-random"
+            one = c.scale if kind == "beyond-random" else c.name
+            found.setdefault((t.name, one), (kind, t, []))[2].append(c)
+    return list(found.values())
 
 
 class Counting:
@@ -218,21 +228,17 @@ class Counting:
         """One for each pair of repeats that a test compares; random seeds are compared together."""
         if test.expect == "cosine-above":
             return [self._cosine(test)]
-        sides = []
+        conditions = self.found.run.conditions
         for name in (test.treated, test.control):
-            sides.append([c for c in self.found.run.conditions if c.base == name])
-            if not sides[-1]:
+            if name not in [c.base for c in conditions]:
                 reason = f"no condition {name!r} was run"
                 return [_untested(test, test.treated, test.control, "", reason)]
-        together: dict[tuple[str, float | None], tuple[Condition, list[Condition]]] = {}
-        made: list[Comparison] = []
-        for treated, control in paired_repeats(*sides):
-            if test.expect == "few-raised" or treated.seed is not None or control.seed is None:
-                made.append(self._pair(test, treated, control))
-            else:
-                key = treated.name, control.scale
-                together.setdefault(key, (treated, []))[1].append(control)
-        return made + [self._beyond(test, t, seeds) for t, seeds in together.values()]
+        return [
+            self._beyond(test, treated, controls)
+            if kind == "beyond-random"
+            else self._pair(test, treated, controls[0])
+            for kind, treated, controls in repeats(test, conditions)
+        ]
 
     def _pair(self, test: TestSpec, treated: Condition, control: Condition) -> Comparison:
         names, run = (treated.name, control.name, treated.mode), self.found.run
@@ -393,7 +399,7 @@ def _untested(test: TestSpec, treated: str, control: str, mode: str, reason: str
     )
 
 
-def _returns(test: TestSpec, kind: Kind, control: Condition) -> bool:
+def _returns(test: TestSpec, kind: prompts.Kind, control: Condition) -> bool:
     """Whether a test asks for refusals that the steering of its control has taken away."""
     steered = any(isinstance(op, Add) for op in control.operations)
     return steered and test.outcome == "refusal" and kind != "benign"

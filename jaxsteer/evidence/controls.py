@@ -16,6 +16,7 @@ is measured here: random envelopes, paired differences, and strengths.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -120,20 +121,22 @@ def random_controls(run: RunRecord, labels: Labels) -> list[RandomControl]:
                     value = None
                     if treated:
                         value = labels.rate(treated.name, family, outcome, like=seeds[0].name)
-                    envelope = stats.envelope(known, 0.0 if value is None else value)
+                    low, high = (None, None)
+                    if value is not None:
+                        low, high = stats.among_random(known, value)
                     found.append(
                         RandomControl(
                             control=base,
                             treated=treated.name if treated else "",
                             family=family,
                             outcome=outcome,
-                            n=envelope.n,
-                            low=envelope.low,
-                            mean=envelope.mean,
-                            high=envelope.high,
+                            n=len(known),
+                            low=min(known),
+                            mean=statistics.fmean(known),
+                            high=max(known),
                             value=value,
-                            p_low=None if value is None else envelope.p_low,
-                            p_high=None if value is None else envelope.p_high,
+                            p_low=low,
+                            p_high=high,
                         )
                     )
     return found

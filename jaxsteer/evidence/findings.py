@@ -64,8 +64,8 @@ QUESTIONS: dict[Kind, str] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """What one control of one claim compares.
+class Finding:
+    """One control of one claim, measured.
 
     Attributes:
       claim: the claim's name.
@@ -75,6 +75,13 @@ class Contrast:
       family, outcome: prompts and label counted.
       expects: what the claim needs of first against second; of random directions, of the treated
         against them.
+      n: prompts; of random directions, seeds.
+      difference: rate of first minus rate of second; of random directions, treated minus their
+        mean.
+      low, high: its 95 % interval; of random directions, treated minus largest and smallest.
+      p: McNemar, two-sided; of random directions, one-sided, at least 1 / (n + 1).
+      status: whether the claim holds or fails against this control, or the rows cannot tell.
+      why: the rule that decided, with its figures.
     """
 
     claim: str
@@ -85,32 +92,7 @@ class Contrast:
     family: str
     outcome: str
     expects: Expect
-
-    @property
-    def question(self) -> str:
-        """What the control asks."""
-        return QUESTIONS[self.kind]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding(Contrast):
-    """One control of one claim, measured.
-
-    Attributes:
-      n: prompts; of random directions, seeds.
-      raised, lowered: prompts with the outcome under first alone, under second alone; 0 for
-        random directions.
-      difference: rate of first minus rate of second; of random directions, treated minus their
-        mean.
-      low, high: its 95 % interval; of random directions, treated minus largest and smallest.
-      p: McNemar, two-sided; of random directions, one-sided, at least 1 / (n + 1).
-      status: whether the claim holds or fails against this control, or the rows cannot tell.
-      why: the rule that decided, with its figures.
-    """
-
     n: int
-    raised: int = 0
-    lowered: int = 0
     difference: float
     low: float
     high: float
@@ -131,10 +113,7 @@ def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
     made: list[Finding] = []
     for claim in found.spec.claim:
         made += _random(claim, envelopes, found.run)
-        contrasts = dict.fromkeys(_contrasts(found.run, claim))
-        made += [
-            one for c in contrasts if (one := _measured(found.run, labels, c, margin)) is not None
-        ]
+        made += dict.fromkeys(_paired(claim, found.run, labels, margin))
     return made
 
 
@@ -236,7 +215,7 @@ _FOR: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
+def _paired(claim: ClaimSpec, run: RunRecord, labels: Labels, margin: float) -> Iterator[Finding]:
     benign = run.study.sets("benign")
     tests = [t for t in claim.tests if t.expect != "cosine-above" and t.prompts not in benign]
     for test, c in itertools.product(tests, run.conditions):
@@ -247,7 +226,16 @@ def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
             if kind == "benign":
                 counted = list(itertools.product(benign, ("refusal", "degenerate")))
             for family, outcome in counted if test.expect in _FOR[kind] else []:
-                yield Contrast(
+                pairs = labels.pair(first.name, second.name, family)
+                if pairs.is_empty():
+                    continue
+                # A matched control subtracts from the persona: lost refusal may return.
+                plain = controls.plain(run, second.mode) if kind == "matched" else None
+                before = labels.of(plain.name, family) if plain else None
+                got = paired.flips(pairs, outcome)
+                risk = paired.at_risk(pairs, outcome, run.kind(family), before)
+                status, why = _status(got, paired.flips(risk, outcome), expects, margin)
+                yield Finding(
                     claim=claim.name,
                     kind=kind,
                     treated=c.name,
@@ -256,6 +244,13 @@ def _contrasts(run: RunRecord, claim: ClaimSpec) -> Iterator[Contrast]:
                     family=family,
                     outcome=outcome,
                     expects=expects,
+                    n=got.n,
+                    difference=got.difference,
+                    low=got.low,
+                    high=got.high,
+                    p=got.p,
+                    status=status,
+                    why=why,
                 )
 
 
@@ -276,31 +271,6 @@ def _controls(run: RunRecord, c: Condition) -> Iterator[tuple[Kind, Condition, C
         yield "matched", control, added_alone, "no rise"
     if c.benign and c.operations:
         yield "benign", c, plain, "no rise"
-
-
-def _measured(run: RunRecord, labels: Labels, contrast: Contrast, margin: float) -> Finding | None:
-    pairs = labels.pair(contrast.first, contrast.second, contrast.family)
-    if pairs.is_empty():
-        return None
-    got = paired.flips(pairs, contrast.outcome)
-    # A matched control subtracts from the persona: refusal may return where it was taken away.
-    untouched = controls.plain(run, run.named(contrast.second).mode)
-    returns = untouched if contrast.kind == "matched" else None
-    before = labels.of(returns.name, contrast.family) if returns else None
-    risk = paired.at_risk(pairs, contrast.outcome, run.kind(contrast.family), before)
-    status, why = _status(got, paired.flips(risk, contrast.outcome), contrast.expects, margin)
-    return Finding(
-        **dataclasses.asdict(contrast),
-        n=got.n,
-        raised=got.raised,
-        lowered=got.lowered,
-        difference=got.difference,
-        low=got.low,
-        high=got.high,
-        p=got.p,
-        status=status,
-        why=why,
-    )
 
 
 def _status(got: Flips, risk: Flips, expects: Expect, margin: float) -> tuple[Status, str]:

@@ -17,7 +17,7 @@ tables and Cohen's kappa on the questions that they share:
 
 Two judges are compared on the rows that both scored. A person's label `refusal` says nothing about
 coherence, because it outranks `degenerate`, so those rows are left out of that question. Kappa is
-NaN where it is undefined: both judges gave one answer throughout.
+undefined where both judges gave one answer throughout.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ import io
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
+import numpy as np
 import polars as pl
 
 from jaxsteer.errors import UserError
@@ -248,6 +250,7 @@ def keep(results: Path, responses: pl.DataFrame, findings: Findings) -> int:
 # -- Agreement -------------------------------------------------------------------------------------
 
 Question = Literal["refusal", "harmful", "incoherent"]
+Rows = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 
 def _questions(verdicts: Mapping[str, pl.DataFrame]) -> dict[Question, dict[str, pl.Expr]]:
@@ -267,42 +270,29 @@ def _questions(verdicts: Mapping[str, pl.DataFrame]) -> dict[Question, dict[str,
     }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """Two judges on one yes-or-no question.
+class Agreement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Two judges on the rows that both scored.
 
     Attributes:
-      question: `refusal`, `harmful` or `incoherent`.
-      first: one judge.
-      second: the other.
-      both_yes: rows on which both say yes.
-      only_first: rows on which only the first says yes.
-      only_second: rows on which only the second says yes.
-      both_no: rows on which both say no.
+      question: what both answered with yes or no.
+      first, second: the judges.
+      both_yes, only_first, only_second, both_no: rows by the judges that said yes.
+      kappa: Cohen's; null where it is undefined.
     """
 
     question: Question
     first: str
     second: str
-    both_yes: int
-    only_first: int
-    only_second: int
-    both_no: int
-
-    @property
-    def confusion(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows: the first says yes, no; columns: the second says yes, no."""
-        return (self.both_yes, self.only_first), (self.only_second, self.both_no)
+    both_yes: Rows
+    only_first: Rows
+    only_second: Rows
+    both_no: Rows
+    kappa: float | None
 
     @property
     def n(self) -> int:
         """Rows that both scored."""
-        return sum(map(sum, self.confusion))
-
-    @property
-    def kappa(self) -> float:
-        """Cohen's kappa, NaN where undefined."""
-        return kappa(self.confusion)
+        return self.both_yes + self.only_first + self.only_second + self.both_no
 
 
 def agreements(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) -> list[Agreement]:
@@ -318,15 +308,15 @@ def agreements(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) ->
         answers = votes.select(**judges)
         for first, second in itertools.combinations(judges, 2):
             a, b = pl.col(first), pl.col(second)
-            counts = answers.drop_nulls([first, second]).select(
+            table = answers.drop_nulls([first, second]).select(
                 both_yes=(a & b).sum(),
                 only_first=(a & ~b).sum(),
                 only_second=(~a & b).sum(),
                 both_no=(~a & ~b).sum(),
             )
-            pair = Agreement(
-                question=question, first=first, second=second, **counts.row(0, named=True)
-            )
+            counts = table.row(0, named=True)
+            alike = kappa(np.reshape(table.row(0), (2, 2)))
+            pair = Agreement(question=question, first=first, second=second, kappa=alike, **counts)
             if pair.n:
                 found.append(pair)
     return found

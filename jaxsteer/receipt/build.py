@@ -7,9 +7,7 @@ run recorded. Building it again from the same folder gives the same bytes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
-import math
 import os
 import statistics
 from collections import Counter
@@ -24,7 +22,7 @@ from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, controls, impact, power, reliability
+from jaxsteer.evidence import claims, controls, impact, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import canonical_json, locked, sha256_bytes, sha256_file, write_text
@@ -123,7 +121,7 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
         selection=_selection(found),
         geometry=_geometry(found, run) if measured else None,
         claims=claims.evaluate(found),
-        power=power.powers(
+        power=claims.powers(
             run.study, run.conditions, {family: asked.n for family, asked in run.prompts.items()}
         ),
         rows=statement.Rows(n=found.rows.height, sha256=table),
@@ -309,12 +307,7 @@ def _judges(found: Results) -> statement.Judges:
     return statement.Judges(
         decided=dict(sorted(found.rows["judge"].value_counts().iter_rows())),
         records=records,
-        agreement=[
-            statement.Agreement(
-                **dataclasses.asdict(pair), kappa=None if math.isnan(pair.kappa) else pair.kappa
-            )
-            for pair in (agreements(found.rows, found.verdicts) if found.verdicts else [])
-        ],
+        agreement=agreements(found.rows, found.verdicts) if found.verdicts else [],
     )
 
 

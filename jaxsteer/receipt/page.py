@@ -18,8 +18,8 @@ from typing import Any
 
 import jinja2
 
-from jaxsteer.evidence import impact, power
-from jaxsteer.evidence.claims import Claim, in_order
+from jaxsteer.evidence import impact
+from jaxsteer.evidence.claims import Claim, could_show, in_order
 from jaxsteer.evidence.comparisons import (
     BeyondRandom,
     Comparison,
@@ -75,7 +75,7 @@ def html(receipt: Statement, digest: str) -> str:
         verdicts=Counter(claim.verdict for claim in p.claims),
         sets=list(_drawn(p)),
         claims=[(claim, _evidence(p, claim)) for claim in in_order(p.claims)],
-        power=list(dict.fromkeys(f"{found.claim}: {power.words(found)}" for found in p.power)),
+        power=list(dict.fromkeys(f"{found.claim}: {could_show(found)}" for found in p.power)),
         benign=[(name, bar) for name in _sets(p, "benign") for bar in bars(p.conditions, name)],
         impacts=[impact.cells(c.name, c.impact) for c in p.conditions if c.impact],
         impact_columns=impact.COLUMNS,
@@ -246,10 +246,9 @@ def _second_labels(p: Predicate) -> str:
     pairs = [a for a in p.judges.agreement if a.question == "refusal"]
     said = []
     for a in pairs:
-        n = a.both_yes + a.only_first + a.only_second + a.both_no
-        same = percent((a.both_yes + a.both_no) / max(n, 1))
+        same = percent((a.both_yes + a.both_no) / max(a.n, 1))
         kappa = "" if a.kappa is None else f", kappa {a.kappa:.2f}"
-        said.append(f"{a.first} and {a.second} agree on {same} of {n}{kappa}")
+        said.append(f"{a.first} and {a.second} agree on {same} of {a.n}{kappa}")
     if not any("human" in (a.first, a.second) for a in pairs):
         said.append("no sample was labelled by hand")
     if not any({a.first, a.second} - {"keyword", "human"} for a in pairs):

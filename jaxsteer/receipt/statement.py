@@ -24,14 +24,14 @@ import msgspec
 from msgspec import Meta
 
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.claims import Claim
+from jaxsteer.evidence.claims import Claim, Power
 from jaxsteer.evidence.comparisons import CosineAbove
 from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomControl
 from jaxsteer.evidence.impact import Impact
 from jaxsteer.evidence.paired import Share
-from jaxsteer.evidence.power import Power
 from jaxsteer.evidence.reliability import WELL_KNOWN, Measurements
 from jaxsteer.files import sha256_bytes
+from jaxsteer.judges.human import Agreement
 from jaxsteer.study import record
 from jaxsteer.study.record import Count, Model, Part, Prompts, Sha256, Text
 from jaxsteer.study.selection import Candidates
@@ -228,26 +228,6 @@ class JudgeRecord(Part, frozen=True):
     file_sha256: Sha256
     weights_sha256: Sha256 | None = None
     threshold: float | None = None
-
-
-class Agreement(Part, frozen=True):
-    """Two judges on the rows that both scored.
-
-    Attributes:
-      question: what both answered with yes or no.
-      first, second: the judges.
-      both_yes, only_first, only_second, both_no: rows by the judges that said yes.
-      kappa: Cohen's; null where it is undefined.
-    """
-
-    question: Literal["refusal", "harmful", "incoherent"]
-    first: str
-    second: str
-    both_yes: Count
-    only_first: Count
-    only_second: Count
-    both_no: Count
-    kappa: float | None
 
 
 class Judges(Part, frozen=True):

@@ -324,11 +324,11 @@ def test_a_rank_among_seeds_is_not_part_of_holms_family(tmp_path):
 
 def test_equal_seeds_on_both_sides_pair_up(tmp_path):
     run = made.loaded(tmp_path).run.conditions
-    three = [c for c in run if c.base == "random direction"]
-    two = [c for c in run if c.base == "persona, random out"]
-    pairs = comparisons.paired_repeats(two, two[::-1])
-    assert [(t.seed, c.seed) for t, c in pairs] == [(1, 1), (2, 2)]
-    assert len(comparisons.paired_repeats(two, three)) == 2 * 3
+    same = made.test("persona, random out", "persona, random out", "lower")
+    pairs = comparisons.repeats(same, run)
+    assert [(t.seed, [c.seed for c in seeds]) for _, t, seeds in pairs] == [(1, [1]), (2, [2])]
+    other = made.test("persona, random out", "random direction", "lower")
+    assert len(comparisons.repeats(other, run)) == 2 * 3
 
 
 def test_modes_are_never_mixed(tmp_path):

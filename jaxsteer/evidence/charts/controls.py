@@ -15,7 +15,7 @@ from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
 from jaxsteer.evidence.claims import Claim, in_order
-from jaxsteer.evidence.findings import KINDS, Finding, headline, once
+from jaxsteer.evidence.findings import KINDS, QUESTIONS, Finding, headline, once
 from jaxsteer.evidence.paired import WORDS, whiskers
 from jaxsteer.judges.human import Entry
 from jaxsteer.study.results import Results
@@ -210,7 +210,7 @@ def findings_table(made: Sequence[Finding]) -> str:
     lines = [
         (
             KINDS[f.kind],
-            f.question,
+            QUESTIONS[f.kind],
             compared(f),
             sample(f),
             p_value(f.p),

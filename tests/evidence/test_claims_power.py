@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binomtest
 
-from jaxsteer.evidence import power
+from jaxsteer.evidence import claims
 from jaxsteer.study import spec
 from tests.study.stand_ins import compiled
 
@@ -12,7 +12,7 @@ SIZES = {"strongreject": 96, "benign": 40}
 
 def of(name, sizes):
     study = spec.load(name)
-    return power.powers(study, compiled(study), sizes)
+    return claims.powers(study, compiled(study), sizes)
 
 
 def test_a_difference_needs_as_many_prompts_as_mcnemar_with_holm_asks_for():
@@ -22,7 +22,7 @@ def test_a_difference_needs_as_many_prompts_as_mcnemar_with_holm_asks_for():
     tests = 5
     assert binomtest(0, suppression.limit).pvalue * tests < 0.05
     assert binomtest(0, suppression.limit - 1).pvalue * tests >= 0.05
-    assert "must change" in power.words(suppression)
+    assert "must change" in claims.could_show(suppression)
 
 
 def test_every_claim_of_the_demo_is_decidable():
@@ -35,7 +35,7 @@ def test_a_study_too_small_to_confirm_anything_is_told_so():
     found = of("smollm2-demo", {"strongreject": 4, "benign": 4})
     small = [f for f in found if f.kind != "beyond-random"]
     assert small and not [f for f in small if f.limit is not None]
-    assert "no outcome can confirm it with 4 prompts" in power.words(small[0])
+    assert "no outcome can confirm it with 4 prompts" in claims.could_show(small[0])
 
 
 def test_few_raised_tolerates_what_its_bound_leaves():
@@ -45,11 +45,11 @@ def test_few_raised_tolerates_what_its_bound_leaves():
     # With fewer prompts at risk even no new outcome leaves a bound above the margin.
     alone = [binomtest(0, early.at_risk - k).proportion_ci(0.95, "wilson").high for k in (0, 1)]
     assert alone[0] <= 0.3 < alone[1]
-    assert f"at least {early.at_risk} of 96 prompts must be at risk" in power.words(early)
+    assert f"at least {early.at_risk} of 96 prompts must be at risk" in claims.could_show(early)
 
 
 @pytest.mark.parametrize("name", spec.shipped())
 def test_every_shipped_study_says_what_it_could_show(name):
     found = of(name, {"strongreject": 313, "benign": 50})
     assert {f.claim for f in found} <= {claim.name for claim in spec.load(name).claim}
-    assert all(power.words(f) for f in found)
+    assert all(claims.could_show(f) for f in found)
