@@ -7,10 +7,8 @@ with all its instructions, or a prompt.
 
     reliability  cosine of the directions of two random halves of the units, repeated
     null         cosine with another direction after the units' labels are shuffled
-    isotropic    1 / sqrt(d_model), the spread of random vectors; for comparison only, since the
-                 residual stream is far from isotropic
 
-The first two need only sums of samples over units, which a sweep keeps until `measure` has written
+Both need only sums of samples over units, which a sweep keeps until `measure` has written
 geometry.json; without them `measure` makes the samples again.
 """
 
@@ -26,7 +24,6 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from jaxsteer import stats
 from jaxsteer.directions import direction as directions
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import FromChats, contrast
@@ -52,7 +49,6 @@ class Halves(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
       units: how many there are to halve.
       mean, low, high: of the cosine of two halves, with its 95 % range.
-      spearman_brown: the mean, stepped up to the full number of units.
       growth: the mean of smaller halves, by the number of units that each has a side.
     """
 
@@ -60,7 +56,6 @@ class Halves(msgspec.Struct, frozen=True, kw_only=True):
     mean: list[float]
     low: list[float]
     high: list[float]
-    spearman_brown: list[float]
     growth: dict[int, list[float]] = {}
 
 
@@ -69,9 +64,6 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
       sha256: of its vectors.
-      kind: trait, refusal and so on.
-      norm: by layer.
-      n_positive, n_negative: samples a side.
       recomputed_cosine: of the samples' difference of means with the direction, smallest over
         layers; below 1 the samples are not those of the direction.
       reliability: by unit.
@@ -79,10 +71,6 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """
 
     sha256: Sha256
-    kind: str
-    norm: list[float]
-    n_positive: Count = 0
-    n_negative: Count = 0
     recomputed_cosine: float | None = None
     reliability: dict[str, Halves] = {}
     not_measured: str = ""
@@ -92,13 +80,11 @@ class Null(msgspec.Struct, frozen=True, kw_only=True):
     """The cosine of a pair under shuffled labels, by layer.
 
     Attributes:
-      shuffled: directions whose labels were shuffled, each by itself.
       relabellings: how many different shuffles there are.
       low, high: 95 % range; of two ranges the widest.
       p: two-sided; of two the larger.
     """
 
-    shuffled: list[str]
     relabellings: float
     low: list[float]
     high: list[float]
@@ -121,9 +107,7 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
       format: of this file.
       key: of the run whose directions were measured.
       model, weights_sha256: the model that made the samples.
-      tap: where in the residual stream.
       halves, draws, seed: how many halvings and shuffles, and the seed of both.
-      isotropic_sd: standard deviation of the cosine of two random directions of this width.
       directions, pairs: what was measured.
     """
 
@@ -131,11 +115,9 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
     key: Sha256
     model: str
     weights_sha256: Sha256
-    tap: str
     halves: Count
     draws: Count
     seed: int
-    isotropic_sd: float
     directions: dict[str, Measured]
     pairs: list[Pair]
 
@@ -169,11 +151,9 @@ def measure(
         key=found.run.key,
         model=model.name,
         weights_sha256=model.weights_sha256,
-        tap="resid_post",
         halves=halves,
         draws=draws,
         seed=seed,
-        isotropic_sd=model.config.d_model**-0.5,
         directions={
             name: _described(direction, gathered[name], halves, seed)
             for name, direction in named.items()
@@ -220,13 +200,8 @@ def _labelled(units: Units) -> Parts:
 
 
 def _described(direction: Direction, units: Units | str, halves: int, seed: int) -> Measured:
-    entry = Measured(
-        sha256=direction.sha256,
-        kind=str(direction.provenance.get("kind")),
-        norm=_rounded(np.linalg.norm(direction.vectors.astype(np.float64), axis=1)),
-    )
     if isinstance(units, str):
-        return msgspec.structs.replace(entry, not_measured=units)
+        return Measured(sha256=direction.sha256, not_measured=units)
     whole = _labelled(units)
     every = whole.weights(whole.positive[None], np.ones((1, len(whole.ids)), bool))
     alike = cosines(np.einsum("p,pld->ld", every[0], whole.sums), direction.vectors)
@@ -244,13 +219,10 @@ def _described(direction: Direction, units: Units | str, halves: int, seed: int)
             mean=_rounded(mean),
             low=_rounded(low),
             high=_rounded(high),
-            spearman_brown=_rounded([stats.spearman_brown(float(r)) for r in mean]),
             growth={n: _rounded(s.mean(axis=0)) for n, s in sizes if s is not None},
         )
-    return msgspec.structs.replace(
-        entry,
-        n_positive=int(whole.counts[whole.positive].sum()),
-        n_negative=int(whole.counts[~whole.positive].sum()),
+    return Measured(
+        sha256=direction.sha256,
         recomputed_cosine=round(float(alike[nonzero].min(initial=1.0)), 6),
         reliability=reliability,
     )
@@ -267,24 +239,19 @@ def _pair(
     observed = cosines(first.vectors, second.vectors)
     nulls = [
         (
-            name,
             relabellings(_labelled(units)),
             permutation_null(_labelled(units), other, draws=draws, seed=seed),
         )
-        for name, units, other in (
-            (first.name, first_units, second.vectors),
-            (second.name, second_units, first.vectors),
-        )
+        for units, other in ((first_units, second.vectors), (second_units, first.vectors))
         if not isinstance(units, str)
     ]
     null = None
     if nulls:
         # The alignment must survive shuffling either direction's labels: widest range, larger p.
-        bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for _, _, null in nulls])
-        p = np.max([two_sided_p(observed, null) for _, _, null in nulls], axis=0)
+        bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for _, null in nulls])
+        p = np.max([two_sided_p(observed, null) for _, null in nulls], axis=0)
         null = Null(
-            shuffled=[name for name, _, _ in nulls],
-            relabellings=min(count for _, count, _ in nulls),
+            relabellings=min(count for count, _ in nulls),
             low=_rounded(bounds[:, 0].min(axis=0)),
             high=_rounded(bounds[:, 1].max(axis=0)),
             p=_rounded(p),

@@ -42,7 +42,7 @@ METRICS = {
     "benign-kl": ("impact", "divergence"),
 }
 _GATE = re.compile(
-    r"\s*(?P<metric>[a-z-]+)\s+(?P<way>[a-z]+)\s*>\s*(?P<threshold>[0-9.]+)(?P<percent>%?)"
+    r"\s*(?P<metric>[a-z-]+)\s+(?P<way>drop|rise)\s*>\s*(?P<threshold>\d+(\.\d+)?)(?P<percent>%?)"
     r"(?:\s+in\s+(?P<condition>\S.*?))?\s*"
 )
 Key = tuple[str, str, int | None, float | None]
@@ -177,14 +177,7 @@ def parse_gate(text: str) -> Gate:
         raise UserError(f"cannot read the gate {text!r}; write {form}")
     if match["metric"] not in METRICS:
         raise UserError(f"gate {text!r}: no metric {match['metric']!r}; use {', '.join(METRICS)}")
-    if match["way"] not in ("drop", "rise"):
-        raise UserError(f"gate {text!r}: {match['way']!r} is neither drop nor rise; write {form}")
-    try:
-        threshold = float(match["threshold"]) / (100 if match["percent"] else 1)
-    except ValueError:
-        raise UserError(
-            f"gate {text!r}: {match['threshold']!r} is not a number; write {form}"
-        ) from None
+    threshold = float(match["threshold"]) / (100 if match["percent"] else 1)
     if threshold > 1 and match["metric"] != "benign-kl":
         raise UserError(f"gate {text!r}: a threshold is a share, at most 1; write 5 % as 0.05")
     return Gate(

@@ -273,24 +273,20 @@ def judge(folder: Path) -> None:
 def measure(folder: Path) -> dict[str, Any]:
     """Write a geometry.json in which every value grows by 0.1 a layer, and return it."""
     curve = [0.1 * i for i in range(LAYERS)]
-    halves = {"units": 8, "mean": curve, "low": curve, "high": curve, "spearman_brown": curve}
-    null = {"shuffled": ["persona"], "relabellings": 70, "low": curve, "high": curve, "p": curve}
+    halves = {"units": 8, "mean": curve, "low": curve, "high": curve}
+    null = {"relabellings": 70, "low": curve, "high": curve, "p": curve}
     persona = made_directions()[0]
     written = {
         "format": reliability.FORMAT,
         "key": sha("run"),
         "model": "made-model",
         "weights_sha256": sha("weights"),
-        "tap": "resid_post",
         "halves": 10,
         "draws": 50,
         "seed": 0,
-        "isotropic_sd": 0.25,
         "directions": {
             "persona": {
                 "sha256": persona.sha256,
-                "kind": "trait",
-                "norm": curve,
                 "reliability": {"instruction": halves},
             }
         },
