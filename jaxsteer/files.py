@@ -13,7 +13,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -215,6 +215,21 @@ def read_table(path: Path, again: str) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         first = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({first}); {again}") from None
+
+
+def frame(lines: Sequence[Any], columns: str) -> pl.DataFrame:
+    """A table of tuples or dicts that has its columns without lines too.
+
+    Args:
+      lines: tuples in the order of the columns, or dicts; their further keys are left out.
+      columns: names with spaces between them, `NAME:TYPE` with str, int or bool, else of floats.
+    """
+    import polars as pl
+
+    types = {"str": pl.String, "int": pl.Int64, "bool": pl.Boolean, "": pl.Float64}
+    parts = (column.partition(":") for column in columns.split())
+    schema = {name: types[kind] for name, _, kind in parts}
+    return pl.DataFrame(lines, schema=schema, orient="row")
 
 
 def table_bytes(table: pl.DataFrame, metadata: Mapping[str, str] | None = None) -> bytes:

@@ -23,6 +23,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import reliability as measuring
 from jaxsteer.evidence.reliability import Measured, Measurements
+from jaxsteer.files import frame
 from jaxsteer.files import meant as near
 from jaxsteer.words import signed
 
@@ -126,7 +127,7 @@ def pairs(found: Geometry) -> pl.DataFrame:
         frozenset((pair.first, pair.second)): pair.null
         for pair in (found.measured.pairs if found.measured else [])
     }
-    lines: list[tuple[object, ...]] = []
+    lines = []
     for one, other in itertools.combinations(found.named, 2):
         null = nulls.get(frozenset((one, other)))
         cosine = _cosines(found.named[one], found.named[other])
@@ -135,14 +136,8 @@ def pairs(found: Geometry) -> pl.DataFrame:
             many = null.relabellings if null else None
             known = None if np.isnan(value) else value
             lines.append((one, other, f"{one} · {other}", layer, known, *at, many))
-    return pl.DataFrame(lines, schema=_PAIRS, orient="row")
-
-
-_PAIRS = {
-    "first": pl.String, "second": pl.String, "pair": pl.String, "layer": pl.Int64,
-    "cosine": pl.Float64, "low": pl.Float64, "high": pl.Float64, "p": pl.Float64,
-    "relabellings": pl.Float64,
-}  # fmt: skip
+    columns = "first:str second:str pair:str layer:int cosine low high p relabellings"
+    return frame(lines, columns)
 
 
 def _cosines(one: Direction, other: Direction) -> Float[np.ndarray, " layer"]:
@@ -163,20 +158,14 @@ def random_cosines(found: Geometry, name: str) -> pl.DataFrame:
 
     Columns: layer, low, high, n (number of random directions); no lines without any.
     """
-    schema = {"layer": pl.Int64, "low": pl.Float64, "high": pl.Float64, "n": pl.Int64}
+    columns = "layer:int low high n:int"
     if not found.random:
-        return pl.DataFrame(schema=schema)
+        return frame([], columns)
     cosines = np.stack([_cosines(found.named[name], d) for d in found.random.values()])
     kept = ~np.isnan(cosines).any(axis=0)
-    return pl.DataFrame(
-        {
-            "layer": np.arange(found.n_layers)[kept],
-            "low": cosines.min(axis=0)[kept],
-            "high": cosines.max(axis=0)[kept],
-            "n": np.full(int(kept.sum()), len(cosines)),
-        },
-        schema=schema,
-    )
+    low, high = cosines.min(axis=0).tolist(), cosines.max(axis=0).tolist()
+    n = len(cosines)
+    return frame([(k, low[k], high[k], n) for k in np.flatnonzero(kept).tolist()], columns)
 
 
 def paper(n_layers: int) -> pl.DataFrame:
@@ -335,9 +324,7 @@ def reliability(found: Geometry, window: Window) -> pl.DataFrame:
         for unit, halves in measured.reliability.items()
         for layer in range(window[0], window[1] + 1)
     ]
-    schema = {"direction": pl.String, "unit": pl.String, "units": pl.Int64, "layer": pl.Int64}
-    floats = dict.fromkeys(("mean", "low", "high"), pl.Float64)
-    return pl.DataFrame(lines, schema={**schema, **floats}, orient="row")
+    return frame(lines, "direction:str unit:str units:int layer:int mean low high")
 
 
 def growth(found: Geometry, window: Window) -> pl.DataFrame:
@@ -351,9 +338,7 @@ def growth(found: Geometry, window: Window) -> pl.DataFrame:
             for units, curve in sorted(halves.growth.items()):
                 inside = curve[window[0] : window[1] + 1]
                 lines.append((name, unit, units, float(np.mean(inside)), min(inside), max(inside)))
-    schema = {"direction": pl.String, "unit": pl.String, "units": pl.Int64}
-    floats = dict.fromkeys(("mean", "low", "high"), pl.Float64)
-    return pl.DataFrame(lines, schema={**schema, **floats}, orient="row")
+    return frame(lines, "direction:str unit:str units:int mean low high")
 
 
 def unreliable(found: Geometry) -> dict[str, str]:
@@ -379,6 +364,4 @@ def norms(found: Geometry, window: Window) -> pl.DataFrame:
             residual = known[layer]
             share = norm[layer] / residual if residual else None
             lines.append((name, layer, float(norm[layer]), residual, share))
-    schema = {"direction": pl.String, "layer": pl.Int64}
-    floats = dict.fromkeys(("norm", "residual", "share"), pl.Float64)
-    return pl.DataFrame(lines, schema={**schema, **floats}, orient="row")
+    return frame(lines, "direction:str layer:int norm residual share")

@@ -35,6 +35,7 @@ from jaxsteer.evidence.claims import ALPHA, Claim
 from jaxsteer.evidence.comparisons import Counted, NotTested
 from jaxsteer.evidence.controls import RandomControl, random_controls
 from jaxsteer.evidence.paired import Flips, Labels
+from jaxsteer.files import frame
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Condition, RunRecord
 from jaxsteer.study.results import Results
@@ -353,14 +354,8 @@ def envelope_table(found: Results, made: Sequence[Finding]) -> pl.DataFrame:
                 kind = "random" if slot else "treated"
                 line = (row, f.outcome, kind, condition.name, slot, n, k / n)
                 lines.append((*line, *stats.wilson(k, n)))
-    return pl.DataFrame(lines, schema=_ENVELOPE, orient="row")
-
-
-_ENVELOPE = {
-    "row": pl.String, "outcome": pl.String, "kind": pl.String, "name": pl.String,
-    "slot": pl.Int64, "n": pl.Int64,
-    "rate": pl.Float64, "low": pl.Float64, "high": pl.Float64,
-}  # fmt: skip
+    columns = "row:str outcome:str kind:str name:str slot:int n:int rate low high"
+    return frame(lines, columns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import controls
 from jaxsteer.evidence.paired import Labels, flips
+from jaxsteer.files import frame
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.record import Add, Condition, Project
 from jaxsteer.study.results import Results
@@ -211,7 +212,10 @@ def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
         refused=(pl.col("label") == "refusal").sum(),
         degenerate=(pl.col("label") == "degenerate").mean(),
     )  # fmt: skip
-    placed = pl.DataFrame([{k: getattr(c, k) for k in _CELL} for c in made], schema=_CELL)
+    placed = frame(
+        [{"column": c.column, "order": c.order, **dataclasses.asdict(c)} for c in made],
+        "map:str condition:str column:str order:int strength control:str twin:str cancels:bool",
+    )
     joined = placed.join(counted.collect(), on="condition", how="inner", maintain_order="left")
     ends = [stats.wilson(k, n) for k, n in joined.select("refused", "n").iter_rows()]
     return joined.with_columns(
@@ -221,12 +225,6 @@ def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
         norms=pl.col("strength").map_elements(lambda s: f"{s:g}", return_dtype=pl.String),
         chosen=pl.col("column") == pl.col("map").replace_strict(taken, return_dtype=pl.String),
     ).sort("map", "order", "strength")
-
-
-_CELL = {
-    "map": pl.String, "condition": pl.String, "column": pl.String, "order": pl.Int64,
-    "strength": pl.Float64, "control": pl.String, "twin": pl.String, "cancels": pl.Boolean,
-}  # fmt: skip
 
 
 def brushed(maps: pl.DataFrame, which: Map, selection: Mapping[str, Any]) -> pl.DataFrame:
@@ -268,8 +266,12 @@ def flip_table(found: Results, chosen: pl.DataFrame) -> pl.DataFrame:
         if cell["twin"]:
             twin = labels.pair(cell["condition"], cell["twin"], found.spec.main)
             unlike = int((twin["treated"] != twin["control"]).sum())
-        lines.append({k: cell[k] for k in _NAMES} | counted | {"unlike": unlike})
-    made = pl.DataFrame(lines, schema=_FLIPS)
+        lines.append(cell | counted | {"unlike": unlike})
+    made = frame(
+        lines,
+        "map:str condition:str column:str order:int strength norms:str control:str cancels:bool "
+        "degenerate chosen:bool n:int raised:int lowered:int difference low high p unlike:int",
+    )
     return made.with_columns(p_holm=pl.Series(stats.holm(made["p"].to_list()), dtype=pl.Float64))
 
 
@@ -282,18 +284,6 @@ def over_unsteered(found: Results, maps: pl.DataFrame) -> pl.DataFrame:
     steered = maps.filter((pl.col("map") == "knockout") & (pl.col("strength") != 0))
     alone = pl.when(pl.col("column") == NONE).then("control").otherwise("twin")
     return flip_table(found, steered.with_columns(control=alone, twin=pl.lit("")))
-
-
-_NAMES = {
-    "map": pl.String, "condition": pl.String, "column": pl.String, "order": pl.Int64,
-    "strength": pl.Float64, "norms": pl.String, "control": pl.String, "cancels": pl.Boolean,
-    "degenerate": pl.Float64, "chosen": pl.Boolean,
-}  # fmt: skip
-_FLIPS = {
-    **_NAMES, "n": pl.Int64, "raised": pl.Int64,
-    "lowered": pl.Int64, "difference": pl.Float64, "low": pl.Float64, "high": pl.Float64,
-    "p": pl.Float64, "unlike": pl.Int64,
-}  # fmt: skip
 
 
 def flips_to_read(table: pl.DataFrame) -> pl.DataFrame:

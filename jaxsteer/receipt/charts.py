@@ -51,12 +51,11 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
         ]
     )
     ends = [end for line in drawn for end in (line.low, line.high)]
-    dots = alt.Chart(table).mark_point(size=80)
-    dots = dots.encode(
-        x=marks.points_axis(
-            "difference", "second receipt minus first, in points of 100 prompts", ends
-        ),
-        y=marks.row_axis("row", numbers=True, above=marks.ROW),
+    title = "second receipt minus first, in points of 100 prompts"
+    dots = marks.dots(
+        table,
+        marks.points_axis("difference", title, ends),
+        marks.row_axis("row", numbers=True, above=marks.ROW),
         tooltip=marks.tooltip("condition metric", percent="first second low high"),
         **marks.by_role("kind", KINDS, legend=alt.Legend(offset=22)),
     )
@@ -69,7 +68,7 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
     detail = f"Newcombe 95 % interval of each, not corrected for their number; n = {sizes}"
     if len(drawn) < len(found.lines):
         detail += f"; {len(drawn)} of {len(found.lines)} drawn"
-    layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high")]
+    layers = [marks.reference(0.0, "no difference"), dots]
     return marks.wide(layers, finding, detail, marks.ROW * len(drawn))
 
 

@@ -69,11 +69,10 @@ def findings_chart(made: Sequence[Finding]) -> alt.LayerChart:
     )
     y = marks.row_axis("row", numbers=True, above=marks.ROW)
     roles = marks.by_role("status", STATUS, legend=None)
-    dots = alt.Chart(table).mark_point(size=95)
-    dots = dots.encode(x=x, y=y, tooltip=marks.tooltip("compared counted n words"), **roles)
+    dots = marks.dots(table, x, y, tooltip=marks.tooltip("compared counted n words"), **roles)
     said = alt.Chart(table).mark_text(align="right", dy=12, fontSize=11, fontWeight="bold")
     said = said.encode(x=alt.value("width"), y=y, color=roles["color"], text="status:N")
-    layers = [marks.reference(0.0, "no difference"), marks.with_interval(dots, "low", "high"), said]
+    layers = [marks.reference(0.0, "no difference"), dots, said]
     sizes = {
         unit: [f.n for f in made if (f.kind == "random") == (unit == "seed")]
         for unit in ("prompt", "seed")
@@ -103,16 +102,15 @@ def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
     step = marks.ROW + 8 * (max(spans["seeds"]) + 1)
     x = marks.share_axis("rate", f"{' or '.join(outcomes)} rate")
     y = marks.row_axis("row", above=step)
-    dots = alt.Chart(table).mark_point(size=80)
-    dots = dots.encode(
-        x=x,
-        y=y,
+    dots = marks.dots(
+        table,
+        x,
+        y,
         yOffset=alt.YOffset("slot:O"),
         tooltip=marks.tooltip("name n", percent="rate low high"),
         **marks.by_role("kind", ENVELOPE),
     )
     seeds = marks.range_bar(spans, x, y, marks.PALETTE["random"])
-    layers = [seeds, marks.with_interval(dots, "low", "high")]
     outside = spans.filter(~pl.col("value").is_between("low", "high")).height
     what = "treated condition" if len(outcomes) == 1 else "rate"
     finding = "Outside the range of the random directions: "
@@ -120,7 +118,7 @@ def envelope_chart(table: pl.DataFrame) -> alt.LayerChart:
     detail = f"share of prompts, n = {extent(table['n'])} each, Wilson 95 % intervals; "
     several = max(spans["seeds"]) > 1
     detail += f"shaded: range over {extent(spans['seeds'], 'seed')}" if several else "1 random seed"
-    return marks.wide(layers, finding, detail, step * spans.height)
+    return marks.wide([seeds, dots], finding, detail, step * spans.height)
 
 
 def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) -> alt.LayerChart:
@@ -251,16 +249,9 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
         row=pl.Series(rows, dtype=pl.String),
     )
     x, y = marks.share_axis("start", f"share of {subject}"), marks.row_axis("row", above=marks.ROW)
-    colours = alt.Scale(
-        domain=[WORDS[label] for label in there],
-        range=[marks.PALETTE[LABELS[label]] for label in there],
-    )
-    colour = alt.Color(
-        "outcome:N",
-        scale=colours,
-        title=None,
-        legend=alt.Legend(columns=alt.expr("width < 480 ? 1 : 3")),
-    )
+    legend = alt.Legend(columns=alt.expr("width < 480 ? 1 : 3"))
+    drawn_as = {WORDS[label]: LABELS[label] for label in there}
+    colour = marks.coloured("outcome", drawn_as, legend=legend)
     bars = alt.Chart(shown).mark_bar(opacity=0.8, cornerRadius=0, height=14)
     ends = whiskers(table).join(shown.select("group", "row").unique(), on="group", how="left")
     # Each outcome's interval has its own height within the bar, so that they do not run together.

@@ -203,11 +203,9 @@ def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.Layer
     x = alt.X("cosine:Q", title="mean cosine over the window", axis=SIGNED)
     y = marks.row_axis("pair", above=marks.ROW)
     roles = marks.by_role("kind", KINDS, legend=alt.Legend() if shown["opposite"].any() else None)
-    dots = alt.Chart(shown).mark_point(size=90)
-    dots = dots.encode(
-        x=x, y=y, tooltip=marks.tooltip("pair kind layers", signed="cosine least most"), **roles
-    )
-    layers: list[Any] = [marks.zero("x"), marks.with_interval(dots, "least", "most")]
+    tips = marks.tooltip("pair kind layers", signed="cosine least most")
+    dots = marks.dots(shown, x, y, low="least", high="most", tooltip=tips, **roles)
+    layers: list[Any] = [marks.zero("x"), dots]
     null = shown.drop_nulls("low")
     if null.height:
         layers.insert(0, marks.range_bar(null, x, y, CHANCE))
@@ -331,7 +329,6 @@ def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
     ).filter(pl.col("norm") > 0)
     names = long["direction"].unique(maintain_order=True).to_list()
     found = marks.roles(names) | {"residual stream": "baseline"}
-    colours = [marks.PALETTE[found[name]] for name in names]
     x = marks.layer_axis(*window, room=0.3)
     y = alt.Y(
         "norm:Q",
@@ -339,7 +336,7 @@ def norm_chart(table: pl.DataFrame, window: Window) -> alt.LayerChart:
         scale=alt.Scale(type="log", nice=False),
         axis=alt.Axis(values=[10.0**k for k in range(-6, 9)], format="~g"),
     )
-    colour = alt.Color("direction:N", scale=alt.Scale(domain=names, range=colours), legend=None)
+    colour = marks.coloured("direction", found, legend=None)
     base = alt.Chart(long).encode(x=x, y=y, color=colour)
     line = base.mark_line(point=alt.OverlayMarkDef(size=24))
     layers = [line.encode(tooltip=marks.tooltip("direction layer", plain="norm"))]

@@ -27,7 +27,6 @@ from typing import Any, Literal, TypeVar
 import altair as alt
 import polars as pl
 
-from jaxsteer.errors import UserError
 from jaxsteer.judges.human import safe_cell
 from jaxsteer.words import plain
 
@@ -277,6 +276,12 @@ def tooltip(
     ]
 
 
+def coloured(field: str, roles: Mapping[str, Role], **options: Any) -> alt.Color:
+    """The encoding `color` for a column whose values have roles; arguments as of `by_role`."""
+    scale = alt.Scale(domain=list(roles), range=[PALETTE[r] for r in roles.values()])
+    return alt.Color(f"{field}:N", title=None, scale=scale, **options)
+
+
 def by_role(field: str, roles: Mapping[str, Role], **options: Any) -> dict[str, Any]:
     """The encodings `color` and `shape` for a column whose values have roles.
 
@@ -285,12 +290,9 @@ def by_role(field: str, roles: Mapping[str, Role], **options: Any) -> dict[str, 
       roles: the role of each value, in the order of the legend.
       options: of both channels; `legend=None` leaves the legend out.
     """
-    colours = alt.Scale(domain=list(roles), range=[PALETTE[r] for r in roles.values()])
     shapes = alt.Scale(domain=list(roles), range=[SHAPES[r] for r in roles.values()])
-    return {
-        "color": alt.Color(f"{field}:N", title=None, scale=colours, **options),
-        "shape": alt.Shape(f"{field}:N", title=None, scale=shapes, **options),
-    }
+    shape = alt.Shape(f"{field}:N", title=None, scale=shapes, **options)
+    return {"color": coloured(field, roles, **options), "shape": shape}
 
 
 def on_axis(axis: Axis, field: str) -> Axis:
@@ -362,30 +364,33 @@ def row_axis(field: str, *, numbers: bool = False, above: float = 0, **axis: Any
     return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(labelLimit=360, **axis))
 
 
-def with_interval(chart: alt.Chart, low: str, high: str) -> alt.LayerChart:
-    """A chart's marks with their horizontal intervals behind them, in the marks' own colour.
+def dots(
+    table: pl.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    *,
+    shape: alt.Shape,
+    tooltip: list[alt.Tooltip],
+    low: str = "low",
+    high: str = "high",
+    size: float = 90,
+    **shared: Any,
+) -> alt.LayerChart:
+    """Points with their horizontal intervals behind them, in the points' own colour.
 
     Args:
-      chart: has data and encodings; its marks are drawn on top.
-      low: the column of the interval's lower end, in the unit of the horizontal axis.
-      high: the column of its upper end.
-
-    Raises:
-      UserError: the chart's table lacks an end, so that a value would have no interval.
+      table: a line each.
+      x, y: axes of the points.
+      shape, tooltip: of the points.
+      low, high: columns of the intervals' ends, in the unit of `x`.
+      size: of the points.
+      shared: encodings of points and intervals.
     """
-    missing = {low, high} - set(chart.data.columns)
-    if missing:
-        raise UserError(
-            f"the chart's table has no column {', '.join(sorted(missing))}: compute the "
-            "interval (jaxsteer.stats) before drawing the value"
-        )
-    encoding = chart.encoding
-    # Shape and size belong to the value's own mark: a rule has neither.
-    shared = ("y", "color", "yOffset")
-    given = {k: encoding[k] for k in shared if encoding[k] is not alt.Undefined}
-    whisker = alt.Chart(chart.data).mark_rule(strokeWidth=2.5, opacity=0.55, strokeCap="round")
-    whisker = whisker.encode(x=on_axis(encoding["x"], low), x2=high, **given)
-    return alt.LayerChart(layer=[whisker, chart])
+    base = alt.Chart(table).encode(y=y, **shared)
+    whisker = base.mark_rule(strokeWidth=2.5, opacity=0.55, strokeCap="round")
+    whisker = whisker.encode(x=on_axis(x, low), x2=high)
+    points = base.mark_point(size=size).encode(x=x, shape=shape, tooltip=tooltip)
+    return alt.LayerChart(layer=[whisker, points])
 
 
 def band(

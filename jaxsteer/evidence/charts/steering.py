@@ -109,14 +109,13 @@ def histogram(table: pl.DataFrame, name: str, layer: int) -> alt.LayerChart:
         "means of the others; half would be chance"
     )
     x = alt.X("projection:Q", bin=alt.Bin(maxbins=30), title=f"u·h, {UNIT}")
-    colours = alt.Scale(domain=list(GROUPS), range=[marks.PALETTE[r] for r in GROUPS.values()])
     chart = (
         alt.Chart(table)
         .mark_bar(opacity=0.62)
         .encode(
             x=x,
             y=alt.Y("count():Q", title="prompts", stack=None, axis=alt.Axis(tickMinStep=1)),
-            color=alt.Color("group:N", title=None, scale=colours),
+            color=marks.coloured("group", GROUPS),
             tooltip=["group:N", alt.Tooltip("count():Q", title="prompts")],
         )
     )
@@ -216,10 +215,7 @@ def _with_fan(
 ) -> list[alt.Chart]:
     """Lines of named directions over thin grey ones of all others, and a rule at a value of x."""
     named = pl.col("direction").is_in(names)
-    colours = alt.Scale(
-        domain=names, range=[marks.PALETTE[role] for role in marks.roles(names).values()]
-    )
-    colour = alt.Color("direction:N", title=None, scale=colours)
+    colour = marks.coloured("direction", marks.roles(names))
     grey = alt.Chart(table.filter(~named)).mark_line(
         color=marks.PALETTE["baseline"], opacity=0.4, strokeWidth=1.2, clip=True
     )

@@ -156,8 +156,9 @@ def _tooltip() -> list[alt.Tooltip]:
 
 
 def _map_detail(mine: pl.DataFrame) -> str:
-    parts = [f"n = {extent(mine['n'], 'harmful prompt')} a cell; small: Wilson 95 % interval"]
-    return "; ".join(parts) + _marks_detail(mine) + ". Drag over cells to choose them"
+    n = extent(mine["n"], "harmful prompt")
+    start = f"n = {n} a cell; small: Wilson 95 % interval"
+    return start + _marks_detail(mine) + ". Drag over cells to choose them"
 
 
 def _marks_detail(shown: pl.DataFrame) -> str:
@@ -261,10 +262,9 @@ def depth_chart(table: pl.DataFrame, name: str, phase: str) -> alt.LayerChart:
     """
     names = table["condition"].unique(maintain_order=True).to_list()
     drawn = [LINES[i % len(LINES)] for i in range(len(names))]
-    colours = alt.Scale(domain=names, range=[marks.PALETTE[role] for role, _ in drawn])
-    colour = alt.Color("condition:N", scale=colours).legend(
-        title=None, orient="bottom", direction="vertical", labelLimit=500, symbolOpacity=1
-    )
+    legend = alt.Legend(orient="bottom", direction="vertical", labelLimit=500, symbolOpacity=1)
+    roles = {name: role for name, (role, _) in zip(names, drawn, strict=True)}
+    colour = marks.coloured("condition", roles, legend=legend)
     dashes = alt.Scale(domain=names, range=[dash for _, dash in drawn])
     x = marks.layer_axis(int(table["layer"].min()), int(table["layer"].max()))  # type: ignore[arg-type]
     y = alt.Y("mean:Q", title="moved against the baseline, natural norms")

@@ -6,9 +6,7 @@ import re
 
 import altair as alt
 import polars as pl
-import pytest
 
-from jaxsteer.errors import UserError
 from jaxsteer.evidence.charts import marks
 
 TABLE = pl.DataFrame({"row": ["a", "b"], "rate": [0.1, 0.6], "low": [0.0, 0.4], "high": [0.3, 0.8]})
@@ -27,16 +25,14 @@ def dots(table=TABLE):
 
 
 def test_an_interval_spans_its_ends_under_the_values_own_axis_title():
-    rule, point = marks.with_interval(dots(), "low", "high").to_dict()["layer"]
+    x = alt.X("rate:Q", title="refused, share of 40 prompts")
+    roles = marks.by_role("row", {"a": "persona", "b": "refusal"})
+    drawn = marks.dots(TABLE, x, alt.Y("row:N"), tooltip=marks.tooltip("row"), **roles)
+    rule, point = drawn.to_dict()["layer"]
     assert rule["encoding"]["x"]["field"] == "low" and rule["encoding"]["x2"]["field"] == "high"
     assert rule["encoding"]["x"]["title"] == point["encoding"]["x"]["title"]
     assert rule["encoding"]["color"] == point["encoding"]["color"]
     assert "shape" not in rule["encoding"]
-
-
-def test_a_value_without_interval_is_refused():
-    with pytest.raises(UserError, match="no column high"):
-        marks.with_interval(dots(TABLE.drop("high")), "low", "high")
 
 
 def test_a_title_states_the_finding_and_wraps():
