@@ -16,6 +16,7 @@ is measured here: random envelopes, paired differences, and strengths.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -104,64 +105,51 @@ class DoseResponse(Part, frozen=True):
     p: Share
 
 
-def random_controls(run: RunRecord, labels: Labels) -> list[RandomControl]:
+def random_controls(run: RunRecord, labels: Labels) -> Iterator[RandomControl]:
     """Each condition with random seeds as an envelope, against the condition it controls."""
     groups: dict[tuple[str, str, float | None], list[Condition]] = {}
     for c in run.conditions:
         if c.seed is not None and not c.unsteered_twin_of:
             groups.setdefault((c.base, c.mode, c.scale), []).append(c)
-    found = []
     for (base, _, _), seeds in groups.items():
-        treated = random_control_of(run, seeds[0])
-        for family in labels.families(seeds[0].name):
-            for outcome in OUTCOMES:
-                rates = [labels.rate(c.name, family, outcome) for c in seeds]
-                known = [rate for rate in rates if rate is not None]
-                if len(known) == len(seeds):
-                    value = None
-                    if treated:
-                        value = labels.rate(treated.name, family, outcome, like=seeds[0].name)
-                    low, high = (None, None)
-                    if value is not None:
-                        low, high = stats.among_random(known, value)
-                    found.append(
-                        RandomControl(
-                            control=base,
-                            treated=treated.name if treated else "",
-                            family=family,
-                            outcome=outcome,
-                            n=len(known),
-                            low=min(known),
-                            mean=statistics.fmean(known),
-                            high=max(known),
-                            value=value,
-                            p_low=low,
-                            p_high=high,
-                        )
-                    )
-    return found
+        treated, first = random_control_of(run, seeds[0]), seeds[0].name
+        for family, outcome in itertools.product(labels.families(first), OUTCOMES):
+            rates = [labels.rate(c.name, family, outcome) for c in seeds]
+            known = [rate for rate in rates if rate is not None]
+            if len(known) < len(seeds):
+                continue
+            value = labels.rate(treated.name, family, outcome, like=first) if treated else None
+            p = (None, None) if value is None else stats.among_random(known, value)
+            yield RandomControl(
+                control=base,
+                treated=treated.name if treated else "",
+                family=family,
+                outcome=outcome,
+                n=len(known),
+                low=min(known),
+                mean=statistics.fmean(known),
+                high=max(known),
+                value=value,
+                p_low=p[0],
+                p_high=p[1],
+            )
 
 
-def paired_controls(run: RunRecord, labels: Labels) -> list[PairedControl]:
+def paired_controls(run: RunRecord, labels: Labels) -> Iterator[PairedControl]:
     """Neutral directions, unsteered twins, and benign prompts against the untouched model."""
-    found = []
     for kind, treated, control in _pairs(run):
-        benign = run.study.sets("benign")
-        for family in benign if kind == "benign" else labels.families(control.name):
-            for outcome in OUTCOMES:
-                flips = labels.flips(treated.name, control.name, family, outcome)
-                if flips is not None:
-                    found.append(
-                        PairedControl(
-                            kind=kind,
-                            treated=treated.name,
-                            control=control.name,
-                            family=family,
-                            outcome=outcome,
-                            **asdict(flips),
-                        )
-                    )
-    return found
+        families = run.study.sets("benign") if kind == "benign" else labels.families(control.name)
+        for family, outcome in itertools.product(families, OUTCOMES):
+            flips = labels.flips(treated.name, control.name, family, outcome)
+            if flips is not None:
+                yield PairedControl(
+                    kind=kind,
+                    treated=treated.name,
+                    control=control.name,
+                    family=family,
+                    outcome=outcome,
+                    **asdict(flips),
+                )
 
 
 def _pairs(run: RunRecord) -> Iterator[tuple[PairKind, Condition, Condition]]:
@@ -179,34 +167,29 @@ def _pairs(run: RunRecord) -> Iterator[tuple[PairKind, Condition, Condition]]:
             yield "benign", c, untouched
 
 
-def dose_responses(run: RunRecord, labels: Labels) -> list[DoseResponse]:
+def dose_responses(run: RunRecord, labels: Labels) -> Iterator[DoseResponse]:
     """Each condition that is repeated over strengths, with a trend test within prompts."""
     groups: dict[tuple[str, str, int | None], list[tuple[float, str]]] = {}
     for c in run.conditions:
         if c.scale is not None:
             groups.setdefault((c.base, c.mode, c.seed), []).append((c.scale, c.name))
-    found = []
     for (base, mode, _), repeats in groups.items():
         repeats.sort()
         strengths, names = [scale for scale, _ in repeats], [name for _, name in repeats]
-        for family in labels.families(names[0]):
-            for outcome in OUTCOMES:
-                table = _outcomes(labels, names, family, outcome)
-                if table is not None:
-                    z, p = stats.paired_trend(table, strengths)
-                    found.append(
-                        DoseResponse(
-                            base=base,
-                            mode=mode,
-                            family=family,
-                            outcome=outcome,
-                            conditions=names,
-                            strengths=strengths,
-                            z=z,
-                            p=p,
-                        )
-                    )
-    return found
+        for family, outcome in itertools.product(labels.families(names[0]), OUTCOMES):
+            table = _outcomes(labels, names, family, outcome)
+            if table is not None:
+                z, p = stats.paired_trend(table, strengths)
+                yield DoseResponse(
+                    base=base,
+                    mode=mode,
+                    family=family,
+                    outcome=outcome,
+                    conditions=names,
+                    strengths=strengths,
+                    z=z,
+                    p=p,
+                )
 
 
 def _outcomes(

@@ -246,20 +246,18 @@ def matrix_table(averaged: pl.DataFrame, order: Sequence[str]) -> pl.DataFrame:
     Columns: row, column, cosine, low, high, chance (`within chance`, `beyond chance` or
     `null not measured`). The diagonal is left out: it is 1 by definition.
     """
-    flipped = averaged.rename({"first": "second", "second": "first"})
-    both = pl.concat([averaged, flipped.select(averaged.columns)])
-    inside = pl.col("cosine").is_between("low", "high")
-    known = pl.when(pl.col("low").is_null()).then(pl.lit("null not measured"))
-    chance = known.when(inside).then(pl.lit("within chance")).otherwise(pl.lit("beyond chance"))
-    rank = {name: i for i, name in enumerate(order)}
-    return (
-        both.select(row="first", column="second", cosine="cosine", low="low", high="high")
-        .with_columns(chance=chance)
-        .sort(
-            pl.col("row").replace_strict(rank, return_dtype=pl.Int64),
-            pl.col("column").replace_strict(rank, return_dtype=pl.Int64),
-        )
-    )
+    known = {}
+    for one, other, *figures in averaged.select("first", "second", "cosine", "low", "high").rows():
+        known[one, other] = known[other, one] = figures
+    lines = []
+    for row, column in itertools.permutations(order, 2):
+        if (row, column) in known:
+            cosine, low, high = known[row, column]
+            chance = "null not measured"
+            if low is not None:
+                chance = f"{'within' if low <= cosine <= high else 'beyond'} chance"
+            lines.append((row, column, cosine, low, high, chance))
+    return frame(lines, "row:str column:str cosine low high chance:str")
 
 
 def opposites(found: Geometry) -> set[frozenset[str]]:

@@ -110,7 +110,7 @@ def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
       margin: share of the prompts at risk up to which new cases are few.
     """
     labels = Labels(found.rows, found.verdicts)
-    envelopes = random_controls(found.run, labels)
+    envelopes = list(random_controls(found.run, labels))
     made: list[Finding] = []
     for claim in found.spec.claim:
         made += _random(claim, envelopes, found.run)

@@ -9,6 +9,7 @@ cells are compared with, the steer alone and the untouched model, are in the col
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -347,41 +348,26 @@ def along_depth(
         raise UserError(
             f"{found.folder} recorded no projections on {name}; run its `jaxsteer sweep` again"
         )
-    order = list(dict.fromkeys(conditions))
-    harmful = found.rows.lazy().filter(pl.col("family") == found.spec.main)
+    harmful = found.rows.filter(pl.col("family") == found.spec.main)
+    known = np.flatnonzero(norms)
 
-    def long(which: Sequence[str], value: str) -> pl.LazyFrame:
-        asked = harmful.filter(pl.col("condition").is_in(which))
-        numbered = asked.select(
-            "condition",
-            "prompt_id",
-            pl.col(column).alias(value),
-            layer=pl.int_ranges(pl.col(column).list.len()),
-        )
-        return numbered.explode(value, "layer")
+    def projections(condition: str) -> dict[str, Sequence[float]]:
+        rows = harmful.filter(condition=condition)
+        return dict(rows.select("prompt_id", column).iter_rows())
 
-    acted = [
-        (label, layer, _acted(found.run.named(label), layer))
-        for label in order
-        for layer in range(len(norms))
-    ]
-    after = pl.LazyFrame(acted, schema=["condition", "layer", "after"], orient="row")
-    scale = pl.LazyFrame({"layer": np.arange(len(norms)), "norm": norms})
-    rank = {label: i for i, label in enumerate(order)}
-    half = 1.96 * pl.col("sd").fill_null(0.0) / pl.col("n").sqrt()
-    return (
-        long(order, "value")
-        .join(long([baseline], "before").drop("condition"), on=["prompt_id", "layer"])
-        .join(scale.filter(pl.col("norm") > 0), on="layer")
-        .with_columns(moved=(pl.col("value") - pl.col("before")) / pl.col("norm"))
-        .group_by("condition", "layer")
-        .agg(mean=pl.col("moved").mean(), sd=pl.col("moved").std(), n=pl.len())
-        .with_columns(low=pl.col("mean") - half, high=pl.col("mean") + half)
-        .drop("sd")
-        .join(after, on=["condition", "layer"])
-        .sort(pl.col("condition").replace_strict(rank, return_dtype=pl.Int64), "layer")
-        .collect()
-    )
+    before, lines = projections(baseline), []
+    for label in dict.fromkeys(conditions):
+        after, run = projections(label), found.run.named(label)
+        both = [prompt for prompt in after if prompt in before]
+        if not both:
+            continue
+        change = np.array([after[p] for p in both]) - np.array([before[p] for p in both])
+        n, moved = len(both), change[:, known] / norms[known]
+        half = 1.96 * moved.std(axis=0, ddof=min(n - 1, 1)) / math.sqrt(n)
+        for layer, mean, width in zip(known.tolist(), moved.mean(axis=0), half, strict=True):
+            ends = (mean - width, mean + width)
+            lines.append((label, layer, mean, *ends, n, _acted(run, layer)))
+    return frame(lines, "condition:str layer:int mean low high n:int after:str")
 
 
 def _acted(condition: Condition, layer: int) -> str:

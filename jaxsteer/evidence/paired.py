@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from jaxsteer import stats
 from jaxsteer.data.prompts import Kind
+from jaxsteer.files import frame
 from jaxsteer.judges.labels import votes_table
 from jaxsteer.study.record import Count, Part
 from jaxsteer.words import counted, p_equals
@@ -246,7 +247,9 @@ def shares(rows: pl.DataFrame, by: By) -> pl.DataFrame:
 
     Returns:
       One line per group and label that occurs in the table, with columns group, label, k, n,
-      share, low, high (Wilson 95 %), start and end (of the stacked segment).
+      share, low, high (Wilson 95 %), start and end (of the stacked segment), and from and to: the
+      interval's place on the bar. Refusals are stacked first, so theirs is drawn from the bar's
+      start; that of the others is drawn backwards from the end of their segment.
     """
     refused = rows.group_by(by, maintain_order=True).agg(k=(pl.col("label") == "refusal").mean())
     groups = refused.sort("k", descending=True, maintain_order=True)[by].to_list()
@@ -257,33 +260,12 @@ def shares(rows: pl.DataFrame, by: By) -> pl.DataFrame:
     }
     lines = []
     for group in groups:
-        n = sum(counts.get((group, label), 0) for label in there)
-        before = 0
+        n, end = sum(counts.get((group, label), 0) for label in there), 0
         for label in there:
             k = counts.get((group, label), 0)
+            start, end = end, end + k
             low, high = stats.wilson(k, n)
-            line = {"group": group, "label": label, "k": k, "n": n, "share": k / n}
-            ends = {"low": low, "high": high, "start": before / n, "end": (before + k) / n}
-            lines.append({**line, **ends})
-            before += k
-    schema = {"group": pl.String, "label": pl.String, "k": pl.Int64, "n": pl.Int64}
-    floats = dict.fromkeys(("share", "low", "high", "start", "end"), pl.Float64)
-    return pl.DataFrame(lines, schema={**schema, **floats})
-
-
-def whiskers(table: pl.DataFrame) -> pl.DataFrame:
-    """Intervals placed on the stacked bars of `shares`: columns group, label, from, to.
-
-    Refusals are stacked first, so their interval is drawn from the bar's start. Bypasses and
-    degenerate replies are stacked last, so theirs are drawn backwards from the end of their
-    segment. The other labels get no interval.
-    """
-    label, end = pl.col("label"), pl.col("end")
-    return table.filter(label.is_in(["refusal", "bypass", "degenerate"])).select(
-        "group",
-        "label",
-        pl.when(label == "refusal").then(pl.col("low")).otherwise(end - pl.col("high")).clip(0, 1)
-        .alias("from"),
-        pl.when(label == "refusal").then(pl.col("high")).otherwise(end - pl.col("low")).clip(0, 1)
-        .alias("to"),
-    )  # fmt: skip
+            place = (low, high) if label == "refusal" else (end / n - high, end / n - low)
+            place = max(place[0], 0.0), min(place[1], 1.0)
+            lines.append((group, label, k, n, k / n, low, high, start / n, end / n, *place))
+    return frame(lines, "group:str label:str k:int n:int share low high start end from to")

@@ -79,4 +79,4 @@ def test_strengths_have_a_trend(found: Results):
 def test_strengths_that_ran_on_different_prompts_have_no_trend(found: Results):
     one = pl.col("condition") == "persona by strength x2"
     fewer = found.rows.filter(~(one & (pl.col("n_tokens") == 4)))
-    assert controls.dose_responses(found.run, Labels(fewer, {})) == []
+    assert list(controls.dose_responses(found.run, Labels(fewer, {}))) == []

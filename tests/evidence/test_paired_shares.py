@@ -33,7 +33,7 @@ def test_intervals_lie_around_the_edge_that_their_share_sets():
         rows(a=["refusal"] * 4 + ["complied-unscored"] * 3 + ["bypass"] * 2 + ["degenerate"]),
         "condition",
     )
-    found = {row["label"]: (row["from"], row["to"]) for row in paired.whiskers(table).to_dicts()}
+    found = {row["label"]: (row["from"], row["to"]) for row in table.to_dicts()}
     assert found["refusal"] == pytest.approx(wilson(4, 10))
     assert found["degenerate"] == pytest.approx(tuple(1 - x for x in reversed(wilson(1, 10))))
     # 90 % of the bar is left before the degenerate part begins.
@@ -42,7 +42,7 @@ def test_intervals_lie_around_the_edge_that_their_share_sets():
 
 def test_a_share_of_nothing_has_an_interval_too():
     table = paired.shares(rows(a=["refusal"], b=["degenerate"] * 9), "condition")
-    none = paired.whiskers(table).filter((pl.col("group") == "b") & (pl.col("label") == "refusal"))
+    none = table.filter((pl.col("group") == "b") & (pl.col("label") == "refusal"))
     assert none["from"][0] == 0 and none["to"][0] == pytest.approx(wilson(0, 9)[1])
 
 

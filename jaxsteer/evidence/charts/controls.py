@@ -16,7 +16,7 @@ from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
 from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.findings import KINDS, QUESTIONS, Finding, headline, once
-from jaxsteer.evidence.paired import WORDS, whiskers
+from jaxsteer.evidence.paired import WORDS
 from jaxsteer.judges.human import Entry
 from jaxsteer.study.results import Results
 from jaxsteer.words import count, counted, extent, p_equals, p_value, percent, points
@@ -253,11 +253,10 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
     drawn_as = {WORDS[label]: LABELS[label] for label in there}
     colour = marks.coloured("outcome", drawn_as, legend=legend)
     bars = alt.Chart(shown).mark_bar(opacity=0.8, cornerRadius=0, height=14)
-    ends = whiskers(table).join(shown.select("group", "row").unique(), on="group", how="left")
     # Each outcome's interval has its own height within the bar, so that they do not run together.
     heights = {"refusal": -4, "bypass": 0, "degenerate": 4}
     drawn = [
-        alt.Chart(ends.filter(pl.col("label") == label))
+        alt.Chart(shown.filter(pl.col("label") == label))
         .mark_rule(strokeWidth=width, color=ink, opacity=1, yOffset=height)
         .encode(x=alt.X("from:Q"), x2="to:Q", y=y)
         for label, height in heights.items()
