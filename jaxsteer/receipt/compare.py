@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Literal, cast
+from typing import Any, Literal
 
 from jaxsteer import stats
 from jaxsteer.errors import UserError
@@ -171,7 +171,7 @@ def parse_gate(text: str) -> Gate:
     Raises:
       UserError: not in the grammar, naming what is wrong.
     """
-    match = _GATE.fullmatch(text)
+    match: Any = _GATE.fullmatch(text)
     form = 'METRIC drop|rise > THRESHOLD [in CONDITION], as "refusal drop > 0.05"'
     if not match:
         raise UserError(f"cannot read the gate {text!r}; write {form}")
@@ -183,7 +183,7 @@ def parse_gate(text: str) -> Gate:
     return Gate(
         text=text,
         metric=match["metric"],
-        way=cast(Literal["drop", "rise"], match["way"]),
+        way=match["way"],
         threshold=threshold,
         condition=match["condition"] or "",
     )
@@ -216,9 +216,9 @@ def fired(comparison: Comparison, gates: Sequence[Gate]) -> list[tuple[Gate, Lin
 
 
 def mean_difference(
-    first: tuple[float, float, int], second: tuple[float, float, int], confidence: float = 0.95
+    first: tuple[float, float, int], second: tuple[float, float, int]
 ) -> tuple[float, float]:
-    """Interval of a difference of means, second minus first, each as (mean, sd, n).
+    """95 % interval of a difference of means, second minus first, each as (mean, sd, n).
 
     Unequal variances, normal quantiles.
 
@@ -227,8 +227,7 @@ def mean_difference(
     (0.032, 0.168)
     """
     spread = math.sqrt(sum(sd * sd / n for _, sd, n in (first, second)))
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread
-    middle = second[0] - first[0]
+    half, middle = NormalDist().inv_cdf(0.975) * spread, second[0] - first[0]
     return middle - half, middle + half
 
 
