@@ -144,8 +144,7 @@ def judge(
         stats.mcnemar(c.raised, c.lowered) if isinstance(c, Different) else 1.0
         for claim in claims
         for c in claim.comparisons
-        if isinstance(c, Different)
-        or (isinstance(c, NotTested) and c.expect in ("lower", "higher"))
+        if _has_p(c)
     ]
     adjusted, place = stats.holm(raw), itertools.count()
     alone: list[Claim] = []

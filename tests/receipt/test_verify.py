@@ -356,7 +356,7 @@ def test_other_statements_and_missing_files_are_refused(tmp_path):
         verify.verify(path)
     older = {"predicateType": "urn:jaxsteer:refusal-receipt:v1"}
     path.write_text(json.dumps({"_type": "https://in-toto.io/Statement/v1", **older}))
-    with pytest.raises(UserError, match=r"another version .*v1.*with the jaxsteer that wrote it"):
+    with pytest.raises(UserError, match=r"or version .*v1.*with the jaxsteer that wrote it"):
         verify.verify(path)
     with pytest.raises(UserError, match="cannot read"):
         verify.verify(tmp_path / "none.json")

@@ -82,14 +82,9 @@ def roles(directions: Iterable[str]) -> dict[str, Role]:
     return found
 
 
-def role(direction: str) -> Role:
-    """The role of a direction that is drawn alone."""
-    return roles([direction])[direction]
-
-
 def colour(direction: str) -> str:
-    """The colour of a direction's role."""
-    return PALETTE[role(direction)]
+    """The colour of a direction that is drawn alone."""
+    return PALETTE[roles([direction])[direction]]
 
 
 def around_zero(limit: float) -> alt.Scale:
@@ -431,16 +426,10 @@ def labelled(chart: alt.Chart, text: str, **options: Any) -> alt.Chart:
     return chart.mark_text(**{**defaults, **options}).encode(text=alt.Text(text, type="nominal"))
 
 
-def panel(
-    layers: Sequence[alt.Chart],
-    title: str,
-    width: int | str = "container",
-    height: int = 130,
-    **options: Any,
-) -> alt.LayerChart:
+def panel(layers: Sequence[alt.Chart], title: str, **options: Any) -> alt.LayerChart:
     """A small chart under its own title; `options` are those of the title."""
     heading = alt.TitleParams(title, fontSize=13, offset=6, **options)
-    return alt.LayerChart(layer=layers).properties(width=width, height=height, title=heading)
+    return alt.LayerChart(layer=layers).properties(width="container", height=130, title=heading)
 
 
 def token_text(text: str) -> str:

@@ -108,18 +108,14 @@ def histogram(table: pl.DataFrame, name: str, layer: int) -> alt.LayerChart:
         f"projection on {name} at resid_post.{layer}, last prompt token; each prompt against the "
         "means of the others; half would be chance"
     )
-    x = alt.X("projection:Q", bin=alt.Bin(maxbins=30), title=f"u·h, {UNIT}")
-    chart = (
-        alt.Chart(table)
-        .mark_bar(opacity=0.62)
-        .encode(
-            x=x,
-            y=alt.Y("count():Q", title="prompts", stack=None, axis=alt.Axis(tickMinStep=1)),
-            color=marks.coloured("group", GROUPS),
-            tooltip=["group:N", alt.Tooltip("count():Q", title="prompts")],
-        )
+    bars = alt.Chart(table).mark_bar(opacity=0.62)
+    bars = bars.encode(
+        x=alt.X("projection:Q", bin=alt.Bin(maxbins=30), title=f"u·h, {UNIT}"),
+        y=alt.Y("count():Q", title="prompts", stack=None, axis=alt.Axis(tickMinStep=1)),
+        color=marks.coloured("group", GROUPS),
+        tooltip=["group:N", alt.Tooltip("count():Q", title="prompts")],
     )
-    return marks.wide([chart], finding, detail, 230)
+    return marks.wide([bars], finding, detail, 230)
 
 
 def refusal_map(table: pl.DataFrame, view: View) -> alt.Chart:
