@@ -220,18 +220,10 @@ def flip_table(paired: pl.DataFrame, outcome: str, most: int) -> pl.DataFrame:
 
     With more than `most` pairs, only those that flip, and of them the first `most`.
     """
-    before, after = pl.col("control") == outcome, pl.col("treated") == outcome
-    flip = (
-        pl.when(before & ~after)
-        .then(pl.lit("lost"))
-        .when(after & ~before)
-        .then(pl.lit("gained"))
-        .when(before & after)
-        .then(pl.lit("kept"))
-        .otherwise(pl.lit("without"))
-        .cast(pl.Enum(["lost", "gained", "kept", "without"]))
-    )
-    shown = paired.with_columns(flip=flip)
+    names = {(1, 0): "lost", (0, 1): "gained", (1, 1): "kept", (0, 0): "without"}
+    sides = (paired["control"] == outcome, paired["treated"] == outcome)
+    flip = pl.Series([names[side] for side in zip(*sides, strict=True)], dtype=pl.String)
+    shown = paired.with_columns(flip=flip.cast(pl.Enum(list(names.values()))))
     if shown.height > most:
         shown = shown.filter(pl.col("flip").is_in(["lost", "gained"]))
     shown = shown.sort("flip", "control", "treated", "prompt_id")
