@@ -36,7 +36,8 @@ from jaxsteer.model.weights import flatten
 from tests import reference
 
 MESHES = ("data=8,model=1", "data=4,model=2", "data=2,model=4", "data=1,model=8", "data=1,model=1")
-SYSTEM = [3, 9, 33, 4, 17]
+# Long enough that neighbouring slots read it together, where a device has four.
+SYSTEM = [3, 9, 33, 4, 17, *range(20, 39)]
 PROMPTS = [[3, 9, 33], [5] * 14, list(range(3, 17)), [41, 8, 8, 9], [7], [8, 60, 22, 3, 3, 19]]
 CONDITIONS = 4
 

@@ -12,6 +12,9 @@ rows. With chunks of 2, a row of 3 prompt tokens, while its fourth step runs:
 
     slot       0   1   2   3   4   5   6   7       0   1
     cache      a   b   c   .   w   x   .   .       y   z       start is 4, the reply is w x y z
+
+The keys and values of a prefix are in a third cache, before these two, and neighbouring slots may
+read them together (`engine.neighbours`).
 """
 
 from __future__ import annotations
@@ -116,9 +119,9 @@ class DecodeState:
       position: its rotary position.
       tokens: output buffer; entries from `emitted` on mean nothing.
       logits: output buffer of the logits, no column unless `Decoding.keep_logits`.
-      cache: keys and values per layer: prefix, prompt, room for the reply.
-      held: which cache slots hold a real token of prefix or prompt.
-      start: the cache slot of the reply's first token.
+      cache: keys and values per layer: prompt, room for the reply.
+      held: which slots, of the prefix and then of the cache, hold a real token of prefix or prompt.
+      start: of these slots, that of the reply's first token.
       prompt: realised change over the prompt, per tap and layer.
       response: running sums of the realised change over the reply.
       interventions: one entry per row.
@@ -133,7 +136,7 @@ class DecodeState:
     tokens: Int[Array, "*row new_token"]
     logits: Float[Array, "*row new_token kept"]
     cache: Cache = dataclasses.field(metadata=sharding.KEYS_AND_VALUES)
-    held: Bool[Array, "*row slot"]
+    held: Bool[Array, "*row seen"]
     start: Int[Array, " *row"]
     prompt: dict[str, Realised]
     response: dict[str, Realised]
@@ -188,6 +191,7 @@ def advance(
     state: DecodeState,
     probes: Float[AnyArray, "layer probe d_model"],
     sampling: Sampling,
+    prefixes: Past | None = None,
 ) -> DecodeState:
     """Run CHUNK steps, or as many as it takes until every row has ended.
 
@@ -198,9 +202,12 @@ def advance(
       state: the slots; its memory is reused.
       probes: unit directions whose projections are recorded.
       sampling: dynamic sampling settings, unread when greedy.
+      prefixes: keys and values per layer, one entry for each group of neighbouring slots; None for
+        rows without a prefix. Two entries for 8 slots: one of slots 0 to 3, one of 4 to 7.
     """
     model = bind(definition, params)
     count = len(state.live)
+    group = count // len(prefixes[0][0]) if prefixes else 1
     index = jnp.arange(count)
     # The cache slot of the token that each row reads first in this chunk.
     first = state.start + state.emitted - 1
@@ -217,7 +224,12 @@ def advance(
     )
 
     def read_token(
-        row: DecodeState, slots: tuple[Array, Array], slot: Array, recent: Cache, past: Past
+        slot: Array,
+        prefix: Past | None,
+        row: DecodeState,
+        slots: tuple[Array, Array],
+        recent: Cache,
+        past: Past,
     ) -> tuple[Array, Cache, dict[str, Realised]]:
         # A row that has ended is neither steered nor counted.
         steering = Steering(
@@ -227,14 +239,24 @@ def advance(
             probes=jnp.asarray(probes),
         )
         visible = Visible(jnp.ones(1, jnp.int32), row.position[None], *slots)
-        out = model(row.last[None], visible, recent, slot, past=past, steering=steering)
+        earlier = [past] if prefix is None else [prefix, past]
+        out = model(row.last[None], visible, recent, slot, past=earlier, steering=steering)
         return model.logits(out.hidden)[0], out.cache, out.realised
 
-    read_tokens = jax.vmap(read_token, in_axes=(0, 0, None, 0, 0))
+    # Group by group, so that the rows of one read its prefix in one product.
+    read_group = jax.vmap(read_token, in_axes=(None, None, 0, 0, 0, 0))
+    read_groups = jax.vmap(read_group, in_axes=(None, 0, 0, 0, 0, 0))
+
+    def read_tokens(slot: Array, *rows: Any) -> Any:
+        grouped = jax.tree.map(
+            lambda leaf: leaf.reshape(count // group, group, *leaf.shape[1:]), rows
+        )
+        found = read_groups(slot, prefixes, *grouped)
+        return jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), found)
 
     def body(carry: tuple[Array, Cache, DecodeState]) -> tuple[Array, Cache, DecodeState]:
         done, recent, s = carry
-        logits, recent, realised = read_tokens(s, slots, done, recent, state.cache)
+        logits, recent, realised = read_tokens(done, s, slots, recent, state.cache)
         token = choose_rows(logits, s.ids, s.emitted)
         ended = s.live & ends(token, decoding)
         # A row that has ended writes beyond its buffer, which writes nothing.
@@ -262,5 +284,7 @@ def advance(
     begin = (jnp.int32(0), recent, dataclasses.replace(state, cache=[]))
     _, recent, after = jax.lax.while_loop(more, body, begin)
     write_rows = jax.vmap(write_block)
-    cache = jax.tree.map(lambda old, new: write_rows(old, new, first), state.cache, recent)
+    # `first` counts the slots of the prefix too.
+    at = first - (state.held.shape[1] - state.cache[0][0].shape[2])
+    cache = jax.tree.map(lambda old, new: write_rows(old, new, at), state.cache, recent)
     return dataclasses.replace(after, cache=cache)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import jax
@@ -33,32 +33,53 @@ from jaxsteer.errors import UserError, heed_stop
 from jaxsteer.generation import decode, layer_sharing, prefill
 from jaxsteer.generation.decode import DecodeState, Decoding, Sampling
 from jaxsteer.generation.layer_sharing import Prompts
+from jaxsteer.generation.prefill import take
 from jaxsteer.generation.requests import Reply as Reply
 from jaxsteer.generation.requests import Request as Request
 from jaxsteer.generation.requests import bucket, fitted, grouped, pack
 from jaxsteer.model import decoder, sharding
 from jaxsteer.model.chat_model import ChatModel
-from jaxsteer.model.decoder import Params
+from jaxsteer.model.decoder import Params, Past
 from jaxsteer.model.interventions import Interventions
 
 # Cache slots are a multiple of this: a TPU copies a cache of other lengths at every step.
 SLOT_MULTIPLE = 16
 # Fewest slots of one of two loops.
 LEAST_SLOTS = 16
+# Slots that read a long prefix together.
+NEIGHBOURS = 4
 # Bytes of a process apart from its arrays, measured with SmolLM2's demo.
 PROCESS = 2**30
 
 Loop = Generator[list[Reply], None, None]
 
 
-def cache_slots(prefix: int, longest: int, new_tokens: int) -> int:
-    """Length of a row's cache: prefix, the longest prompt in whole chunks, and its reply.
+def cache_slots(longest: int, new_tokens: int) -> int:
+    """Length of a row's cache: the longest prompt, without prefix, in whole chunks, and its reply.
 
-    >>> cache_slots(48, 87, 40)
-    176
+    >>> cache_slots(87, 40)
+    128
     """
     prompt = -(-longest // decode.CHUNK) * decode.CHUNK
-    return -(-(prefix + prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    return -(-(prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+def neighbours(prefix: int, new_tokens: int, slots: int) -> int:
+    """How many neighbouring slots hold rows of one prefix, and read it together.
+
+    Read together, a prefix takes a quarter of the memory and less than half of the time. But a slot
+    that becomes free waits for a row of its neighbours' prefix, which costs more than that where
+    replies are long.
+
+    Args:
+      prefix: tokens of the longest prefix.
+      new_tokens: most tokens of a reply.
+      slots: of one loop and device.
+
+    >>> neighbours(370, 24, 64), neighbours(370, 150, 64), neighbours(370, 24, 6)
+    (4, 1, 1)
+    """
+    return NEIGHBOURS if prefix >= 4 * new_tokens and slots % NEIGHBOURS == 0 else 1
 
 
 def count_loops(slots: int, params: Params) -> int:
@@ -85,6 +106,7 @@ class _Job:
       sampling: dynamic sampling settings.
       slots: rows that one loop decodes together.
       cache_slots: length of each row's cache.
+      group: neighbouring slots that hold rows of one prefix.
     """
 
     prompts: Prompts
@@ -92,6 +114,11 @@ class _Job:
     sampling: Sampling
     slots: int
     cache_slots: int
+    group: int
+
+    def prefix(self, row: int) -> int:
+        """Index of a row's prefix; 0 if there is none."""
+        return self.prompts.prefix[row] if self.prompts.prefixes else 0
 
 
 def run(
@@ -136,16 +163,15 @@ def run(
             packed=pack(requests, limit),
         )
     )
-    prefix = 0 if prompts.prefixes is None else prompts.prefixes.real.shape[1]
-    longest = max(len(request.own) for request in requests)
-    batch = fitted(batch, len(requests), sharding.data_size(model.mesh))
+    data = sharding.data_size(model.mesh)
+    batch = fitted(batch, len(requests), data)
     count = count_loops(batch, model.params)
     job = _Job(
         prompts=prompts,
         decoding=decoding,
         sampling=sampling or Sampling(),
         slots=batch // count,
-        cache_slots=cache_slots(prefix, longest, decoding.max_new_tokens),
+        **_sizes(requests, decoding.max_new_tokens, batch // count // data),
     )
     # An interrupted run may have few rows left: an empty slot costs as much as a full one.
     shares = _shares(prompts, todo, min(count, -(-len(todo) // job.slots)))
@@ -157,15 +183,27 @@ def run(
                 yield replies
 
 
+def _sizes(requests: Sequence[Request], new_tokens: int, slots: int) -> dict[str, int]:
+    """Those of a job; `slots` are those of one loop and device."""
+    longest = max((len(request.own) for request in requests), default=1)
+    prefix = max((request.shared for request in requests), default=0)
+    return {
+        "cache_slots": cache_slots(longest, new_tokens),
+        "group": neighbours(prefix, new_tokens, slots),
+    }
+
+
 def memory(
     model: ChatModel, requests: Sequence[Request], new_tokens: int, batch: int
 ) -> dict[str, int]:
     """Roughly how many bytes a run takes at most, by what they are for; arguments as for `run`."""
     config, token = model.config, decoder.token_bytes(model.config, model.params)
     longest = max((len(request.tokens) for request in requests), default=1)
-    width, slots = bucket(longest, config.max_position), cache_slots(0, longest, new_tokens)
-    batch = fitted(batch, len(requests), sharding.data_size(model.mesh))
+    width, data = bucket(longest, config.max_position), sharding.data_size(model.mesh)
+    batch = fitted(batch, len(requests), data)
     loops = count_loops(batch, model.params)
+    sizes = _sizes(requests, new_tokens, batch // loops // data)
+    slots, groups = sizes["cache_slots"], batch // sizes["group"]
     entries, rows = layer_sharing.batch_sizes(model.mesh, width, slots)
     # The residual stream and what a layer makes of it, float32.
     read = entries * width * (token + 4 * (8 * config.d_model + 3 * config.d_ff))
@@ -174,9 +212,9 @@ def memory(
     return {
         "libraries and programs": PROCESS,
         "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
-        "cache of a batch": batch * slots * token,
+        "cache of a batch": (batch * slots + groups * shared) * token,
         "shared prefixes": sum(len(prefix) for prefix, _ in prefixes) * token,
-        "prompts being read": loops * (read + rows * (shared + slots) * token),
+        "prompts being read": loops * (read + rows * slots * token),
     }
 
 
@@ -238,28 +276,53 @@ def _loop(job: _Job, rows: Sequence[int]) -> Loop:
     occupied: dict[int, int] = {}
     batch: DecodeState | None = None
     waiting: list[tuple[int, int]] = []
+    # The prefix of each group of slots, and the keys and values of these.
+    asked = np.zeros(job.slots // job.group, np.int32)
+    prefixes: Past | None = None
     while True:
-        free = [slot for slot in range(job.slots) if slot not in occupied]
-        if free and batch is None:
+        if len(occupied) < job.slots and batch is None:
             batch, waiting = next(unread, (None, []))
-        if free and batch is not None:
+        seats = _seats(job, occupied, waiting)
+        if seats and batch is not None:
             if state is None:
                 state = decode.empty(batch, model.config, job.slots, model.mesh)
-            entering, waiting = waiting[: len(free)], waiting[len(free) :]
             slots = np.full(len(batch.live), job.slots, np.int32)
-            for slot, (place, index) in zip(free, entering, strict=False):
+            for slot, (place, index) in seats.items():
                 slots[place], occupied[slot] = slot, index
+            waiting = [one for one in waiting if one not in seats.values()]
             state = decode.insert(state, batch, slots)
             # Dropped before the next is read, so that memory never holds two.
             batch = batch if waiting else None
             yield []
         elif state is not None and occupied:
+            wanted = asked.copy()
+            for slot, index in occupied.items():
+                wanted[slot // job.group] = job.prefix(index)
+            if prompts.prefixes and (prefixes is None or (wanted != asked).any()):
+                asked, prefixes = wanted, prompts.placed(take(prompts.prefixes, wanted)).cache
             state = decode.advance(
-                model.definition, decoding, model.params, state, prompts.probes, sampling
+                *(model.definition, decoding, model.params, state, prompts.probes, sampling),
+                prefixes,
             )
             yield _emit(job, state, occupied)
         else:
             return
+
+
+def _seats(
+    job: _Job, occupied: Mapping[int, int], waiting: Sequence[tuple[int, int]]
+) -> dict[int, tuple[int, int]]:
+    """Free slots for rows that wait: beside rows of their prefix, or in an empty group."""
+    held = {slot // job.group: job.prefix(index) for slot, index in occupied.items()}
+    free, seats = [slot for slot in range(job.slots) if slot not in occupied], {}
+    for place, index in waiting:
+        prefix = job.prefix(index)
+        fit = [slot for slot in free if held.get(slot // job.group, prefix) == prefix]
+        if fit:
+            slot = min(fit, key=lambda slot: slot // job.group not in held)
+            seats[slot], held[slot // job.group] = (place, index), prefix
+            free.remove(slot)
+    return seats
 
 
 def _read(job: _Job, rows: Sequence[int]) -> Iterator[tuple[DecodeState, list[tuple[int, int]]]]:

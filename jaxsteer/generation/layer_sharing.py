@@ -281,10 +281,11 @@ def _batch(
     """What reading some rows left."""
     segment = np.array([prompts.packed.segment[row] for row in rows], np.int32)
     _, segment_ids = prompts.packed.batch(rows)
+    bare = prompts.prefixes and dataclasses.replace(prompts.prefixes, cache=[])
     real, prefix, interventions, ids = prompts.placed(
         (
             segment_ids == segment[:, None],
-            prompts.prefixes_of(rows, prompts.prefixes),
+            prompts.prefixes_of(rows, bare),
             prompts.interventions_of(rows),
             np.array([prompts.requests[row].row_id for row in rows], np.uint32),
         )

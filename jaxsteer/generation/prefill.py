@@ -7,14 +7,14 @@ came out of the layers before. So all layer groups of a model are one compiled p
 that have been the same so far can be one entry of a batch until they differ (`layer_sharing` says
 which). An entry is a packed sequence (`packing`). From group to group a row may be part of other
 entries: `parent` gives the entry of the previous group that each entry continues. At the end a
-row's keys and values are gathered from all groups: its own tokens directly after its prefix, and
-room for its reply. With chunks of 4, a prefix of 3 tokens and a prompt of 5 that starts
-at 2 in its packed sequence:
+row's keys and values are gathered from all groups: those of its own tokens, and room for its reply.
+With chunks of 4, a prompt of 5 that starts at 2 in its packed sequence:
 
     packed       p  q  a  b  c  d  e  x
-    cache        .  h  i  j  a  b  c  d  e  x  0  0  0  0  0  0     the reply starts at 12
+    cache        a  b  c  d  e  x  0  0  0  0  0  0     the reply starts at 8
 
-Slots that hold a neighbouring prompt's tokens are masked out.
+Its prefix stays where it is, since other rows read it too. Slots that hold a neighbouring prompt's
+tokens are masked out.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class PromptBatch:
       entry: the entry of each output that a row was part of.
       segment: the row's segment id, from 1.
       real: which tokens of the packed sequence are the row's.
-      prefix: each row's prefix; None for none.
+      prefix: each row's prefix, without its keys and values; None for none.
       interventions: one entry per row.
       ids: a stable number per row, for sampling.
     """
@@ -197,7 +197,7 @@ def run_layers(
         config, layers = blocks.config, blocks.layers
         cache = decoder.empty_cache(config, len(layers), len(segment_ids), stream.dtype)
         visible = causal(segment_ids, before)
-        past = None if prefix is None else prefix.cache
+        past = () if prefix is None else (prefix.cache,)
         after, written = decoder.run_blocks(
             config, layers, stream, visible, cache, jnp.int32(0), taps, past, jnp.asarray(first)
         )
@@ -225,7 +225,6 @@ def gather(
     entry: Int[AnyArray, " row"],
     segment: Int[AnyArray, " row"],
     real: Bool[AnyArray, "row token"],
-    prefix: decoder.Past | None,
     slots: int,
 ) -> tuple[decoder.Cache, dict[str, decoder.Realised]]:
     """What some layers left of each row: keys and values, and the realised change.
@@ -238,28 +237,23 @@ def gather(
       segment: the row's segment id, from 1.
       real: which tokens of the packed sequence are the row's; its cache takes the packed sequence
         from the first of them on.
-      prefix: keys and values of each row's prefix in these layers; None for none.
       slots: length of the row's cache; static.
     """
     realised = jax.tree.map(lambda leaf: leaf[entry, :, jnp.asarray(segment) - 1], output.realised)
     # Of [F, T, T, F] it is 1.
     first = jnp.argmax(jnp.asarray(real), axis=1)
 
-    def row_cache(kv: Array, before: Array | None) -> Array:
+    def row_cache(kv: Array) -> Array:
         packed = kv[jnp.asarray(entry)]
-        count, heads, _, width = packed.shape
-        room = slots - (0 if before is None else before.shape[2])
+        zeros = jnp.zeros((*packed.shape[:2], slots, packed.shape[3]), kv.dtype)
         # Zeros, joined: XLA on a CPU pads several times slower.
-        longer = jnp.concatenate([packed, jnp.zeros((count, heads, room, width), kv.dtype)], axis=2)
+        longer = jnp.concatenate([packed, zeros], axis=2)
         # The entry first, then a slice of it: both in one step take a TPU longer.
-        rows = jax.vmap(lambda kv, first: lax.dynamic_slice_in_dim(kv, first, room, axis=1))(
+        return jax.vmap(lambda kv, first: lax.dynamic_slice_in_dim(kv, first, slots, axis=1))(
             longer, first
         )
-        return rows if before is None else jnp.concatenate([before, rows], axis=2)
 
-    if prefix is None:
-        return jax.tree.map(lambda kv: row_cache(kv, None), output.cache), realised
-    return jax.tree.map(row_cache, output.cache, prefix), realised
+    return jax.tree.map(row_cache, output.cache), realised
 
 
 def _gather_all(
@@ -269,10 +263,7 @@ def _gather_all(
     cache: decoder.Cache = []
     changes = []
     for i, output in enumerate(batch.outputs):
-        layers = slice(len(cache), len(cache) + len(output.cache))
-        before = batch.prefix and batch.prefix.cache[layers]
-        rows = batch.entry[:, i], batch.segment, batch.real
-        some, change = gather(output, *rows, before, slots)
+        some, change = gather(output, batch.entry[:, i], batch.segment, batch.real, slots)
         cache += some
         changes.append(change)
     return cache, changes
@@ -367,7 +358,7 @@ def first_token(
         before = jnp.asarray(batch.prefix.real)
         realised = jax.tree.map(jnp.add, realised, batch.prefix.realised)
     length = jnp.sum(real, axis=1)
-    own = jnp.arange(slots - before.shape[1]) < length[:, None]
+    own = jnp.arange(slots) < length[:, None]
     held = jnp.concatenate([before, own], axis=1)
     logits = _last_logits(model, stream, batch)
     pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
@@ -401,8 +392,7 @@ def finish(
     Arguments as for `first_token`; the caches of `batch` are read.
     """
     cache, changes = _gather_all(batch, slots)
-    prefix = batch.prefix and dataclasses.replace(batch.prefix, cache=[])
-    bare = dataclasses.replace(batch, outputs=[], prefix=prefix)
+    bare = dataclasses.replace(batch, outputs=[])
     static, given = (model.definition, decoding), (model.params, batch.outputs[-1].stream)
     state = first_token(*static, *given, bare, changes, sampling, slots)
     return dataclasses.replace(state, cache=cache)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -34,8 +34,8 @@ from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, Visible, soft
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]
 Cache = list[tuple[KeyValues, KeyValues]]
-# A second cache, with another number of slots.
-EarlierKeyValues = Float[Array, "*lead kv_head earlier_slot head_dim"]
+# A further cache, with another number of slots.
+EarlierKeyValues = Float[Array, "*lead kv_head _ head_dim"]
 Past = list[tuple[EarlierKeyValues, EarlierKeyValues]]
 Params = dict[str, Any]
 
@@ -147,7 +147,7 @@ def run_blocks(
     cache: Cache,
     slot: Int[Array, ""],
     taps: Taps,
-    past: Past | None = None,
+    past: Sequence[Past] = (),
     first: int | Int[Array, ""] = 0,
 ) -> tuple[Float[Array, "token d_model"], Cache]:
     """Run one row through consecutive layers, of which `first` is the number of the first.
@@ -161,7 +161,7 @@ def run_blocks(
     written = []
     with exact_products():
         for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
-            before = None if past is None else past[index]
+            before = [earlier[index] for earlier in past]
             seen = view(config, kinds, first + index)
             x = h if block.attn_norm is None else block.attn_norm(h)
             mixed, kv = block.attn(x, *seen, kept, slot, before)
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         slot: Int[Array, ""],
         *,
-        past: Past | None = None,
+        past: Sequence[Past] = (),
         steering: Steering | None = None,
         capture: Collection[str] = (),
     ) -> Forward:
@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
           visible: which slots, of `past` and of `cache`, each token attends to, its own included.
           cache: keys and values of earlier tokens.
           slot: where in the cache this pass's tokens go.
-          past: keys and values of tokens before those in `cache`, only read; None for none.
+          past: keys and values of tokens before those in `cache`, only read.
           steering: what to apply at the taps; None runs the plain model.
           capture: names of the taps to read, at all layers.
         """

@@ -350,11 +350,11 @@ class Attention(nnx.Module):
         visible: Visible,
         cache: tuple[Array, Array],
         slot: Int[Array, ""],
-        past: tuple[Array, Array] | None = None,
+        past: Sequence[tuple[Array, Array]] = (),
     ) -> tuple[Float[Array, "token d_model"], tuple[Array, Array]]:
         """Write the tokens' keys and values from `slot` on, then attend to the visible slots.
 
-        The slots of `past` come before those of `cache` and are only read.
+        The slots of the caches in `past` come before those of `cache` and are only read.
         """
         c, tokens = self.config, x.shape[0]
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -371,9 +371,8 @@ class Attention(nnx.Module):
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, c.n_kv_heads, -1, c.head_dim)
         written = (keys, values)
-        caches = [written] if past is None else [past, written]
-        first = slot + (0 if past is None else past[0].shape[1])
-        mixed = attend(q, caches, visible, c.attention_scale, c.attention_softcap, first)
+        first = slot + sum(keys.shape[1] for keys, _ in past)
+        mixed = attend(q, [*past, written], visible, c.attention_scale, c.attention_softcap, first)
         return self.o(mixed.reshape(tokens, -1)), written
 
 

@@ -162,7 +162,7 @@ class Sweep:
 
     def state(self, count: int) -> decode.DecodeState:
         """The rows that decode together, with room for the longest prompt and its reply."""
-        c, slots = self.config, cache_slots(0, LONGEST, NEW_TOKENS)
+        c, slots = self.config, cache_slots(LONGEST, NEW_TOKENS)
         kv = self.array(DTYPE, count, c.n_kv_heads, slots, c.head_dim, letters=sharding.CACHE)
         realised = Realised(
             steered=self.array(jnp.int32, count, c.n_layers),

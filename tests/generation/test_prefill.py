@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxsteer.generation.prefill import LayerOutput, gather, group_params
 
@@ -14,23 +13,18 @@ def test_the_layers_of_a_group_count_from_zero():
     }
 
 
-@pytest.mark.parametrize("prefix", [0, 3])
-def test_a_rows_own_tokens_are_taken_from_its_packed_sequence_and_follow_its_prefix(
-    prefix,
-):
+def test_a_rows_own_tokens_are_taken_from_its_packed_sequence():
     def marked(shape, sign):
         # [entry, head, slot, 1]: each number tells its place.
         return sign * jnp.asarray(np.arange(1, 1 + np.prod(shape)).reshape(shape), jnp.float32)
 
     keys, values = marked((2, 1, 6, 1), 1.0), marked((2, 1, 6, 1), -1.0)
     output = LayerOutput(stream=jnp.zeros((2, 6, 1)), cache=[(keys, values)], realised={})
-    earlier = marked((3, 1, prefix, 1), 100.0)
     at, first = np.array([1, 0, 1], np.int32), [2, 0, 5]
     real = np.array([[slot >= start for slot in range(6)] for start in first])
-    past = [(earlier, -earlier)] if prefix else None
-    cache, _ = gather(output, at, np.ones(3, np.int32), real, past, 10)
+    cache, _ = gather(output, at, np.ones(3, np.int32), real, 10)
     for row, (entry, start) in enumerate(zip(at, first, strict=True)):
         own = np.asarray(keys)[entry, 0, start:, 0]
-        expected = [*np.asarray(earlier)[row, 0, :, 0], *own, *[0.0] * (10 - prefix - len(own))]
+        expected = [*own, *[0.0] * (10 - len(own))]
         np.testing.assert_array_equal(cache[0][0][row, 0, :, 0], expected)
         np.testing.assert_array_equal(cache[0][1][row, 0, :, 0], -np.array(expected))

@@ -75,6 +75,38 @@ def test_tokens_and_realised_changes_equal_those_of_whole_prompts(model, rng, sc
                 np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4)
 
 
+def test_neighbouring_slots_that_read_a_long_prefix_together_change_no_token(model, rng):
+    assert engine.neighbours(40, 8, 8) == 4
+    start, ends = rng.integers(3, 60, 40).tolist(), rng.integers(3, 60, (7, 3)).tolist()
+    made = conditions(model, rng)
+    stacked = oracle.compiled(model, made)
+    # Replies of many lengths, so that rows enter groups of slots which other rows have not left.
+    decoding = Decoding(max_new_tokens=8, eos=tuple(range(0, 64, 7)), sample=True, keep_logits=True)
+
+    def replies(shared, skip=()):
+        requests = [
+            engine.Request(tokens=[*start, *end], condition=c, shared=shared, row_id=7 * c + i)
+            for i, end in enumerate(ends)
+            for c in range(len(made))
+        ]
+        found = engine.run(
+            model, requests, stacked, decoding, batch=8, skip=skip, sampling=Sampling(seed=5)
+        )
+        return {reply.index: reply for some in found for reply in some}
+
+    whole, together = replies(0), replies(len(start))
+    assert len({len(reply.tokens) for reply in whole.values()}) > 2
+    for index, reply in whole.items():
+        np.testing.assert_array_equal(together[index].tokens, reply.tokens)
+        for x, y in zip(
+            *(jax.tree.leaves((r.prompt, r.response)) for r in (reply, together[index])),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-4)
+    for index, reply in replies(len(start), skip={0, 1, 4, 5, 9, 16}).items():
+        np.testing.assert_array_equal(reply.logits, together[index].logits)
+
+
 def test_a_plain_prefix_is_read_as_hf_reads_it_unsteered(rng, tmp_path):
     hf = tiny.llama()
     model = ChatModel.load(convert(tiny.save(hf, tmp_path / "hf"), tmp_path / "out", "float32"))
