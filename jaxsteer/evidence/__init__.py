@@ -5,7 +5,7 @@ go out, to the receipt and the notebooks. `paired` counts labels and compares tw
 prompt by prompt. `comparisons` counts what a study planned to compare, and `claims` judges it and
 says what it could show. `controls` finds the controls of a condition by its operations and
 measures them; `findings` puts them next to the claims, and judges the claims again under other
-rules. `layer_windows` tabulates the rows, `reliability` and
-`cosines` the directions; `browse` and `lesson` serve the notebooks, and `charts` draws. Begin
-reading with `paired`, then `claims`.
+rules. `impact` says what steering costs on benign prompts. `layer_windows` tabulates the rows,
+`reliability` and `cosines` the directions; `browse` and `lesson` serve the notebooks, and `charts`
+draws. Begin reading with `paired`, then `claims`.
 """

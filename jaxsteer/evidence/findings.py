@@ -223,10 +223,12 @@ def _paired(claim: ClaimSpec, run: RunRecord, labels: Labels, margin: float) -> 
         if c.base != test.treated or c.seed is not None or c.unsteered_twin_of:
             continue
         for kind, first, second, expects in _controls(run, c):
+            if test.expect not in _FOR[kind]:
+                continue
             counted: list[tuple[str, str]] = [(test.prompts, test.outcome)]
             if kind == "benign":
                 counted = list(itertools.product(benign, ("refusal", "degenerate")))
-            for family, outcome in counted if test.expect in _FOR[kind] else []:
+            for family, outcome in counted:
                 pairs = labels.pair(first.name, second.name, family)
                 if pairs.is_empty():
                     continue
