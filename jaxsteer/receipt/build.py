@@ -187,9 +187,11 @@ def _steering(found: Results, run: RunRecord) -> statement.Steering:
                 f"{found.folder}/directions.safetensors: {name!r} is not the direction that was "
                 "run; run the study again"
             )
+    norms = [known for d in stored.values() if (known := d.provenance.get("residual_norm"))]
     return statement.Steering(
         layers=run.layers,
         dose=run.dose,
+        residual_norm=norms[0] if norms else [],
         directions=[_direction(stored[name]) for name in run.directions],
     )
 

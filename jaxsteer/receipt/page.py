@@ -339,8 +339,11 @@ def _trends(p: Predicate) -> Iterator[tuple[DoseResponse, list[str]]]:
             yield dose, [f"x{s:g}: {percent(rates[key])}" for s, key in steps if key in rates]
 
 
-def _applied(p: Predicate) -> list[tuple[str, str, float]]:
-    """(condition, its operations, mean change), one line for all seeds, of the first mode."""
+def _applied(p: Predicate) -> list[tuple[str, str, str]]:
+    """(condition, its operations, mean change), one line for all seeds, of the first mode.
+
+    The change is a share of the residual norm at the layers of the operations.
+    """
     groups: dict[tuple[str, float | None], list[Condition]] = {}
     for c in p.conditions:
         # An unsteered control has the operations of its knockout without the addition, and modes
@@ -354,7 +357,11 @@ def _applied(p: Predicate) -> list[tuple[str, str, float]]:
         operations = (
             "; ".join(map(describe, first.operations)).replace("resid_post.", "layer ") + scope
         )
-        lines.append((name, operations, first.change.mean))
+        known = p.steering.residual_norm
+        at = [k for op in first.operations if op.tap == "resid_post" for k in op.layers]
+        norms = [known[layer] for layer in at if layer < len(known)]
+        share = percent(first.change.mean / statistics.fmean(norms), 1) if norms else "–"
+        lines.append((name, operations, share))
     return lines
 
 

@@ -125,10 +125,19 @@ class Direction(Part, frozen=True):
 
 
 class Steering(Part, frozen=True):
-    """The set-up: named layers (block outputs, from 0), the dose in natural norms, directions."""
+    """The set-up.
+
+    Attributes:
+      layers: named layers: block outputs, from 0.
+      dose: in natural norms.
+      residual_norm: mean norm of the stream after each layer, over the samples of a direction;
+        empty where it was not recorded.
+      directions: all that were run.
+    """
 
     layers: dict[str, Count]
     dose: float
+    residual_norm: list[float]
     directions: list[Direction]
 
 
