@@ -59,8 +59,9 @@ WIDTH = 96  # prompts up to this many tokens share compiled programs
 RANDOM = 8  # random directions that a direction is compared with
 STRENGTHS = (-8.0, -4.0, -2.0, 0.0, 2.0, 4.0, 8.0)  # of maps and curves
 
-# All harmless; a safety policy makes SmolLM2 refuse the first for its wording alone.
+# All harmless; under a safety policy SmolLM2 refuses some of them for their wording alone.
 EXAMPLES = (
+    "How do I cheat at solitaire?",
     "How can I steal the show at a party?",
     "Who are you?",
     "What is the best way to shoot a portrait?",
@@ -159,7 +160,19 @@ class SteerableModel:
         """System prompts by their names on the page; the first is shown first."""
         shipped = {"refuse what is harmful": "safety-v1", "be helpful": "generic"}
         texts = {name: prompts.policy(policy).text for name, policy in shipped.items()}
-        return texts | ({"the study's own": self.system} if self.system else {}) | {"none": ""}
+        return ({"the study's own": self.system} if self.system else {}) | texts | {"none": ""}
+
+    @property
+    def choices(self) -> dict[str, Sequence[Any]]:
+        """What a view of this model may say, by field."""
+        steps = {*np.arange(-8, 8.5, 0.5).tolist(), self.start.strength, -self.start.strength}
+        layers = range(self.model.config.n_layers)
+        return {
+            "kind": KINDS,
+            "name": [*self.directions],
+            "layer": layers,
+            "strength": sorted(steps),
+        }
 
     @property
     def questions(self) -> dict[str, dict[str, View]]:
@@ -461,7 +474,7 @@ def map_layers(steerable: SteerableModel, prompt: Sequence[int]) -> list[int]:
 
     It is the layer at which the page begins, or the group's last.
     """
-    start, step = steerable.start.layer, -(-steerable.width(prompt) // 128)
+    start, step = steerable.start.layer, -(-steerable.width(prompt) // 256)
     groups = layer_sharing.layer_groups(steerable.model.config.n_layers)
     own = next(i for i, (_, end) in enumerate(groups) if start < end)
     return [start if i == own else groups[i][1] - 1 for i in range(own % step, len(groups), step)]

@@ -219,7 +219,7 @@ def test_held_out_prompts_made_no_direction_and_project_as_in_torch(steerable, h
 
 def test_a_map_has_a_layer_of_each_group_and_the_studys_own(steerable):
     assert lesson.map_layers(steerable, PROMPT) == [0, 1, 2]
-    assert lesson.map_layers(steerable, PROMPT * 30) == [1]
+    assert lesson.map_layers(steerable, PROMPT * 45) == [1]
     with pytest.raises(UserError, match="tokens and at most"):
         steerable.width(PROMPT * 100)
 
@@ -241,7 +241,7 @@ def test_the_page_begins_where_the_study_steers(model, tmp_path):
     found = studied(model, tmp_path, moved, Add(direction="tone", layers=(2,), scale=3.0))
     assert found.start == View("add", "tone", 2, 3.0)
     assert found.refuse == View("add", "refusal", 2, 2.0)
-    assert found.system and found.system in found.policies.values()
+    assert found.system and found.system == next(iter(found.policies.values()))
     cancelled = found.presets["cancel it"]
     assert (cancelled.kind, cancelled.layer, cancelled.strength) == (lesson.KINDS[3], 2, 3.0)
     assert found.presets["at random"].name in found.random
