@@ -171,7 +171,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     chosen, others = spec.selection.harmful.name, spec.selection.harmless.name
     on = f"on {n} {chosen} prompts"
     little = f"brings most refusal back and does little alone, {on}"
-    yield "study", f"{spec.name}: {spec.about}", ""
+    yield "study", ": ".join(filter(None, [spec.name, spec.about])), ""
     yield "model", f"{run.model.name}, {run.model.dtype}", ""
     sizes = ", ".join(f"{known.n} {set_words(k, known.kind)}" for k, known in run.prompts.items())
     yield "prompts", sizes, "not used in any choice"
