@@ -26,10 +26,9 @@ with app.setup:
     marks.use()
     use_compile_cache()
     ROOT = Path(__file__).resolve().parent.parent
-
-    def beside(*items):
-        cells = [f'<div style="min-width: 0">{mo.as_html(item).text}</div>' for item in items]
-        return mo.Html(f'<div style="{steering.COLUMNS}">{"".join(cells)}</div>')
+    PAGE = "1_how_steering_works.py"
+    # What works in an exported page.
+    ALIVE = "the vectors of sections 1 to 5 and the menus of the last chart"
 
 
 @app.cell
@@ -42,7 +41,7 @@ def _():
 @app.cell
 def _(results):
     _named = results.value != opening.DEFAULT or (ROOT / results.value).is_dir()
-    _head = opening.head(ROOT, "1_how_steering_works.py", results.value) if _named else None
+    _head = opening.head(ROOT, PAGE, results.value, alive=ALIVE) if _named else None
     folder = ROOT / results.value if _named else None
     _head  # noqa: B018
     return (folder,)
@@ -51,7 +50,7 @@ def _(results):
 @app.cell(hide_code=True)
 def _():
     def _section(text, *steps, **fields):
-        return beside(mo.ui.anywidget(steering.plane(*steps, **fields)), mo.md(text))
+        return opening.beside(mo.ui.anywidget(steering.plane(*steps, **fields)), mo.md(text))
 
     _intro = r"""
     For every token a language model keeps one long vector, the **residual stream**. Every layer
@@ -124,7 +123,7 @@ def _():
 def _(folder, model):
     with mo.status.spinner("Looking for directions (measuring one takes a minute)"):
         steerable = opening.attempt(lesson.load, model, folder, ROOT / "results/lesson")
-    get_view, set_view = mo.state(steerable.start)
+    get_view, set_view = mo.state(opening.recall(steerable.start, steerable.choices))
     mo.md(rf"""
     ## 6. A real model
 
@@ -144,10 +143,9 @@ def _(set_view, steerable):
     def _button(name, view):
         return mo.ui.button(label=name, on_change=lambda _: set_view(view))
 
-    example = mo.ui.dropdown(lesson.EXAMPLES, value=lesson.EXAMPLES[0], label="harmless example")
+    example = opening.menu("example", {x: x for x in lesson.EXAMPLES}, label="harmless example")
     own = mo.ui.text_area(label="or your own prompt", max_length=1500, rows=1, full_width=True)
-    _texts = steerable.policies
-    policy = mo.ui.dropdown(_texts, value=next(iter(_texts)), label="policy")
+    policy = opening.menu("policy", steerable.policies, label="policy")
     reveal = mo.ui.switch(label="show replies to my own prompt")
     presets = mo.ui.array([_button(*preset) for preset in steerable.presets.items()])
     return example, own, policy, presets, reveal
@@ -155,13 +153,12 @@ def _(set_view, steerable):
 
 @app.cell
 def _(get_view, steerable):
-    _view, _last = get_view(), steerable.model.config.n_layers - 1
-    _shown = {"show_value": True, "debounce": True}
-    kind = mo.ui.dropdown(lesson.KINDS, value=_view.kind, label="do")
-    direction = mo.ui.dropdown(list(steerable.directions), value=_view.name, label="direction")
-    layer = mo.ui.slider(0, _last, value=_view.layer, label="layer", **_shown)
-    strength = mo.ui.slider(-8, 8, 0.5, value=_view.strength, label="strength", **_shown)
-    coloured = mo.ui.slider(0, _last, value=_view.layer, label="colour by layer", **_shown)
+    _view, _of = get_view(), steerable.choices
+    kind = mo.ui.dropdown(_of["kind"], value=_view.kind, label="do")
+    direction = mo.ui.dropdown(_of["name"], value=_view.name, label="direction")
+    layer = opening.slider("layer", _of["layer"], _view.layer)
+    strength = opening.slider("strength", _of["strength"], _view.strength, 0.5)
+    coloured = opening.slider("colour by layer", _of["layer"], _view.layer, key="colour")
     return coloured, direction, kind, layer, strength
 
 
@@ -180,12 +177,13 @@ def _(
     strength,
 ):  # fmt: skip
     view = lesson.View(kind.value, direction.value, layer.value, strength.value)
+    opening.remember(view, steerable.start)
     steered = steerable.read(prompt, steerable.operations(view))
     _rows = [[policy, reveal], presets, [kind, direction], [layer, strength]]
     _controls = [mo.hstack(row, wrap=True, justify="start") for row in _rows]
     _tokens = lesson.next_tokens(steerable.model, baseline, steered)
     _chart = steering.next_token_chart(_tokens, steering.describe(view))
-    beside(mo.vstack([example, own, *_controls]), _chart)
+    opening.beside(mo.vstack([example, own, *_controls]), opening.chart(_chart))
     return steered, view
 
 
@@ -232,8 +230,8 @@ def _(cells, fan, set_view, steerable, view):
             set_view(lesson.View("add", view.name, cell["layer"], cell["strength"]))
 
     _map = steering.refusal_map(cells, view)
-    chart = mo.ui.altair_chart(_map, legend_selection=False, on_change=_steer)
-    beside(chart, steering.fan_chart(fan, view))
+    clicked = mo.ui.altair_chart(_map, legend_selection=False, on_change=_steer)
+    opening.beside(opening.chart(_map, clicked), opening.chart(steering.fan_chart(fan, view)))
     return
 
 
@@ -241,9 +239,9 @@ def _(cells, fan, set_view, steerable, view):
 def _(policy, steerable):
     with mo.status.spinner("Reading harmful and harmless prompts"):
         states = opening.attempt(lesson.held_out, steerable, policy.value or None)
-    _at, _last = steerable.start.layer, steerable.model.config.n_layers - 1
-    seen = mo.ui.slider(0, _last, value=_at, label="layer of u·h", show_value=True, debounce=True)
-    onto = mo.ui.dropdown(list(steerable.directions), value=steerable.refuse.name, label="on")
+    _of, _at = steerable.choices, steerable.start.layer
+    seen = opening.slider("layer of u·h", _of["layer"], _at, key="seen")
+    onto = opening.menu("onto", {x: x for x in _of["name"]}, steerable.refuse.name, label="on")
     return onto, seen, states
 
 
@@ -261,8 +259,10 @@ def _(baseline, layer, onto, seen, states, steerable, steered, strength, view):
     """
     _real = steering.histogram(_groups, onto.value, seen.value)
     _sides = (layer, strength, _depth), (seen, onto, _real)
-    _parts = [mo.vstack([mo.hstack(top, wrap=True), chart]) for *top, chart in _sides]
-    mo.vstack([mo.md(_text), beside(*_parts)])
+    _parts = [
+        mo.vstack([mo.hstack(top, wrap=True), opening.chart(chart)]) for *top, chart in _sides
+    ]
+    mo.vstack([mo.md(_text), opening.beside(*_parts)])
     return
 
 
@@ -281,7 +281,7 @@ def _(guesses, looked, prompt, steerable):
             looked[_ask] = lesson.shares(steerable, prompt, steerable.questions[_ask])
     _told = {ask: steering.verdict(guess, looked.get(ask)) for ask, guess in guesses.value.items()}
     _each = [mo.vstack([guesses[ask], mo.md(told)]) for ask, told in _told.items()]
-    mo.vstack([mo.md("## 8. Predict, then look"), beside(*_each)])
+    mo.vstack([mo.md("## 8. Predict, then look"), opening.beside(*_each)])
     return
 
 
@@ -291,7 +291,7 @@ def _(prompt, steerable):
     _names = dict.fromkeys([steerable.start.name, steerable.refuse.name, steerable.random[0]])
     _layers = lesson.map_layers(steerable, prompt)
     _chart = steering.explorer(lesson.grid(steerable, prompt, list(_names), _layers, top=8))
-    mo.vstack([mo.md("## Works in this copy too: choose below the chart"), _chart])
+    mo.vstack([mo.md("## Works in this copy too: choose below the chart"), opening.chart(_chart)])
     return
 
 

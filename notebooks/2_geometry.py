@@ -103,7 +103,7 @@ def _(found):
 @app.cell
 def _(found):
     # The window outlives the chart that it was brushed on; it belongs to this folder.
-    kept = {"window": None} if found.n_layers else {}
+    kept = {"window": cosines.named_window(str(mo.query_params().get("window")), found.n_layers)}
     return (kept,)
 
 
@@ -128,6 +128,7 @@ def _(found, kept, over_layers, table):
     # A new chart says nothing until the page has drawn it.
     if over_layers.selections:
         kept["window"] = window if window != cosines.whole(found) else None
+        opening.write("window", "..".join(map(str, kept["window"] or ())))
     elif kept["window"]:
         window = kept["window"]
     averaged = cosines.means(table, window)

@@ -28,6 +28,13 @@ with app.setup:
     ROOT = Path(__file__).resolve().parent.parent
     MOST = 5  # conditions whose projections can be told apart in one chart
 
+    def drawn(maps, which, missing):
+        if maps.filter((maps["map"] == which) & (maps["column"] != layer_windows.NONE)).is_empty():
+            return None, mo.md(f"{missing}: `jaxsteer sweep layer-window` does.")
+        chart = charts.map_chart(maps, which)
+        box = mo.ui.altair_chart(chart)
+        return box, opening.chart(chart, box)
+
 
 @app.cell
 def _():
@@ -147,14 +154,8 @@ def _():
 
 @app.cell
 def _(maps):
-    knockout = (
-        mo.ui.altair_chart(charts.map_chart(maps, "knockout"))
-        if (
-            maps.filter((maps["map"] == "knockout") & (maps["column"] != layer_windows.NONE)).height
-        )
-        else mo.md("This study has no knockout: `jaxsteer sweep layer-window` runs some.")
-    )
-    knockout  # noqa: B018
+    knockout, _shown = drawn(maps, "knockout", "This study runs no knockout")
+    _shown  # noqa: B018
     return (knockout,)
 
 
@@ -180,12 +181,8 @@ def _():
 
 @app.cell
 def _(maps):
-    added = (
-        mo.ui.altair_chart(charts.map_chart(maps, "refusal"))
-        if (maps.filter((maps["map"] == "refusal") & (maps["column"] != layer_windows.NONE)).height)
-        else mo.md("This study adds no refusal: `jaxsteer sweep layer-window` does.")
-    )
-    added  # noqa: B018
+    added, _shown = drawn(maps, "refusal", "This study adds no refusal")
+    _shown  # noqa: B018
     return (added,)
 
 
@@ -210,10 +207,11 @@ def _():
 @app.cell
 def _(added, found, knockout, maps):
     _boxes = {"knockout": knockout, "refusal": added}
-    _picked = [
-        layer_windows.brushed(maps, which, getattr(box, "selections", {}))
-        for which, box in _boxes.items()
-    ]
+    _picked = []
+    for _which, _box in _boxes.items():
+        _said, _asked = getattr(_box, "selections", {}), str(mo.query_params().get(_which))
+        _picked.append(layer_windows.brushed(maps, _which, _said, _asked))
+        opening.write(_which, "|".join(_picked[-1]["condition"]))
     chosen = _picked[0].vstack(_picked[1])
     _free = not chosen.height
     if _free:

@@ -229,14 +229,14 @@ def _():
 @app.cell
 def _(found):
     _seeds = [str(seed) for seed in findings.seeds(found)]
-    degenerate = mo.ui.switch(label="leave out pairs with a degenerate reply")
-    never = mo.ui.switch(label="leave out prompts that no condition refuses")
-    seeds = mo.ui.multiselect(_seeds, value=_seeds, label="random seeds")
-    _shown = {"show_value": True, "debounce": True}
-    _alphas = [0.001, 0.005, 0.01, 0.05, 0.1, 0.2]
-    alpha = mo.ui.slider(steps=_alphas, value=0.05, label="alpha", **_shown)
-    margin = mo.ui.slider(0.02, 0.5, 0.01, value=0.15, label="margin", **_shown)
-    own_margin = mo.ui.switch(value=True, label="each test's own margin")
+    degenerate = opening.switch("degenerate", "leave out pairs with a degenerate reply")
+    never = opening.switch("never", "leave out prompts that no condition refuses")
+    seeds = mo.ui.multiselect(label="random seeds", **opening.kept_all("seeds", _seeds))
+    _alphas, _margins = [0.001, 0.005, 0.01, 0.05, 0.1, 0.2], [i / 100 for i in range(2, 51)]
+    _kept = opening.kept("alpha", 0.05, _alphas)
+    alpha = mo.ui.slider(steps=_alphas, label="alpha", show_value=True, debounce=True, **_kept)
+    margin = opening.slider("margin", _margins, 0.15, 0.01, key="margin")
+    own_margin = opening.switch("own", "each test's own margin", first=True)
     mo.vstack(
         [
             mo.hstack([degenerate, never], justify="start", gap=2, wrap=True),

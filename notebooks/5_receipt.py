@@ -107,10 +107,8 @@ def _(folder, receipt, rows):
     _whole = rows.height <= 100_000  # rebuilding reads every row
     try:
         _checks = verify.verify(folder / "receipt.json", folder=folder if _whole else None)
-        _said, _kind = (
-            verify.verdict(_checks),
-            "success" if verify.passed(_checks) else "danger",
-        )
+        _said = verify.verdict(_checks)
+        _kind = "success" if verify.passed(_checks) else "danger"
     except UserError as error:
         _checks, _said, _kind = [], str(error), "danger"
     _callout = mo.callout(mo.md(marks.escaped(_said)), kind=_kind)
@@ -133,9 +131,11 @@ def _():
 
 @app.cell
 def _():
+    _first = str(mo.query_params().get("second", mo.cli_args().get("second") or ""))
     second = mo.ui.text(
-        value=str(mo.cli_args().get("second") or ""),
+        _first,
         label="another receipt.json, to compare with",
+        on_change=lambda path: opening.write("second", path.strip()),
         full_width=True,
     )
     second  # noqa: B018

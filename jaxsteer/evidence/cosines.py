@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def window_of(selection: Mapping[str, Any], n_layers: int) -> Window:
             if first <= last:
                 return first, last
     return 0, n_layers - 1
+
+
+def named_window(text: str, n_layers: int) -> Window | None:
+    """The window that a text such as `4..9` names, or None."""
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    first, last = map(int, ends.groups()) if ends else (0, n_layers)
+    return (first, last) if first <= last < n_layers else None
 
 
 def pairs(found: Geometry) -> pl.DataFrame:

@@ -228,10 +228,14 @@ def table(found: Results, made: Sequence[Cell]) -> pl.DataFrame:
     ).sort("map", "order", "strength")
 
 
-def brushed(maps: pl.DataFrame, which: Map, selection: Mapping[str, Any]) -> pl.DataFrame:
+def brushed(
+    maps: pl.DataFrame, which: Map, selection: Mapping[str, Any], earlier: str = ""
+) -> pl.DataFrame:
     """The cells of a map that a brush covers; no lines without a brush.
 
     A brush has the columns and strengths it touches: {"cells": {"column": [...], "norms": [...]}}.
+    A map that was not drawn yet says nothing: then they are the conditions in `earlier`, such as
+    `persona, out at 4 x2|persona, out at 5 x2`.
     """
     mine = maps.filter(pl.col("map") == which)
     for fields in selection.values():
@@ -240,7 +244,7 @@ def brushed(maps: pl.DataFrame, which: Map, selection: Mapping[str, Any]) -> pl.
             columns = [str(value) for value in fields["column"]]
             norms = [f"{float(value):g}" for value in fields["norms"]]
             return mine.filter(pl.col("column").is_in(columns) & pl.col("norms").is_in(norms))
-    return mine.clear()
+    return mine.clear() if selection else mine.filter(pl.col("condition").is_in(earlier.split("|")))
 
 
 def strongest(maps: pl.DataFrame, which: Map) -> pl.DataFrame:

@@ -135,46 +135,6 @@ def test_charts_take_the_width_of_the_page(reader: Reader, width):
         reader.page.set_viewport_size({"width": 1200, "height": 900})
 
 
-def test_a_dragged_tip_adds_in_the_browser_what_the_library_adds(reader: Reader):
-    before = result(reader, "add")
-    drag(reader, "add", "h", 2.0, -3.0)
-    assert result(reader, "add") == pytest.approx([before[0] + 2, before[1] - 3], abs=0.06)
-    # h started at (-1, 2), d is (1.5, 0.5) and its strength 1.
-    after = steered((1.0, -1.0), (1.5, 0.5), "add")
-    assert result(reader, "add") == pytest.approx(after, abs=0.06)
-
-
-@pytest.mark.parametrize(
-    ("step", "h", "d"), [("project", (1.5, 2.5), (1.0, 2.0)), ("cap", (2.5, 1.5), (0.5, 1.5))]
-)
-def test_a_dragged_direction_projects_and_caps_as_the_library_does(reader: Reader, step, h, d):
-    drag(reader, step, "d", -1.0, 1.5)
-    assert result(reader, step) == pytest.approx(steered(h, d, step), abs=0.08)
-
-
-def test_dragged_means_give_their_difference_and_the_count_of_the_library(reader: Reader):
-    drag(reader, "clouds", "h", -2.2, -1.2)
-    *difference, right = result(reader, "clouds")
-    assert difference == pytest.approx([0.4, 0.6], abs=0.06)
-    h, d = np.array([-0.8, 0.0]), np.array([-1.2, -0.6])
-    sides = [(lesson.cloud() + mean) @ (h - d) for mean in (h, d)]
-    expected, n = lesson.separation(*sides)
-    assert n == 24 and abs(right - expected) <= 1 < n - expected
-
-
-def test_arrow_keys_move_a_tip(reader: Reader):
-    before = result(reader, "add")
-    plane(reader, "add").locator('[data-vector="h"]').focus()
-    reader.page.keyboard.press("ArrowRight")
-    assert result(reader, "add") == pytest.approx([before[0] + 0.1, before[1]], abs=1e-9)
-
-
-def test_the_end_point_ignores_the_strength_where_projecting_cancels(reader: Reader):
-    before = result(reader, "cancel")
-    plane(reader, "cancel").locator("input").fill("-2")
-    assert result(reader, "cancel") == pytest.approx(before, abs=1e-9)
-
-
 def test_the_strength_slider_changes_probabilities_reply_and_projections(reader: Reader):
     tokens, depth = reader.chart("probability of the first"), reader.chart("At the last layer")
     before = [tokens.picture, depth.picture, *replies(reader)]
@@ -218,6 +178,29 @@ def test_a_preset_sets_all_controls(reader: Reader, name, words):
     assert words in " ".join(reader.chart("likeliest next token").texts)
 
 
+def test_its_address_opens_the_same_view(browser, reader: Reader):
+    with reader.runs():
+        reader.page.get_by_role("button", name="make it refuse").click()
+    with reader.runs():
+        reader.slide("layer", 0)
+    with reader.runs():
+        reader.page.get_by_label("policy", exact=True).select_option("be helpful")
+    with opened(browser, reader.page.url) as again:
+        assert values(again) == (0, 2)
+        assert "+2 × refusal at resid_post.0" in " ".join(again.chart("likeliest next").texts)
+        assert again.page.get_by_label("policy", exact=True).input_value() == "be helpful"
+    with reader.runs():
+        reader.page.get_by_role("button", name="as the study does").click()
+    with reader.runs():
+        reader.page.get_by_label("policy", exact=True).select_option("refuse what is harmful")
+    assert not {"name=", "layer=", "strength="} & set(reader.page.url.replace("&", "?").split("?"))
+
+
+def test_every_chart_can_be_saved_as_csv(reader: Reader):
+    links = reader.page.locator('a[download="data.csv"]')
+    assert links.count() == reader.page.locator(".vega-embed svg.marks").count() == 6
+
+
 def test_a_guess_is_checked_against_the_model(reader: Reader, steerable):
     options = list(steerable.questions.values())[1]
     prompt = steerable.model.tokenizer.chat(
@@ -242,6 +225,47 @@ def test_hostile_prompts_stay_text_and_their_replies_are_veiled(reader: Reader):
     with reader.runs():
         reader.page.get_by_role("switch", name="show replies to my own prompt").click()
     assert reader.page.locator(".js-card p.js-veil").count() == 0
+
+
+# A dragged plane tells the kernel, so these tests come after those that wait for a run of theirs.
+def test_a_dragged_tip_adds_in_the_browser_what_the_library_adds(reader: Reader):
+    before = result(reader, "add")
+    drag(reader, "add", "h", 2.0, -3.0)
+    assert result(reader, "add") == pytest.approx([before[0] + 2, before[1] - 3], abs=0.06)
+    # h started at (-1, 2), d is (1.5, 0.5) and its strength 1.
+    after = steered((1.0, -1.0), (1.5, 0.5), "add")
+    assert result(reader, "add") == pytest.approx(after, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("step", "h", "d"), [("project", (1.5, 2.5), (1.0, 2.0)), ("cap", (2.5, 1.5), (0.5, 1.5))]
+)
+def test_a_dragged_direction_projects_and_caps_as_the_library_does(reader: Reader, step, h, d):
+    drag(reader, step, "d", -1.0, 1.5)
+    assert result(reader, step) == pytest.approx(steered(h, d, step), abs=0.08)
+
+
+def test_dragged_means_give_their_difference_and_the_count_of_the_library(reader: Reader):
+    drag(reader, "clouds", "h", -2.2, -1.2)
+    *difference, right = result(reader, "clouds")
+    assert difference == pytest.approx([0.4, 0.6], abs=0.06)
+    h, d = np.array([-0.8, 0.0]), np.array([-1.2, -0.6])
+    sides = [(lesson.cloud() + mean) @ (h - d) for mean in (h, d)]
+    expected, n = lesson.separation(*sides)
+    assert n == 24 and abs(right - expected) <= 1 < n - expected
+
+
+def test_arrow_keys_move_a_tip(reader: Reader):
+    before = result(reader, "add")
+    plane(reader, "add").locator('[data-vector="h"]').focus()
+    reader.page.keyboard.press("ArrowRight")
+    assert result(reader, "add") == pytest.approx([before[0] + 0.1, before[1]], abs=1e-9)
+
+
+def test_the_end_point_ignores_the_strength_where_projecting_cancels(reader: Reader):
+    before = result(reader, "cancel")
+    plane(reader, "cancel").locator("input").fill("-2")
+    assert result(reader, "cancel") == pytest.approx(before, abs=1e-9)
 
 
 def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):

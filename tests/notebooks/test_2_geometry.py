@@ -71,6 +71,12 @@ def test_another_pair_redraws_the_first_chart_and_keeps_the_window(reader: Reade
     assert reader.page.get_by_text("Window: layers 2..5").count() == 1
 
 
+def test_its_address_opens_the_same_pair_and_window(browser, reader: Reader):
+    with opened(browser, reader.page.url) as again:
+        assert again.page.get_by_text("Window: layers 2..5").count() == 1
+        assert "evil · nurturing: cosine −" in " ".join(again.chart(CHARTS[0]).texts)
+
+
 @pytest.mark.parametrize("width", [360, 1600])
 def test_charts_take_the_width_of_the_page(reader: Reader, width):
     reader.page.set_viewport_size({"width": width, "height": 900})

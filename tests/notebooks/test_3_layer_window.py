@@ -67,6 +67,13 @@ def test_a_brush_in_the_other_map_adds_its_cells(reader: Reader):
     assert "persona, refusal at 5 x2" in reader.chart(FLIPS).texts
 
 
+def test_its_address_opens_the_same_cells(browser, reader: Reader):
+    with opened(browser, reader.page.url) as again:
+        again.page.get_by_text("6 chosen cells", exact=True).wait_for()
+        assert again.chart(FLIPS).texts == reader.chart(FLIPS).texts
+        assert again.page.url == reader.page.url
+
+
 def test_the_prompts_own_tokens_can_be_shown(reader: Reader):
     with reader.runs():
         reader.page.get_by_text("prompt", exact=True).click()

@@ -75,6 +75,19 @@ def test_leaving_out_degenerate_pairs_changes_what_is_counted(reader: Reader):
     assert verdicts(reader) != before and "of 38 prompts" in verdicts(reader)
 
 
+def test_its_address_opens_the_same_rules(browser, reader: Reader):
+    with reader.runs():
+        reader.slide("alpha", 0)
+    before = verdicts(reader)
+    with opened(browser, reader.page.url) as again:
+        assert verdicts(again) == before
+        assert float(again.slider("margin").get_attribute("aria-valuenow")) == pytest.approx(
+            float(reader.slider("margin").get_attribute("aria-valuenow"))
+        )
+        switch = again.page.get_by_role("switch", name="leave out pairs with a degenerate")
+        assert switch.get_attribute("aria-checked") == "true"
+
+
 def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
     assert reader.errors == []
 

@@ -8,8 +8,14 @@ import sys
 from pathlib import Path
 
 import marimo
+import numpy as np
 import pytest
 
+from jaxsteer.directions import direction
+from jaxsteer.directions.direction import Direction
+from jaxsteer.model.chat_model import ChatModel
+from jaxsteer.model.convert import convert
+from tests import tiny
 from tests.evidence import windows_made
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 
@@ -49,12 +55,17 @@ def test_the_gallery_leads_to_a_notebook_and_its_links_and_address_keep_the_choi
             again.page.get_by_text("Where in depth refusal comes back").wait_for()
 
 
-def test_an_exported_page_says_what_is_inert_and_draws_its_charts(browser, folder, tmp_path):
-    page = tmp_path / "3_layer_window.html"
+def exported(notebook: str, folder: Path, *arguments: str) -> Path:
+    page = folder / f"{notebook}.html"
     command = [sys.executable, "-m", "marimo", "--yes", "export", "html", "--no-include-code"]
-    command += [str(ROOT / "notebooks/3_layer_window.py"), "-o", str(page)]
-    command += ["--", "--exported", "1", "--results", str(folder)]
+    command += [str(ROOT / f"notebooks/{notebook}.py"), "-o", str(page)]
+    command += ["--", "--exported", "1", *arguments]
     subprocess.run(command, check=True, capture_output=True)
+    return page
+
+
+def test_an_exported_page_says_what_is_inert_and_draws_its_charts(browser, folder, tmp_path):
+    page = exported("3_layer_window", tmp_path, "--results", str(folder))
     with browser.new_context(offline=True) as alone:
         reader = Reader(alone.new_page())
         reader.page.goto(page.as_uri(), wait_until="load")
@@ -63,8 +74,36 @@ def test_an_exported_page_says_what_is_inert_and_draws_its_charts(browser, folde
         reader = Reader(connected.new_page())
         reader.page.route("https://cdn.jsdelivr.net/**", marimos_own)
         reader.page.goto(page.as_uri())
-        reader.page.get_by_text("do nothing here").wait_for()
+        reader.page.get_by_text("do nothing here.").wait_for()
         assert reader.chart(KNOCKOUT).marks("symbol")
         link = reader.page.get_by_role("link", name="4 controls")
         assert link.get_attribute("href") == "4_controls.html"
         assert reader.page.locator("#offline").count() == 0
+
+
+def test_what_an_exported_page_excepts_works_in_it(browser, tmp_path):
+    hf = tiny.save(tiny.llama(), tmp_path / "hf")
+    model = ChatModel.load(convert(hf, tmp_path / "tiny", "float32"))
+    shape = (model.config.n_layers, model.config.d_model)
+    persona = Direction(
+        name="persona",
+        vectors=np.ones(shape, np.float32),
+        provenance={"weights_sha256": model.weights_sha256},
+    )
+    direction.save(tmp_path / "directions.safetensors", [persona])
+    arguments = ("--model", str(tmp_path / "tiny"), "--results", str(tmp_path))
+    page = exported("1_how_steering_works", tmp_path, *arguments)
+    with browser.new_context() as connected:
+        reader = Reader(connected.new_page())
+        reader.page.route("https://cdn.jsdelivr.net/**", marimos_own)
+        reader.page.goto(page.as_uri())
+        reader.page.get_by_text("except the vectors of sections 1 to 5 and the menus").wait_for()
+        plane = reader.page.locator(".plane").nth(1)
+        before = plane.locator("output").get_attribute("data-result")
+        plane.locator('[data-vector="h"]').focus()
+        reader.page.keyboard.press("ArrowRight")
+        assert plane.locator("output").get_attribute("data-result") != before
+        chart = reader.chart("opens with a refusal:")
+        drawn = chart.picture
+        reader.page.locator(".vega-bindings select").nth(2).select_option(label="-8")
+        assert chart.picture != drawn

@@ -234,7 +234,7 @@ class Panels:
         )
 
 
-def csv(chart: alt.LayerChart | Panels) -> str:
+def csv(chart: alt.Chart | alt.LayerChart | Panels) -> str:
     """A link that saves the data that a chart draws, as HTML: the largest of its tables."""
     charts = chart.charts if isinstance(chart, Panels) else [chart]
     tables = [max(_tables(one), key=lambda table: table.height) for one in charts]

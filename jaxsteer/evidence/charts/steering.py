@@ -27,10 +27,6 @@ SIDES: dict[str, marks.Role] = {"baseline": "baseline", "steered": "persona"}
 GROUPS: dict[str, marks.Role] = {"harmful": "refusal", "harmless": "persona"}
 UNIT = "natural norms"
 COLOURS = 4.0  # natural norms at which the colours of projections end
-COLUMNS = (
-    "display: grid; gap: 0.5rem 1.5rem; align-items: start; overflow-x: auto; "
-    "grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr))"
-)
 
 
 def describe(view: View) -> str:
