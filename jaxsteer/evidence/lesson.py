@@ -167,12 +167,7 @@ class SteerableModel:
         """What a view of this model may say, by field."""
         steps = {*np.arange(-8, 8.5, 0.5).tolist(), self.start.strength, -self.start.strength}
         layers = range(self.model.config.n_layers)
-        return {
-            "kind": KINDS,
-            "name": [*self.directions],
-            "layer": layers,
-            "strength": sorted(steps),
-        }
+        return dict(kind=KINDS, name=[*self.directions], layer=layers, strength=sorted(steps))
 
     @property
     def questions(self) -> dict[str, dict[str, View]]:
