@@ -21,7 +21,7 @@ LARGEST = 250_000  # bytes
 # Words in the chart with which each picture begins.
 SHOWN = {
     "1_how_steering_works": "click a cell to steer there",
-    "2_geometry": "Drag across layers",
+    "2_geometry": "one cosine a layer",
     "3_layer_window": "layers the direction is projected out of",
     "4_controls": "difference of rates",
     "5_receipt": "share of strongreject prompts",
