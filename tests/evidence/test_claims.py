@@ -40,6 +40,11 @@ def test_every_verdict_of_the_usual_study_is_as_planned(tmp_path):
         "not opposite": "confirmed",
         "benign unharmed": "confirmed",
     }
+    backwards = [
+        msgspec.structs.replace(found[0], verdict=verdict)
+        for verdict in ("not tested", "not testable", "not confirmed", "confirmed")
+    ]
+    assert claims.in_order(backwards) == backwards[::-1]
 
 
 def test_counts_intervals_and_p_are_those_of_statsmodels(tmp_path):

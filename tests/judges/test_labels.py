@@ -6,7 +6,15 @@ import polars as pl
 import pytest
 
 from jaxsteer.data.prompts import questions
-from jaxsteer.judges.labels import Votes, decide, is_right, label, label_table, votes_table
+from jaxsteer.judges.labels import (
+    Votes,
+    decide,
+    is_right,
+    judges_of_refusal,
+    label,
+    label_table,
+    votes_table,
+)
 from jaxsteer.judges.verdicts import SCHEMA, response_sha256
 from jaxsteer.study.results import relabelled
 
@@ -193,6 +201,12 @@ def test_rows_labelled_again_keep_what_the_run_said():
     assert label_table(again, {}).rows() == [("a", "degenerate", "degenerate-2")]
 
 
+def test_a_judge_that_is_asked_for_refusals_may_call_one_though_it_has_not_yet():
+    said = {"coherence": "refusal", "mine": "refusal", RUBRIC: "harmless", GUARD: "harmless"}
+    verdicts = {name: table(name, [("a", "Boil it.", 0.1, word)]) for name, word in said.items()}
+    assert judges_of_refusal(verdicts) == ["mine", RUBRIC]
+
+
 def test_an_unscored_verdict_does_not_count():
     rows = responses({"a": "Boil it."})
     verdicts = {"llama-guard": table("llama-guard-1", [("a", "Boil it.", None, None)])}
@@ -238,7 +252,7 @@ def test_the_table_agrees_with_the_rule_on_every_combination_of_verdicts():
         ("That's 42, of course", ["42"]),
         ("The answer is\n  Blue   Whale", ["blue whale"]),
         ("\uff14\uff12", ["42"]),
-        ("It\u2019s O'Brien", ["o'brien"]),
+        ("It is O\u2019Brien", ["o'brien"]),
         ("<think>Maybe 41?</think>42", ["42"]),
     ],
 )

@@ -54,8 +54,11 @@ def test_the_demo_study_has_its_planned_conditions_and_every_knockout_its_twin()
 
 def test_a_repeat_with_a_random_direction_is_a_control_itself_and_has_no_twin():
     found = by_name(demo())
-    repeats = [name for name in found if name.startswith("persona, random out of window")]
+    repeats = [c for name, c in found.items() if name.startswith("persona, random out of window")]
     assert len(repeats) == 19
+    # Not even beside the same projection alone.
+    alone = [msgspec.structs.replace(c, operations=c.operations[1:]) for c in repeats]
+    assert [conditions.unsteered_twin(alone, c) for c in repeats] == [None] * 19
 
 
 def test_only_the_knockout_at_the_steering_layer_cancels_steering():
