@@ -239,6 +239,9 @@ def test_the_table_agrees_with_the_rule_on_every_combination_of_verdicts():
     frame = responses(rows, **{r: "benign" for r, votes, _ in expected if votes.benign})
     verdicts = {judge: table(judge, found) for judge, found in lines.items()}
     assert len(expected) > 200
+    found = votes_table(frame, verdicts).drop("row_id", "response_sha256", "human", strict=False)
+    found = found.drop(name for name in found.columns if name.startswith("says "))
+    assert [Votes(**row) for row in found.iter_rows(named=True)] == [v for _, v, _ in expected]
     assert label_table(frame, verdicts).rows() == [(r, *decided) for r, _, decided in expected]
 
 

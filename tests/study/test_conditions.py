@@ -175,6 +175,8 @@ ops = [
     scales = [getattr(op, "scale", None) for op in found.operations]
     assert scales == [-4.0, 3.0, None]
     assert [op.measured_at for op in found.operations] == [None, None, 5]
+    taps = [op.tap for op in conditions.operations(found, directions())]
+    assert taps == ["resid_post", "resid_post", "embed", "resid_mid", "resid_post"]
     assert (found.scope, found.benign) == ("response", True)
     assert (twin.scope, twin.benign) == ("response", False)
     assert (twin.name, twin.base) == ("c, unsteered", "c, unsteered")
