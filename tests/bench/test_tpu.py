@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jaxsteer.model.weights import param_shapes
-from tests.bench import tpu
+from tests.bench import hbm, tpu
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,35 @@ def test_seconds_are_between_everything_overlapped_and_nothing():
     assert cost.seconds(chip, read=250) == (2.5, 5)
 
 
+# The layouts S(1) are in on-chip memory. HBM has 8 bytes of each prefetch, 16 + 16 of the entry's
+# fusion, which reads two of four rows of its operand, and 8 that the step's fusion writes.
+PROGRAM = """HloModule step
+
+%sliced (p0: f32[4,2]) -> f32[2,2] {
+  %p0 = f32[4,2]{1,0} parameter(0)
+  ROOT %s = f32[2,2]{1,0} slice(%p0), slice={[0:2], [0:2]}
+}
+
+%body (w: f32[2,2]) -> f32[2] {
+  %w = f32[2,2]{1,0} parameter(0)
+  %start = ((f32[2,2]{1,0}), f32[2]{0:S(1)}, s32[]) slice-start(%w), slice={[0:1], [0:2]}
+  %done = f32[2]{0:S(1)} slice-done(%start)
+  %twice = f32[2]{0:S(1)} add(%done, %done)
+  %more = f32[2]{0:S(1)} add(%twice, %done)
+  ROOT %out = f32[2]{0} negate(%more)
+}
+
+ENTRY %main (a: f32[4,2]) -> f32[2,2] {
+  %a = f32[4,2]{1,0} parameter(0)
+  ROOT %f = f32[2,2]{1,0} fusion(%a), kind=kLoop, calls=%sliced
+}
+"""
+
+
+def test_bytes_of_a_step_are_those_of_hbm_with_what_is_outside_of_the_loop_shared():
+    assert hbm.step_bytes(PROGRAM, 4) == (8 + 8) + (16 + 16) / 4
+
+
 def test_without_the_compiler_one_line_names_it(monkeypatch, capsys):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(sys, "argv", ["tpu", "--model", "llama-3.1-8b", "--topology", "v5e:2x4"])
@@ -49,7 +78,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from jaxsteer.model import sharding
 from tests import tiny
-from tests.bench import tpu
+from tests.bench import hbm, tpu
 tpu.LONGEST, tpu.NEW_TOKENS, tpu.ROWS = 32, 8, 64
 config = tiny.config(vocab_size=64)
 mesh = sharding.mesh("data=4,model=2")

@@ -43,6 +43,7 @@ from jaxsteer.model.config import ModelConfig, from_hf
 from jaxsteer.model.decoder import Realised, blocks_graph, graph
 from jaxsteer.model.interventions import Project, compile_conditions
 from jaxsteer.model.weights import nest, param_shapes
+from tests.bench import hbm
 
 GIB = 2**30
 DTYPE = jnp.bfloat16
@@ -86,7 +87,8 @@ class Cost:
       memory: bytes of temporaries, and of results that are not written over arguments.
       made: bytes of those results alone.
       operations: floating-point operations, with the body of an open loop once.
-      accessed: bytes read from and written to memory, with the body of an open loop once.
+      accessed: bytes read from and written to memory: by the compiler's count or, of a program
+        with an open loop, those of HBM in one step of it (`hbm.step_bytes`).
     """
 
     memory: int
@@ -101,8 +103,13 @@ class Cost:
         return at_least, max(at_least, computing + self.accessed / chip.bandwidth)
 
 
-def compiled(program: Any, *arguments: Any) -> Cost:
+def compiled(program: Any, *arguments: Any, steps: int = 0) -> Cost:
     """Compile a jitted function for the devices of its arguments.
+
+    Args:
+      program: the function.
+      arguments: shapes and static values.
+      steps: of its open loop, 0 if it has none.
 
     Raises:
       UserError: what the compiler refuses, such as more memory than the chip has.
@@ -113,7 +120,8 @@ def compiled(program: Any, *arguments: Any) -> Cost:
         raise UserError(str(error).splitlines()[0]) from error
     memory, cost = done.memory_analysis(), done.cost_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Cost(memory.temp_size_in_bytes + made, made, cost["flops"], cost["bytes accessed"])
+    accessed = hbm.step_bytes(done.as_text(), steps) if steps else cost["bytes accessed"]
+    return Cost(memory.temp_size_in_bytes + made, made, cost["flops"], accessed)
 
 
 class Sweep:
@@ -231,18 +239,21 @@ class Check:
       memory: bytes on one chip, by what they are for.
       left: bytes of HBM that stay free; negative if it does not fit.
       step: seconds of one new token for every row, at least and at most.
+      efficiency: weights and caches, as a share of all bytes that a step moves from and to HBM.
       table: seconds of the paper's table, at least and at most.
     """
 
     memory: dict[str, int]
     left: int
     step: tuple[float, float]
+    efficiency: float
     table: tuple[float, float]
 
     def __str__(self) -> str:
         lines = {name: f"{size / GIB:.2f} GiB" for name, size in self.memory.items()}
         lines["left"] = f"{self.left / GIB:.2f} GiB"
         lines["step"] = f"{1e3 * self.step[0]:.1f} to {1e3 * self.step[1]:.1f} ms"
+        lines["bytes"] = f"{self.efficiency:.0%} of a step's are weights and caches"
         lines["table"] = f"{self.table[0]:.0f} to {self.table[1]:.0f} s"
         return "\n".join(f"  {name:18s}{value}" for name, value in lines.items())
 
@@ -256,7 +267,7 @@ def check(config: ModelConfig, mesh: Mesh, chip: Chip, rows: int) -> Check:
     sharding.check_batch(rows, mesh)
     sweep, groups = Sweep(config, mesh), len(layer_groups(config.n_layers))
     state, read = sweep.state(rows), compiled(*sweep.prefill(LONGEST))
-    decoded = compiled(*sweep.decode(state))
+    decoded = compiled(*sweep.decode(state), steps=decode.CHUNK)
     weights = nbytes(sweep.params)
     memory = {
         "weights": weights,
@@ -265,7 +276,8 @@ def check(config: ModelConfig, mesh: Mesh, chip: Chip, rows: int) -> Check:
         "prompts in flight": groups * read.made + nbytes(sweep.state(sharding.PROMPT_BATCH)),
         "temporaries": max(decoded.memory, read.memory),
     }
-    step = decoded.seconds(chip, weights + nbytes(state.cache))
+    needed = weights + nbytes(state.cache)
+    step = decoded.seconds(chip, needed)
     group = read.seconds(chip, weights // groups)
     calls = groups * math.ceil(ROWS * USUAL / (sharding.PROMPT_BATCH * LONGEST))
     steps = math.ceil(ROWS / rows) * NEW_TOKENS
@@ -273,6 +285,7 @@ def check(config: ModelConfig, mesh: Mesh, chip: Chip, rows: int) -> Check:
         memory=memory,
         left=int(chip.hbm) - sum(memory.values()),
         step=step,
+        efficiency=needed / decoded.accessed,
         table=(calls * group[0] + steps * step[0], calls * group[1] + steps * step[1]),
     )
 
