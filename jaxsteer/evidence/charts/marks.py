@@ -197,16 +197,28 @@ def titled(chart: Chart, finding: str, detail: str = "", *, wrap: int = 80) -> C
 WRAPS = {380: 38, 520: 52, 720: 72, 980: 100, 9999: 130}
 
 
+def _by_width(text: str, share: float) -> str:
+    """An expression of Vega: the lines of a text, which its smaller letters let grow by a share.
+
+    JSON is a literal there, so names from a study stay text.
+    """
+    cases = [
+        f"width < {limit} ? {json.dumps(textwrap.wrap(text, int(letters * share)))}"
+        for limit, letters in WRAPS.items()
+    ]
+    return " : ".join([*cases, "''"])
+
+
 def wide(layers: Sequence[Any], finding: str, detail: str, height: float) -> alt.LayerChart:
     """Layers as one titled chart that takes the width of the page, and wraps its title to it."""
     chart = alt.LayerChart(layer=list(layers)).properties(width="container", height=height)
     chart = titled(chart, finding, detail, wrap=38)
-    # An expression of Vega, in which JSON is a literal: names from a study stay text.
-    cases = [
-        f"width < {limit} ? {json.dumps(textwrap.wrap(finding, letters))}"
-        for limit, letters in WRAPS.items()
-    ]
-    chart["title"]["text"] = alt.expr(" : ".join([*cases, "''"]))
+    chart["title"]["text"] = alt.expr(_by_width(finding, 1))
+    if detail:
+        # Vega-Lite takes no expression as a subtitle, and Vega, to which it compiles, does.
+        lines = {"signal": _by_width(detail, 1.2)}
+        patch = [{"op": "replace", "path": "/title/subtitle", "value": lines}]
+        chart = chart.properties(usermeta={"embedOptions": {"patch": patch}})
     return chart
 
 
@@ -355,8 +367,9 @@ def row_axis(field: str, *, numbers: bool = False, above: float = 0, **axis: Any
         axis["labelExpr"] = "slice(datum.label, 5)"
     if above:
         axis |= {"labelAlign": "left", "labelBaseline": "top", "labelPadding": 0, "zindex": 1}
-        axis |= {"labelOffset": 1 - above / 2, "tickSize": 0}
-    return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(labelLimit=360, **axis))
+        axis |= {"labelOffset": 1 - above / 2, "tickSize": 0, "labelLimit": alt.expr("width")}
+    axis = {"labelLimit": 360, **axis}
+    return alt.Y(f"{field}:N", sort=None, title=None, axis=alt.Axis(**axis))
 
 
 def dots(

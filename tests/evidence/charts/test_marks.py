@@ -67,10 +67,10 @@ def test_the_data_of_a_chart_is_saved_as_text_that_no_spreadsheet_runs():
 
 def test_titles_wrap_by_the_width_and_names_in_them_stay_text():
     hostile = "'] + alert(1) + ['" + " word" * 30
-    spec = marks.wide([dots()], hostile, "n = 2", 100).to_dict()
-    cases = re.findall(
-        r'\? (\["(?:[^"]|\\")*"(?:, "(?:[^"]|\\")*")*\])', spec["title"]["text"]["expr"]
-    )
-    assert len(cases) == len(marks.WRAPS)
-    for lines, letters in zip(map(json.loads, cases), marks.WRAPS.values(), strict=True):
-        assert " ".join(lines) == hostile and max(map(len, lines)) <= letters
+    spec = marks.wide([dots()], hostile, hostile, 100).to_dict()
+    (patch,) = spec["usermeta"]["embedOptions"]["patch"]
+    for expression, share in ((spec["title"]["text"]["expr"], 1), (patch["value"]["signal"], 1.2)):
+        cases = re.findall(r'\? (\["(?:[^"]|\\")*"(?:, "(?:[^"]|\\")*")*\])', expression)
+        assert len(cases) == len(marks.WRAPS)
+        for lines, letters in zip(map(json.loads, cases), marks.WRAPS.values(), strict=True):
+            assert " ".join(lines) == hostile and max(map(len, lines)) <= letters * share
