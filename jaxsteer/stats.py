@@ -176,7 +176,7 @@ def kappa(confusion: Int[np.ndarray, "first second"]) -> float | None:
     judges' own rates. None, because undefined, when both gave the same verdict throughout or there
     are no rows.
 
-    >>> kappa(np.array([[20, 5], [10, 15]]))
+    >>> round(kappa(np.array([[20, 5], [10, 15]])), 3)
     0.4
     """
     table, n = confusion.astype(np.float64), confusion.sum()
