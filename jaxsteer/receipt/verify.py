@@ -19,7 +19,7 @@ from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims, impact
 from jaxsteer.evidence.comparisons import Counted
-from jaxsteer.files import sha256_bytes
+from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.judges import rules
 from jaxsteer.judges.labels import label
 from jaxsteer.judges.verdicts import text_hashes
@@ -194,6 +194,7 @@ def _results(value: dict[str, Any], receipt: Statement, folder: Path | None) -> 
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} holds no results (run.json); give the folder of the run")
     p = receipt.predicate
+    yield _check("the results' files", list(_changed(p.files, folder)))
     rebuilt = "the receipt rebuilt from the results"
     samples = len(p.samples.rows) if p.samples else 0
     try:
@@ -243,6 +244,15 @@ def _prompts(p: Predicate, found: Results) -> Iterator[Check]:
         yield _unchecked(what, str(error))
         return
     yield _check(what, problems)
+
+
+def _changed(files: dict[str, str], folder: Path) -> Iterator[str]:
+    for name, sha256 in files.items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
+            yield f"{name} is missing"
+        elif sha256_file(file) != sha256:
+            yield f"{name} differs"
 
 
 def _differences(shown: Any, again: Any, where: str = "") -> Iterator[str]:
