@@ -37,7 +37,7 @@ from jaxsteer.study.record import Count, Sha256
 from jaxsteer.study.spec import StudySpec
 from jaxsteer.words import Progress
 
-FORMAT: Final = "jaxsteer-geometry-1"
+FORMAT: Final = "jaxsteer-geometry-2"
 FILE = "geometry.json"
 Units = Mapping[str, Parts]
 WELL_KNOWN = 0.5  # smallest split-half cosine of a direction that is not marked
@@ -111,7 +111,7 @@ class Measurements(msgspec.Struct, frozen=True, kw_only=True):
       directions, pairs: what was measured.
     """
 
-    format: Literal["jaxsteer-geometry-1"]
+    format: Literal["jaxsteer-geometry-2"]
     key: Sha256
     model: str
     weights_sha256: Sha256

@@ -357,9 +357,10 @@ def _applied(p: Predicate) -> list[tuple[str, str, str]]:
         operations = (
             "; ".join(map(describe, first.operations)).replace("resid_post.", "layer ") + scope
         )
-        known = p.steering.residual_norm
-        at = [k for op in first.operations if op.tap == "resid_post" for k in op.layers]
-        norms = [known[layer] for layer in at if layer < len(known)]
+        # The norms are those after each layer, and the change that of all taps.
+        known, at = p.steering.residual_norm, {k for op in first.operations for k in op.layers}
+        there = all(op.tap == "resid_post" for op in first.operations) and max(at) < len(known)
+        norms = [known[layer] for layer in at] if there else []
         share = percent(first.change.mean / statistics.fmean(norms), 1) if norms else "–"
         lines.append((name, operations, share))
     return lines

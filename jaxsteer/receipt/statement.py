@@ -38,7 +38,7 @@ from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import DecodingSpec
 
 STATEMENT = "https://in-toto.io/Statement/v1"
-PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v3"
+PREDICATE: Final = "urn:jaxsteer:refusal-receipt:v4"
 LARGEST = 64 * 2**20  # bytes
 
 
@@ -137,7 +137,7 @@ class Steering(Part, frozen=True):
 
     layers: dict[str, Count]
     dose: float
-    residual_norm: list[float]
+    residual_norm: list[Annotated[float, Meta(gt=0)]]
     directions: list[Direction]
 
 
@@ -327,7 +327,7 @@ class Statement(Part, frozen=True):
 
     type: Literal["https://in-toto.io/Statement/v1"] = msgspec.field(name="_type")
     subject: Annotated[list[Subject], Meta(min_length=1)]
-    predicateType: Literal["urn:jaxsteer:refusal-receipt:v3"]
+    predicateType: Literal["urn:jaxsteer:refusal-receipt:v4"]
     predicate: Predicate
 
 

@@ -27,8 +27,8 @@ FIXED = {
     *("different", "few-raised", "beyond-random", "cosine-above", "not-tested", "held", "failed"),
     *("refusal", "bypass", "degenerate", "harmful", "incoherent"),
     *("neutral", "unsteered", "random", "benign", "strongreject"),
-    *("add", "project", "cap", "resid_post", "all", "jaxsteer-geometry-1"),
-    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v3"),
+    *("add", "project", "cap", "resid_post", "all", "jaxsteer-geometry-2"),
+    *("https://in-toto.io/Statement/v1", "urn:jaxsteer:refusal-receipt:v4"),
 }
 
 
