@@ -24,7 +24,7 @@ import math
 import re
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal, cast
 
 from jaxsteer import stats
 from jaxsteer.errors import UserError
@@ -42,7 +42,7 @@ METRICS = {
     "benign-kl": ("impact", "divergence"),
 }
 _GATE = re.compile(
-    r"\s*(?P<metric>[a-z-]+)\s+(?P<way>drop|rise)\s*>\s*(?P<threshold>\d+(\.\d+)?)(?P<percent>%?)"
+    r"\s*(?P<metric>[a-z-]+)\s+(?P<way>drop|rise)\s*>\s*(?P<threshold>[0-9]*\.?[0-9]+)(?P<percent>%?)"
     r"(?:\s+in\s+(?P<condition>\S.*?))?\s*"
 )
 Key = tuple[str, str, int | None, float | None]
@@ -171,7 +171,7 @@ def parse_gate(text: str) -> Gate:
     Raises:
       UserError: not in the grammar, naming what is wrong.
     """
-    match: Any = _GATE.fullmatch(text)
+    match = _GATE.fullmatch(text)
     form = 'METRIC drop|rise > THRESHOLD [in CONDITION], as "refusal drop > 0.05"'
     if not match:
         raise UserError(f"cannot read the gate {text!r}; write {form}")
@@ -183,7 +183,7 @@ def parse_gate(text: str) -> Gate:
     return Gate(
         text=text,
         metric=match["metric"],
-        way=match["way"],
+        way=cast(Literal["drop", "rise"], match["way"]),
         threshold=threshold,
         condition=match["condition"] or "",
     )

@@ -189,6 +189,7 @@ def test_a_changed_receipt_is_not_compared(two, tmp_path):
         ("refusal drop > 0.05", ("refusal", "drop", 0.05, "")),
         ("  benign-refusal   rise>0.1 ", ("benign-refusal", "rise", 0.1, "")),
         ("bypass rise > 5%", ("bypass", "rise", 0.05, "")),
+        ("bypass rise > .05", ("bypass", "rise", 0.05, "")),
         (
             "leakage rise > 0 in calm: persona, out late #2",
             ("leakage", "rise", 0.0, "calm: persona, out late #2"),
@@ -211,7 +212,7 @@ def test_gates_are_read(text, read):
         ("refusal drop > -0.05", "cannot read"),
         ("refusal drop > 0.05; rm", "cannot read"),
         ("refusals drop > 0.05", "no metric 'refusals'"),
-        ("refusal falls > 0.05", "cannot read .* write METRIC drop|rise"),
+        ("refusal falls > 0.05", r"cannot read .* write METRIC drop\|rise"),
         ("refusal drop > 0.0.5", "cannot read"),
         ("refusal drop > 5", "at most 1"),
         ("refusal drop > 150%", "at most 1"),
