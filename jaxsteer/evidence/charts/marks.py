@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 import altair as alt
 import polars as pl
 
+from jaxsteer.errors import UserError
 from jaxsteer.judges.human import safe_cell
 from jaxsteer.words import plain
 
@@ -393,7 +394,15 @@ def dots(
       low, high: columns of the intervals' ends, in the unit of `x`.
       size: of the points.
       shared: encodings of points and intervals.
+
+    Raises:
+      UserError: the table lacks an end, so that a value would have no interval.
     """
+    if missing := {low, high} - set(table.columns):
+        raise UserError(
+            f"the chart's table has no column {', '.join(sorted(missing))}: compute the "
+            "interval (jaxsteer.stats) before drawing the value"
+        )
     base = alt.Chart(table).encode(y=y, **shared)
     whisker = base.mark_rule(strokeWidth=2.5, opacity=0.55, strokeCap="round")
     whisker = whisker.encode(x=on_axis(x, low), x2=high)

@@ -6,7 +6,9 @@ import re
 
 import altair as alt
 import polars as pl
+import pytest
 
+from jaxsteer.errors import UserError
 from jaxsteer.evidence.charts import marks
 
 TABLE = pl.DataFrame({"row": ["a", "b"], "rate": [0.1, 0.6], "low": [0.0, 0.4], "high": [0.3, 0.8]})
@@ -33,6 +35,17 @@ def test_an_interval_spans_its_ends_under_the_values_own_axis_title():
     assert rule["encoding"]["x"]["title"] == point["encoding"]["x"]["title"]
     assert rule["encoding"]["color"] == point["encoding"]["color"]
     assert "shape" not in rule["encoding"]
+
+
+def test_a_value_without_interval_is_refused():
+    with pytest.raises(UserError, match="no column high"):
+        marks.dots(
+            TABLE.drop("high"),
+            alt.X("rate:Q"),
+            alt.Y("row:N"),
+            tooltip=marks.tooltip("row"),
+            **marks.by_role("row", {"a": "persona", "b": "refusal"}),
+        )
 
 
 def test_a_title_states_the_finding_and_wraps():
