@@ -87,5 +87,5 @@ def test_modes_from_two_files_with_one_name_are_refused(model, tmp_path):
     first, second = map(str, files)
     change = ('system = "generic"', f'system = "generic"\nmodes = ["{first}", "{second}"]')
     study = spec.load(tiny.study_file(tmp_path, change))
-    with pytest.raises(UserError, match="'mine: baseline' repeats a seed, scale or mode"):
+    with pytest.raises(UserError, match="two modes are named 'mine'; rename one"):
         run.run_study(study, model, tmp_path / "results")
