@@ -4,7 +4,8 @@ A direction is float32 [n_layers, d_model], one vector per block at `resid_post`
 norm of a difference of means. `extraction` makes directions.
 
 Layers are written `21`, `22..29` or `22,24`, and in a study also `steer+1..last`. On the command
-line an intervention is `NAME@LAYERS`, such as `compliant@21x4` or `compliant@22..29`. A strength
+line an intervention is `NAME@LAYERS` with one layer or window, such as `compliant@21x4` or
+`compliant@22..29`. A strength
 is `x4` (multiples of the direction's natural norm) or `x0.2r` (share of the mean residual norm at
 that layer, from the direction's provenance).
 """
@@ -292,10 +293,15 @@ def operations(asked: Sequence[Asked], found: Mapping[str, Direction]) -> list[O
     """The asked operations, with directions looked up by name.
 
     Raises:
-      UserError: a relative strength without recorded residual norms.
+      UserError: an unknown direction, or a relative strength without recorded residual norms.
     """
     made: list[Operation] = []
     for item in asked:
+        if item.name not in found:
+            raise UserError(
+                f"no direction {item.name!r} in the directions file; it has "
+                f"{', '.join(found) or 'none'}; make one with `jaxsteer extract {item.name}`"
+            )
         direction = found[item.name]
         if item.scale is None:
             made.append(Project(directions=(direction.vectors,), layers=item.layers))

@@ -115,8 +115,8 @@ def conditions(
     found: list[Condition] = []
     modes = [data.mode(mode).name for mode in spec.modes] or [""]
     if len(set(modes)) < len(modes):
-        twice = max(modes, key=modes.count)
-        raise UserError(f"study {spec.name}: two modes are named {twice!r}; rename one")
+        same = max(modes, key=modes.count)
+        raise UserError(f"study {spec.name}: two modes are named {same!r}; rename one")
     for mode, item in itertools.product(modes, spec.condition):
         scales: list[float | None] = [*item.scales] or [None]
         seeds: list[int | None] = [*item.random_seeds] or [None]

@@ -55,9 +55,11 @@ def test_a_share_is_turned_into_norms_by_the_recorded_residual_norm():
     assert isinstance(added, Add) and added.scale == pytest.approx(10.0)
 
 
-def test_a_share_without_recorded_norms_is_refused():
+def test_a_share_without_recorded_norms_and_an_unknown_direction_are_refused():
     with pytest.raises(UserError, match="natural norms"):
         directions.operations(directions.parse(["v@7x0.2r"], []), {"v": direction()})
+    with pytest.raises(UserError, match="jaxsteer extract w"):
+        directions.operations(directions.parse(["w@7x1"], []), {"v": direction()})
 
 
 def test_a_projection_covers_its_window_in_one_operation():
