@@ -209,7 +209,7 @@ def advance(
     count = len(state.live)
     group = count // len(prefixes[0][0]) if prefixes else 1
     index = jnp.arange(count)
-    # The cache slot of the token that each row reads first in this chunk.
+    # The slot, of prefix and cache, of the token that each row reads first in this chunk.
     first = state.start + state.emitted - 1
     slot = jnp.arange(state.held.shape[1])
     before = state.held | ((slot >= state.start[:, None]) & (slot < first[:, None]))

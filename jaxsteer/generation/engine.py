@@ -48,8 +48,6 @@ SLOT_MULTIPLE = 16
 LEAST_SLOTS = 16
 # Slots that read a long prefix together.
 NEIGHBOURS = 4
-# Bytes of a process apart from its arrays, measured with SmolLM2's demo.
-PROCESS = 2**30
 
 Loop = Generator[list[Reply], None, None]
 
@@ -64,22 +62,24 @@ def cache_slots(longest: int, new_tokens: int) -> int:
     return -(-(prompt + new_tokens) // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
-def neighbours(prefix: int, new_tokens: int, slots: int) -> int:
+def neighbours(prefix: int, new_tokens: int, slots: int, rows: float) -> int:
     """How many neighbouring slots hold rows of one prefix, and read it together.
 
     Read together, a prefix takes a quarter of the memory and less than half of the time. But a slot
     that becomes free waits for a row of its neighbours' prefix, which costs more than that where
-    replies are long.
+    replies are long or few rows have the same prefix.
 
     Args:
       prefix: tokens of the longest prefix.
       new_tokens: most tokens of a reply.
       slots: of one loop and device.
+      rows: mean number of rows of a prefix.
 
-    >>> neighbours(370, 24, 64), neighbours(370, 150, 64), neighbours(370, 24, 6)
+    >>> neighbours(370, 24, 64, 40), neighbours(370, 150, 64, 40), neighbours(370, 24, 64, 2)
     (4, 1, 1)
     """
-    return NEIGHBOURS if prefix >= 4 * new_tokens and slots % NEIGHBOURS == 0 else 1
+    long = prefix >= 4 * new_tokens and rows >= NEIGHBOURS
+    return NEIGHBOURS if long and slots % NEIGHBOURS == 0 else 1
 
 
 def count_loops(slots: int, params: Params) -> int:
@@ -187,10 +187,16 @@ def _sizes(requests: Sequence[Request], new_tokens: int, slots: int) -> dict[str
     """Those of a job; `slots` are those of one loop and device."""
     longest = max((len(request.own) for request in requests), default=1)
     prefix = max((request.shared for request in requests), default=0)
+    of_prefix = len(requests) / max(1, len(_prefixes(requests)))
     return {
         "cache_slots": cache_slots(longest, new_tokens),
-        "group": neighbours(prefix, new_tokens, slots),
+        "group": neighbours(prefix, new_tokens, slots, of_prefix),
     }
+
+
+def _prefixes(requests: Sequence[Request]) -> set[tuple[tuple[int, ...], int | None]]:
+    """The distinct prefixes, each with its condition unless it is never steered."""
+    return {(request.prefix, None if request.plain else request.condition) for request in requests}
 
 
 def memory(
@@ -207,13 +213,11 @@ def memory(
     entries, rows = layer_sharing.batch_sizes(model.mesh, width, slots)
     # The residual stream and what a layer makes of it, float32.
     read = entries * width * (token + 4 * (8 * config.d_model + 3 * config.d_ff))
-    prefixes = {(request.prefix, request.condition) for request in requests}
     shared = max((request.shared for request in requests), default=0)
     return {
-        "libraries and programs": PROCESS,
         "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "cache of a batch": (batch * slots + groups * shared) * token,
-        "shared prefixes": sum(len(prefix) for prefix, _ in prefixes) * token,
+        "shared prefixes": sum(len(prefix) for prefix, _ in _prefixes(requests)) * token,
         "prompts being read": loops * (read + rows * slots * token),
     }
 
@@ -299,7 +303,9 @@ def _loop(job: _Job, rows: Sequence[int]) -> Loop:
             for slot, index in occupied.items():
                 wanted[slot // job.group] = job.prefix(index)
             if prompts.prefixes and (prefixes is None or (wanted != asked).any()):
-                asked, prefixes = wanted, prompts.placed(take(prompts.prefixes, wanted)).cache
+                # Dropped before the next are taken, so that memory never holds both.
+                asked, prefixes = wanted, None
+                prefixes = prompts.placed(take(prompts.prefixes, asked)).cache
             state = decode.advance(
                 *(model.definition, decoding, model.params, state, prompts.probes, sampling),
                 prefixes,

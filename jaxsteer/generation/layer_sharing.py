@@ -168,10 +168,11 @@ def read(
       size: packed sequences that go through a layer group together; 0 for `BATCH_ALONE`, or
         `BATCH` on a mesh, fewer if they are long, and fewer in a run of fewer.
       slots: length of the caches that will be made of them.
-      finished: rows of a finished batch; 0 for `BATCH`, fewer in a run of few packed sequences.
+      finished: rows to make a finished batch for, of which it holds at most `BATCH`; 0 for four
+        times the packed sequences.
 
     Yields:
-      At most `BATCH` rows, fewer if they are long, and what reading them left.
+      The rows of a finished batch, fewer if they are long, and what reading them left.
     """
     packed, mesh, data = prompts.packed, prompts.model.mesh, sharding.data_size(prompts.model.mesh)
     width = packed.width(rows[0])
@@ -330,8 +331,8 @@ def run_prefixes(
       probes: unit directions whose projections are recorded; None for none.
 
     Returns:
-      An entry for each distinct prefix and condition, all of one width: the longest, rounded up to
-      a multiple of 16. Then the entry of each that was asked. On a mesh there are further entries.
+      An entry for each distinct prefix and condition, and copies that fill batches, all of one
+      width: the longest, rounded up to a multiple of 16. Then the entry of each that was asked.
     """
     index = {distinct: number for number, distinct in enumerate(dict.fromkeys(asked))}
     tokens = [tokens for tokens, _ in index]
@@ -345,8 +346,8 @@ def run_prefixes(
         packed=one_each(tokens, width),
     )
     found, place, entries = list[Prefix](), dict[int, int](), 0
-    # As many rows as there are distinct prefixes: most conditions differ in the last layers, so a
-    # larger batch would be full of copies.
+    # A batch for as many rows as there are texts: most conditions differ in the last layers, so a
+    # larger one would be full of copies.
     for rows, batch in read(prompts, range(len(index)), finished=len(prompts.packed.tokens)):
         found.append(prefill.as_prefix(batch))
         place |= {row: entries + number for number, row in enumerate(rows)}

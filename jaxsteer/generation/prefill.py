@@ -344,7 +344,7 @@ def first_token(
       decoding: static decoding settings.
       params: the model's parameters.
       stream: what came out of the last layers.
-      batch: the rows; its outputs and caches are not read.
+      batch: the rows; its outputs are not read.
       changes: the realised change of every output, by row.
       sampling: dynamic sampling settings, unread when greedy.
       slots: length of each row's cache; static.
@@ -389,7 +389,7 @@ def finish(
 ) -> DecodeState:
     """Gather what each row left in all layers, and choose the first token of its reply.
 
-    Arguments as for `first_token`; the caches of `batch` are read.
+    Arguments as for `first_token`; the outputs of `batch` are read.
     """
     cache, changes = _gather_all(batch, slots)
     bare = dataclasses.replace(batch, outputs=[])

@@ -76,7 +76,7 @@ def test_tokens_and_realised_changes_equal_those_of_whole_prompts(model, rng, sc
 
 
 def test_neighbouring_slots_that_read_a_long_prefix_together_change_no_token(model, rng):
-    assert engine.neighbours(40, 8, 8) == 4
+    assert engine.neighbours(40, 8, 8, 7) == 4
     start, ends = rng.integers(3, 60, 40).tolist(), rng.integers(3, 60, (7, 3)).tolist()
     made = conditions(model, rng)
     stacked = oracle.compiled(model, made)
