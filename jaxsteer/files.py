@@ -70,7 +70,9 @@ def writing(path: Path, mend: str = "free space or choose another --out") -> Ite
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; {mend}") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or one_line(error)}; {mend}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -180,7 +182,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, kind: type[T], again: str) -> T:
-    """Read a JSON file as a struct of msgspec's or a builtin type.
+    """Read a JSON file as a record (a struct or dataclass) or a builtin type.
 
     Args:
       path: the file.

@@ -191,7 +191,8 @@ def among_random(controls: Sequence[float], treated: float) -> tuple[float, floa
     """One-sided p-values of a value among the same measure under random controls, one per seed.
 
     (1 + controls at or below it) / (1 + controls), and the same at or above. Neither can fall below
-    1 / (1 + controls), so few seeds cannot give a small p (Phipson & Smyth 2010).
+    1 / (1 + controls), so few seeds cannot give a small p (Phipson & Smyth 2010); without controls
+    both are 1. The values may have any unit, such as shares.
 
     >>> among_random([0.40, 0.35, 0.45, 0.40], treated=0.02)
     (0.2, 1.0)
