@@ -50,8 +50,10 @@ ALONE = {
     "accelerator": "a GPU or TPU",
 }
 # Libraries are compared on one device, which all of them can use.
-ON_CPU = {"JAX_PLATFORMS": "cpu"}
+ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 TUNING_TOKENS = 12
+# Rows of HF's batches on a GPU: a batch holds one condition, and few conditions have more rows.
+GPU_BATCH = 64
 
 
 class Failed(Exception):
@@ -62,11 +64,17 @@ class Worker:
     """A process that runs rows with one library; see `worker`."""
 
     def __init__(
-        self, errors: IO[str], python: Path, name: str, *paths: Path, cache: Path | None = None
+        self,
+        errors: IO[str],
+        python: Path,
+        name: str,
+        *paths: Path,
+        cache: Path | None = None,
+        gpu: bool = False,
     ):
         environment = (
             os.environ
-            | ON_CPU
+            | ({} if gpu else ON_CPU)
             | {
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_OFFLINE": "1",
@@ -114,10 +122,12 @@ class Worker:
 
 
 @contextmanager
-def worker(python: Path, name: str, *paths: Path, cache: Path | None = None) -> Iterator[Worker]:
-    """A worker, ended at the end."""
+def worker(
+    python: Path, name: str, *paths: Path, cache: Path | None = None, gpu: bool = False
+) -> Iterator[Worker]:
+    """A worker, ended at the end; it sees no GPU unless it is told to."""
     with tempfile.TemporaryFile("w+") as errors:
-        started = Worker(errors, python, name, *paths, cache=cache)
+        started = Worker(errors, python, name, *paths, cache=cache, gpu=gpu)
         try:
             yield started
         finally:
@@ -182,7 +192,21 @@ class Bench:
             )
             # Libraries may print before.
             self.record[part] = json.loads(done.stdout.splitlines()[-1])
+            if self.record[part].get("platform") == "gpu":
+                self.record[part]["hf"] = self._hf_on_gpu()
             self.save()
+
+    def _hf_on_gpu(self) -> dict[str, Any]:
+        """Every row of the study with HF and hooks on the GPU, in bfloat16; seconds, or why not."""
+        self.say("HF + hooks on the GPU")
+        rows = list(range(len(Job.load(self.out / "job").tokens)))
+        try:
+            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf", gpu=True) as peer:
+                peer.ask("run", rows=rows[:GPU_BATCH], batch=GPU_BATCH)
+                done = peer.ask("run", rows=rows, batch=GPU_BATCH)
+        except (Failed, OSError) as error:
+            return {"skipped": str(error)}
+        return {"batch": GPU_BATCH, "rows": len(rows), "seconds": done["seconds"]}
 
     def _compared(self, parts: set[str]) -> None:
         python = Path(sys.executable)

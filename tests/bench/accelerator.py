@@ -2,8 +2,8 @@
 
     python -m tests.bench.accelerator CHECKPOINT STUDY
 
-prints one JSON object, or why nothing was measured. Weights are bfloat16, which `jaxsteer convert`
-makes for such a device; peers are not run on it.
+prints one JSON object, or why nothing was measured, and writes the rows for HF beside STUDY.
+Weights are bfloat16, which `jaxsteer convert` makes for such a device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Sizes:
       slots: for the table.
     """
 
-    batches: Sequence[int] = (64, 128, 256, 512, 1024)
+    batches: Sequence[int] = (64, 256, 1024)
     matrix: int = 8192
     read: int = 2**31
     config: ModelConfig = dataclasses.field(default_factory=lambda: tpu.config_of("llama-3.1-8b"))
@@ -171,10 +171,17 @@ def measure(model: ChatModel, work: Workload, sizes: Sizes | None = None) -> dic
     device = jax.devices()[0]
     return {
         "device": f"{device.device_kind} ({device.platform})",
-        "study": [study(small, work, batch) for batch in sizes.batches],
-        "phases": [phases(small, work, sizes, batch) for batch in sizes.batches],
-        "table": table(model, sizes),
+        "platform": device.platform,
+        "study": [_said(study(small, work, batch)) for batch in sizes.batches],
+        "phases": [_said(phases(small, work, sizes, batch)) for batch in sizes.batches],
+        "table": _said(table(model, sizes)),
     }
+
+
+def _said(found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, said at once: all of it takes minutes."""
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
 
 
 def _peak() -> int | None:
@@ -192,8 +199,11 @@ def main(checkpoint: str, setup: str) -> None:
     from jaxsteer.data.wheels import use_compile_cache
 
     use_compile_cache()
-    model = ChatModel.load(Path(checkpoint), verify=False)
-    print(json.dumps(measure(model, workload.demo(model, Path(setup)))))
+    model, out = ChatModel.load(Path(checkpoint), verify=False), Path(setup).parent
+    work = workload.demo(model, Path(setup))
+    work.job.save(out / "job")
+    workload.hf_folder(model, Path(checkpoint) / "tokenizer", out / "hf")
+    print(json.dumps(measure(model, work)))
 
 
 if __name__ == "__main__":

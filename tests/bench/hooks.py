@@ -12,10 +12,14 @@ from tests.bench.job import Site
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
-def change(site: Site) -> Change:
-    """The site's effect on the stream [row, token, d_model]: add, then remove a span."""
-    added = sum((torch.from_numpy(v) for v in site.added), torch.zeros(()))
-    basis = torch.linalg.qr(torch.from_numpy(_columns(site)))[0] if site.removed else None
+def change(site: Site, like: torch.Tensor | None = None) -> Change:
+    """The site's effect on the stream [row, token, d_model]: add, then remove a span.
+
+    Its vectors have the device and dtype of `like`; None for float32 on the CPU.
+    """
+    like = torch.zeros(()) if like is None else like
+    added = sum((torch.from_numpy(v) for v in site.added), torch.zeros(())).to(like)
+    basis = torch.linalg.qr(torch.from_numpy(_columns(site)))[0].to(like) if site.removed else None
 
     def changed(h: torch.Tensor) -> torch.Tensor:
         if site.added:
@@ -41,7 +45,7 @@ class Hooked:
             self._hook(hf, site)
 
     def _hook(self, hf: Any, site: Site) -> None:
-        changed = change(site)
+        changed = change(site, hf.model.embed_tokens.weight)
         if site.tap == "embed":
             module = hf.model.embed_tokens
             self.handles.append(module.register_forward_hook(lambda m, a, out: changed(out)))

@@ -39,6 +39,7 @@ class Hf:
 
     def _generate(self, condition: int, members: Sequence[int], count: int) -> torch.Tensor:
         ids, mask = _padded([self.job.tokens[row] for row in members])
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         with hooks.Hooked(self.model, self.job.conditions[condition]):
             out = self.model.generate(
                 ids,
@@ -157,7 +158,11 @@ def versions(name: str) -> dict[str, str]:
 def _load(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    # On a GPU in bfloat16, as jaxsteer runs there. The CPU's parts hide a GPU from this process.
+    gpu = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if gpu else (torch.float32, "cpu")
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return hf.to(device).eval()
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,5 +173,4 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _replies(out: torch.Tensor, eos: Sequence[int]) -> list[list[int]]:
-    rows = [row.tolist() for row in out]
-    return [r[: next((i for i, t in enumerate(r) if t in eos), len(r))] for r in rows]
+    return [r[: next((i for i, t in enumerate(r) if t in eos), len(r))] for r in out.tolist()]

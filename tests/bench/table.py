@@ -207,3 +207,12 @@ def _accelerator(record: Mapping[str, Any], console: Console) -> None:
         f"{large['new_tokens']} new tokens, {large['slots']} slots: "
         f"[bold]{large['seconds']:.1f} s[/]"
     )
+    hf = found.get("hf", {"skipped": "only on a GPU"})
+    if "skipped" in hf:
+        console.print(escape(f"HF + hooks on this device: skipped, {hf['skipped']}"))
+        return
+    ours = min(study["seconds"] for study in found["study"])
+    console.print(
+        f"HF + hooks on this device, all {hf['rows']} rows, batch {hf['batch']}: "
+        f"{hf['seconds']:.1f} s; jaxsteer is [bold]{hf['seconds'] / ours:.1f}x[/]"
+    )

@@ -381,6 +381,7 @@ def record() -> dict:
             "study": [{"slots": n, "seconds": 9.0, "rate": 5000.0} for n in (64, 1024)],
             "phases": [{"prefill": share, "decode": share | {"bound": "memory"}}] * 2,
             "table": {"rows": 3443, "new_tokens": 150, "slots": 256, "seconds": 61.0},
+            "hf": {"batch": 64, "rows": 1944, "seconds": 45.0},
         },
         "small": [{"rows": 12, "batch": 8, "theirs_s": 2.0, "ours_s": 1.0}],
         "scaling": {"rows": {"exponent": 0.98, "points": [[64, 1.0], [128, 2.0]]}},
@@ -406,6 +407,7 @@ def test_the_table_says_which_targets_are_met() -> None:
     assert "on a [card]" in line("The demo study on")
     assert [cell.strip() for cell in line(" 1024 ").split("│")[2:5]] == ["9.0", "5000", "57 %"]
     assert "3443 rows of 150 new tokens, 256 slots: 61.0 s" in line("The paper's table")
+    assert "all 1944 rows, batch 64: 45.0 s; jaxsteer is 5.0x" in line("HF + hooks on this")
 
 
 def test_a_cold_compile_over_its_target_is_not_met() -> None:
