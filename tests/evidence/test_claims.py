@@ -241,8 +241,9 @@ def test_missing_rows_leave_a_claim_untested(tmp_path, dropped, said):
     assert said in claim.reason
 
 
-def test_different_prompts_of_equal_number_are_not_paired(tmp_path):
-    study = made.study([made.claim("claim", made.test("persona", "baseline", "lower"))])
+@pytest.mark.parametrize("control", ["baseline", "random direction"])
+def test_different_prompts_of_equal_number_are_not_paired(tmp_path, control):
+    study = made.with_seeds(2, made.test("persona", control, "lower"))
     other = [
         pl.when(pl.col("condition") == "persona").then(pl.col(name) + "x").otherwise(pl.col(name))
         for name in ("prompt_id", "row_id")
@@ -269,18 +270,6 @@ def test_every_seed_must_pass_and_the_failing_one_is_named(tmp_path):
     assert [c.result for c in claim.comparisons] == ["held", "failed"]
 
 
-def with_seeds(n, *tests):
-    """A study with that many random directions in place of the persona."""
-    study = made.study([made.claim("claim", *tests)])
-    seeded = [
-        msgspec.structs.replace(c, random_seeds=list(range(1, n + 1)))
-        if c.name == "random direction"
-        else c
-        for c in study.condition
-    ]
-    return msgspec.structs.replace(study, condition=seeded)
-
-
 @pytest.mark.parametrize("side", ["lower", "higher"])
 @given(refused=st.lists(st.integers(0, 40), min_size=19, max_size=25), treated=st.integers(0, 40))
 @settings(max_examples=15, deadline=None)
@@ -290,7 +279,7 @@ def test_a_control_with_seeds_is_compared_by_the_rank_among_all_seeds(side, refu
         k = {"persona": treated, "random direction": refused[int(seed or 1) - 1]}.get(name, 40)
         return "refusal" if i < k else "complied-unscored"
 
-    study = with_seeds(len(refused), made.test("persona", "random direction", side))
+    study = made.with_seeds(len(refused), made.test("persona", "random direction", side))
     with tempfile.TemporaryDirectory() as folder:
         [claim] = claims.evaluate(made.loaded(Path(folder), study=study, label=label))
     [c] = claim.comparisons
@@ -309,11 +298,17 @@ def test_a_control_with_seeds_is_compared_by_the_rank_among_all_seeds(side, refu
 
 def test_few_random_seeds_can_show_nothing(tmp_path):
     test = made.test("persona", "random direction", "lower")
-    eighteen = claims.evaluate(made.loaded(tmp_path / "18", study=with_seeds(18, test)))[0]
+    eighteen = claims.evaluate(made.loaded(tmp_path / "18", study=made.with_seeds(18, test)))[0]
     assert eighteen.verdict == "not testable"
     assert "18 random seeds cannot show less than p = 0.053" in eighteen.reason
-    nineteen = claims.evaluate(made.loaded(tmp_path / "19", study=with_seeds(19, test)))[0]
+    nineteen = claims.evaluate(made.loaded(tmp_path / "19", study=made.with_seeds(19, test)))[0]
     assert (nineteen.verdict, nineteen.comparisons[0].p) == ("confirmed", 0.05)
+
+
+def test_one_random_seed_is_compared_like_several(tmp_path):
+    study = made.with_seeds(1, made.test("persona", "random direction", "lower"))
+    [claim] = claims.evaluate(made.loaded(tmp_path, study=study))
+    assert "1 random seed cannot show less than p = 0.5" in claim.reason
 
 
 def test_a_rank_among_seeds_is_not_part_of_holms_family(tmp_path):
@@ -321,7 +316,7 @@ def test_a_rank_among_seeds_is_not_part_of_holms_family(tmp_path):
         made.test("persona", "baseline", "lower"),
         made.test("persona", "random direction", "lower"),
     ]
-    found = made.loaded(tmp_path, study=with_seeds(19, *tests))
+    found = made.loaded(tmp_path, study=made.with_seeds(19, *tests))
     [claim] = claims.evaluate(found)
     assert claim.verdict == "confirmed"
     assert claim.comparisons[0].p_holm == claim.comparisons[0].p

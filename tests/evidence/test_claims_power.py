@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 from scipy.stats import binomtest
 
 from jaxsteer.evidence import claims
 from jaxsteer.study import spec
+from jaxsteer.study.record import Condition
+from tests.receipt import made
 from tests.study.stand_ins import compiled
 
 SIZES = {"strongreject": 96, "benign": 40}
@@ -46,6 +49,32 @@ def test_few_raised_tolerates_what_its_bound_leaves():
     alone = [binomtest(0, early.at_risk - k).proportion_ci(0.95, "wilson").high for k in (0, 1)]
     assert alone[0] <= 0.3 < alone[1]
     assert f"at least {early.at_risk} of 96 prompts must be at risk" in claims.could_show(early)
+
+
+@pytest.mark.parametrize(("seeds", "limit"), [(18, None), (19, 0), (38, 0), (39, 1)])
+def test_a_rank_among_seeds_tolerates_one_in_twenty(seeds, limit):
+    study = made.with_seeds(seeds, made.test("persona", "random direction", "lower"))
+    conditions = msgspec.convert(made.conditions(study), list[Condition])
+    [found] = claims.powers(study, conditions, SIZES)
+    assert (found.n, found.limit) == (seeds, limit)
+
+
+@pytest.mark.parametrize(
+    ("expect", "n", "limit", "at_risk"),
+    [
+        # Of five prompts that all change, the exact p is 0.063, and of six 0.031.
+        ("lower", 5, None, None),
+        ("lower", 6, 6, None),
+        # The bound of none in 8 is above 0.3, and that of none in 9 is not.
+        ("few-raised", 8, None, None),
+        ("few-raised", 9, 0, 9),
+    ],
+)
+def test_the_smallest_study_that_can_confirm_a_claim_is_known(expect, n, limit, at_risk):
+    study = made.study([made.claim("claim", made.test("persona", "baseline", expect, margin=0.3))])
+    conditions = msgspec.convert(made.conditions(study), list[Condition])
+    [found] = claims.powers(study, conditions, {"strongreject": n})
+    assert (found.n, found.limit, found.at_risk) == (n, limit, at_risk)
 
 
 @pytest.mark.parametrize("name", spec.shipped())

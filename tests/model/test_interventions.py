@@ -152,7 +152,10 @@ def test_measured_at_uses_that_layers_vector_everywhere():
         (Add(direction=np.full((L, D), np.nan), layers=(0,), scale=1.0), "NaN"),
         (Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, tap="embed"), "embed.0"),
         (Add(direction=np.ones((L, D)), layers=(), scale=1.0), "no layer"),
-        (Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, measured_at=L), "measured_at=3"),
+        (
+            Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, measured_at=L),
+            "3 is not in 0 to 2",
+        ),
         (Add(direction=np.ones((L, D)), layers=(1,), scale=1.0, measured_at=-1), "measured_at=-1"),
         (Cap(direction=np.ones((L, D)), layers=(0,), low=1, high=0), "swap"),
     ],
@@ -160,6 +163,18 @@ def test_measured_at_uses_that_layers_vector_everywhere():
 def test_what_the_model_does_not_have_is_refused_by_name(operation, message):
     with pytest.raises(UserError, match=message):
         compile_conditions([[operation]], ["all"], n_layers=L, d_model=D)
+
+
+def test_an_operation_equals_itself_alone_since_arrays_have_no_one_answer():
+    v = draw(0, L, D)
+    for kind, more in (
+        (Add, {"direction": v, "scale": 1.0}),
+        (Project, {"directions": (v,)}),
+        (Cap, {"direction": v}),
+    ):
+        first, second = (kind(layers=(1,), **more) for _ in range(2))
+        assert first == first and first != second
+        assert len({first, second}) == 2
 
 
 def test_caps_that_are_not_orthogonal_are_refused():

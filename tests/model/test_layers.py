@@ -171,3 +171,21 @@ def test_attention_block_by_block_is_that_over_the_whole_score_matrix(rng, windo
     expected = np.einsum("tkgs,ksh->tkgh", weight / weight.sum(-1, keepdims=True), values)
     np.testing.assert_allclose(found[real], expected[real], atol=2e-6)
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("tokens", [2, LONG, LONG + 1])
+def test_only_the_tokens_of_a_long_prompt_are_attended_to_in_blocks(tokens):
+    q, kv = jnp.zeros((tokens, 2, 3, 4)), jnp.zeros((2, tokens, 4))
+    one = functools.partial(attend, visible=causal(jnp.ones(tokens, int)), scale=0.5)
+    loops = "while" in jax.jit(one).lower(q, [(kv, kv)]).as_text()
+    assert loops == (tokens > LONG)
+
+
+def test_scores_that_are_all_far_below_zero_weigh_what_they_are_relative_to_the_highest(rng):
+    tokens = LONG + 1
+    q, values = jnp.ones((tokens, 1, 1, 4)), draw(rng, 1, tokens, 4)
+    keys = jnp.full((1, tokens, 4), -100.0)
+    found = attend(q, [(keys, values)], causal(jnp.ones(tokens, int)), 1.0)
+    # All scores are -400, so that each token takes the mean of those up to itself.
+    expected = np.cumsum(values[0], axis=0) / np.arange(1, tokens + 1)[:, None]
+    np.testing.assert_allclose(found[:, 0, 0], expected, atol=1e-5)

@@ -120,6 +120,18 @@ def study(claims: Sequence[ClaimSpec] = CLAIMS, modes: Sequence[str] = ()) -> St
     )
 
 
+def with_seeds(n: int, *tests: TestSpec) -> StudySpec:
+    """A study of one claim with that many random directions in place of the persona."""
+    made = study([claim("claim", *tests)])
+    seeded = [
+        msgspec.structs.replace(c, random_seeds=list(range(1, n + 1)))
+        if c.name == "random direction"
+        else c
+        for c in made.condition
+    ]
+    return msgspec.structs.replace(made, condition=seeded)
+
+
 def usual(condition: str, family: str, i: int) -> str:
     """Labels like those of a real run: the persona suppresses, the late knockout restores."""
     if family == "benign":
