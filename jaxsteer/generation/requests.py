@@ -132,13 +132,13 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     [1, 2, 3, 4] and [1, 2, 5] share 2; [1, 2] and [1, 2] share none, since equal prompts are read
     once anyway.
     """
-    if len(set(map(tuple, prompts))) < 2:
+    distinct = set(map(tuple, prompts))
+    if len(distinct) < 2:
         return 0
-    first, limit = prompts[0], min(map(len, prompts)) - 1
-    for i in range(limit):
-        if any(prompt[i] != first[i] for prompt in prompts):
-            return i
-    return max(limit, 0)
+    # What the first and the last in order share, those between them share too.
+    first, last = min(distinct), max(distinct)
+    limit = min(map(len, distinct)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 
 
 def shared_lengths(prompts: Sequence[Sequence[int]], groups: Sequence[Hashable]) -> list[int]:
