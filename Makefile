@@ -98,15 +98,17 @@ test-slow: .venv/made-dev model ## run the long tests: killed processes, browser
 	$(PYTEST) -m slow
 
 # uv has a mode that takes the lowest version that pyproject.toml allows. torch first and alone, so that uv
-# keeps it and takes the lowest of what torch needs as well.
+# keeps it and takes the lowest of what torch needs as well. The lowest Python too: later ones have no numpy 2.0.
+.venv-floor/made: private PYTHON = python3.11
 .venv-floor/made: pyproject.toml
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/python -m pip install --quiet --disable-pip-version-check --no-deps uv torch==2.13.0
 	.venv-floor/bin/uv pip install --quiet --python .venv-floor/bin/python --resolution lowest-direct -e '.[dev]'
 	@touch $@
 
+test-floor: private BIN = .venv-floor/bin
 test-floor: .venv-floor/made model ## run the short tests with the lowest versions that pyproject.toml allows
-	.venv-floor/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/made-dev ## ruff, mypy, and the package's size by folder
 	$(BIN)/ruff check .
