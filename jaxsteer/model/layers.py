@@ -210,7 +210,6 @@ def write_all(cache: Array, block: Array, slot: Array) -> Array:
 
 # Most tokens whose scores are held at once; more of them, block by block.
 LONG = 256
-TOKENS, SLOTS = 128, 256
 # The score of a slot that is not visible.
 HIDDEN = -1e30
 
@@ -274,10 +273,12 @@ def attend_in_blocks(
     after a token's own are left out. Arguments as for `attend`.
     """
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # Of a block: so that 384 and 768 tokens are whole blocks, and larger ones in longer prompts.
+    tokens, slots = 128 if len(q) % 256 else 256, 256 if len(q) < 1024 else 512
     both = (jnp.concatenate(some, axis=1) for some in zip(*caches, strict=True))
-    keys, values = (_blocks(some, SLOTS, 1) for some in both)
+    keys, values = (_blocks(some, slots, 1) for some in both)
     of_slots = visible.slot_segment_ids, visible.slot_positions
-    by_slot = [_blocks(some, SLOTS, 0) for some in of_slots]
+    by_slot = [_blocks(some, slots, 0) for some in of_slots]
 
     def one(block: tuple[Array, ...]) -> Array:
         number, queries, *of_tokens = block
@@ -297,11 +298,11 @@ def attend_in_blocks(
 
         zeros = jnp.zeros(by_head.shape, jnp.float32)
         begin = (zeros[..., 0] + HIDDEN, zeros[..., 0], zeros)
-        end = (first + (number + 1) * TOKENS - 1) // SLOTS + 1
+        end = (first + (number + 1) * tokens - 1) // slots + 1
         _, total, mixed = jax.lax.fori_loop(0, jnp.minimum(end, len(keys)), add, begin)
         return jnp.moveaxis(mixed / total[..., None], 2, 0).astype(q.dtype)
 
-    by_token = [_blocks(some, TOKENS, 0) for some in (q, visible.segment_ids, visible.positions)]
+    by_token = [_blocks(some, tokens, 0) for some in (q, visible.segment_ids, visible.positions)]
     found = jax.lax.map(one, (jnp.arange(len(by_token[0])), *by_token))
     return found.reshape(-1, *q.shape[1:])[: len(q)]
 

@@ -148,15 +148,15 @@ def test_an_overflow_marks_its_own_key_and_leaves_no_value(rng):
     np.testing.assert_array_equal(kept, np.where(bad[..., None], 0, values))
 
 
-# A prefix whose last block of slots is not full, then packed prompts and padding.
-SEGMENTS = np.repeat([1, 2, 3, 0], [LONG, 290, 40, 25])
-
-
+# Packed prompts and padding, in small blocks and in large ones.
+@pytest.mark.parametrize("lengths", [(LONG, 290, 40, 25), (LONG, 290, 700, 34)])
 @pytest.mark.parametrize("window", [2**30, 70])
 @pytest.mark.parametrize("bound", [0.0, 2.0])
-def test_attention_block_by_block_is_that_over_the_whole_score_matrix(rng, window, bound):
-    tokens, prefix = len(SEGMENTS), 48
-    visible = causal(jnp.asarray(SEGMENTS), jnp.arange(prefix) > 5)
+def test_attention_block_by_block_is_that_over_the_whole_score_matrix(rng, lengths, window, bound):
+    segments = np.repeat([1, 2, 3, 0], lengths)
+    # After a prefix, so that the last block of slots is not full.
+    tokens, prefix = len(segments), 48
+    visible = causal(jnp.asarray(segments), jnp.arange(prefix) > 5)
     visible = dataclasses.replace(visible, window=window)
     q = draw(rng, tokens, 2, 3, 8)
     caches = [tuple(draw(rng, 2, length, 8) for _ in "kv") for length in (prefix, tokens)]
@@ -167,7 +167,7 @@ def test_attention_block_by_block_is_that_over_the_whole_score_matrix(rng, windo
     score = np.einsum("tkgh,ksh->tkgs", np.asarray(q, np.float64), keys) / 2
     score = bound * np.tanh(score / bound) if bound else score
     weight = np.exp(score) * np.asarray(visible.mask())[:, None, None]
-    real = SEGMENTS > 0
+    real = segments > 0
     expected = np.einsum("tkgs,ksh->tkgh", weight / weight.sum(-1, keepdims=True), values)
     np.testing.assert_allclose(found[real], expected[real], atol=2e-6)
     assert np.isfinite(found).all()
