@@ -1,8 +1,8 @@
 """Run the benchmarks: python -m tests.bench [--only PART,...] [--full] [--rounds N] [--show].
 
-Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `small`, `ceilings`,
-`compile`, `scaling`, all on this machine's CPU, and `accelerator`, on its GPU or TPU. What is
-measured goes to results/bench/bench.json as it comes, and into a table.
+Parts: `study`, the peers by name (hf-1, hf-8, hf-best, lens, nnsight), `small`, `long`,
+`ceilings`, `compile`, `scaling`, all on this machine's CPU, and `accelerator`, on its GPU or TPU.
+What is measured goes to results/bench/bench.json as it comes, and into a table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import shutil
 import subprocess
 import sys
@@ -40,10 +41,13 @@ PEERS: tuple[tuple[str, str, str, tuple[int, ...], int, float], ...] = (
     ("nnsight", "nnsight, best batch", "nnsight", (8, 32, 64), 48, 6.0),
 )
 PARTS = (
-    "study", *(peer[0] for peer in PEERS), "small", "ceilings", "compile", "scaling", "accelerator",
+    "study", *(peer[0] for peer in PEERS), "small", "long", "ceilings", "compile", "scaling",
+    "accelerator",
 )  # fmt: skip
 # Rows of a small job, as in a notebook.
 SMALL = (1, 12, 32, 96)
+# Tokens of a long prompt, and of its reply.
+LONG, LONG_REPLY = (700, 1400, 2845, 6000), 8
 # Parts that a process of their own measures, by module.
 ALONE = {
     "scaling": "cost against conditions, rows, layers and width",
@@ -222,7 +226,7 @@ class Bench:
                 self.job = Job.load(self.out / "job")
                 self.say("compiling, from the cache" if cold else "warming up")
                 cached = self._twice(ours)
-                if parts - {"small"}:
+                if parts - {"small", "long"}:
                     self._study(ours, 3 if parts == {"study"} else 1)
                 if cold:
                     self.record["compile"] = {
@@ -238,6 +242,8 @@ class Bench:
                     self._study_again(ours)
                 if "small" in parts:
                     self._small(ours)
+                if "long" in parts:
+                    self._long(ours)
                 if "ceilings" in parts:
                     self._ceilings(ours)
 
@@ -375,6 +381,40 @@ class Bench:
         except Failed as error:
             self.say(f"small jobs: skipped, {error}")
         self.record["small"] = found
+        self.save()
+
+    def _long(self, ours: Worker) -> None:
+        """Time one long prompt, in turns with HF, whose attention is torch's own (sdpa)."""
+        known = sorted({token for tokens in self.job.tokens for token in tokens})
+        found: list[dict[str, Any]] = []
+        try:
+            if not PEERS_PYTHON.is_file():
+                raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
+            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf") as peer:
+                for count in LONG:
+                    self.say(f"a prompt of {count} tokens")
+                    prompt = random.Random(SEED).choices(known, k=count)
+                    turns = [
+                        [side.ask("long", prompt=prompt, new_tokens=LONG_REPLY) for side in both]
+                        for both in [(peer, ours)] * (1 + self.rounds)
+                    ]
+                    # Without the first turn, which compiles.
+                    theirs, own = (
+                        figures.median([each["seconds"] for each in side])
+                        for side in zip(*turns[1:], strict=True)
+                    )
+                    found.append(
+                        {
+                            "tokens": count,
+                            "theirs_s": theirs,
+                            "ours_s": own,
+                            "first_s": turns[0][1]["seconds"],
+                            "same": turns[0][0]["tokens"] == turns[0][1]["tokens"],
+                        }
+                    )
+        except Failed as error:
+            self.say(f"long prompts: skipped, {error}")
+        self.record["long"] = found
         self.save()
 
     def _ceilings(self, ours: Worker) -> None:

@@ -58,6 +58,18 @@ class Ours:
         )
         return replies(self.model, work, range(len(some)), work.batch, work.decoding)
 
+    def long(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """The reply to one long prompt."""
+        return long_reply(self.model, prompt, new_tokens)
+
+
+def long_reply(model: ChatModel, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    """The reply to one prompt that nothing steers, ended by no token."""
+    request = engine.Request(tokens=list(prompt), condition=0, row_id=0)
+    decoding = Decoding(max_new_tokens=new_tokens, eos=())
+    ((reply,),) = filter(None, engine.run(model, [request], None, decoding, batch=1))
+    return np.asarray(reply.tokens).tolist()
+
 
 def replies(
     model: ChatModel, work: Workload, chosen: Sequence[int], batch: int, decoding: Decoding

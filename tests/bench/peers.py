@@ -51,6 +51,19 @@ class Hf:
             )
         return out[:, ids.shape[1] :]
 
+    def long(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """The reply to one long prompt that nothing steers."""
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        settings = {"min_new_tokens": new_tokens, "pad_token_id": self.job.eos[0]}
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            **settings,
+        )
+        return out[0, ids.shape[1] :].tolist()
+
 
 class Lens(Hf):
     """TransformerLens: its bridge over the same HF model, hooks by name."""

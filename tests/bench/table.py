@@ -26,7 +26,7 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         style="dim",
         highlight=False,
     )
-    for part in (_study, _peers, _small, _hardware, _compiling, _scaling, _accelerator):
+    for part in (_study, _peers, _small, _long, _hardware, _compiling, _scaling, _accelerator):
         part(record, console)
 
 
@@ -106,6 +106,25 @@ def _small(record: Mapping[str, Any], console: Console) -> None:
             f"{job['theirs_s']:.2f} / {job['ours_s']:.2f}",
             f"{times:.1f}x",
             f"1x {verdict(times, 1)}",
+        )
+    console.print(table)
+
+
+def _long(record: Mapping[str, Any], console: Console) -> None:
+    if not record.get("long"):
+        return
+    table = Table(title="\nOne long prompt, warm, beside HF (sdpa)", title_justify="left")
+    for name in ("tokens", "s, theirs / ours", "over ours", "target", "ours, first", "same reply"):
+        table.add_column(name, justify="right")
+    for prompt in record["long"]:
+        times = prompt["theirs_s"] / prompt["ours_s"]
+        table.add_row(
+            str(prompt["tokens"]),
+            f"{prompt['theirs_s']:.2f} / {prompt['ours_s']:.2f}",
+            f"{times:.2f}x",
+            f"1x {verdict(times, 1)}",
+            f"{prompt['first_s']:.1f}",
+            "yes" if prompt["same"] else "no",
         )
     console.print(table)
 

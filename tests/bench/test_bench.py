@@ -116,6 +116,11 @@ def test_some_rows_of_a_study_come_back_in_the_order_asked(
     assert ours.replies(model, work, rows, 4, work.decoding) == hf.run(rows, 1)
 
 
+def test_a_long_prompt_gets_the_reply_that_hf_gives(model: ChatModel, hf: peers.Hf) -> None:
+    prompt = np.random.default_rng(0).integers(3, 64, 300).tolist()
+    assert ours.long_reply(model, prompt, 5) == hf.long(prompt, 5)
+
+
 def test_phases_count_the_tokens_of_full_slots(
     model: ChatModel, work: workload.Workload, job: Job
 ) -> None:
@@ -317,7 +322,7 @@ def test_an_accelerator_is_measured_in_bfloat16_at_every_batch_and_on_the_large_
         )
         weights = sum(int(np.prod(shape)) for shape in matrices) - looked_up
         assert one["measured"]["work"]["weight_bytes"] == 2 * weights
-        assert one["prefill"]["share"] > 0 and one["decode"]["share"] > 0
+        assert {one["prefill"]["bound"], one["decode"]["bound"]} <= {"compute", "memory"}
     assert found["table"]["rows"] == 15 and found["table"]["seconds"] > 0
     json.dumps(found)
 
@@ -383,6 +388,9 @@ def record() -> dict:
             "table": {"rows": 3443, "new_tokens": 150, "slots": 256, "seconds": 61.0},
             "hf": {"batch": 64, "rows": 1944, "seconds": 45.0},
         },
+        "long": [
+            {"tokens": 700, "theirs_s": 1.2, "ours_s": 1.5, "first_s": 9.0, "same": True},
+        ],
         "small": [{"rows": 12, "batch": 8, "theirs_s": 2.0, "ours_s": 1.0}],
         "scaling": {"rows": {"exponent": 0.98, "points": [[64, 1.0], [128, 2.0]]}},
     }
@@ -400,6 +408,7 @@ def test_the_table_says_which_targets_are_met() -> None:
     assert "5x not met" in line("slow")
     assert "gone: skipped, not installed [here]" in line("gone")
     assert "1x met" in line("2.00 / 1.00")
+    assert "1x not met" in line("1.20 / 1.50")
     assert "50 % met" in line("decode ")
     assert "80 % not met" in line("prefill ")
     assert "<= 15 s, met" in line("Compiling")

@@ -55,6 +55,9 @@ def answer(library: Any, request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "small":
         tokens = library.small(request["rows"])
         found: dict[str, Any] = {"seconds": time.perf_counter() - start, "tokens": tokens}
+    elif request["do"] == "long":
+        tokens = library.long(request["prompt"], request["new_tokens"])
+        found = {"seconds": time.perf_counter() - start, "tokens": tokens}
     elif request["do"] == "run":
         tokens = library.run(request["rows"], request["batch"], request.get("new_tokens"))
         found = {"seconds": time.perf_counter() - start, "tokens": tokens}
