@@ -166,12 +166,14 @@ def run(
     data = sharding.data_size(model.mesh)
     batch = fitted(batch, len(requests), data)
     count = count_loops(batch, model.params)
+    length, group = _sizes(requests, decoding.max_new_tokens, batch // count // data)
     job = _Job(
         prompts=prompts,
         decoding=decoding,
         sampling=sampling or Sampling(),
         slots=batch // count,
-        **_sizes(requests, decoding.max_new_tokens, batch // count // data),
+        cache_slots=length,
+        group=group,
     )
     # An interrupted run may have few rows left: an empty slot costs as much as a full one.
     shares = _shares(prompts, todo, min(count, -(-len(todo) // job.slots)))
@@ -183,15 +185,13 @@ def run(
                 yield replies
 
 
-def _sizes(requests: Sequence[Request], new_tokens: int, slots: int) -> dict[str, int]:
-    """Those of a job; `slots` are those of one loop and device."""
+def _sizes(requests: Sequence[Request], new_tokens: int, slots: int) -> tuple[int, int]:
+    """A job's `cache_slots` and `group`; `slots` are those of one loop and device."""
     longest = max((len(request.own) for request in requests), default=1)
     prefix = max((request.shared for request in requests), default=0)
     of_prefix = len(requests) / max(1, len(_prefixes(requests)))
-    return {
-        "cache_slots": cache_slots(longest, new_tokens),
-        "group": neighbours(prefix, new_tokens, slots, of_prefix),
-    }
+    group = neighbours(prefix, new_tokens, slots, of_prefix)
+    return cache_slots(longest, new_tokens), group
 
 
 def _prefixes(requests: Sequence[Request]) -> set[tuple[tuple[int, ...], int | None]]:
@@ -208,15 +208,14 @@ def memory(
     width, data = bucket(longest, config.max_position), sharding.data_size(model.mesh)
     batch = fitted(batch, len(requests), data)
     loops = count_loops(batch, model.params)
-    sizes = _sizes(requests, new_tokens, batch // loops // data)
-    slots, groups = sizes["cache_slots"], batch // sizes["group"]
+    slots, group = _sizes(requests, new_tokens, batch // loops // data)
     entries, rows = layer_sharing.batch_sizes(model.mesh, width, slots)
     # The residual stream and what a layer makes of it, float32.
     read = entries * width * (token + 4 * (8 * config.d_model + 3 * config.d_ff))
     shared = max((request.shared for request in requests), default=0)
     return {
         "weights": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
-        "cache of a batch": (batch * slots + groups * shared) * token,
+        "cache of a batch": (batch * slots + batch // group * shared) * token,
         "shared prefixes": sum(len(prefix) for prefix, _ in _prefixes(requests)) * token,
         "prompts being read": loops * (read + rows * slots * token),
     }
