@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsteer.data.wheels import use_compile_cache
-from jaxsteer.errors import UserError
+from jaxsteer.errors import UserError, heed_stop
 from jaxsteer.words import plain, signed
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def check_device() -> None:
             f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} "
             f"({' '.join(reason.split())[:160]}); install what it needs, or set JAX_PLATFORMS=cpu"
         ) from None
+    # The imports before this take seconds.
+    heed_stop()
 
 
 def open_model(source: str, mesh: str | None) -> Model:

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxsteer.errors import UserError, one_line
+from jaxsteer.errors import UserError, heed_stop, one_line
 from jaxsteer.files import T, read_json, sha256_file
 from jaxsteer.model import adapter, checkpoint, weights
 from jaxsteer.model.config import ModelConfig, from_hf, ignored
@@ -140,8 +140,7 @@ def convert(
         no chat template or does not fit the model; missing, truncated, misshapen or unread
         tensors, all listed at once.
     """
-    dtype, options = resolve_dtype(dtype), options or Options()
-    path = Path(source)
+    dtype, options, path = resolve_dtype(dtype), options or Options(), Path(source)
     if revision is not None and (path.suffix == ".gguf" or path.is_dir()):
         raise UserError(f"--revision is for hub ids, and {source} is local; leave it out")
     if path.suffix == ".gguf":
@@ -159,6 +158,7 @@ def convert(
         raise UserError(f"{found.name}: nothing in its files says which token ends a reply")
     notes = [*found.notes, *found.tokenizer.check(found.config.vocab_size, ends, found.name)]
     lora = _adapter_folder(options.adapter, found) if options.adapter else None
+    heed_stop()
     tensors, files = found.weights()
     if lora is not None:
         tensors = [*adapter.merged(tensors, adapter.load(lora), options.adapter)]
