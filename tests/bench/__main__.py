@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -205,12 +205,22 @@ class Bench:
         self.say("HF + hooks on the GPU")
         rows = list(range(len(Job.load(self.out / "job").tokens)))
         try:
-            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf", gpu=True) as peer:
+            with self._other("hf", gpu=True) as peer:
                 peer.ask("run", rows=rows[:GPU_BATCH], batch=GPU_BATCH)
                 done = peer.ask("run", rows=rows, batch=GPU_BATCH)
-        except (Failed, OSError) as error:
+        except Failed as error:
             return {"skipped": str(error)}
         return {"batch": GPU_BATCH, "rows": len(rows), "seconds": done["seconds"]}
+
+    def _other(self, library: str, gpu: bool = False) -> AbstractContextManager[Worker]:
+        """A worker with another library.
+
+        Raises:
+          Failed: the environment of the other libraries was not made.
+        """
+        if not PEERS_PYTHON.is_file():
+            raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
+        return worker(PEERS_PYTHON, library, self.out / "job", self.out / "hf", gpu=gpu)
 
     def _compared(self, parts: set[str]) -> None:
         python = Path(sys.executable)
@@ -300,10 +310,8 @@ class Bench:
     ) -> None:
         found: dict[str, Any] = {"name": name, "label": label, "target": target}
         try:
-            if not PEERS_PYTHON.is_file():
-                raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
             self.say(f"{label}: loading")
-            with worker(PEERS_PYTHON, library, self.out / "job", self.out / "hf") as peer:
+            with self._other(library) as peer:
                 self.record["versions"] |= peer.loaded["versions"]
                 found |= self._turns(ours, peer, label, sizes, count)
         except Failed as error:
@@ -359,9 +367,7 @@ class Bench:
         members = [row for row, c in enumerate(self.job.condition) if c == steered]
         found: list[dict[str, Any]] = []
         try:
-            if not PEERS_PYTHON.is_file():
-                raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
-            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf") as peer:
+            with self._other("hf") as peer:
                 for count in SMALL:
                     rows = members[:count]
                     self.say(f"a small job of {count} rows")
@@ -388,9 +394,7 @@ class Bench:
         known = sorted({token for tokens in self.job.tokens for token in tokens})
         found: list[dict[str, Any]] = []
         try:
-            if not PEERS_PYTHON.is_file():
-                raise Failed(f"no {PEERS_PYTHON.relative_to(ROOT)}; `make bench` makes it")
-            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf") as peer:
+            with self._other("hf") as peer:
                 for count in LONG:
                     self.say(f"a prompt of {count} tokens")
                     prompt = random.Random(SEED).choices(known, k=count)
@@ -422,10 +426,10 @@ class Bench:
         rows = sorted({1, 8, 32, 64, 128, self.job.batch})
         self.record["ceilings"] = {"JAX": ours.ask("ceilings", library="jax", rows=rows)}
         try:
-            with worker(PEERS_PYTHON, "hf", self.out / "job", self.out / "hf") as peer:
+            with self._other("hf") as peer:
                 found = peer.ask("ceilings", library="torch", rows=rows)
                 self.record["ceilings"]["torch"] = found
-        except (Failed, OSError):
+        except Failed:
             self.say("no torch to measure with")
         self.say("prefill and decode alone")
         self.record["phases"] = figures.shares(
