@@ -232,7 +232,7 @@ def compile_conditions(
     Returns:
       Float32 arrays at `resid_post` and at every other tap that an operation names: add
       [condition, layer, d_model], project [condition, layer, k, d_model], cap [condition, layer, c,
-      d_model], k and c rounded up to powers of two.
+      d_model], k and c rounded up to powers of two; k is at least 1.
 
     Raises:
       UserError: a layer, tap, scope, width or bound that this model does not have, or caps at
@@ -276,7 +276,8 @@ def _compile_tap(
                     unit = vector / max(float(np.linalg.norm(vector)), 1e-30)
                     capped[c, layer].append((unit, o.low, o.high))
 
-    project = np.zeros((*lead, _width(removed), d_model))
+    # A zero row at least, so that the first projection compiles nothing.
+    project = np.zeros((*lead, max(1, _width(removed)), d_model))
     for at, vectors in removed.items():
         project[at][: len(vectors)] = orthonormal_rows(np.stack(vectors))
 

@@ -193,19 +193,20 @@ def test_fewer_slots_than_a_prefill_batch_take_its_rows_a_few_at_a_time(model):
 
 
 # The last of the tiny models, since it drops all programs.
-def test_neither_more_conditions_nor_other_layers_compile_anything(model, rng):
+def test_neither_more_conditions_nor_other_operations_compile_anything(model, rng):
     vectors = rng.standard_normal((model.config.n_layers, model.config.d_model))
 
-    def compiled(n, layer):
-        made = [[Add(direction=vectors, layers=(layer,), scale=float(c))] for c in range(n)]
+    def compiled(n, layer, *more):
+        made = [[Add(direction=vectors, layers=(layer,), scale=float(c)), *more] for c in range(n)]
         with compiles.counted() as found:
             run(model, rows(PROMPTS[2:], made, shared=5), stack(model, made, "all"))
         return {name: found[name] for name in compiles.ENGINE if found[name]}
 
     jax.clear_caches()
     assert compiled(3, 1).keys() == set(compiles.ENGINE)
-    for n, layer in ((30, 1), (5, 0), (5, 2)):
-        assert compiled(n, layer) == {}
+    removed = Project(directions=(vectors,), layers=(2,))
+    for n, layer, *more in ((30, 1), (5, 0), (5, 2), (5, 1, removed)):
+        assert compiled(n, layer, *more) == {}
 
 
 @pytest.mark.slow

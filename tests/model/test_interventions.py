@@ -221,14 +221,14 @@ def test_each_condition_steers_the_tokens_of_its_scope():
     assert made.on_response.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(("count", "width"), [(0, 0), (1, 1), (2, 2), (3, 4), (5, 8)])
+@pytest.mark.parametrize(("count", "width"), [(0, 1), (1, 1), (2, 2), (3, 4), (5, 8)])
 def test_rows_of_a_projection_come_in_powers_of_two(count, width):
     directions = tuple(draw(i, L, D) for i in range(count))
     operations = [Project(directions=directions, layers=(1,))] if count else []
     operations.append(Add(direction=draw(9, L, D), layers=(0,), scale=1.0, tap="embed"))
     made = compile_conditions([operations], ["all"], n_layers=L, d_model=D)
     assert made.sites["resid_post"].project.shape == (1, L, width, D)
-    assert made.sites["embed"].project.shape == (1, 1, 0, D)
+    assert made.sites["embed"].project.shape == (1, 1, 1, D)
     assert made.sites["resid_post"].cap.shape == (1, L, 0, D)
     assert list(made.sites) == ["embed", "resid_post"]
 
