@@ -45,9 +45,8 @@ def _():
 
 @app.cell
 def _(results):
-    _opened = opening.attempt(open_results, ROOT / results.value)
-    found = _opened.found
-    opening.head(ROOT, "3_layer_window.py", results.value, _opened)
+    found = opening.attempt(open_results, ROOT / results.value)
+    opening.head(ROOT, "3_layer_window.py", results.value, found)
     return (found,)
 
 

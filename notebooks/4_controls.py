@@ -38,9 +38,8 @@ def _():
 
 @app.cell
 def _(results):
-    _opened = opening.attempt(open_results, ROOT / results.value)
-    found = _opened.found
-    opening.head(ROOT, "4_controls.py", results.value, _opened)
+    found = opening.attempt(open_results, ROOT / results.value)
+    opening.head(ROOT, "4_controls.py", results.value, found)
     return (found,)
 
 

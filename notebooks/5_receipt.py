@@ -44,7 +44,7 @@ def _():
 @app.cell
 def _(results):
     opened = opening.attempt(browsing.open_results, ROOT / results.value)
-    folder, rows = opened.found.folder, opened.found.rows
+    folder, rows = opened.folder, opened.rows
     opening.head(ROOT, "5_receipt.py", results.value, opened)
     return folder, opened, rows
 
@@ -255,7 +255,7 @@ def _(folder):
 def _(draw, file, opened, rows, size, texts):
     _path = Path(file.value)
     if draw.value:
-        _drawn = human.sample(rows, opened.found.verdicts, int(size.value), 0)
+        _drawn = human.sample(rows, opened.verdicts, int(size.value), 0)
         _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
         opening.attempt(human.export, _drawn, _texts, _path)
     _missing = f"{_path} is not there yet: draw a sample."

@@ -30,19 +30,6 @@ ALL = "all"
 UNKNOWN = "(this prompt's text is in none of the data sets on this machine)"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Opened:
-    """A results folder and what its reader must know first.
-
-    Attributes:
-      found: the results; of an unfinished run, the rows so far.
-      banner: what is missing, one sentence each; nothing for a complete, judged study.
-    """
-
-    found: Results
-    banner: tuple[str, ...]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What a page on a results folder begins with.
@@ -73,8 +60,8 @@ class Page:
     total: int
 
 
-def open_results(folder: Path) -> Opened:
-    """Open a results folder, finished or not.
+def open_results(folder: Path) -> Results:
+    """Open a results folder, finished or not: of an unfinished run, the rows so far.
 
     Raises:
       UserError: there are no rows yet, or the folder is damaged; says what to run.
@@ -92,7 +79,7 @@ def open_results(folder: Path) -> Opened:
             f"{folder} holds no rows yet: run the same `jaxsteer sweep` again to continue, then "
             "open this page again."
         )
-    return Opened(found=found, banner=tuple(_banner(found)))
+    return found
 
 
 def _so_far(folder: Path, run: RunRecord) -> Results:
@@ -105,7 +92,8 @@ def _so_far(folder: Path, run: RunRecord) -> Results:
     return Results(folder=folder, run=run, rows=rows.sort(rank, "family"), verdicts={})
 
 
-def _banner(found: Results) -> Iterator[str]:
+def banner(found: Results) -> Iterator[str]:
+    """What is missing, one sentence each; nothing for a complete, judged study."""
     run = found.run
     wanted = {c.name: sum(run.size(c, family) for family in run.prompts) for c in run.conditions}
     there = dict(found.rows.group_by("condition").len().iter_rows())
@@ -131,7 +119,7 @@ def finished(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in done)
 
 
-def header(folder: Path, opened: Opened | None = None) -> Header:
+def header(folder: Path, opened: Results | None = None) -> Header:
     """What a page on a results folder begins with.
 
     Args:
@@ -150,9 +138,10 @@ def header(folder: Path, opened: Opened | None = None) -> Header:
     if run is None:
         unknown = f"{folder} holds no run record: which model and study it is from is not known."
         return Header(facts=(), warnings=(unknown,))
-    warnings = [*(opened.banner if opened else ()), *_near_misses(run), *_poorly_known(folder, run)]
+    missing = banner(opened) if opened else ()
+    warnings = [*missing, *_near_misses(run), *_poorly_known(folder, run)]
     with contextlib.suppress(UserError):
-        found = opened.found if opened else open_results(folder).found
+        found = opened or open_results(folder)
         warnings += [*_untestable(found), *_one_sided(found)]
     return Header(facts=tuple(_facts(run)), warnings=tuple(warnings))
 

@@ -41,8 +41,8 @@ def test_all_prompts_but_benign_ones_are_veiled():
 
 def test_a_finished_study_opens_with_what_is_not_known_said(tmp_path: Path):
     opened = open_results(made.folder(tmp_path / "made"))
-    assert opened.found.rows.height == made.rows(made.study()).height
-    (words,) = opened.banner
+    assert opened.rows.height == made.rows(made.study()).height
+    (words,) = browse.banner(opened)
     assert words.startswith("No judge of harm has scored")
 
 
@@ -59,10 +59,10 @@ def test_an_interrupted_run_opens_with_a_banner(tmp_path: Path):
     for part in (rows[300:350], rows[:60]):
         results.write_shard(folder / "shards", key, part)
     opened = open_results(folder)
-    assert opened.found.rows.height == 110
+    assert opened.rows.height == 110
     # In the study's order, whatever order the shards lie in.
-    assert opened.found.rows["condition"][0] == "baseline"
-    assert f"Partial results: 110 of {rows.height:,} rows" in opened.banner[0]
+    assert opened.rows["condition"][0] == "baseline"
+    assert f"Partial results: 110 of {rows.height:,} rows" in next(browse.banner(opened))
 
 
 def test_a_run_without_a_row_yet_is_said_to_be_empty(tmp_path: Path):

@@ -16,8 +16,9 @@ import altair as alt
 import marimo as mo
 
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.browse import Opened, finished, header
+from jaxsteer.evidence.browse import finished, header
 from jaxsteer.evidence.charts.marks import Panels, csv, escaped, markdown_table
+from jaxsteer.study.results import Results
 
 DEFAULT = "results/smollm2-demo-smollm2-135m"
 INERT = (
@@ -164,7 +165,7 @@ def beside(*items: object) -> mo.Html:
 
 
 def head(
-    root: Path, here: str, results: str, opened: Opened | None = None, alive: str = ""
+    root: Path, here: str, results: str, opened: Results | None = None, alive: str = ""
 ) -> mo.Html:
     """The header of a notebook, or what is wrong with its results.
 
