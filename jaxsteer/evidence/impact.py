@@ -88,16 +88,11 @@ def impacts(found: Results) -> dict[str, Impact]:
     table = read_table(path, "remove it and run again")
     if dict(table.schema) != SCHEMA or not table["value"].is_finite().all():
         raise UserError(f"{path} has other columns or values; remove it and run again")
-    lengths = found.rows.filter(kind="benign").select(
-        "condition",
-        "prompt_id",
-        measure=pl.lit("length"),
-        value=pl.col("n_tokens").cast(pl.Float64),
-    )
+    benign = found.rows.filter(kind="benign").with_columns(measure=pl.lit("length"))
+    lengths = benign.select("condition", "prompt_id", "measure", value="n_tokens")
+    both = pl.concat([table.select(lengths.columns), lengths], how="vertical_relaxed")
     values: dict[tuple[str, str], dict[str, float]] = {}
-    for condition, prompt, measure, value in pl.concat(
-        [table.select(lengths.columns), lengths]
-    ).iter_rows():
+    for condition, prompt, measure, value in both.iter_rows():
         values.setdefault((condition, measure), {})[prompt] = value
     made, plain = {}, untouched(found.run)
     for condition in found.run.conditions:

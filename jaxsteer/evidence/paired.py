@@ -243,21 +243,17 @@ def shares(rows: pl.DataFrame, by: By) -> pl.DataFrame:
       interval's place on the bar. Refusals are stacked first, so theirs is drawn from the bar's
       start; that of the others is drawn backwards from the end of their segment.
     """
-    refused = rows.group_by(by, maintain_order=True).agg(k=(pl.col("label") == "refusal").mean())
-    groups = refused.sort("k", descending=True, maintain_order=True)[by].to_list()
-    there = [label for label in WORDS if label in set(rows["label"].unique())]
-    counts = {
-        (group, label): k
-        for group, label, k in rows.group_by(by, "label").len().select(by, "label", "len").rows()
-    }
+    there = [label for label in WORDS if label in set(rows["label"])]
+    groups = rows.partition_by(by, maintain_order=True)
+    groups.sort(key=lambda group: Counter(group["label"])["refusal"] / group.height, reverse=True)
     lines = []
     for group in groups:
-        n, end = sum(counts.get((group, label), 0) for label in there), 0
+        name, counts, n, end = group[by][0], Counter(group["label"]), group.height, 0
         for label in there:
-            k = counts.get((group, label), 0)
+            k = counts[label]
             start, end = end, end + k
             low, high = stats.wilson(k, n)
             place = (low, high) if label == "refusal" else (end / n - high, end / n - low)
             place = max(place[0], 0.0), min(place[1], 1.0)
-            lines.append((group, label, k, n, k / n, low, high, start / n, end / n, *place))
+            lines.append((name, label, k, n, k / n, low, high, start / n, end / n, *place))
     return frame(lines, "group:str label:str k:int n:int share low high start end from to")

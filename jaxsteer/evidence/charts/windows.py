@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import altair as alt
 import polars as pl
 
@@ -61,23 +63,29 @@ def map_chart(maps: pl.DataFrame, which: Map) -> alt.LayerChart:
       maps: from `windows.table`.
       which: the map to draw; it has at least one cell.
     """
-    mine = maps.filter(pl.col("map") == which).sort("order")
-    figures = mine.select("rate", "low", "high").rows()
-    shown = mine.with_columns(
-        figure=pl.Series([percent(rate) for rate, _, _ in figures], dtype=pl.String),
-        ends=pl.Series([span(low, high) for _, low, high in figures], dtype=pl.String),
-    )
+    mine = _written(maps.filter(pl.col("map") == which), "rate", percent, span)
     # The frame must show on top of filled cells, light and dark.
     frame = alt.BrushConfig(fill=marks.INK, fillOpacity=0.05, stroke=marks.INK, strokeWidth=2)
     brush = alt.selection_interval(name="cells", encodings=["x", "y"], mark=frame)
     blue = marks.PALETTE["refusal"]
     scale = alt.Scale(domain=[0, 1], range=[blue + "08", blue + "b0"])
     legend = alt.Legend(title="refused", format=marks.PERCENT, values=[0, 0.5, 1])
-    rect, *rest = _grid(shown, which, alt.Color("rate:Q", scale=scale, legend=legend), _tooltip())
-    height = HIGH * shown["norms"].n_unique()
-    return marks.wide(
-        [rect.add_params(brush), *rest], map_finding(maps, which), _map_detail(mine), height
-    )
+    called = {
+        "rate": "refused",
+        "low": "95 % from",
+        "high": "95 % to",
+        "n": "prompts",
+        "degenerate": "broken replies",
+        "cancels": "cancels by algebra",
+    }
+    tips = marks.tooltip("condition n cancels", percent="rate low high degenerate", titles=called)
+    colour = alt.Color("rate:Q", scale=scale, legend=legend)
+    rect, *rest = _grid(mine, which, colour, tips)
+    n = extent(mine["n"], "harmful prompt")
+    detail = f"n = {n} a cell; small: Wilson 95 % interval{_marks_detail(mine)}"
+    detail += ". Drag over cells to choose them"
+    height = HIGH * mine["norms"].n_unique()
+    return marks.wide([rect.add_params(brush), *rest], map_finding(maps, which), detail, height)
 
 
 def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
@@ -86,11 +94,6 @@ def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
     Args:
       table: from `layer_windows.over_unsteered`; at least one line.
     """
-    figures = table.select("difference", "low", "high").rows()
-    shown = table.sort("order").with_columns(
-        figure=pl.Series([points(moved) for moved, _, _ in figures], dtype=pl.String),
-        ends=pl.Series([f"{points(low)} to {points(high)}" for _, low, high in figures]),
-    )
     # More refusals are blue, as in the other maps; the scale is the same for all studies.
     legend = alt.Legend(title="refused, difference", format="+.0%", values=[-1, 0, 1])
     scale = marks.around_zero(1.25)
@@ -99,7 +102,10 @@ def difference_chart(table: pl.DataFrame) -> alt.LayerChart:
     named = marks.tooltip("condition control n", percent="difference low high")
     detail = (
         f"points of 100 prompts, paired, n = {extent(table['n'])}; small: bootstrap 95 %; +0: with "
-        "steering as without" + _marks_detail(shown)
+        "steering as without" + _marks_detail(table)
+    )
+    shown = _written(
+        table, "difference", points, lambda low, high: f"{points(low)} to {points(high)}"
     )
     layers = _grid(shown, "knockout", colour, named)
     return marks.wide(layers, difference_finding(table), detail, HIGH * shown["norms"].n_unique())
@@ -120,10 +126,25 @@ def difference_finding(table: pl.DataFrame) -> str:
     return f"{start} by {points(alone[0])} points; {there}" if alone else f"{start}, {there}"
 
 
+def _written(
+    table: pl.DataFrame,
+    value: str,
+    figure: Callable[[float], str],
+    ends: Callable[[float, float], str],
+) -> pl.DataFrame:
+    """The cells by depth, with what is written into them: a value, and the ends of its interval."""
+    shown = table.sort("order")
+    figures = shown.select(value, "low", "high").rows()
+    return shown.with_columns(
+        figure=pl.Series([figure(one) for one, _, _ in figures], dtype=pl.String),
+        ends=pl.Series([ends(low, high) for _, low, high in figures], dtype=pl.String),
+    )
+
+
 def _grid(
     shown: pl.DataFrame, which: Map, colour: alt.Color, named: list[alt.Tooltip]
 ) -> list[alt.Chart]:
-    """The layers of a map; the table has `figure` and `ends`, which are written into the cells."""
+    """The layers of a map; the table is from `_written`."""
     columns = shown["column"].unique(maintain_order=True).to_list()
     norms = shown.sort("strength", descending=True)["norms"].unique(maintain_order=True).to_list()
     across, up = AXES[which]
@@ -141,24 +162,6 @@ def _grid(
         base.mark_text(dy=-6, fontWeight="bold", fontSize=13).encode(text="figure:N"),
         base.mark_text(dy=10, fontSize=10.5, opacity=0.85).encode(text="ends:N"),
     ]
-
-
-def _tooltip() -> list[alt.Tooltip]:
-    called = {
-        "rate": "refused",
-        "low": "95 % from",
-        "high": "95 % to",
-        "n": "prompts",
-        "degenerate": "broken replies",
-        "cancels": "cancels by algebra",
-    }
-    return marks.tooltip("condition n cancels", percent="rate low high degenerate", titles=called)
-
-
-def _map_detail(mine: pl.DataFrame) -> str:
-    n = extent(mine["n"], "harmful prompt")
-    start = f"n = {n} a cell; small: Wilson 95 % interval"
-    return start + _marks_detail(mine) + ". Drag over cells to choose them"
 
 
 def _marks_detail(shown: pl.DataFrame) -> str:
