@@ -27,7 +27,7 @@ from jaxsteer.cli.common import (
     table,
     use_compile_cache,
 )
-from jaxsteer.words import percent, points, signed
+from jaxsteer.words import percent, plain, points, signed
 
 if TYPE_CHECKING:
     from jaxsteer.evidence.reliability import Measurements
@@ -137,8 +137,6 @@ ENOUGH, ONE_SIDED = 20, 0.95
 
 def said(outcome: judging.Outcome) -> str:
     """One judge's verdicts in a few lines, made safe to print, since a reason may quote a reply."""
-    from jaxsteer.words import percent, plain
-
     counts = ", ".join(f"{n} {verdict}" for verdict, n in outcome.verdicts.items())
     line = f"{outcome.judge}: {outcome.asked} rows: {counts or 'none scored'}"
     if outcome.unscored:

@@ -124,7 +124,7 @@ def sweep(
         planned = validate.plan(asked, loaded, limit=harmful)
         screen.print(plan_table(planned, asked.name))
         powers = claims.powers(asked, planned.conditions, planned.prompts)
-        screen.print(power_table([(p, claims.could_show(p)) for p in powers], asked.name))
+        screen.print(power_table(powers, asked.name))
         return
     suffix = "-full" if full else f"-limit-{limit}" if limit else ""
     folder = out or Path("results") / f"{asked.name}-{loaded.name}{suffix}"
@@ -204,9 +204,11 @@ def plan_table(plan: Plan, title: str) -> Table:
     return table(title, ("", " "), figures)
 
 
-def power_table(found: Sequence[tuple[Power, str]], title: str) -> Table:
+def power_table(found: Sequence[Power], title: str) -> Table:
     """What each planned comparison could show, in words."""
-    rows = [(test.claim, f"{test.treated} against {test.control}", said) for test, said in found]
+    from jaxsteer.evidence.claims import could_show
+
+    rows = [(p.claim, f"{p.treated} against {p.control}", could_show(p)) for p in found]
     heads = ("claim", "comparison", "could show")
     return table(f"what the claims of {title} could show", heads, rows)
 

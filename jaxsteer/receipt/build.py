@@ -205,24 +205,12 @@ def _direction(found: directions.Direction) -> statement.Direction:
 
 def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:
     leaked = _leaked(found)
-    changes = {
-        name: statement.Change(steered_tokens=n, mean=total / max(n, 1), rows_unchanged=unchanged)
-        for name, n, total, unchanged in found.rows.group_by("condition")
-        .agg(
-            pl.col("steered_tokens").sum(),
-            pl.col("change").sum(),
-            unchanged=(pl.col("change") == 0).sum(),
-        )
-        .iter_rows()
-    }
     impacts = impact.impacts(found)
     return [
         statement.Condition(
             **msgspec.structs.asdict(condition),
             impact=impacts.get(condition.name),
-            change=changes.get(
-                condition.name, statement.Change(steered_tokens=0, mean=0.0, rows_unchanged=0)
-            ),
+            change=_change(found.rows.filter(condition=condition.name)),
             outcomes={
                 family: outcomes(
                     *labels.counts(condition.name, family),
@@ -233,6 +221,14 @@ def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statemen
         )
         for condition in run.conditions
     ]
+
+
+def _change(rows: pl.DataFrame) -> statement.Change:
+    n, change = int(rows["steered_tokens"].sum()), rows["change"]
+    unchanged = int((change == 0).sum())
+    return statement.Change(
+        steered_tokens=n, mean=float(change.sum()) / max(n, 1), rows_unchanged=unchanged
+    )
 
 
 def _rate(k: int, n: int) -> statement.Rate:

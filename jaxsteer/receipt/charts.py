@@ -34,21 +34,10 @@ def diff_chart(found: Comparison) -> alt.LayerChart:
     drawn = moved_first(found.lines)
     names = marks.numbered(f"{line.condition} · {line.metric} · {line.prompts}" for line in drawn)
     moved, unmoved = KINDS
-    table = pl.DataFrame(
-        [
-            {
-                "row": name,
-                "difference": line.difference,
-                "low": line.low,
-                "high": line.high,
-                "kind": moved if line.moved else unmoved,
-                "condition": line.condition,
-                "metric": line.metric,
-                "first": line.first,
-                "second": line.second,
-            }
-            for name, line in zip(names, drawn, strict=True)
-        ]
+    kinds = [moved if line.moved else unmoved for line in drawn]
+    named = pl.DataFrame(drawn).with_columns(row=pl.Series(names), kind=pl.Series(kinds))
+    table = named.select(
+        "row", "difference", "low", "high", "kind", "condition", "metric", "first", "second"
     )
     ends = [end for line in drawn for end in (line.low, line.high)]
     title = "second receipt minus first, in points of 100 prompts"

@@ -126,18 +126,21 @@ def _rates(p: Predicate) -> Iterator[str]:
     for condition in p.conditions:
         for family, shown in condition.outcomes.items():
             made = build.outcomes(Counter(shown.counts), shown.unjudged, shown.leakage)
-            again = statement.rounded(msgspec.to_builtins(made))
-            for where in _differences(msgspec.to_builtins(shown), again):
-                yield f"{condition.name}, {family}: {where} does not follow"
+            yield from _unlike(f"{condition.name}, {family}", shown, made)
         if condition.impact is not None and (given := condition.impact.answers) is not None:
             right = given.k, given.n, given.only_untouched, given.only_condition
+            name = f"{condition.name}, right answers"
             try:
-                again = statement.rounded(msgspec.to_builtins(impact.answers(*right)))
+                yield from _unlike(name, given, impact.answers(*right))
             except (ValueError, ZeroDivisionError):
-                yield f"{condition.name}, right answers: the counts are impossible"
-                continue
-            for where in _differences(msgspec.to_builtins(given), again):
-                yield f"{condition.name}, right answers: {where} does not follow"
+                yield f"{name}: the counts are impossible"
+
+
+def _unlike(name: str, shown: Any, made: Any) -> Iterator[str]:
+    """Where a part of the receipt is not what its counts give."""
+    one, other = (msgspec.to_builtins(value, str_keys=True) for value in (shown, made))
+    for where in _differences(one, statement.rounded(other)):
+        yield f"{name}: {where} does not follow"
 
 
 def _totals(p: Predicate) -> Iterator[str]:
@@ -160,9 +163,7 @@ def _verdicts(p: Predicate, value: dict[str, Any]) -> Iterator[str]:
         yield f"the counts of a claim are impossible: {error}"
         return
     for shown, made in zip(value["predicate"]["claims"], judged, strict=True):
-        again = statement.rounded(msgspec.to_builtins(made, str_keys=True))
-        for where in _differences(shown, again):
-            yield f"claim {made.name}: {where} does not follow"
+        yield from _unlike(f"claim {made.name}", shown, made)
     outcomes = {c.name: c.outcomes for c in p.conditions}
     for claim in p.claims:
         for c in claim.comparisons:
