@@ -40,6 +40,7 @@ from jaxsteer.words import Progress
 FORMAT: Final = "jaxsteer-geometry-2"
 FILE = "geometry.json"
 Units = Mapping[str, Parts]
+Gathered = dict[str, Units | str]  # by direction: its samples, or why it has none of its own
 WELL_KNOWN = 0.5  # smallest split-half cosine of a direction that is not marked
 
 
@@ -141,7 +142,7 @@ def measure(
         # Not what `extract` added to the file.
         if name in found.run.directions and direction.provenance.get("kind") != "random"
     }
-    gathered: dict[str, Units | str] = {}
+    gathered: Gathered = {}
     with Progress("samples of directions", len(named), unit="directions") as progress:
         for name in named:
             gathered[name] = _samples_of(folder, found.spec, model, name)
@@ -159,7 +160,7 @@ def measure(
             for name, direction in named.items()
         },
         pairs=[
-            _pair(named[a], named[b], gathered[a], gathered[b], draws, seed)
+            _pair(named[a], named[b], gathered, draws, seed)
             for a, b in itertools.combinations(named, 2)
         ],
     )
@@ -228,30 +229,18 @@ def _described(direction: Direction, units: Units | str, halves: int, seed: int)
     )
 
 
-def _pair(
-    first: Direction,
-    second: Direction,
-    first_units: Units | str,
-    second_units: Units | str,
-    draws: int,
-    seed: int,
-) -> Pair:
+def _pair(first: Direction, second: Direction, gathered: Gathered, draws: int, seed: int) -> Pair:
     observed = cosines(first.vectors, second.vectors)
-    nulls = [
-        (
-            relabellings(_labelled(units)),
-            permutation_null(_labelled(units), other, draws=draws, seed=seed),
-        )
-        for units, other in ((first_units, second.vectors), (second_units, first.vectors))
-        if not isinstance(units, str)
-    ]
+    sides = (gathered[first.name], second.vectors), (gathered[second.name], first.vectors)
+    known = [(_labelled(units), other) for units, other in sides if not isinstance(units, str)]
+    nulls = [permutation_null(parts, other, draws=draws, seed=seed) for parts, other in known]
     null = None
     if nulls:
         # The alignment must survive shuffling either direction's labels: widest range, larger p.
-        bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for _, null in nulls])
-        p = np.max([two_sided_p(observed, null) for _, null in nulls], axis=0)
+        bounds = np.stack([np.quantile(null, [0.025, 0.975], axis=0) for null in nulls])
+        p = np.max([two_sided_p(observed, null) for null in nulls], axis=0)
         null = Null(
-            relabellings=min(count for count, _ in nulls),
+            relabellings=min(relabellings(parts) for parts, _ in known),
             low=_rounded(bounds[:, 0].min(axis=0)),
             high=_rounded(bounds[:, 1].max(axis=0)),
             p=_rounded(p),

@@ -129,10 +129,7 @@ def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> marks.
     reach = shown.select(pl.max_horizontal(pl.col("cosine", "low", "high").abs().max())).item()
     x = marks.layer_axis(*window, ticks=6)
     y = alt.Y("cosine:Q", title="cosine", scale=marks.symmetric(1.1 * (reach or 1)), axis=SIGNED)
-    total = table["pair"].n_unique()
-    some = (
-        f"{len(names)} of {counted(total, 'pair')}" if total > len(names) else _all(total, "pair")
-    )
+    some = _some(len(names), table["pair"].n_unique(), "pair")
     null = shown["low"].count() > 0
     return marks.Panels(
         finding=f"{span(window).capitalize()}, {some}: {_beyond(shown, 'cosine')}",
@@ -144,8 +141,11 @@ def pairs_chart(table: pl.DataFrame, names: list[str], window: Window) -> marks.
     )
 
 
-def _all(n: int, noun: str) -> str:
-    return f"the only {noun}" if n == 1 else f"all {counted(n, noun)}"
+def _some(shown: int, total: int, noun: str) -> str:
+    """How many of all are shown, in words."""
+    if shown < total:
+        return f"{shown} of {counted(total, noun)}"
+    return f"the only {noun}" if total == 1 else f"all {counted(total, noun)}"
 
 
 def matrix_chart(
@@ -183,8 +183,7 @@ def matrix_chart(
         f"{span(window).capitalize()}: {strongest if cells.height > 2 else 'the mean cosine'} is "
         f"{most['row']} · {most['column']}, {signed(most['cosine'])}"
     )
-    some = f"{len(order)} of {total}" if total and total > len(order) else f"all {len(order)}"
-    detail = f"{some} directions"
+    detail = _some(len(order), total or len(order), "direction")
     if within.height:
         detail += "; dashed ring: within the mean 95 % null range of the pair"
     return marks.wide(layers, finding, detail, size * len(order))
@@ -212,7 +211,7 @@ def extremes_chart(table: pl.DataFrame, total: int, window: Window) -> alt.Layer
     first = shown.row(0, named=True)
     most = "Most opposed" if first["cosine"] < 0 else "No pair is opposed; the least aligned is"
     finding = f"{most} {first['pair']}, mean cosine {signed(first['cosine'])} over {span(window)}"
-    some = f"{shown.height} of {total} pairs" if shown.height < total else _all(total, "pair")
+    some = _some(shown.height, total, "pair")
     detail = f"{some}; line: smallest to largest over the layers"
     detail += "; grey: mean 95 % null range" if null.height else ""
     return marks.wide(layers, finding, detail, marks.ROW * shown.height)

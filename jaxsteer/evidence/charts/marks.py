@@ -382,7 +382,6 @@ def dots(
     tooltip: list[alt.Tooltip],
     low: str = "low",
     high: str = "high",
-    size: float = 90,
     **shared: Any,
 ) -> alt.LayerChart:
     """Points with their horizontal intervals behind them, in the points' own colour.
@@ -392,7 +391,6 @@ def dots(
       x, y: axes of the points.
       shape, tooltip: of the points.
       low, high: columns of the intervals' ends, in the unit of `x`.
-      size: of the points.
       shared: encodings of points and intervals.
 
     Raises:
@@ -406,7 +404,7 @@ def dots(
     base = alt.Chart(table).encode(y=y, **shared)
     whisker = base.mark_rule(strokeWidth=2.5, opacity=0.55, strokeCap="round")
     whisker = whisker.encode(x=on_axis(x, low), x2=high)
-    points = base.mark_point(size=size).encode(x=x, shape=shape, tooltip=tooltip)
+    points = base.mark_point(size=90).encode(x=x, shape=shape, tooltip=tooltip)
     return alt.LayerChart(layer=[whisker, points])
 
 
