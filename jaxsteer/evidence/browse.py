@@ -84,8 +84,7 @@ def open_results(folder: Path) -> Results:
 
 def _so_far(folder: Path, run: RunRecord) -> Results:
     done = results.read_shards(folder / "shards", run.key)
-    nothing = pl.DataFrame(schema=results.SCHEMA)
-    rows = pl.concat(done) if done else nothing
+    rows = pl.concat(done) if done else pl.DataFrame(schema=results.SCHEMA)
     # Shards are in the order of their hashes; a finished table is in that of its conditions.
     order = {c.name: i for i, c in enumerate(run.conditions)}
     rank = pl.col("condition").replace_strict(order, default=len(order), return_dtype=pl.Int64)

@@ -292,10 +292,7 @@ def swapped_controls(run: RunRecord, condition: Condition) -> list[Condition]:
         return []
     if one.direction == two.direction or one.layers == two.layers:
         return []
-    wanted = {
-        (one.direction, one.scale, two.layers),
-        (two.direction, two.scale, one.layers),
-    }
+    wanted = {(one.direction, one.scale, two.layers), (two.direction, two.scale, one.layers)}
     return [
         c
         for c in _comparable(run, condition)

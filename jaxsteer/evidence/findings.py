@@ -45,7 +45,7 @@ from jaxsteer.words import counted, p_equals, percent, points
 Kind = Literal["random", "unsteered", "matched", "neutral", "benign", "swapped"]
 Status = Literal["holds", "fails", "undecided"]
 Expect = Literal["higher", "lower", "no rise"]
-MARGIN = 0.15
+MARGIN = 0.15  # share of the prompts at risk up to which new cases are few
 KINDS: dict[Kind, str] = {
     "random": "random directions",
     "unsteered": "knockout without steering",
@@ -102,19 +102,17 @@ class Finding:
     why: str
 
 
-def evaluate(found: Results, margin: float = MARGIN) -> list[Finding]:
+def evaluate(found: Results) -> list[Finding]:
     """Every control of every claim that the study ran, measured, in the order of the claims.
 
-    Args:
-      found: the results; conditions without rows yet are left out.
-      margin: share of the prompts at risk up to which new cases are few.
+    Conditions without rows yet are left out.
     """
     labels = Labels(found.rows, found.verdicts)
     envelopes = list(random_controls(found.run, labels))
     made: list[Finding] = []
     for claim in found.spec.claim:
         made += _random(claim, envelopes, found.run)
-        made += dict.fromkeys(_paired(claim, found.run, labels, margin))
+        made += dict.fromkeys(_paired(claim, found.run, labels))
     return made
 
 
@@ -216,7 +214,7 @@ _FOR: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def _paired(claim: ClaimSpec, run: RunRecord, labels: Labels, margin: float) -> Iterator[Finding]:
+def _paired(claim: ClaimSpec, run: RunRecord, labels: Labels) -> Iterator[Finding]:
     benign = run.study.sets("benign")
     tests = [t for t in claim.tests if t.expect != "cosine-above" and t.prompts not in benign]
     for test, c in itertools.product(tests, run.conditions):
@@ -237,7 +235,7 @@ def _paired(claim: ClaimSpec, run: RunRecord, labels: Labels, margin: float) -> 
                 before = labels.of(plain.name, family) if plain else None
                 got = paired.flips(pairs, outcome)
                 risk = paired.at_risk(pairs, outcome, run.kind(family), before)
-                status, why = _status(got, paired.flips(risk, outcome), expects, margin)
+                status, why = _status(got, paired.flips(risk, outcome), expects)
                 yield Finding(
                     claim=claim.name,
                     kind=kind,
@@ -276,17 +274,17 @@ def _controls(run: RunRecord, c: Condition) -> Iterator[tuple[Kind, Condition, C
         yield "benign", c, plain, "no rise"
 
 
-def _status(got: Flips, risk: Flips, expects: Expect, margin: float) -> tuple[Status, str]:
+def _status(got: Flips, risk: Flips, expects: Expect) -> tuple[Status, str]:
     beyond = got.p < ALPHA
     chance = f"exact {p_equals(got.p)}"
     if expects == "no rise":
         bound = stats.wilson(risk.raised, risk.n)[1]
         new = f"new on {risk.raised} of {risk.n} prompts at risk, so up to {percent(bound)}"
-        if bound <= margin:
-            return "holds", f"{new}, within {percent(margin)}"
+        if bound <= MARGIN:
+            return "holds", f"{new}, within {percent(MARGIN)}"
         if beyond and got.difference > 0:
             return "fails", f"{new}, and the rise is not chance ({chance})"
-        return "undecided", f"{new}, over {percent(margin)}"
+        return "undecided", f"{new}, over {percent(MARGIN)}"
     words = f"{points(got.difference)} points, {chance}"
     if not beyond:
         return "undecided", words

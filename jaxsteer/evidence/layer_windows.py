@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
 from msgspec.structs import asdict
 
 from jaxsteer import stats
@@ -323,14 +322,6 @@ def first_layer(found: Results, conditions: Sequence[str]) -> int:
     return min(layers, default=0)
 
 
-def natural(found: Results, name: str) -> Float[np.ndarray, " layer"] | None:
-    """The natural norms of a direction by layer, or None when the folder does not have it."""
-    loaded = directions.load(found.folder / "directions.safetensors")
-    if name not in loaded:
-        return None
-    return np.linalg.norm(loaded[name].vectors.astype(np.float64), axis=1)
-
-
 def along_depth(
     found: Results, conditions: Sequence[str], baseline: str, name: str, phase: Phase
 ) -> pl.DataFrame:
@@ -347,12 +338,14 @@ def along_depth(
     Raises:
       UserError: the rows hold no such projections.
     """
-    column, norms = f"{name}_after_{phase}", natural(found, name)
-    if column not in found.rows.columns or norms is None:
+    loaded = directions.load(found.folder / "directions.safetensors")
+    column = f"{name}_after_{phase}"
+    if column not in found.rows.columns or name not in loaded:
         raise UserError(
             f"{found.folder} recorded no projections on {name}; run its `jaxsteer sweep` again"
         )
     harmful = found.rows.filter(pl.col("family") == found.spec.main)
+    norms = np.linalg.norm(loaded[name].vectors.astype(np.float64), axis=1)
     known = np.flatnonzero(norms)
 
     def projections(condition: str) -> dict[str, Sequence[float]]:

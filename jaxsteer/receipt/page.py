@@ -216,9 +216,7 @@ def chosen(every: Sequence[Bar], most: int) -> list[Bar]:
     if len({bar.condition.mode for bar in every}) > 1:
         untouched = [bar for bar in every if not bar.condition.operations]
         return untouched or list(every[:most])
-    kept = (
-        [bar for bar in every if bar.condition.scale is None] if len(every) > most else list(every)
-    )
+    kept = [bar for bar in every if bar.condition.scale is None or len(every) <= most]
     return (kept or list(every))[:most]
 
 
