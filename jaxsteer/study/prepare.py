@@ -225,10 +225,11 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
         path.unlink(missing_ok=True)
         # Saved first, so that an interrupted setup finds its own directions again.
         record.save(out)
-    record = _with_policy(spec, model, record, out)
+    rater = Rater(model, spec.selection.max_new_tokens, spec.decoding.batch)
+    record = _with_policy(spec, rater, record, out)
     spec = under(spec, record.policy)
     found = _directions(spec, model, path)
-    record = _Choices(spec, model, found, record, out).made()
+    record = _Choices(spec, rater, found, record, out).made()
     record = replace(record, directions=hashes(found))
     record.save(out)
     return Setup(spec, found, record)
@@ -353,7 +354,7 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
     return found
 
 
-def _with_policy(spec: StudySpec, model: ChatModel, record: Record, out: Path) -> Record:
+def _with_policy(spec: StudySpec, rater: Rater, record: Record, out: Path) -> Record:
     """The record with the study's policy, and how the untouched model answers under it.
 
     Raises:
@@ -362,9 +363,9 @@ def _with_policy(spec: StudySpec, model: ChatModel, record: Record, out: Path) -
     if not record.policies:
         # In order of length: of equal ones the first is taken.
         each = sorted(policies(spec), key=lambda each: len(data.policy(each.system).text))
-        prompts = {data.policy(study.system).name: split(study, model) for study in each}
+        prompts = {data.policy(study.system).name: split(study, rater.model) for study in each}
         asked = {name: (found.persona, found.ordinary) for name, found in prompts.items()}
-        scored = selection.policy_candidates(_rater(spec, model), asked)
+        scored = selection.policy_candidates(rater, asked)
         record = replace(record, policies=scored)
         record.save(out)
     best = selection.choose_policy(record.policies)
@@ -374,21 +375,17 @@ def _with_policy(spec: StudySpec, model: ChatModel, record: Record, out: Path) -
     return replace(record, policy=best.policy)
 
 
-def _rater(spec: StudySpec, model: ChatModel) -> Rater:
-    return Rater(model, spec.selection.max_new_tokens, spec.decoding.batch)
-
-
 class _Choices:
     """The choices of a study in the making; candidates are scored once, and saved."""
 
     def __init__(
-        self, spec: StudySpec, model: ChatModel, found: Mapping[str, Direction], record: Record,
+        self, spec: StudySpec, rater: Rater, found: Mapping[str, Direction], record: Record,
         out: Path,
     ) -> None:  # fmt: skip
-        self.spec, self.model, self.found, self.record, self.out = spec, model, found, record, out
-        self.chosen, self.still = spec.selection, open_choices(spec)
-        self.prompts, self.rater = split(spec, model), _rater(spec, model)
-        self.layers, self.dose = named_layers(spec, model), spec.dose
+        self.spec, self.rater, self.found, self.record, self.out = spec, rater, found, record, out
+        self.chosen, self.still, self.model = spec.selection, open_choices(spec), rater.model
+        self.prompts = split(spec, rater.model)
+        self.layers, self.dose = named_layers(spec, rater.model), spec.dose
         self.refusal_dose = spec.refusal_dose
 
     def made(self) -> Record:
