@@ -167,18 +167,18 @@ def load(path: Path) -> dict[str, Direction]:
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{path} is not a {FORMAT} file; make one with `jaxsteer extract`")
             provenance = json.loads(metadata["provenance"])
+            found = {}
             # keys() is a method of the safetensors handle, which is no mapping.
-            found = {name: file.get_tensor(name) for name in list(file.keys())}
-            for name, vectors in found.items():
+            for name in list(file.keys()):
+                vectors = file.get_tensor(name)
                 if vectors.ndim != 2 or vectors.dtype != np.float32:
                     raise UserError(
                         f"{path}: {name!r} is {vectors.dtype.name} {vectors.shape}, a direction is "
                         "float32 (layers, width); extract it again"
                     )
-            return {
-                name: Direction(name=name, vectors=vectors, provenance=provenance[name])
-                for name, vectors in found.items()
-            }
+                of = provenance[name]
+                found[name] = Direction(name=name, vectors=vectors, provenance=of)
+            return found
     except FileNotFoundError:
         raise UserError(f"no directions file {path}; make one with `jaxsteer extract`") from None
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -216,12 +217,10 @@ def sample_replies(
         for p, n in zip(prompts, shared, strict=True)
     ]
     decoding = Decoding(max_new_tokens=max_new_tokens, eos=model.eos, sample=True)
-    replies: list[list[int]] = [[] for _ in prompts]
     sampling = Sampling(seed=seed, **SAMPLED)
-    for batch in engine.run(model, requests, None, decoding, sampling=sampling):
-        for reply in batch:
-            replies[reply.index] = reply.tokens.tolist()
-    return replies
+    batches = engine.run(model, requests, None, decoding, sampling=sampling)
+    replies = sorted(itertools.chain.from_iterable(batches), key=lambda reply: reply.index)
+    return [reply.tokens.tolist() for reply in replies]
 
 
 def gather(model: ChatModel, contrast: Contrast) -> Samples:

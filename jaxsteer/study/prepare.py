@@ -177,15 +177,10 @@ def split(spec: StudySpec, model: ChatModel) -> Split:
     )
 
 
-def policies(spec: StudySpec) -> list[StudySpec]:
-    """The study under each policy that it may run under."""
+def policies(spec: StudySpec) -> dict[str, StudySpec]:
+    """The study under each policy that it may run under, by the policy's name."""
     chosen = spec.selection.policies if spec.system == CHOOSE else (spec.system,)
-    return [replace(spec, system=name) for name in chosen]
-
-
-def under(spec: StudySpec, name: str) -> StudySpec:
-    """The study under the policy of that name."""
-    return next(each for each in policies(spec) if data.policy(each.system).name == name)
+    return {data.policy(policy).name: replace(spec, system=policy) for policy in chosen}
 
 
 def key(spec: StudySpec, model: ChatModel) -> str:
@@ -196,7 +191,7 @@ def key(spec: StudySpec, model: ChatModel) -> str:
     """
     sources = [
         extraction.contrast(kind, extraction_settings(each)).source_sha256
-        for each in policies(spec)
+        for each in policies(spec).values()
         for kind in spec.directions.values()
         if isinstance(kind, FromChats)
     ]
@@ -204,7 +199,7 @@ def key(spec: StudySpec, model: ChatModel) -> str:
         VERSION,
         model.weights_sha256,
         model.tokenizer_sha256,
-        [data.policy(each.system).sha256 for each in policies(spec)],
+        [data.policy(each.system).sha256 for each in policies(spec).values()],
         sources,
         [[p.id, p.text] for some in selected(spec) for p in some],
         msgspec.to_builtins([spec.directions, portable(spec).selection, spec.layers, spec.dose]),
@@ -227,7 +222,7 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
         record.save(out)
     rater = Rater(model, spec.selection.max_new_tokens, spec.decoding.batch)
     record = _with_policy(spec, rater, record, out)
-    spec = under(spec, record.policy)
+    spec = policies(spec)[record.policy]
     found = _directions(spec, model, path)
     record = _Choices(spec, rater, found, record, out).made()
     record = replace(record, directions=hashes(found))
@@ -242,7 +237,7 @@ def read(spec: StudySpec, model: ChatModel, out: Path) -> Setup | None:
         return None
     found = directions.load(path) if path.is_file() else {}
     found = {name: made for name, made in found.items() if name in record.directions}
-    made = Setup(under(spec, record.policy), found, record)
+    made = Setup(policies(spec)[record.policy], found, record)
     return made if hashes(found) == record.directions else None
 
 
@@ -362,7 +357,7 @@ def _with_policy(spec: StudySpec, rater: Rater, record: Record, out: Path) -> Re
     """
     if not record.policies:
         # In order of length: of equal ones the first is taken.
-        each = sorted(policies(spec), key=lambda each: len(data.policy(each.system).text))
+        each = sorted(policies(spec).values(), key=lambda each: len(data.policy(each.system).text))
         prompts = {data.policy(study.system).name: split(study, rater.model) for study in each}
         asked = {name: (found.persona, found.ordinary) for name, found in prompts.items()}
         scored = selection.policy_candidates(rater, asked)

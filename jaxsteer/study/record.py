@@ -202,9 +202,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def spec(self) -> StudySpec:
         """The study, with its policy filled in."""
-        own = prompts.Policy(
-            name=self.policy.name, text=self.policy.text, version=self.policy.version
-        )
+        own = msgspec.convert(self.policy, prompts.Policy, from_attributes=True)
         return msgspec.structs.replace(self.study, system=own)
 
     def named(self, name: str) -> Condition:

@@ -44,7 +44,8 @@ def study(
     """
     prepare.key(spec, model)  # Reads the policies and the traits.
     still, n_layers = prepare.open_choices(spec), model.config.n_layers
-    spec = max(prepare.policies(spec), key=lambda each: len(data.policy(each.system).text))
+    under = prepare.policies(spec).values()
+    spec = max(under, key=lambda each: len(data.policy(each.system).text))
     dose = 1.0 if spec.dose is None else spec.dose
     room, split = model.config.max_position, prepare.split(spec, model)
     if "refusal" in still:
