@@ -194,12 +194,12 @@ def run_layers(
         before = jnp.zeros((0,), bool) if prefix is None else jnp.asarray(prefix.real)
         asked = (TAP,) if capture else ()
         taps = _taps(entry.interventions, segment_ids, jnp.asarray(probes), asked)
-        config, layers = blocks.config, blocks.layers
-        cache = decoder.empty_cache(config, len(layers), len(segment_ids), stream.dtype)
+        slots = len(segment_ids)
+        cache = decoder.empty_cache(blocks.config, len(blocks.layers), slots, stream.dtype)
         visible = causal(segment_ids, before)
         past = () if prefix is None else (prefix.cache,)
-        after, written = decoder.run_blocks(
-            config, layers, stream, visible, cache, jnp.int32(0), taps, past, jnp.asarray(first)
+        after, written = blocks.run(
+            stream, visible, cache, jnp.int32(0), taps, past, jnp.asarray(first)
         )
         captured, realised = taps.results()
         return LayerOutput(

@@ -192,14 +192,12 @@ def read_layers(
       [row, layer, token, probe] and the realised change.
     """
     definition = decoder.blocks_graph(config, len(params["layers"]), h.dtype)
-    layers, slot = decoder.bind(definition, params).layers, jnp.asarray(state.slot)
+    blocks, slot = decoder.bind(definition, params), jnp.asarray(state.slot)
     probes = jnp.asarray(state.probes)
 
     def one(read: Tokens, h: Array, cache: decoder.Cache, asked: Interventions) -> Any:
         taps = _taps(read, asked, probes)
-        h, cache = decoder.run_blocks(
-            config, layers, h, read.visible, cache, slot, taps, first=jnp.asarray(number)
-        )
+        h, cache = blocks.run(h, read.visible, cache, slot, taps, first=jnp.asarray(number))
         captured, realised = taps.results()
         exact = lax.Precision.HIGHEST
         projections = jnp.einsum("ltd,lpd->ltp", captured[TAP], probes, precision=exact)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -105,7 +105,7 @@ class Embed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer's parameters; `run_blocks` runs it, since a tap is between its halves."""
+    """One decoder layer's parameters; `Blocks` runs it, since a tap is between its halves."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike):
         def norm(wanted: bool) -> RMSNorm | None:
@@ -132,53 +132,50 @@ def exact_products() -> AbstractContextManager[Any]:
 
 
 class Blocks(nnx.Module):
-    """Consecutive layers, to be run without the rest of the model (see `prefill`)."""
+    """Consecutive layers, which also run without the rest of the model (see `prefill`)."""
 
     def __init__(self, config: ModelConfig, n: int, dtype: DTypeLike):
         self.config = config
         self.layers = nnx.List([Block(config, dtype) for _ in range(n)])
 
+    def run(
+        self,
+        h: Float[Array, "token d_model"],
+        visible: Visible,
+        cache: Cache,
+        slot: Int[Array, ""],
+        taps: Taps,
+        past: Sequence[Past] = (),
+        first: int | Int[Array, ""] = 0,
+    ) -> tuple[Float[Array, "token d_model"], Cache]:
+        """Run one row through these layers, of which `first` is the number of the first.
 
-def run_blocks(
-    config: ModelConfig,
-    blocks: Iterable[Block],
-    h: Float[Array, "token d_model"],
-    visible: Visible,
-    cache: Cache,
-    slot: Int[Array, ""],
-    taps: Taps,
-    past: Sequence[Past] = (),
-    first: int | Int[Array, ""] = 0,
-) -> tuple[Float[Array, "token d_model"], Cache]:
-    """Run one row through consecutive layers, of which `first` is the number of the first.
+        Other arguments as for `Decoder`, but caches and taps number these layers alone, from 0.
 
-    Other arguments as for `Decoder`, but caches and taps number these layers alone, from 0.
-
-    Returns:
-      The residual stream after them, and their cache.
-    """
-    kinds = views(config, visible)
-    written = []
-    with exact_products():
-        for index, (block, kept) in enumerate(zip(blocks, cache, strict=True)):
-            before = [earlier[index] for earlier in past]
-            seen = view(config, kinds, first + index)
-            x = h if block.attn_norm is None else block.attn_norm(h)
-            mixed, kv = block.attn(x, *seen, kept, slot, before)
-            written.append(kv)
-            h = taps.visit("resid_mid", index, h + block.added(mixed, block.attn_post_norm))
-            x = block.mlp(h if block.mlp_norm is None else block.mlp_norm(h))
-            h = taps.visit("resid_post", index, h + block.added(x, block.mlp_post_norm))
-    return h, written
+        Returns:
+          The residual stream after them, and their cache.
+        """
+        kinds = views(self.config, visible)
+        written = []
+        with exact_products():
+            for index, (block, kept) in enumerate(zip(self.layers, cache, strict=True)):
+                before = [earlier[index] for earlier in past]
+                seen = view(self.config, kinds, first + index)
+                x = h if block.attn_norm is None else block.attn_norm(h)
+                mixed, kv = block.attn(x, *seen, kept, slot, before)
+                written.append(kv)
+                h = taps.visit("resid_mid", index, h + block.added(mixed, block.attn_post_norm))
+                x = block.mlp(h if block.mlp_norm is None else block.mlp_norm(h))
+                h = taps.visit("resid_post", index, h + block.added(x, block.mlp_post_norm))
+        return h, written
 
 
-class Decoder(nnx.Module):
+class Decoder(Blocks):
     """A decoder-only transformer. Parameters are zeros until `bind` fills them."""
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike = jnp.float32):
-        self.config = config
+        super().__init__(config, config.n_layers, dtype)
         self.embed = Embed(config, dtype)
-        self.layers = nnx.List([Block(config, dtype) for _ in range(config.n_layers)])
         self.final_norm = RMSNorm(config.d_model, config, dtype)
         if not config.tied:
             self.head = Linear(config.d_model, config.vocab_size, dtype)
@@ -207,7 +204,7 @@ class Decoder(nnx.Module):
         """
         taps = Taps(steering, capture)
         h = self.embedded(tokens, taps)
-        h, written = run_blocks(self.config, self.layers, h, visible, cache, slot, taps, past)
+        h, written = self.run(h, visible, cache, slot, taps, past)
         captured, realised = taps.results()
         return Forward(
             hidden=self.final_norm(h), cache=written, captured=captured, realised=realised
