@@ -171,15 +171,6 @@ def softcap(x: Float[Array, "*any"], bound: float) -> Float[Array, "*any"]:
     return bound * jnp.tanh(x / bound) if bound else x
 
 
-def write(
-    cache: Float[Array, "kv_head slot head_dim"],
-    new: Float[Array, "token kv_head head_dim"],
-    slot: Int[Array, ""],
-) -> Float[Array, "kv_head slot head_dim"]:
-    """The cache with the keys or values of new tokens written from `slot` on."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.swapaxes(new, 0, 1), slot, axis=1)
-
-
 def write_block(
     cache: Float[Array, "kv_head slot head_dim"],
     block: Float[Array, "kv_head block_slot head_dim"],
@@ -195,7 +186,7 @@ def write_block(
 
 
 def write_in_place(cache: Array, block: Array, slot: Array) -> Array:
-    """`write_block`, by writing the block alone."""
+    """`write_block`, by writing the block alone, which may then begin at any slot."""
     return jax.lax.dynamic_update_slice_in_dim(cache, block, slot, axis=1)
 
 
@@ -368,10 +359,11 @@ class Attention(nnx.Module):
         if tokens > 1:
             # Not for a single token: every later token of its row attends to it anyway.
             k, v = contain_overflow(k, v)
-        keys, values = write(cache[0], k, slot), write(cache[1], v, slot)
+        # Caches have the heads first.
+        k, v = jnp.swapaxes(k, 0, 1), jnp.swapaxes(v, 0, 1)
+        written = write_in_place(cache[0], k, slot), write_in_place(cache[1], v, slot)
         # Head n reads key-value head n // G: reshaping N to (K, G) lines them up.
         q = q.reshape(tokens, c.n_kv_heads, -1, c.head_dim)
-        written = (keys, values)
         first = slot + sum(keys.shape[1] for keys, _ in past)
         mixed = attend(q, [*past, written], visible, c.attention_scale, c.attention_softcap, first)
         return self.o(mixed.reshape(tokens, -1)), written
