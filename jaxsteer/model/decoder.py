@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.model.interventions import AnyArray, Interventions, SiteArrays, apply
+from jaxsteer.model.interventions import AnyArray, Interventions, apply
 from jaxsteer.model.layers import MLP, Attention, Linear, RMSNorm, Visible, softcap, view, views
 
 KeyValues = Float[Array, "*lead kv_head slot head_dim"]
@@ -239,17 +239,15 @@ class Taps:
     def visit(self, tap: str, layer: int, h: Array) -> Array:
         """The stream after a tap: steered, and captured."""
         if self.steering is not None and tap in self.steering.interventions.sites:
-            site = self.steering.interventions.sites[tap].at(layer)
-            h = self._steer(tap, layer, h, site)
+            h = self._steer(self.steering, tap, layer, h)
         if tap in self.capture:
             self.captured.setdefault(tap, []).append(h.astype(jnp.float32))
         return h
 
-    def _steer(self, tap: str, layer: int, h: Array, site: SiteArrays) -> Array:
-        assert self.steering is not None
-        steered, real = self.steering.steered, self.steering.real
-        new, change = apply(h, site, steered)
-        probes = self.steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
+    def _steer(self, steering: Steering, tap: str, layer: int, h: Array) -> Array:
+        steered, real = steering.steered, steering.real
+        new, change = apply(h, steering.interventions.sites[tap].at(layer), steered)
+        probes = steering.probes[layer] if tap == "resid_post" else jnp.zeros((0, h.shape[1]))
         wide = h.astype(jnp.float32)
         before, moved = wide @ probes.T, change @ probes.T
 
