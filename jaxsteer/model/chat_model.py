@@ -12,7 +12,6 @@ or another revision is converted again. Old conversions stay until they are dele
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +37,6 @@ from jaxsteer.model.convert import (
     resolve_dtype,
 )
 from jaxsteer.model.decoder import Decoder, Params, graph
-from jaxsteer.model.sharding import param_shardings
 from jaxsteer.model.tokenizer import Tokenizer, transformers
 from jaxsteer.words import say
 
@@ -86,13 +84,12 @@ class ChatModel:
         Raises:
           UserError: not a checkpoint, or a file that does not match the manifest.
         """
-        shardings = None if mesh is None else functools.partial(param_shardings, mesh=mesh)
         # Before the threads: two that import it at the same moment may see it half made.
         transformers()
         with ThreadPoolExecutor(1) as pool:
             # Read while the weights are: each takes a second.
             tokenizer = pool.submit(Tokenizer.load, folder / "tokenizer")
-            loaded = checkpoint.load(folder, verify=verify, weights=weights, shardings=shardings)
+            loaded = checkpoint.load(folder, verify=verify, weights=weights, mesh=mesh)
         return cls(
             name=folder.name,
             config=loaded.config,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxsteer.errors import UserError, heed_stop, one_line
 from jaxsteer.files import (
@@ -36,6 +36,7 @@ from jaxsteer.files import (
     writing,
 )
 from jaxsteer.model.config import ModelConfig
+from jaxsteer.model.sharding import param_shardings
 from jaxsteer.model.weights import flatten, nest, param_shapes
 
 FORMAT: Literal["jaxsteer-checkpoint-1"] = "jaxsteer-checkpoint-1"
@@ -256,7 +257,7 @@ def load(
     *,
     verify: bool = True,
     weights: bool = True,
-    shardings: Callable[[ModelConfig], Mapping[str, Sharding]] | None = None,
+    mesh: Mesh | None = None,
 ) -> Checkpoint:
     """Load a checkpoint, each device reading its own pieces.
 
@@ -264,8 +265,7 @@ def load(
       path: the folder.
       verify: recompute the hash of every parameter too, one at a time on the host.
       weights: without them, every parameter is a shape.
-      shardings: from the config to the sharding of each parameter, by path; None puts all of them
-        on this process's first device.
+      mesh: the devices to spread the parameters over; None for this process's first one.
 
     Raises:
       UserError: not a checkpoint, or a file or parameter that does not match the manifest.
@@ -278,7 +278,7 @@ def load(
         _check_file(tokenizer / name, manifest.tokenizer_files.get(name), path)
     shapes = param_shapes(config)
     one_device = SingleDeviceSharding(jax.local_devices()[0])
-    placed = dict.fromkeys(shapes, one_device) if shardings is None else shardings(config)
+    placed = dict.fromkeys(shapes, one_device) if mesh is None else param_shardings(config, mesh)
     target = nest(
         (name, jax.ShapeDtypeStruct(shape, jnp.dtype(manifest.dtype), sharding=placed[name]))
         for name, shape in shapes.items()
