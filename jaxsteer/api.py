@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -286,15 +286,15 @@ def load(
       source: a checkpoint folder; a shipped name (`smollm2-135m`), which is fetched and converted
         the first time; a Hugging Face folder; a .gguf file; or a hub id such as `org/name`.
       mesh: devices to spread it over, such as `data=2,model=4`; None is one device.
-      dtype: of the parameters: `float32`, `bfloat16`, or `auto` (see `chat_model.load`).
+      dtype: of the parameters: `float32`, `bfloat16`, or `auto` (see `chat_model.find`).
       verify: recompute every hash of the checkpoint.
 
     Raises:
       UserError: no such model, one that is not supported, or a damaged file.
     """
     spread = None if mesh is None else sharding.mesh(mesh)
-    loaded = chat_model.load(source, mesh=spread, dtype=dtype, verify=verify)
-    return Model(**{f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)})
+    found = chat_model.find(source, dtype)
+    return cast(Model, Model.load(found, mesh=spread, verify=verify))
 
 
 def policy(name: str) -> str:

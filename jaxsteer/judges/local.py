@@ -286,7 +286,8 @@ def load(
         raise UserError(f"{path}: {'; '.join(problems)}")
     if checkpoint is None and not spec.checkpoint:
         raise UserError(f"judge {path.stem} is a model; give its checkpoint as --checkpoint")
-    model = chat_model.load(checkpoint or path.parent / spec.checkpoint, mesh=mesh)
+    found = chat_model.find(checkpoint or path.parent / spec.checkpoint)
+    model = ChatModel.load(found, mesh=mesh)
     vocabulary = model.tokenizer.hf.get_vocab()
     tokens = spec.read.tokens if isinstance(spec.read, Tokens) else {}
     lacks = [f"the token {token!r}" for token in tokens if token not in vocabulary]

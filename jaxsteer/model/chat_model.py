@@ -79,7 +79,9 @@ class ChatModel:
     def load(
         cls, folder: Path, *, verify: bool = True, weights: bool = True, mesh: Mesh | None = None
     ) -> ChatModel:
-        """Load a converted checkpoint, onto a mesh piece by piece; its arguments have the rest.
+        """Load a converted checkpoint (`find` gives its folder) as a model of this class.
+
+        Arguments are those of `checkpoint.load`.
 
         Raises:
           UserError: not a checkpoint, or a file that does not match the manifest.
@@ -116,28 +118,19 @@ class ChatModel:
         }
 
 
-def load(
-    source: str | Path, *, mesh: Mesh | None = None, dtype: str = "auto", verify: bool = True
-) -> ChatModel:
-    """Load a chat model, and convert it first if that has not been done.
+def find(source: str | Path, dtype: str = "auto") -> Path:
+    """The folder of a model's checkpoint, for `ChatModel.load`; converted first if needed.
 
     Args:
       source: a checkpoint's folder; the name of a shipped model (`smollm2-135m`) or of a checkpoint
         under `checkpoints`; a Hugging Face folder; a .gguf file; or a hub id such as `org/name`.
-      mesh: the devices to spread the parameters over; None for one device.
       dtype: of the parameters, float32 or bfloat16. `auto` takes a checkpoint as it is, and
         converts to bfloat16 on a GPU or TPU and to float32 on a CPU.
-      verify: recompute the hash of every parameter.
 
     Raises:
-      UserError: nothing of that name, a checkpoint of another dtype, a damaged checkpoint, or a
+      UserError: nothing of that name, a checkpoint of another dtype, a damaged manifest, or a
         source that cannot be converted (see `convert`).
     """
-    return ChatModel.load(find(source, dtype), verify=verify, mesh=mesh)
-
-
-def find(source: str | Path, dtype: str = "auto") -> Path:
-    """The folder of a model's checkpoint, converted first if needed; arguments as for `load`."""
     name, path, here = str(source), Path(source), HERE / str(source)
     if _is_checkpoint(path):
         return _of_dtype(path, dtype)

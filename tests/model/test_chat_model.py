@@ -12,9 +12,14 @@ from jaxsteer.data.wheels import PinnedWheel
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_file
 from jaxsteer.model import chat_model
+from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from tests import tiny
 from tests.tiny_gguf import write_gguf
+
+
+def load(source):
+    return ChatModel.load(chat_model.find(source))
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +72,14 @@ def shipped(folder, tmp_path, monkeypatch):
 def test_a_checkpoint_is_loaded_where_it_is(folder, tmp_path, conversions):
     made = convert(folder, tmp_path / "made", "bfloat16")
     assert chat_model.find(made) == chat_model.find(str(made), "bfloat16") == made
-    assert chat_model.load(made).name == "made"
+    assert load(made).name == "made"
     assert conversions == []
     with pytest.raises(UserError, match="made is in bfloat16, not float32; convert"):
         chat_model.find(made, "float32")
 
 
 def test_a_hugging_face_folder_is_converted_once(folder, conversions, capsys):
-    model = chat_model.load(folder)
+    model = load(folder)
     assert model.name == "tiny" and model.identity()["dtype"] == "float32"
     assert "converting" in capsys.readouterr().err
     assert chat_model.find(str(folder)) == chat_model.find(folder)
@@ -91,7 +96,7 @@ def test_a_changed_folder_and_another_dtype_are_converted_again(folder, conversi
 
 def test_a_gguf_is_converted_once(folder, tmp_path, conversions):
     write_gguf(tmp_path / "small.gguf", "F32")
-    assert chat_model.load(tmp_path / "small.gguf").name == "small"
+    assert load(tmp_path / "small.gguf").name == "small"
     chat_model.find(tmp_path / "small.gguf")
     assert len(conversions) == 1
 
@@ -99,7 +104,7 @@ def test_a_gguf_is_converted_once(folder, tmp_path, conversions):
 def test_a_shipped_name_prepares_itself(shipped, tmp_path, conversions):
     found = chat_model.find(shipped)
     assert found.name == "small" and found.is_relative_to(tmp_path / "cache/checkpoints")
-    assert chat_model.load(shipped).identity()["dtype"] == "bfloat16"
+    assert load(shipped).identity()["dtype"] == "bfloat16"
     assert len(conversions) == 1
 
 
@@ -143,7 +148,7 @@ def test_a_hub_id_is_converted_once_for_each_commit(hub, conversions):
     commits, answer = hub
     for commit in (*commits, *commits):
         answer(commit)
-        assert chat_model.load("some/model").manifest.source.revision == commit
+        assert load("some/model").manifest.source.revision == commit
     assert len(conversions) == 2
 
 
@@ -160,7 +165,7 @@ def test_without_the_hub_the_files_its_client_kept_are_converted(hub, conversion
     commits, answer = hub
     answer(commits[1])
     answer(None)
-    assert chat_model.load("some/model").manifest.source.revision == commits[1]
+    assert load("some/model").manifest.source.revision == commits[1]
 
 
 def test_an_unknown_name_lists_what_can_be_given(folder, shipped):
