@@ -61,8 +61,10 @@ def canonical_json(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path, mend: str = "free space or choose another --out") -> Iterator[None]:
-    """Say in one line that a file or folder cannot be written, and how to mend it.
+def writing(
+    path: Path, mend: str = "free space or choose another --out", what: str = "write"
+) -> Iterator[None]:
+    """Say in one line that a file or folder cannot be written (or `what` else), and the mend.
 
     Raises:
       UserError: the system refused: a full disk, a read-only folder, a name too long.
@@ -71,7 +73,7 @@ def writing(path: Path, mend: str = "free space or choose another --out") -> Ite
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or one_line(error)}; {mend}"
+            f"cannot {what} {path}: {error.strerror or one_line(error)}; {mend}"
         ) from error
 
 
@@ -112,17 +114,14 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / ".lock", blocking=False)
-    try:
+    with writing(folder, "choose another --out", "write or lock"):
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{folder} is in use by another process; wait for it, or choose another --out"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot write or lock {folder}: {error.strerror}; choose another --out"
-        ) from error
+        try:
+            held = lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by another process; wait for it, or choose another --out"
+            ) from None
     with held:
         for stale in (*folder.glob(".*.*"), *folder.glob("*/.*.*")):
             if stale.suffix != ".lock":
@@ -141,18 +140,15 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f".{path.name}.lock"))
+    mend = "choose another --out, or set JAXSTEER_CACHE if it is in the cache"
     held = None
     while held is None:
-        try:
+        with writing(path, mend, "write or lock"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire(timeout=0.5)
-        except Timeout:
-            heed_stop()
-        except OSError as error:
-            raise UserError(
-                f"cannot write or lock {path}: {error.strerror}; choose another --out, or set "
-                "JAXSTEER_CACHE if it is in the cache"
-            ) from error
+            try:
+                held = lock.acquire(timeout=0.5)
+            except Timeout:
+                heed_stop()
     with held:
         yield
 
