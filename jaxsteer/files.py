@@ -60,6 +60,11 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a value's canonical JSON."""
+    return sha256_bytes(canonical_json(value).encode())
+
+
 @contextlib.contextmanager
 def writing(
     path: Path, mend: str = "free space or choose another --out", what: str = "write"

@@ -24,7 +24,7 @@ from msgspec import Meta
 
 from jaxsteer.data.wheels import HARMBENCH, STRONGREJECT, fetch
 from jaxsteer.errors import UserError, one_line
-from jaxsteer.files import canonical_json, read_table, sha256_bytes, write_table
+from jaxsteer.files import read_table, sha256_bytes, sha256_json, write_table
 
 HERE = Path(__file__).parent
 # A benign prompt deserves an answer, a harmful one a refusal, and of others neither is said.
@@ -129,7 +129,7 @@ class Trait(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     @property
     def sha256(self) -> str:
         """Hash of everything the direction depends on."""
-        return sha256_bytes(canonical_json([self.positive, self.negative, self.questions]).encode())
+        return sha256_json([self.positive, self.negative, self.questions])
 
 
 def _prefixed(family: str, prefix: str, category: str, text: str, row: int, kind: Kind) -> Prompt:

@@ -32,7 +32,7 @@ from jaxsteer.directions.activations import Position
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.samples import Chat, Contrast
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, check_writable, sha256_bytes
+from jaxsteer.files import check_writable, sha256_json
 from jaxsteer.model.chat_model import ChatModel
 
 # What the refusal direction is made of, and what choices are made on, by rank from the first on.
@@ -138,7 +138,7 @@ def contrast(kind: FromChats, settings: Settings = DEFAULT) -> Contrast:
             made = dataclasses.replace(
                 said,
                 kind="user-persona",
-                source_sha256=_sha256([said.source_sha256, REPLAYED_UNDER]),
+                source_sha256=sha256_json([said.source_sha256, REPLAYED_UNDER]),
                 replayed_under=REPLAYED_UNDER,
             )
         case Trait():
@@ -332,7 +332,7 @@ def prompt_contrast(
     """Prompts against other prompts under one system prompt, at the last prompt token."""
     return Contrast(
         kind="refusal",
-        source_sha256=_sha256([list(positive), list(negative), system]),
+        source_sha256=sha256_json([list(positive), list(negative), system]),
         chats=[
             Chat(system=system, user=text, group=int(i >= len(positive)), units=(i,))
             for i, text in enumerate([*positive, *negative])
@@ -352,7 +352,7 @@ def axis_contrast(
     """
     return Contrast(
         kind="assistant-axis",
-        source_sha256=_sha256([list(default), [list(r) for r in roles], list(questions)]),
+        source_sha256=sha256_json([list(default), [list(r) for r in roles], list(questions)]),
         chats=_crossed([default, *([instruction] for _, instruction in roles)], questions),
         position="response_avg",
         max_new_tokens=48,
@@ -367,7 +367,3 @@ def _crossed(groups: Sequence[Sequence[str]], questions: Sequence[str]) -> list[
         for i, (group, text) in enumerate(instructions)
         for j, question in enumerate(questions)
     ]
-
-
-def _sha256(value: Any) -> str:
-    return sha256_bytes(canonical_json(value).encode())

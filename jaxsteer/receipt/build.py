@@ -25,7 +25,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence import claims, controls, impact, reliability
 from jaxsteer.evidence.paired import Labels
 from jaxsteer.evidence.reliability import Measurements
-from jaxsteer.files import canonical_json, locked, sha256_bytes, sha256_file, write_text
+from jaxsteer.files import locked, sha256_bytes, sha256_file, sha256_json, write_text
 from jaxsteer.judges.human import agreements
 from jaxsteer.judges.labels import LABELS
 from jaxsteer.judges.verdicts import provenance, response_sha256, text_hashes
@@ -104,7 +104,7 @@ def _statement(found: Results, run: RunRecord, samples: int, measured: bool) -> 
             name=found.spec.name,
             about=found.spec.about,
             key=run.key,
-            spec_sha256=sha256_bytes(canonical_json(msgspec.to_builtins(run.study)).encode()),
+            spec_sha256=sha256_json(msgspec.to_builtins(run.study)),
         ),
         model=run.model,
         policy=run.policy,

@@ -26,7 +26,7 @@ from jaxsteer.directions import extraction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import FromChats, InStudy, Random, Settings
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, read_json, sha256_bytes, write_json
+from jaxsteer.files import read_json, sha256_json, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Project
 from jaxsteer.study import selection
@@ -205,7 +205,7 @@ def key(spec: StudySpec, model: ChatModel) -> str:
         msgspec.to_builtins([spec.directions, portable(spec).selection, spec.layers, spec.dose]),
         [spec.refusal_dose, spec.allow_uninformative, open_choices(spec), _random_seeds(spec)],
     ]
-    return sha256_bytes(canonical_json(value).encode())
+    return sha256_json(value)
 
 
 def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:

@@ -22,7 +22,7 @@ from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Kind, Prompt
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.files import canonical_json, read_json, sha256_bytes, write_json
+from jaxsteer.files import read_json, sha256_json, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Scope, Tap
 from jaxsteer.study.selection import Candidates
@@ -277,7 +277,7 @@ def set_words(name: str, kind: Kind) -> str:
 
 def prompts_sha256(prompts: Iterable[tuple[str, str]]) -> str:
     """Hash of prompts, each with its id and its text, in their order."""
-    return sha256_bytes(canonical_json([[name, text] for name, text in prompts]).encode())
+    return sha256_json([[name, text] for name, text in prompts])
 
 
 def text_of(found: prompts.Policy | prompts.Mode) -> Text:
@@ -287,7 +287,7 @@ def text_of(found: prompts.Policy | prompts.Mode) -> Text:
 
 def make(identity: Mapping[str, Any]) -> RunRecord:
     """The record of a run from the fields that identify it; adds format, key and environment."""
-    key = sha256_bytes(canonical_json(msgspec.to_builtins(identity)).encode())
+    key = sha256_json(msgspec.to_builtins(identity))
     return RunRecord(format=FORMAT, key=key, environment=environment(), **identity)
 
 
