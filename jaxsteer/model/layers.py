@@ -42,14 +42,12 @@ class Linear(nnx.Module):
 
     def __init__(self, n_in: int, n_out: int, dtype: DTypeLike, bias: bool = False):
         self.kernel = nnx.Param(jnp.zeros((n_in, n_out), dtype))
-        if bias:
-            self.bias = nnx.Param(jnp.zeros((n_out,), dtype))
-        self.use_bias = bias
+        self.bias = nnx.Param(jnp.zeros((n_out,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "token n_in"]) -> Float[Array, "token n_out"]:
         """The affine map of each token."""
         y = x @ self.kernel[...]
-        return y + self.bias[...] if self.use_bias else y
+        return y if self.bias is None else y + self.bias[...]
 
 
 # The segment id of a prefix, which every prompt attends to.
