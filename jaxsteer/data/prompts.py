@@ -207,24 +207,19 @@ def read(which: PromptSet, limit: int | None = None) -> list[Prompt]:
       UserError: a file that cannot be read or lacks a column, a record without a prompt, or fewer
         prompts than asked for.
     """
-    every = _named(which, shipped(which.set)) if which.set else _of_file(which)
+    every = shipped(which.set) if which.set else _of_file(which)
     n = which.n if limit is None else limit
     found = sample(every, n, which.seed)
     where = which.file or which.set
     if not found or (limit is None and len(found) < n):
         raise UserError(f"{where}: there are {len(found)} different prompts; n asks for {n or 1}")
-    return found
-
-
-def _named(which: PromptSet, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
     assert which.kind is not None
-    return (dataclasses.replace(p, family=which.name, kind=which.kind) for p in prompts)
+    return [dataclasses.replace(p, family=which.name, kind=which.kind) for p in found]
 
 
 def _of_file(which: PromptSet) -> Iterator[Prompt]:
-    """The prompts of a set's file, as they come."""
-    path, kind = Path(which.file), which.kind
-    assert kind is not None
+    """The prompts of a set's file, as they come; `read` says of which kind they are."""
+    path = Path(which.file)
     columns = [which.column, *([which.category] if which.category else [])]
     readers = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}
     if path.suffix not in readers:
@@ -240,7 +235,7 @@ def _of_file(which: PromptSet) -> Iterator[Prompt]:
                     f"{path}:{row}: {which.column!r} holds neither a text nor turns of user and "
                     "assistant that end with the user; mend the record, or name another column"
                 )
-            prompt = _prefixed(which.name, which.name, str(category or ""), text, row, kind)
+            prompt = _prefixed(which.name, which.name, str(category or ""), text, row, "other")
             plain = len(turns) > 1 and which.steer == "last"
             yield dataclasses.replace(prompt, turns=turns, plain_history=plain)
     except (OSError, UnicodeError, csv.Error, pl.exceptions.PolarsError) as error:
