@@ -237,7 +237,7 @@ def from_hf(
         )
     required = () if "text_config" in config else SIZES
     for key in (*required, *(key for key in NUMBERS if text.get(key) is not None)):
-        _check_number(text, key, where, names or {})
+        _check_number(text.get(key), key, where, names or {})
     values = _standard(text, family, where)
 
     def read(key: str, default: Any) -> Any:
@@ -339,11 +339,9 @@ def _problem(key: str, value: Any, family: Family, names: Mapping[str, str]) -> 
     return None if value in values else f"{name}={value!r} is not supported, only {supported}"
 
 
-def _check_number(
-    values: Mapping[str, Any], key: str, where: str, names: Mapping[str, str]
-) -> None:
+def _check_number(value: Any, key: str, where: str, names: Mapping[str, str]) -> None:
     """Refuse what is not a number above 0, and a part of a whole where things are counted."""
-    value, name = values.get(key), names.get(key, key)
+    name = names.get(key, key)
     if value is None:
         raise UserError(f"{where}: key {name!r} is missing")
     if type(value) not in (int, float) or not 0 < value < math.inf:
@@ -393,9 +391,9 @@ def _rope(given: Mapping[str, Any], width: int, max_position: int, where: str) -
     for key, value in given.items():
         if key.endswith(("short_factor", "long_factor")):
             for number in value if isinstance(value, list) else [value]:
-                _check_number({key: number}, key, where, {})
+                _check_number(number, key, where, {})
         elif value is not None and key not in ("rope_type", "type", "truncate"):
-            _check_number(given, key, where, {})
+            _check_number(value, key, where, {})
     theta = float(given["rope_theta"])
     length, factor = given.get(_LENGTH) or max_position, given.get("factor")
     factor = factor or max_position / length
