@@ -56,7 +56,7 @@ class State:
 
     Attributes:
       cache: keys and values per layer: the left-padded prompt, then the reply.
-      held: which cache slots hold a real token.
+      held: which cache slots hold a real token: 1, else 0.
       slot: the cache slot of the next pass's first token; 0 before the prompt is read.
       chosen: how many tokens of each reply have been chosen.
       interventions: each row's.
@@ -66,7 +66,7 @@ class State:
     """
 
     cache: decoder.Cache
-    held: Bool[AnyArray, "row slot"]
+    held: Int[AnyArray, "row slot"]
     slot: Int[AnyArray, ""]
     chosen: Int[AnyArray, ""]
     interventions: Interventions
@@ -98,22 +98,6 @@ class Reading:
     state: State
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """What layers need to know of the tokens that a pass reads.
-
-    Attributes:
-      visible: the cache slots that each attends to.
-      steered: which are steered.
-      real: which are no padding.
-    """
-
-    visible: Visible
-    steered: Bool[Array, "*row token"]
-    real: Bool[Array, "*row token"]
-
-
 Realised = dict[str, decoder.Realised]
 
 
@@ -124,8 +108,8 @@ def embed_tokens(
     tokens: Int[AnyArray, "row token"],
     real: Bool[AnyArray, "row token"],
     state: State,
-) -> tuple[Tokens, Float[Array, "row token d_model"], Realised, Bool[Array, "row slot"]]:
-    """The stream before the first layer, the change at `embed`, and which slots are held now.
+) -> tuple[Visible, Float[Array, "row token d_model"], Realised]:
+    """Which slots a pass's tokens attend to, the stream before the first layer, the change there.
 
     Args:
       config: the model's; static.
@@ -137,20 +121,15 @@ def embed_tokens(
     model, slot = _bound(config, params), jnp.asarray(state.slot)
 
     def one(tokens: Array, real: Array, held: Array, asked: Interventions) -> Any:
-        after = lax.dynamic_update_slice_in_dim(held, real, slot, axis=0).astype(jnp.int32)
-        read = Tokens(
-            visible=Visible(
-                segment_ids=real.astype(jnp.int32),
-                positions=jnp.sum(held) + jnp.maximum(jnp.cumsum(real) - 1, 0),
-                slot_segment_ids=after,
-                slot_positions=jnp.cumsum(after) - 1,
-            ),
-            steered=real & jnp.where(slot == 0, asked.on_prompt, asked.on_response),
-            real=real,
+        after = lax.dynamic_update_slice_in_dim(held, real.astype(jnp.int32), slot, axis=0)
+        visible = Visible(
+            segment_ids=real.astype(jnp.int32),
+            positions=jnp.sum(held) + jnp.maximum(jnp.cumsum(real) - 1, 0),
+            slot_segment_ids=after,
+            slot_positions=jnp.cumsum(after) - 1,
         )
-        taps = _taps(read, asked, jnp.zeros((1, 0, model.config.d_model)))
-        h = model.embedded(tokens, taps)
-        return read, h, taps.results()[1], after > 0
+        taps = _taps(visible, slot, asked, jnp.zeros((1, 0, model.config.d_model)))
+        return visible, model.embedded(tokens, taps), taps.results()[1]
 
     rows = (tokens, real, state.held, state.interventions)
     return jax.vmap(one)(*jax.tree.map(jnp.asarray, rows))
@@ -161,10 +140,10 @@ def _bound(config: ModelConfig, params: decoder.Params) -> decoder.Decoder:
     return decoder.bind(decoder.graph(config, params["embed"]["embedding"].dtype), params)
 
 
-def _taps(tokens: Tokens, interventions: Interventions, probes: Array) -> decoder.Taps:
-    steering = decoder.Steering(
-        interventions=interventions, steered=tokens.steered, real=tokens.real, probes=probes
-    )
+def _taps(visible: Visible, slot: Array, asked: Interventions, probes: Array) -> decoder.Taps:
+    real = visible.segment_ids > 0
+    steered = real & jnp.where(slot == 0, asked.on_prompt, asked.on_response)
+    steering = decoder.Steering(interventions=asked, steered=steered, real=real, probes=probes)
     return decoder.Taps(steering, (TAP,))
 
 
@@ -172,7 +151,7 @@ def _taps(tokens: Tokens, interventions: Interventions, probes: Array) -> decode
 def read_layers(
     config: ModelConfig,
     params: decoder.Params,
-    tokens: Tokens,
+    visible: Visible,
     h: Float[Array, "row token d_model"],
     state: State,
     number: Int[AnyArray, ""],
@@ -182,7 +161,7 @@ def read_layers(
     Args:
       config: the model's; static.
       params: of these layers.
-      tokens: from `embed_tokens`.
+      visible: from `embed_tokens`.
       h: the stream before these layers.
       state: the rows so far; its cache, interventions and probes are those of these layers.
       number: of the first of these layers in the model.
@@ -195,15 +174,15 @@ def read_layers(
     blocks, slot = decoder.bind(definition, params), jnp.asarray(state.slot)
     probes = jnp.asarray(state.probes)
 
-    def one(read: Tokens, h: Array, cache: decoder.Cache, asked: Interventions) -> Any:
-        taps = _taps(read, asked, probes)
-        h, cache = blocks.run(h, read.visible, cache, slot, taps, first=jnp.asarray(number))
+    def one(visible: Visible, h: Array, cache: decoder.Cache, asked: Interventions) -> Any:
+        taps = _taps(visible, slot, asked, probes)
+        h, cache = blocks.run(h, visible, cache, slot, taps, first=jnp.asarray(number))
         captured, realised = taps.results()
         exact = lax.Precision.HIGHEST
         projections = jnp.einsum("ltd,lpd->ltp", captured[TAP], probes, precision=exact)
         return h, cache, projections, realised
 
-    return jax.vmap(one)(tokens, h, state.cache, jax.tree.map(jnp.asarray, state.interventions))
+    return jax.vmap(one)(visible, h, state.cache, jax.tree.map(jnp.asarray, state.interventions))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "decoding"))
@@ -228,7 +207,7 @@ def _read(
     """Read tokens of every row, left-padded to a width."""
     padded, real = left_pad(tokens, width)
     bare = dataclasses.replace(state, cache=[])
-    read, h, at_embed, held = embed_tokens(model.config, model.params, padded, real, bare)
+    visible, h, at_embed = embed_tokens(model.config, model.params, padded, real, bare)
     cache, projections, changes = [], [], [at_embed]
     for first, last in layer_groups(model.config.n_layers):
         between(h, first, model.config.n_layers)
@@ -240,13 +219,14 @@ def _read(
         )
         params = prefill.group_params(model.params, first, last)
         h, written, projected, change = read_layers(
-            model.config, params, read, h, some, np.array(first, np.int32)
+            model.config, params, visible, h, some, np.array(first, np.int32)
         )
         cache += written
         projections.append(projected)
         changes.append(change)
     logits, chosen = choose_next(model.config, decoding, model.params, h, bare)
     slot, count = np.asarray(state.slot + width), np.asarray(state.chosen + 1)
+    held = visible.slot_segment_ids
     after = dataclasses.replace(state, cache=cache, held=held, slot=slot, chosen=count)
     found = (logits, chosen, jnp.concatenate(projections, axis=1), prefill.stacked(changes))
     logits, chosen, projected, realised = jax.device_get(found)
@@ -323,7 +303,7 @@ def read_each(
     cache = decoder.empty_cache(config, config.n_layers, padded + room, dtype)
     begin = State(
         cache=jax.tree.map(lambda kv: jnp.broadcast_to(kv, (count, *kv.shape)), cache),
-        held=np.zeros((count, padded + room), bool),
+        held=np.zeros((count, padded + room), np.int32),
         slot=np.array(0, np.int32),
         chosen=np.array(0, np.int32),
         interventions=interventions,
