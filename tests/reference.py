@@ -1,4 +1,4 @@
-"""What the engine is compared with: every row on the plain stepwise path, nothing shared.
+"""What the engine is compared with: every row alone on the plain stepwise path, nothing shared.
 
 `read` is the whole model in one program, which is what HF is compared with.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,17 +62,17 @@ def _reply(
     sampling: Sampling | None,
     width: int,
 ) -> Expected:
-    prompt = stepwise.read(
+    prompt = read_one(
         model,
         request.tokens,
-        stepwise.only(interventions, request.condition),
+        only(interventions, request.condition),
         decoding,
         probes=probes,
         sampling=sampling,
         row_id=request.row_id,
         width=width,
     )
-    steps = list(stepwise.reply(model, prompt))
+    steps = list(reply(model, prompt))
     stopped = [prompt, *steps][-1].next in decoding.eos and len(steps) < decoding.max_new_tokens
     # The engine does not read the last token of a full buffer: nothing follows it.
     read = steps if stopped else steps[:-1]
@@ -83,6 +84,30 @@ def _reply(
         response=jax.tree.map(lambda *each: sum(each), nothing, *[s.realised for s in read]),
         logits=np.stack([prompt.logits, *[step.logits for step in read]]),
     )
+
+
+def only(interventions: Interventions, condition: int) -> Interventions:
+    """One condition of stacked interventions, its leading axis dropped."""
+    return jax.tree.map(lambda a: np.asarray(a[condition]), interventions)
+
+
+def read_one(
+    model: ChatModel,
+    prompt: Sequence[int],
+    interventions: Interventions,
+    decoding: Decoding,
+    **options: Any,
+) -> stepwise.Reading:
+    """Read one prompt under one intervention (see `only`); options as for `stepwise.read_each`."""
+    stacked = jax.tree.map(lambda a: np.asarray(a)[None], interventions)
+    (reading,) = stepwise.read_each(model, prompt, stacked, decoding, **options)
+    return reading
+
+
+def reply(model: ChatModel, reading: stepwise.Reading) -> Iterator[stepwise.Reading]:
+    """Yield the reply of a prompt that was read, token by token."""
+    for step in stepwise.reply_each(model, [reading]):
+        yield from filter(None, step)
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "taps", "last_only"))

@@ -237,18 +237,16 @@ class SteerableModel:
 
     def read(self, prompt: Sequence[int], operations: Sequence[Operation]) -> Reading:
         """Read a prompt under the operations: its logits, projections and the start of a reply."""
-        return stepwise.read(
-            self.model,
-            prompt,
-            stepwise.only(self.interventions([operations]), 0),
-            Decoding(max_new_tokens=ROOM, eos=self.model.eos),
-            probes=self.probes,
-            width=WIDTH,
+        alone = self.interventions([operations]).rows(np.array([0]))
+        decoding = Decoding(max_new_tokens=ROOM, eos=self.model.eos)
+        (reading,) = stepwise.read_each(
+            self.model, prompt, alone, decoding, probes=self.probes, width=WIDTH
         )
+        return reading
 
     def reply(self, reading: Reading) -> tuple[list[str], Float[np.ndarray, "layer token probe"]]:
         """The greedy reply, at most `ROOM` tokens: their texts, and their projections."""
-        steps = list(stepwise.reply(self.model, reading))
+        steps = [step for (step,) in stepwise.reply_each(self.model, [reading]) if step]
         ids, texts, shown = [step.tokens[0] for step in steps], list[str](), ""
         for end in range(1, len(ids) + 1):
             # A letter may take several tokens: until it is whole it decodes to U+FFFD.

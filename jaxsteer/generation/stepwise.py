@@ -5,7 +5,7 @@ Here one prompt is read under one condition, or under several in step, and all r
 pass are available directly after it: next-token logits, the projections of every token at every
 layer, the realised change.
 
-    read(prompt) -> Reading -> reply: Reading, Reading, ...     one forward pass each
+    read_each(prompt) -> Readings -> reply_each: Readings, Readings, ...    one forward pass each
 
 A prompt is left-padded, so that all prompts of a bucket run the same programs. For 3 real tokens in
 a bucket of 4, and 2 new tokens:
@@ -244,27 +244,6 @@ def _read(
     ]
 
 
-def only(interventions: Interventions, condition: int) -> Interventions:
-    """One condition of stacked interventions, its leading axis dropped."""
-    return jax.tree.map(lambda a: np.asarray(a[condition]), interventions)
-
-
-def read(
-    model: ChatModel,
-    prompt: Sequence[int],
-    interventions: Interventions,
-    decoding: Decoding,
-    **options: Any,
-) -> Reading:
-    """Read one prompt under one intervention, one condition's arrays (see `only`).
-
-    Options and errors are those of `read_each`.
-    """
-    stacked = jax.tree.map(lambda a: np.asarray(a)[None], interventions)
-    (reading,) = read_each(model, prompt, stacked, decoding, **options)
-    return reading
-
-
 def read_each(
     model: ChatModel,
     prompt: Sequence[int],
@@ -314,17 +293,12 @@ def read_each(
     return _read(model, decoding, [list(prompt)] * count, padded, begin)
 
 
-def reply(model: ChatModel, reading: Reading) -> Iterator[Reading]:
-    """Yield the reply of a prompt that was read, until an end token or `max_new_tokens` tokens.
-
-    Every token is read, the last one too, so each has its projections.
-    """
-    for step in reply_each(model, [reading]):
-        yield from filter(None, step)
-
-
 def reply_each(model: ChatModel, readings: list[Reading]) -> Iterator[list[Reading | None]]:
-    """Yield the replies of `read_each` in step: a token of each, None for one that has ended."""
+    """Yield the replies of `read_each` in step: a token of each, None for one that has ended.
+
+    A reply ends before an end token, or after `max_new_tokens` tokens. Every token is read, the
+    last one too, so each has its projections.
+    """
     decoding, live = readings[0].decoding, [True] * len(readings)
     for _ in range(decoding.max_new_tokens):
         live = [on and row.next not in decoding.eos for on, row in zip(live, readings, strict=True)]

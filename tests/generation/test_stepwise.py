@@ -46,8 +46,8 @@ def unit(vectors):
 
 def run(model, prompt, interventions, probes, *, room=ROOM, width=0):
     decoding = Decoding(max_new_tokens=room, eos=model.eos)
-    prompt = stepwise.read(model, prompt, interventions, decoding, probes=probes, width=width)
-    return prompt, list(stepwise.reply(model, prompt))
+    prompt = reference.read_one(model, prompt, interventions, decoding, probes=probes, width=width)
+    return prompt, list(reference.reply(model, prompt))
 
 
 def tokens_of(steps):
@@ -66,7 +66,7 @@ def test_tokens_are_those_of_the_engine_steered_and_not(model, vectors, scope):
         for reply in batch
     }
     for index, request in enumerate(requests):
-        row = stepwise.only(stacked, request.condition)
+        row = reference.only(stacked, request.condition)
         _, steps = run(model, request.tokens, row, unit(vectors))
         assert tokens_of(steps) == expected[index]
     assert any(expected[2 * i] != expected[2 * i + 1] for i in range(len(PROMPTS)))
@@ -83,13 +83,13 @@ def test_tokens_of_the_real_model_are_those_of_the_engine(smollm2):
     replies = [r for b in engine.run(smollm2, requests, stacked, decoding, batch=2) for r in b]
     assert list(replies[0].tokens) != list(replies[1].tokens)
     for reply in replies:
-        row = stepwise.only(stacked, reply.index)
+        row = reference.only(stacked, reply.index)
         _, steps = run(smollm2, prompt, row, unit(vectors))
         assert tokens_of(steps) == list(reply.tokens)
 
 
 def test_a_wider_padding_does_not_change_what_is_read(model, vectors):
-    row = stepwise.only(compiled(model, [[Add(direction=vectors, layers=(0,), scale=1.0)]]), 0)
+    row = reference.only(compiled(model, [[Add(direction=vectors, layers=(0,), scale=1.0)]]), 0)
     narrow, a = run(model, PROMPTS[0], row, unit(vectors))
     wide, b = run(model, PROMPTS[0], row, unit(vectors), width=96)
     np.testing.assert_allclose(narrow.logits, wide.logits, atol=1e-4)
@@ -100,7 +100,7 @@ def test_a_wider_padding_does_not_change_what_is_read(model, vectors):
 def test_projections_are_those_of_a_plain_forward_pass_over_the_whole_text(model, vectors):
     row = compiled(model, [[]])
     probes = unit(vectors)
-    reading, steps = run(model, PROMPTS[1], stepwise.only(row, 0), probes)
+    reading, steps = run(model, PROMPTS[1], reference.only(row, 0), probes)
     reply = tokens_of(steps)
     assert len(reply) == ROOM
     whole = PROMPTS[1] + reply
@@ -117,7 +117,7 @@ def test_layers_of_two_kinds_are_read_each_by_its_number(tmp_path):
     made = tiny.save(tiny.family("gemma3_text"), tmp_path / "hf")
     mixed = ChatModel.load(convert(made, tmp_path / "out", "float32"))
     prompt = list(range(3, 33))
-    reading, steps = run(mixed, prompt, stepwise.only(compiled(mixed, [[]]), 0), None)
+    reading, steps = run(mixed, prompt, reference.only(compiled(mixed, [[]]), 0), None)
     whole = prompt + tokens_of(steps)
     tokens, real = left_pad([whole], len(whole))
     _, logits = reference.read(mixed.definition, mixed.params, tokens, real)
@@ -129,7 +129,7 @@ def test_an_added_direction_raises_its_own_projection_by_its_strength_at_its_lay
     norms = np.linalg.norm(vectors, axis=1)
     stacked = compiled(model, [[], [Add(direction=vectors, layers=(1,), scale=2.0)]])
     plain, steered = (
-        run(model, PROMPTS[0], stepwise.only(stacked, c), unit(vectors))[0] for c in range(2)
+        run(model, PROMPTS[0], reference.only(stacked, c), unit(vectors))[0] for c in range(2)
     )
     change = (steered.projections - plain.projections)[..., 0]
     np.testing.assert_allclose(change[0], 0, atol=1e-5)
@@ -138,7 +138,7 @@ def test_an_added_direction_raises_its_own_projection_by_its_strength_at_its_lay
 
 
 def test_the_reply_stops_before_the_end_token(model, vectors):
-    row = stepwise.only(compiled(model, [[]]), 0)
+    row = reference.only(compiled(model, [[]]), 0)
     _, steps = run(model, PROMPTS[0], row, unit(vectors))
     free = tokens_of(steps)
     ending = ChatModel(**{**vars(model), "eos": (free[5],)})
@@ -153,7 +153,7 @@ def test_another_strength_layer_or_direction_compiles_nothing(model, vectors):
     for scale, layer, direction in ((0.0, 0, vectors), (2.0, 1, vectors), (5.0, 2, -vectors)):
         stacked = compiled(model, [[Add(direction=direction, layers=(layer,), scale=scale)]])
         with compiles.counted() as found:
-            run(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
+            run(model, PROMPTS[0], reference.only(stacked, 0), unit(vectors))
         counts.append(found["read_layers"])
     # One program reads the prompt, layer by layer, another each token of the reply.
     assert counts == [2, 0, 0]
@@ -161,7 +161,7 @@ def test_another_strength_layer_or_direction_compiles_nothing(model, vectors):
 
 def test_a_projection_reads_as_zero_where_it_was_removed(model, vectors):
     stacked = compiled(model, [[Project(directions=(vectors,), layers=(1,))]])
-    reading, steps = run(model, PROMPTS[1], stepwise.only(stacked, 0), unit(vectors))
+    reading, steps = run(model, PROMPTS[1], reference.only(stacked, 0), unit(vectors))
     assert np.abs(reading.projections[1]).max() < 1e-4
     assert max(np.abs(c.projections[1]).max() for c in steps) < 1e-4
     assert np.abs(reading.projections[0]).min() > 0
@@ -170,7 +170,7 @@ def test_a_projection_reads_as_zero_where_it_was_removed(model, vectors):
 def test_conditions_that_are_read_in_step_have_the_replies_that_each_has_alone(model, vectors):
     stacked = compiled(model, [[], [Add(direction=vectors, layers=(1,), scale=3.0)]])
     alone = [
-        run(model, PROMPTS[1], stepwise.only(stacked, c), unit(vectors), room=20) for c in range(2)
+        run(model, PROMPTS[1], reference.only(stacked, c), unit(vectors), room=20) for c in range(2)
     ]
     # The first reply ends early: its row then has nothing to say.
     ending = ChatModel(**{**vars(model), "eos": (*model.eos, tokens_of(alone[0][1])[4])})
@@ -189,14 +189,14 @@ def test_conditions_that_are_read_in_step_have_the_replies_that_each_has_alone(m
 
 
 def test_a_prompt_without_room_for_its_reply_is_refused(model, vectors):
-    row = stepwise.only(compiled(model, [[]]), 0)
+    row = reference.only(compiled(model, [[]]), 0)
     with pytest.raises(UserError, match="tokens"):
         run(model, [3] * 505, row, unit(vectors))
 
 
 def test_the_realised_change_is_counted_in_every_pass(model, vectors):
     stacked = compiled(model, [[Add(direction=vectors, layers=(1,), scale=1.0)]], "response")
-    prompt, steps = run(model, PROMPTS[0], stepwise.only(stacked, 0), unit(vectors))
+    prompt, steps = run(model, PROMPTS[0], reference.only(stacked, 0), unit(vectors))
     assert prompt.realised["resid_post"].change.tolist() == [0, 0, 0]
     for step in steps:
         expected = [0, np.linalg.norm(vectors[1]), 0]

@@ -9,11 +9,10 @@ import pytest
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.evidence import lesson
-from jaxsteer.generation import stepwise
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.model.interventions import Add, Cap, Project, apply, compile_conditions
-from tests import tiny
+from tests import reference, tiny
 from tests.notebooks import script
 from tests.notebooks.browser import ROOT, Reader, opened, serve
 
@@ -62,7 +61,7 @@ def steered(h, d, *steps, strength=1.0, high=1.0):
     state = jnp.asarray([h], jnp.float32)
     for step in steps:
         compiled = compile_conditions([[made[step]]], ["all"], n_layers=1, d_model=2)
-        site = stepwise.only(compiled, 0).sites["resid_post"].at(0)
+        site = reference.only(compiled, 0).sites["resid_post"].at(0)
         state, _ = apply(state, site, jnp.array([True]))
     return np.asarray(state)[0].tolist()
 
