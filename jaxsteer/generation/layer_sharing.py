@@ -281,25 +281,16 @@ def _batch(
 ) -> PromptBatch:
     """What reading some rows left."""
     segment = np.array([prompts.packed.segment[row] for row in rows], np.int32)
+    entry = np.array([paths[row] for row in rows], np.int32)
     _, segment_ids = prompts.packed.batch(rows)
     bare = prompts.prefixes and dataclasses.replace(prompts.prefixes, cache=[])
-    real, prefix, interventions, ids = prompts.placed(
-        (
-            segment_ids == segment[:, None],
-            prompts.prefixes_of(rows, bare),
-            prompts.interventions_of(rows),
-            np.array([prompts.requests[row].row_id for row in rows], np.uint32),
-        )
-    )
-    return PromptBatch(
-        outputs=outputs,
-        entry=np.array([paths[row] for row in rows], np.int32),
-        segment=segment,
-        real=real,
-        prefix=prefix,
-        interventions=interventions,
-        ids=ids,
-    )
+    given = {
+        "real": segment_ids == segment[:, None],
+        "prefix": prompts.prefixes_of(rows, bare),
+        "interventions": prompts.interventions_of(rows),
+        "ids": np.array([prompts.requests[row].row_id for row in rows], np.uint32),
+    }
+    return PromptBatch(outputs=outputs, entry=entry, segment=segment, **prompts.placed(given))
 
 
 def with_prefixes(prompts: Prompts) -> Prompts:
