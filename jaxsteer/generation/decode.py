@@ -219,9 +219,7 @@ def advance(
         jnp.concatenate([before, jnp.ones_like(chunk)], axis=1, dtype=jnp.int32),
         jnp.concatenate([jnp.cumsum(before, axis=1) - 1, chunk], axis=1),
     )
-    choose_rows = jax.vmap(
-        functools.partial(choose, sampling=sampling, sample=decoding.sample), in_axes=(0, 0, 0)
-    )
+    choose_rows = jax.vmap(functools.partial(choose, sampling=sampling, sample=decoding.sample))
 
     def read_token(
         slot: Array,

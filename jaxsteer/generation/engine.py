@@ -34,9 +34,7 @@ from jaxsteer.generation import decode, layer_sharing, prefill
 from jaxsteer.generation.decode import DecodeState, Decoding, Sampling
 from jaxsteer.generation.layer_sharing import Prompts
 from jaxsteer.generation.prefill import take
-from jaxsteer.generation.requests import Reply as Reply
-from jaxsteer.generation.requests import Request as Request
-from jaxsteer.generation.requests import bucket, fitted, grouped, pack
+from jaxsteer.generation.requests import Reply, Request, bucket, fitted, grouped, pack
 from jaxsteer.model import decoder, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.decoder import Params, Past
