@@ -113,7 +113,6 @@ class DecodeState:
 
     Attributes:
       live: rows that have not ended; the slots of the others are free.
-      stopped: whether an end-of-sequence token ended the row.
       emitted: tokens chosen so far, an ending one included.
       last: the newest token, not yet read by the model.
       position: its rotary position.
@@ -129,7 +128,6 @@ class DecodeState:
     """
 
     live: Bool[Array, " *row"]
-    stopped: Bool[Array, " *row"]
     emitted: Int[Array, " *row"]
     last: Int[Array, " *row"]
     position: Int[Array, " *row"]
@@ -256,14 +254,12 @@ def advance(
         done, recent, s = carry
         logits, recent, realised = read_tokens(done, s, slots, recent, state.cache)
         token = choose_rows(logits, s.ids, s.emitted)
-        ended = s.live & ends(token, decoding)
         # A row that has ended writes beyond its buffer, which writes nothing.
         at = jnp.where(s.live, s.emitted, decoding.max_new_tokens)
         emitted = s.emitted + s.live
         after = dataclasses.replace(
             s,
-            live=s.live & ~ended & (emitted < decoding.max_new_tokens),
-            stopped=s.stopped | ended,
+            live=s.live & ~ends(token, decoding) & (emitted < decoding.max_new_tokens),
             emitted=emitted,
             last=jnp.where(s.live, token, s.last),
             position=s.position + s.live,

@@ -346,13 +346,14 @@ def _emit(job: _Job, state: DecodeState, occupied: dict[int, int]) -> list[Reply
     ended = [slot for slot in occupied if not live[slot]]
     if not ended:
         return []
-    tokens, emitted, stopped, prompt, response = jax.device_get(
-        (state.tokens, state.emitted, state.stopped, state.prompt, state.response)
+    tokens, emitted, prompt, response = jax.device_get(
+        (state.tokens, state.emitted, state.prompt, state.response)
     )
     replies = []
     for slot in ended:
         index, chosen = occupied.pop(slot), int(emitted[slot])
-        ids = np.array(tokens[slot, : chosen - stopped[slot]])
+        stopped = int(tokens[slot, chosen - 1]) in job.decoding.eos
+        ids = np.array(tokens[slot, : chosen - stopped])
         before, after = jax.tree.map(lambda leaf, s=slot: np.array(leaf[s]), (prompt, response))
         logits = np.asarray(state.logits[slot])[:chosen] if job.decoding.keep_logits else None
         replies.append(
@@ -361,7 +362,7 @@ def _emit(job: _Job, state: DecodeState, occupied: dict[int, int]) -> list[Reply
                 n_prompt=len(prompts.requests[index].tokens),
                 tokens=ids,
                 text=prompts.model.tokenizer.reply(ids),
-                stopped=bool(stopped[slot]),
+                stopped=stopped,
                 prompt=before,
                 response=after,
                 logits=logits,

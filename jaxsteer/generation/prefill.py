@@ -363,12 +363,10 @@ def first_token(
     logits = _last_logits(model, stream, batch)
     pick = functools.partial(choose, sampling=sampling, sample=decoding.sample)
     token = jax.vmap(pick, in_axes=(0, 0, None))(logits, ids, jnp.int32(0))
-    stopped = ends(token, decoding)
     tokens = jnp.zeros((count, decoding.max_new_tokens), jnp.int32)
     kept_logits = jnp.zeros((*tokens.shape, kept))
     return DecodeState(
-        live=~stopped & (decoding.max_new_tokens > 1),
-        stopped=stopped,
+        live=~ends(token, decoding) & (decoding.max_new_tokens > 1),
         emitted=jnp.ones((count,), jnp.int32),
         last=token,
         position=jnp.sum(held, axis=1).astype(jnp.int32),

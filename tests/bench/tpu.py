@@ -179,7 +179,7 @@ class Sweep:
         )
         by_tap = {"resid_post": realised}
         return decode.DecodeState(
-            **dict.fromkeys(("live", "stopped"), self.array(bool, count)),
+            live=self.array(bool, count),
             **dict.fromkeys(("emitted", "last", "position", "start"), self.array(jnp.int32, count)),
             tokens=self.array(jnp.int32, count, NEW_TOKENS),
             logits=self.array(jnp.float32, count, NEW_TOKENS, 0),
