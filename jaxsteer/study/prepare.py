@@ -31,7 +31,7 @@ from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Add, Project
 from jaxsteer.study import selection
 from jaxsteer.study.conditions import depth, resolve_layers
-from jaxsteer.study.selection import Candidates, Rater, RestoringCandidate
+from jaxsteer.study.selection import Candidates, Rater, Rates, RestoringCandidate
 from jaxsteer.study.spec import CHOOSE, AddSpec, StudySpec, portable
 from jaxsteer.words import Progress
 
@@ -220,11 +220,10 @@ def prepare(spec: StudySpec, model: ChatModel, out: Path) -> Setup:
         path.unlink(missing_ok=True)
         # Saved first, so that an interrupted setup finds its own directions again.
         record.save(out)
-    rater = Rater(model, spec.selection.max_new_tokens, spec.decoding.batch)
-    record = _with_policy(spec, rater, record, out)
+    record = _with_policy(spec, model, record, out)
     spec = policies(spec)[record.policy]
     found = _directions(spec, model, path)
-    record = _Choices(spec, rater, found, record, out).made()
+    record = _Choices(spec, model, found, record, out).made()
     record = replace(record, directions=hashes(found))
     record.save(out)
     return Setup(spec, found, record)
@@ -349,7 +348,7 @@ def _directions(spec: StudySpec, model: ChatModel, path: Path) -> dict[str, Dire
     return found
 
 
-def _with_policy(spec: StudySpec, rater: Rater, record: Record, out: Path) -> Record:
+def _with_policy(spec: StudySpec, model: ChatModel, record: Record, out: Path) -> Record:
     """The record with the study's policy, and how the untouched model answers under it.
 
     Raises:
@@ -358,9 +357,9 @@ def _with_policy(spec: StudySpec, rater: Rater, record: Record, out: Path) -> Re
     if not record.policies:
         # In order of length: of equal ones the first is taken.
         each = sorted(policies(spec).values(), key=lambda each: len(data.policy(each.system).text))
-        prompts = {data.policy(study.system).name: split(study, rater.model) for study in each}
+        prompts = {data.policy(study.system).name: split(study, model) for study in each}
         asked = {name: (found.persona, found.ordinary) for name, found in prompts.items()}
-        scored = selection.policy_candidates(rater, asked)
+        scored = selection.policy_candidates(_rater(spec, model), asked)
         record = replace(record, policies=scored)
         record.save(out)
     best = selection.choose_policy(record.policies)
@@ -370,17 +369,21 @@ def _with_policy(spec: StudySpec, rater: Rater, record: Record, out: Path) -> Re
     return replace(record, policy=best.policy)
 
 
+def _rater(spec: StudySpec, model: ChatModel) -> Rater:
+    return Rater(model, spec.selection.max_new_tokens, spec.decoding.batch)
+
+
 class _Choices:
     """The choices of a study in the making; candidates are scored once, and saved."""
 
     def __init__(
-        self, spec: StudySpec, rater: Rater, found: Mapping[str, Direction], record: Record,
+        self, spec: StudySpec, model: ChatModel, found: Mapping[str, Direction], record: Record,
         out: Path,
     ) -> None:  # fmt: skip
-        self.spec, self.rater, self.found, self.record, self.out = spec, rater, found, record, out
-        self.chosen, self.still, self.model = spec.selection, open_choices(spec), rater.model
-        self.prompts = split(spec, rater.model)
-        self.layers, self.dose = named_layers(spec, rater.model), spec.dose
+        self.spec, self.model, self.found, self.record, self.out = spec, model, found, record, out
+        self.chosen, self.still = spec.selection, open_choices(spec)
+        self.prompts, self.rater = split(spec, model), _rater(spec, model)
+        self.layers, self.dose = named_layers(spec, model), spec.dose
         self.refusal_dose = spec.refusal_dose
 
     def made(self) -> Record:
@@ -443,10 +446,25 @@ class _Choices:
         prompts, chosen = self.prompts.persona, self.chosen
         candidates = self._scored(
             field,
-            lambda: selection.restoring_candidates(self.rater, persona, prompts, grid, title),
+            lambda: selection.restoring_candidates(
+                self.rater, persona, prompts, grid, title, plain=self._nothing_done(dose)
+            ),
         )
         limits, near_miss = (chosen.max_degenerate, chosen.max_change), chosen.allow_near_miss
         return selection.choose_restoring(candidates, *limits, allow_near_miss=near_miss)
+
+    def _nothing_done(self, dose: float) -> RestoringCandidate | None:
+        """The persona, and the model alone, without an operation; None if no stage rated them."""
+        if self.record.windows:
+            return next(c for c in self.record.windows if not c.width)
+        rates = {
+            (c.layer, c.scale): Rates(refusal=c.refusal, degenerate=c.degenerate)
+            for c in self.record.doses
+        }
+        if not rates:
+            return None
+        steered, alone = rates[self.layers["steer"], dose], rates[0, 0.0]
+        return RestoringCandidate(layer=0, width=0, scale=0.0, steered=steered, alone=alone)
 
     def _window(self) -> None:
         steer, vectors = self.layers["steer"], (self.found["persona"].vectors,)

@@ -12,12 +12,11 @@ StrongREJECT and our benign prompts. Every candidate is one condition of one com
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import jax
 import msgspec
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +26,6 @@ from scipy.special import log_softmax, logsumexp
 from jaxsteer.directions import activations
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.files import sha256_bytes
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.requests import Request, shared_length
@@ -249,51 +247,35 @@ def _compiled(model: ChatModel, cells: Sequence[Sequence[Operation]]) -> Interve
     return compile_conditions(cells, scopes, n_layers=config.n_layers, d_model=config.d_model)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rater:
+class Rater(NamedTuple):
     """Decodes prompts greedily under operations, and rates the replies.
 
     Attributes:
       model: the model.
       max_new_tokens: length of the replies.
       batch: rows that decode together.
-      known: the rates so far, by what makes a cell's replies.
     """
 
     model: ChatModel
     max_new_tokens: int
     batch: int
-    known: dict[str, Rates] = dataclasses.field(default_factory=dict)
 
     def rates(self, cells: Sequence[Cell], title: str) -> list[Rates]:
-        """The rates of each cell's prompts under its operations; only new cells are run."""
-        requests, keys = [], [self._key(*cell) for cell in cells]
+        """The rates of each cell's prompts under its operations."""
+        requests = []
         for condition, (prompts, _) in enumerate(cells):
             shared = shared_length(prompts)
             requests += [Request(tokens=p, condition=condition, shared=shared) for p in prompts]
-        skip = {i for i, asked in enumerate(requests) if keys[asked.condition] in self.known}
         counts, arrays = np.zeros((len(cells), 2)), _compiled(self.model, [ops for _, ops in cells])
         decoding = Decoding(max_new_tokens=self.max_new_tokens, eos=self.model.eos)
-        with Progress(title, len(requests) - len(skip)) as progress:
-            for replies in engine.run(
-                self.model, requests, arrays, decoding, batch=self.batch, skip=skip
-            ):
+        with Progress(title, len(requests)) as progress:
+            for replies in engine.run(self.model, requests, arrays, decoding, batch=self.batch):
                 for reply in replies:
                     found = is_refusal(reply.text), is_degenerate(reply.text)
                     counts[requests[reply.index].condition] += found
                 progress.advance(len(replies))
         shares = counts / [[len(prompts)] for prompts, _ in cells]
-        for key, (refusal, broken) in zip(keys, shares.tolist(), strict=True):
-            self.known.setdefault(key, Rates(refusal=refusal, degenerate=broken))
-        return [self.known[key] for key in keys]
-
-    def _key(self, prompts: Prompts, operations: Sequence[Operation]) -> str:
-        """What a cell's replies depend on: the prompts, and the arrays of its operations alone.
-
-        Compiled beside other cells, the arrays may have more inert rows.
-        """
-        leaves = jax.tree_util.tree_leaves_with_path(_compiled(self.model, [operations]))
-        return str([prompts, [(path, sha256_bytes(leaf.tobytes())) for path, leaf in leaves]])
+        return [Rates(refusal=refusal, degenerate=broken) for refusal, broken in shares.tolist()]
 
 
 def policy_candidates(
@@ -355,9 +337,15 @@ def dose_candidates(rater: Rater, prompts: Prompts, grid: Grid) -> tuple[DoseCan
 
 
 def restoring_candidates(
-    rater: Rater, persona: Operation, prompts: Prompts, grid: Grid, title: str
+    rater: Rater,
+    persona: Operation,
+    prompts: Prompts,
+    grid: Grid,
+    title: str,
+    *,
+    plain: RestoringCandidate | None = None,
 ) -> tuple[RestoringCandidate, ...]:
-    """Rates of operations with the persona and without it.
+    """Rates of operations with the persona and without it, those of no operation first.
 
     Args:
       rater: how to decode.
@@ -365,18 +353,20 @@ def restoring_candidates(
       prompts: harmful ones, as token ids.
       grid: the operations.
       title: of the progress bar.
+      plain: the candidate of no operation, if an earlier stage rated it on these prompts.
     """
-    every = {(0, 0, 0.0): [], **grid}
+    every = grid if plain else {(0, 0, 0.0): [], **grid}
     cells: list[Cell] = []
     for made in every.values():
         cells += [(prompts, [persona, *made]), (prompts, made)]
     found = rater.rates(cells, title)
-    return tuple(
+    rated = [
         RestoringCandidate(layer=layer, width=width, scale=scale, steered=steered, alone=alone)
         for (layer, width, scale), steered, alone in zip(
             every, found[::2], found[1::2], strict=True
         )
-    )
+    ]
+    return (plain, *rated) if plain else tuple(rated)
 
 
 def choose_restoring(

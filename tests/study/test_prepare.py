@@ -8,7 +8,9 @@ from jaxsteer.directions import direction, extraction
 from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
+from jaxsteer.model.interventions import Add
 from jaxsteer.study import prepare, results, run, selection, spec
+from jaxsteer.study.selection import Rater
 from tests import tiny
 
 
@@ -233,6 +235,26 @@ def test_a_window_and_a_late_refusal_are_chosen_and_resolved_in_the_conditions(m
     (out, late) = (found.named(name).operations[1] for name in ("persona, out", "random #1"))
     assert out.layers == (2,)
     assert (late.layers, late.scale) == ((2,), record.refusal_dose)
+
+
+def test_what_the_persona_does_without_an_operation_is_rated_once(model, tmp_path, monkeypatch):
+    study, asked, rates = spec.load(tiny.study_file(tmp_path, *WINDOW)), {}, Rater.rates
+
+    def counted(self, cells, title):
+        asked[title] = len(cells)
+        return rates(self, cells, title)
+
+    monkeypatch.setattr(Rater, "rates", counted)
+    made = prepare.prepare(study, model, tmp_path / "results")
+    windows, late = made.record.windows, made.record.late
+    assert windows[0] == late[0]
+    assert (asked["window"], asked["late refusal"]) == (2 * len(windows[1:]), 2 * len(late[1:]))
+    chosen, prompts = made.spec.selection, prepare.split(made.spec, model).persona
+    vectors, layers = made.directions["persona"].vectors, (made.record.layers["steer"],)
+    persona = Add(direction=vectors, layers=layers, scale=made.record.dose)
+    rater = Rater(model, chosen.max_new_tokens, made.spec.decoding.batch)
+    anew = selection.restoring_candidates(rater, persona, prompts, {}, "anew")
+    assert anew == windows[:1]
 
 
 def test_fixed_windows_and_doses_are_not_chosen(model, tmp_path):

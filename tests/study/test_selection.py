@@ -13,7 +13,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.model.interventions import Add, Project, everywhere
+from jaxsteer.model.interventions import Add, everywhere
 from jaxsteer.stats import newcombe
 from jaxsteer.study import selection
 from jaxsteer.study.selection import (
@@ -218,28 +218,3 @@ def test_without_a_harmless_window_the_nearest_is_shown_or_taken():
         chosen(*cells)
     best, why = chosen(*cells, near_miss=True)
     assert best == cells[1] and "alone it moves refusal from 50 % to 30 %" in why[0]
-
-
-def test_a_cell_is_run_once_however_often_it_is_rated(pair, rng, monkeypatch):
-    _, model = pair
-    rows, engine_run = [], selection.engine.run
-
-    def counted(*args, skip, **kwargs):
-        rows.append(len(args[1]) - len(skip))
-        return engine_run(*args, skip=skip, **kwargs)
-
-    monkeypatch.setattr(selection.engine, "run", counted)
-    prompts, vectors = [[3, 9, 33, 7], [3, 9, 5]], rng.standard_normal((3, 32)).astype(np.float32)
-    added = [Add(direction=vectors, layers=(1,), scale=2.0)]
-    # Equal in value, and compiled beside a projection, which all cells of the call get rows for.
-    same = [Add(direction=vectors.copy(), layers=(1,), scale=2.0)]
-    out = [Project(directions=(vectors,), layers=(2,))]
-    rater = selection.Rater(model, 3, 8)
-    first = rater.rates([(prompts, []), (prompts, added)], "first")
-    later = rater.rates([(prompts, out), (prompts, same), (prompts, [])], "later")
-    assert rater.rates([(prompts, same), (prompts[:1], [])], "other prompts")[0] == first[1]
-    assert rater.rates([(prompts, added)], "known") == [first[1]]
-    assert later[1:] == first[::-1]
-    assert rows == [4, 2, 1, 0]
-    fresh = selection.Rater(model, 3, 8)
-    assert fresh.rates([(prompts, out), (prompts, same)], "anew") == later[:2]
