@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxsteer.errors import UserError, heed_stop, one_line
 from jaxsteer.files import T, read_json, sha256_file
-from jaxsteer.model import adapter, checkpoint, weights
+from jaxsteer.model import checkpoint, weights
 from jaxsteer.model.config import ModelConfig, from_hf, ignored
 from jaxsteer.model.tokenizer import Tokenizer
 from jaxsteer.model.weights import Tensor
@@ -161,12 +161,12 @@ def convert(
     heed_stop()
     tensors, files = found.weights()
     if lora is not None:
-        tensors = [*adapter.merged(tensors, adapter.load(lora), options.adapter)]
+        tensors = [*weights.merged(tensors, weights.load_adapter(lora), options.adapter)]
     params = fill(found.config, tensors, dtype, found.name, quiet=quiet)
     files = [*found.files, *files, *([Path(options.template)] if options.template else [])]
     hashes = {file.name: sha256_file(file) for file in sorted(files) if file.is_file()}
     if lora is not None:
-        hashes |= {f"adapter/{name}": sha256_file(lora / name) for name in adapter.FILES}
+        hashes |= {f"adapter/{name}": sha256_file(lora / name) for name in weights.ADAPTER_FILES}
     checkpoint.save(
         out,
         found.config,
@@ -190,7 +190,7 @@ def _adapter_folder(name: str, base: Source) -> Path:
     if base.kind == "gguf":
         raise UserError(f"{base.name}: an adapter is merged into Hugging Face weights, not a GGUF")
     hub = not Path(name).is_dir() and HUB_ID.fullmatch(name)
-    return hub_folder(name, None, adapter.FILES) if hub else Path(name)
+    return hub_folder(name, None, weights.ADAPTER_FILES) if hub else Path(name)
 
 
 def tied(tensors: Iterable[Tensor], config: ModelConfig, where: str) -> Iterator[Tensor]:
@@ -332,8 +332,8 @@ def read_folder(folder: Path, options: Options, name: str = "") -> Source:
         that is needed.
     """
     name = name or folder.resolve().name
-    if (folder / adapter.CONFIG).is_file():
-        base = _read(folder / adapter.CONFIG, dict).get("base_model_name_or_path")
+    if (folder / weights.ADAPTER_CONFIG).is_file():
+        base = _read(folder / weights.ADAPTER_CONFIG, dict).get("base_model_name_or_path")
         raise UserError(
             f"{name} is an adapter of {base}; convert the base with it: jaxsteer convert {base} "
             f"--adapter {name} --out DIR"

@@ -18,8 +18,8 @@ from jaxsteer.judges.verdicts import Finding, Item
 from jaxsteer.model.convert import Options, convert
 from tests import tiny
 from tests.judges import tiny_guard
-from tests.model.test_adapter import CHANGED
-from tests.model.test_adapter import write as write_adapter
+from tests.model.test_weights import CHANGED
+from tests.model.test_weights import write as write_adapter
 
 # A chat template for checkpoints without one: judges with a template of their own do not use it.
 PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
