@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from jaxsteer.directions import activations
+from jaxsteer.directions import samples
 from jaxsteer.generation import decode, prefill
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.engine import Request, run
@@ -108,7 +108,7 @@ def captured(model: ChatModel) -> dict[str, Any]:
 
     prefill.run_layers = watched
     prompts = [SYSTEM + prompt for prompt in PROMPTS]
-    found = activations.forward(
+    found = samples.forward(
         model,
         prompts,
         [[]] * len(prompts),

@@ -188,15 +188,13 @@ def extract(
     """
     from jaxsteer.api import directions_file
     from jaxsteer.data import prompts
-    from jaxsteer.directions import activations, extraction
     from jaxsteer.directions import direction as directions
+    from jaxsteer.directions import extraction, samples
     from jaxsteer.files import check_writable
 
-    if position not in activations.POSITIONS:
-        raise UserError(
-            f"unknown position {position!r}; they are {', '.join(activations.POSITIONS)}"
-        )
-    asked = cast(activations.Position, position)
+    if position not in samples.POSITIONS:
+        raise UserError(f"unknown position {position!r}; they are {', '.join(samples.POSITIONS)}")
+    asked = cast(samples.Position, position)
     prompts.policy(policy)
     named = [extraction.read_name(text, asked) for text in what]
     if out is not None:

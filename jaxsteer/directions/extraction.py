@@ -28,9 +28,8 @@ import numpy as np
 from jaxsteer.data import prompts
 from jaxsteer.data.prompts import PromptSet
 from jaxsteer.directions import direction, samples
-from jaxsteer.directions.activations import Position
 from jaxsteer.directions.direction import Direction
-from jaxsteer.directions.samples import Chat, Contrast
+from jaxsteer.directions.samples import Chat, Contrast, Position
 from jaxsteer.errors import UserError
 from jaxsteer.files import check_writable, sha256_json
 from jaxsteer.model.chat_model import ChatModel

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from jaxsteer.data import prompts as data
 from jaxsteer.data.prompts import Prompt
-from jaxsteer.directions import activations
+from jaxsteer.directions import samples
 from jaxsteer.files import write_table
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
@@ -120,7 +120,7 @@ def _streams(
     """The stream after all layers where each of the last tokens of a request is predicted."""
     found = np.zeros((len(requests), COMPARED, model.config.d_model), np.float32)
     with Progress("benign replies", len(requests), unit="replies") as progress:
-        for some, batch in activations.batches(model, requests, arrays):
+        for some, batch in samples.batches(model, requests, arrays):
             stream, real = np.asarray(batch.outputs[-1].stream), np.asarray(batch.real)
             for slot, row in enumerate(some):
                 # Of 3 prompt and 2 reply tokens, those at 2 and 3 predict the reply.

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from msgspec import structs
 from scipy.special import log_softmax, logsumexp
 
-from jaxsteer.directions import activations
+from jaxsteer.directions import samples
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
@@ -184,7 +184,7 @@ def refusal_candidates(
     config, vectors = model.config, direction.vectors
     cells: list[list[Operation]] = [[], *(everywhere(vectors, layer) for layer in layers)]
     cells += [[Add(direction=vectors, layers=(layer,), scale=1.0)] for layer in layers]
-    forward = functools.partial(activations.forward, model, interventions=_compiled(model, cells))
+    forward = functools.partial(samples.forward, model, interventions=_compiled(model, cells))
     total = len(harmless) + len(layers) * (len(harmful) + 2 * len(harmless))
     with Progress("refusal layer", total, unit="prompts") as progress:
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from jaxsteer.data.prompts import Trait
 from jaxsteer.directions.extraction import (
@@ -12,7 +13,8 @@ from jaxsteer.directions.extraction import (
     prompt_contrast,
     trait_contrast,
 )
-from jaxsteer.directions.samples import Samples, gather
+from jaxsteer.directions.samples import POSITIONS, Samples, forward, gather, position_weights
+from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from tests import tiny
@@ -64,3 +66,24 @@ def test_means_keep_what_float32_sums_lose():
     halves = np.arange(20_000) // 10_000
     made = Samples(values=values, group=halves, units={"prompt": halves}, labelled="prompt")
     assert made.direction()[0, 0] == pytest.approx(-1 / 10_000, rel=1e-6)
+
+
+def test_states_at_the_three_positions_are_hf_states_and_their_mean(tmp_path):
+    hf = tiny.qwen2()
+    model = ChatModel.load(convert(tiny.save(hf, tmp_path / "hf"), tmp_path / "out", "float32"))
+    prompt, response = model.tokenizer.chat("w4 w5", "w6"), [9, 10, 11]
+    ((_, captured, _),) = forward(model, [prompt], [response], POSITIONS)
+    hidden = hf(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states
+    for layer in range(2):
+        state, end = hidden[layer + 1][0].numpy(), len(prompt)
+        expected = [state[end - 1], state[end], state[end:].mean(axis=0)]
+        np.testing.assert_allclose(captured[layer], expected, atol=1e-5)
+
+
+def test_position_weights_of_the_documented_row():
+    real = np.array([False, True, True, True, True, False])
+    weights = position_weights(real, 2, POSITIONS)
+    expected = [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0.5, 0.5, 0]]
+    np.testing.assert_array_equal(weights, expected)
+    with pytest.raises(UserError, match="needs a response"):
+        position_weights(real, 0, ["response_avg"])

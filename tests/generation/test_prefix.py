@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsteer.directions import activations
+from jaxsteer.directions import samples
 from jaxsteer.errors import UserError
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding, Sampling
@@ -179,7 +179,7 @@ def test_a_prompt_is_too_long_for_a_capture_by_all_its_tokens(model, shared):
     limit = model.config.max_position
     with pytest.raises(UserError, match=rf"{limit + 1} tokens and at most {limit} fit"):
         next(
-            activations.forward(
+            samples.forward(
                 model,
                 [[5] * limit],
                 [[3]],
@@ -193,7 +193,7 @@ def test_captures_equal_those_of_whole_prompts(model):
     responses = [[3, 4], [5], [6, 7, 8]]
 
     def captured(shared):
-        found = activations.forward(model, PROMPTS, responses, activations.POSITIONS, shared=shared)
+        found = samples.forward(model, PROMPTS, responses, samples.POSITIONS, shared=shared)
         return {row: states for row, states, _ in found}
 
     whole, split = captured(None), captured([5, 2, 0])
