@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxsteer.evidence.claims import Power
     from jaxsteer.evidence.impact import Impact
     from jaxsteer.receipt.statement import Predicate
-    from jaxsteer.study.validate import Plan
+    from jaxsteer.study.run import Plan
 
 
 study_app = typer.Typer(help="Start a study of your own, and check it.", no_args_is_help=True)
@@ -61,10 +61,10 @@ def check(
     Example: jaxsteer study check mine/study.toml --model smollm2-135m
     """
     from jaxsteer.model import chat_model
-    from jaxsteer.study import validate
+    from jaxsteer.study import run
 
     loaded = chat_model.ChatModel.load(chat_model.find(model), weights=False)
-    found = validate.check(study, loaded)
+    found = run.check(study, loaded)
     for line in found:
         typer.echo(str(safe(line)), err=True)
     if found:
@@ -107,7 +107,7 @@ def sweep(
     from jaxsteer.evidence import claims, impact, reliability
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
-    from jaxsteer.study import prepare, results, run, spec, validate
+    from jaxsteer.study import prepare, results, run, spec
 
     if full and limit:
         raise UserError("--full and --limit exclude each other; give one")
@@ -121,7 +121,7 @@ def sweep(
     harmful = 0 if full else limit
     screen = console()
     if plan:
-        planned = validate.plan(asked, loaded, limit=harmful)
+        planned = run.plan(asked, loaded, limit=harmful)
         screen.print(plan_table(planned, asked.name))
         powers = claims.powers(asked, planned.conditions, planned.prompts)
         screen.print(power_table(powers, asked.name))

@@ -1,7 +1,7 @@
 """A study file: the structs behind its TOML, and loading it.
 
 The structs give keys, types and ranges. `load` also checks that the parts of a file fit together;
-`validate` checks what depends on the model, such as whether a layer exists. The file
+`run` checks what depends on the model, such as whether a layer exists. The file
 `data/studies/smollm2-demo.toml` is a study with every part explained.
 """
 

@@ -12,7 +12,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
 from jaxsteer.receipt import build, page, statement, verify
-from jaxsteer.study import prepare, results, run, spec, validate
+from jaxsteer.study import prepare, results, run, spec
 from tests import tiny
 
 HOSTILE = "<script>x</script>\x1b[31m =cmd() {{ 7 * 7 }}"
@@ -264,7 +264,7 @@ def test_a_text_that_cannot_be_read_is_named_with_the_line_of_the_study(
 
 def test_a_new_study_has_nothing_wrong_and_runs_as_it_is(model, tmp_path):
     path = spec.new(tmp_path / "mine")
-    assert validate.check(path, model) == []
+    assert run.check(path, model) == []
     study = spec.load(path)
     short = msgspec.structs.replace(study.decoding, max_new_tokens=4)
     summary = run.run_study(
@@ -286,7 +286,7 @@ def test_everything_wrong_with_a_study_is_said_at_once_each_with_its_line(model,
         bad = path.with_name("bad.toml")
         bad.write_text(text)
         lines = text.splitlines()
-        found = validate.check(bad, model)
+        found = run.check(bad, model)
         assert all("\n" not in line and line.startswith("bad.toml:") for line in found)
         return [(lines[int(line.split(":")[1]) - 1], line) for line in found]
 

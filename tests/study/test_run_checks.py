@@ -1,3 +1,5 @@
+"""What is refused before a run, and what a plan says."""
+
 from __future__ import annotations
 
 import jax
@@ -8,7 +10,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.generation.distributed import Hosts
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import results, run, selection, spec, validate
+from jaxsteer.study import results, run, selection, spec
 from tests import tiny
 
 DIRECTION = 'persona = { kind = "trait", trait = "compliant" }\n'
@@ -88,7 +90,7 @@ def test_a_study_the_model_cannot_run_is_refused_before_anything_is_made(model, 
 def test_planning_refuses_what_running_refuses(model, tmp_path, name):
     changes, message = WRONG[name]
     with pytest.raises(UserError, match=message):
-        validate.plan(spec.load(tiny.study_file(tmp_path, *changes)), model)
+        run.plan(spec.load(tiny.study_file(tmp_path, *changes)), model)
 
 
 def test_every_process_refuses_it_by_itself(model, tmp_path):
@@ -117,7 +119,7 @@ def test_a_run_goes_on_with_the_layer_it_chose_though_another_candidate_would_no
         for scale in (0.0, 1.0)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate, "study", lambda *args: ([], []))
+        patch.setattr(run, "checked", lambda *args: ([], []))
         patch.setattr(selection, "dose_candidates", lambda *args, **kwargs: cells)
         summary = run.run_study(study, model, tmp_path / "results")
     assert run.run_study(study, model, tmp_path / "results") == summary
@@ -140,15 +142,15 @@ def test_a_claim_may_name_a_twin_that_only_some_candidate_makes(model, tmp_path,
         )
     )
     if made:
-        assert validate.study(study, model, {})[1] == []
+        assert run.checked(study, model, {})[1] == []
     else:
         with pytest.raises(UserError, match="there is no condition"):
-            validate.study(study, model, {})
+            run.checked(study, model, {})
 
 
 def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
     study = spec.load(tiny.study_file(tmp_path))
-    planned = validate.plan(study, model)
+    planned = run.plan(study, model)
     summary = run.run_study(study, model, tmp_path / "results")
     table = results.load(tmp_path / "results").rows
     assert planned.rows == sum(entry["n"] for entry in summary) == table.height
@@ -160,13 +162,13 @@ def test_a_plan_counts_the_rows_and_tokens_of_the_run(model, tmp_path):
 
 
 def test_a_plan_says_what_is_still_to_choose(deep):
-    planned = validate.plan(spec.load("mode-audit"), deep)
+    planned = run.plan(spec.load("mode-audit"), deep)
     assert planned.open_choices == ["refusal", "steer", "dose", "window"]
 
 
 def test_a_window_that_may_begin_behind_the_last_layer_is_refused(model):
     with pytest.raises(UserError, match=r"windows may begin at resid_post\.3; this model has"):
-        validate.plan(spec.load("mode-audit"), model)
+        run.plan(spec.load("mode-audit"), model)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def deep(tmp_path_factory):
 
 @pytest.mark.parametrize("name", spec.shipped())
 def test_every_shipped_study_can_be_planned(deep, name):
-    planned = validate.plan(spec.load(name), deep, limit=2)
+    planned = run.plan(spec.load(name), deep, limit=2)
     assert planned.rows > 0 and planned.conditions
 
 
