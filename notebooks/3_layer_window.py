@@ -20,7 +20,6 @@ with app.setup:
     import marimo as mo
 
     from jaxsteer.evidence import layer_windows
-    from jaxsteer.evidence.browse import open_results
     from jaxsteer.evidence.charts import marks, opening
     from jaxsteer.evidence.charts import windows as charts
 
@@ -45,7 +44,7 @@ def _():
 
 @app.cell
 def _(results):
-    found = opening.attempt(open_results, ROOT / results.value)
+    found = opening.attempt(opening.open_results, ROOT / results.value)
     opening.head(ROOT, "3_layer_window.py", results.value, found)
     return (found,)
 

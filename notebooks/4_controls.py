@@ -21,7 +21,6 @@ with app.setup:
     import marimo as mo
 
     from jaxsteer.evidence import claims, findings, paired
-    from jaxsteer.evidence.browse import open_results
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import marks, opening
 
@@ -38,7 +37,7 @@ def _():
 
 @app.cell
 def _(results):
-    found = opening.attempt(open_results, ROOT / results.value)
+    found = opening.attempt(opening.open_results, ROOT / results.value)
     opening.head(ROOT, "4_controls.py", results.value, found)
     return (found,)
 

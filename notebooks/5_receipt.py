@@ -22,7 +22,6 @@ with app.setup:
 
     from jaxsteer.data import prompts
     from jaxsteer.errors import UserError
-    from jaxsteer.evidence import browse as browsing
     from jaxsteer.evidence import paired
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import marks, opening
@@ -43,7 +42,7 @@ def _():
 
 @app.cell
 def _(results):
-    opened = opening.attempt(browsing.open_results, ROOT / results.value)
+    opened = opening.attempt(opening.open_results, ROOT / results.value)
     folder, rows = opened.folder, opened.rows
     opening.head(ROOT, "5_receipt.py", results.value, opened)
     return folder, opened, rows
@@ -207,7 +206,7 @@ def _():
 def _(folder, rows):
     browse = mo.ui.dictionary(
         {
-            name: opening.menu(name, browsing.choices(rows, name), label=name)
+            name: opening.menu(name, opening.choices(rows, name), label=name)
             for name in ("condition", "family", "label")
         }
     )
@@ -221,7 +220,7 @@ def _(folder, rows):
 
 @app.cell
 def _(at, browse, reveal, rows, texts):
-    _page = browsing.page(rows, **browse.value, number=int(at.value or 1))
+    _page = opening.page(rows, **browse.value, number=int(at.value or 1))
     _where = mo.md(f"Page {_page.number:,} of {_page.pages:,}; {_page.total:,} replies fit.")
     mo.vstack([_where, mo.Html(charts.reply_cards(_page.rows, texts, reveal=reveal.value))])
     return
@@ -256,7 +255,7 @@ def _(draw, file, opened, rows, size, texts):
     _path = Path(file.value)
     if draw.value:
         _drawn = human.sample(rows, opened.verdicts, int(size.value), 0)
-        _texts = {k: texts.get(k, browsing.UNKNOWN) for k in _drawn["prompt_id"]}
+        _texts = {k: texts.get(k, opening.UNKNOWN) for k in _drawn["prompt_id"]}
         opening.attempt(human.export, _drawn, _texts, _path)
     _missing = f"{_path} is not there yet: draw a sample."
     mo.stop(not _path.is_file(), opening.note(_missing, kind="info"))

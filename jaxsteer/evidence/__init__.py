@@ -6,6 +6,6 @@ prompt by prompt. `comparisons` counts what a study planned to compare, and `cla
 says what it could show. `controls` finds the controls of a condition by its operations and
 measures them; `findings` puts them next to the claims, and judges the claims again under other
 rules. `impact` says what steering costs on benign prompts. `layer_windows` tabulates the rows,
-`reliability` and `cosines` the directions; `browse` and `lesson` serve the notebooks, and `charts`
-draws. Begin reading with `paired`, then `claims`.
+`reliability` and `cosines` the directions; `lesson` serves the first notebook, and `charts` draws.
+Begin reading with `paired`, then `claims`.
 """

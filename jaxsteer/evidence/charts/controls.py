@@ -11,9 +11,9 @@ import altair as alt
 import polars as pl
 
 from jaxsteer.evidence import impact, paired
-from jaxsteer.evidence.browse import UNKNOWN, may_harm
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
+from jaxsteer.evidence.charts.opening import UNKNOWN, may_harm
 from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.findings import KINDS, QUESTIONS, Finding, headline, once
 from jaxsteer.evidence.paired import WORDS

@@ -9,9 +9,9 @@ import altair as alt
 import polars as pl
 import pytest
 
-from jaxsteer.evidence import browse, claims, cosines, findings, layer_windows, paired
+from jaxsteer.evidence import claims, cosines, findings, layer_windows, paired
 from jaxsteer.evidence.charts import controls as charts
-from jaxsteer.evidence.charts import geometry, marks, windows
+from jaxsteer.evidence.charts import geometry, marks, opening, windows
 from jaxsteer.receipt import build, page, statement
 from tests.evidence import hard_results
 from tests.receipt import made
@@ -171,7 +171,7 @@ def test_a_selection_that_failed_is_said_before_the_results(tmp_path, monkeypatc
     why = ["KL 0.31 > 0.1"]
     monkeypatch.setitem(made.CANDIDATES, "refusal_near_miss", why)
     folder = made.folder(tmp_path / "failed")
-    (said,) = [line for line in browse.header(folder).warnings if "selection" in line]
+    (said,) = [line for line in opening.header(folder).warnings if "selection" in line]
     assert said.startswith("The refusal direction failed") and why[0] in said
 
 
