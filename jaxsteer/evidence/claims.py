@@ -36,8 +36,7 @@ from jaxsteer.evidence.comparisons import (
     Result,
     repeats,
 )
-from jaxsteer.study.record import Condition, Count, Part
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Condition, Count, Part, Results
 from jaxsteer.study.spec import AddSpec, ClaimSpec, StudySpec, TestSpec
 from jaxsteer.words import counted, extent, p_equals, percent
 

@@ -34,8 +34,7 @@ from jaxsteer.evidence.paired import Labels
 from jaxsteer.judges.labels import judges_of_harm, judges_of_refusal
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.study.conditions import resolve_layers, unsteered_twin
-from jaxsteer.study.record import Add, Condition, Count, Part
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Add, Condition, Count, Part, Results
 from jaxsteer.study.spec import TestSpec
 
 Result = Literal["held", "failed", "not testable", "not tested"]

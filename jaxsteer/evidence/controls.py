@@ -29,7 +29,7 @@ from msgspec.structs import asdict
 from jaxsteer import stats
 from jaxsteer.evidence.paired import Flips, Labels, Share
 from jaxsteer.study.conditions import unsteered_twin
-from jaxsteer.study.record import Add, Condition, Count, Layers, Operation, Part, RunRecord
+from jaxsteer.study.results import Add, Condition, Count, Layers, Operation, Part, RunRecord
 
 Outcome = Literal["refusal", "bypass", "degenerate"]
 PairKind = Literal["neutral", "unsteered", "benign"]

@@ -37,8 +37,7 @@ from jaxsteer.evidence.controls import RandomControl, random_controls
 from jaxsteer.evidence.paired import Flips, Labels
 from jaxsteer.files import frame
 from jaxsteer.study.conditions import unsteered_twin
-from jaxsteer.study.record import Condition, RunRecord
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Condition, Results, RunRecord
 from jaxsteer.study.spec import ClaimSpec, TestSpec
 from jaxsteer.words import counted, p_equals, percent, points
 

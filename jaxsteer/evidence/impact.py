@@ -16,8 +16,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence.paired import Share
 from jaxsteer.files import read_table
 from jaxsteer.study.impact import FILE, SCHEMA, untouched
-from jaxsteer.study.record import Count, Part
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Count, Part, Results
 from jaxsteer.words import points, signed
 
 COLUMNS = (

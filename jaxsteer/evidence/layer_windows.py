@@ -25,8 +25,7 @@ from jaxsteer.evidence import controls
 from jaxsteer.evidence.paired import Labels, flips
 from jaxsteer.files import frame
 from jaxsteer.study.conditions import unsteered_twin
-from jaxsteer.study.record import Add, Condition, Project
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Add, Condition, Project, Results
 from jaxsteer.words import layer_list, p_value, percent, points
 
 Map = Literal["knockout", "refusal"]

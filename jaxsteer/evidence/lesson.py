@@ -49,7 +49,7 @@ from jaxsteer.model.interventions import (
     Project,
     compile_conditions,
 )
-from jaxsteer.study import record
+from jaxsteer.study import results
 
 Kind = Literal["add", "project out", "cap", "add, then project out"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -357,12 +357,12 @@ def load(model: ChatModel, folder: Path | None, extracted: Path) -> SteerableMod
     named = {name: made for name, made in found.items() if not is_random(made)}
     if not named:
         raise UserError(f"{source} holds no direction; make one with `jaxsteer extract`")
-    run = record.read(folder) if folder else None
+    run = results.read_run(folder) if folder else None
     first = "persona" if "persona" in named else next(iter(named))
     start = View("add", first, round(0.7 * (model.config.n_layers - 1)), 4.0)
     for operation in (op for c in run.conditions for op in c.operations) if run else ():
         own = operation.direction in named and operation.measured_at is None
-        if own and isinstance(operation, record.Add) and operation.tap == "resid_post":
+        if own and isinstance(operation, results.Add) and operation.tap == "resid_post":
             start = View("add", operation.direction, operation.layers[0], operation.scale)
             break
     refuse = replace(start, strength=-start.strength)

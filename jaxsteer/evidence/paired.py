@@ -17,7 +17,7 @@ from jaxsteer import stats
 from jaxsteer.data.prompts import Kind
 from jaxsteer.files import frame
 from jaxsteer.judges.labels import votes_table
-from jaxsteer.study.record import Count, Part
+from jaxsteer.study.results import Count, Part
 from jaxsteer.words import counted, p_equals
 
 By = Literal["condition", "category"]

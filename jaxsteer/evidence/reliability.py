@@ -33,7 +33,7 @@ from jaxsteer.files import locked, write_json
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Layers
 from jaxsteer.study import prepare, results
-from jaxsteer.study.record import Count, Sha256
+from jaxsteer.study.results import Count, Sha256
 from jaxsteer.study.spec import StudySpec
 from jaxsteer.words import Progress
 

@@ -32,8 +32,7 @@ from jaxsteer.judges.verdicts import provenance, response_sha256, text_hashes
 from jaxsteer.receipt import page, statement
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import prepare, results
-from jaxsteer.study.record import Model, RunRecord
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Model, Results, RunRecord
 from jaxsteer.words import plain
 
 JSON, HTML = "receipt.json", "receipt.html"

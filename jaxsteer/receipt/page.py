@@ -42,7 +42,7 @@ from jaxsteer.receipt.statement import (
     known,
     poorly_known,
 )
-from jaxsteer.study.record import describe, set_words
+from jaxsteer.study.results import describe, set_words
 from jaxsteer.words import counted, p_equals, p_value, percent, plain, points, signed, span
 
 FOLDER = Path(__file__).parent

@@ -32,8 +32,8 @@ from jaxsteer.evidence.paired import Share
 from jaxsteer.evidence.reliability import WELL_KNOWN, Measurements
 from jaxsteer.files import sha256_bytes
 from jaxsteer.judges.human import Agreement
-from jaxsteer.study import record
-from jaxsteer.study.record import Count, Model, Part, Prompts, Sha256, Text
+from jaxsteer.study import results
+from jaxsteer.study.results import Count, Model, Part, Prompts, Sha256, Text
 from jaxsteer.study.selection import Candidates
 from jaxsteer.study.spec import DecodingSpec
 
@@ -202,7 +202,7 @@ class Change(Part, frozen=True):
     rows_unchanged: Count
 
 
-class Condition(record.Condition, frozen=True, kw_only=True):
+class Condition(results.Condition, frozen=True, kw_only=True):
     """One condition of the run record, and its results.
 
     Attributes:

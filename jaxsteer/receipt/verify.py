@@ -26,8 +26,7 @@ from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.receipt import build, page, statement
 from jaxsteer.receipt.statement import Predicate, Statement
 from jaxsteer.study import results
-from jaxsteer.study.record import prompts_sha256
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Results, prompts_sha256
 
 Status = Literal["ok", "mismatch", "unchecked"]
 

@@ -32,7 +32,7 @@ from jaxsteer.judges.labels import label
 from jaxsteer.model import interventions
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Layers
-from jaxsteer.study.record import Add, Condition, Operation, Project, unsteered
+from jaxsteer.study.results import Add, Condition, Operation, Project, unsteered
 from jaxsteer.study.spec import UNSTEERED, AddSpec, OperationSpec, StudySpec
 
 # From a layer expression to its layers.

@@ -35,7 +35,7 @@ from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions
 from jaxsteer.study import conditions, results
-from jaxsteer.study.record import Condition, Prepared, RunRecord
+from jaxsteer.study.results import Condition, Prepared, RunRecord
 from jaxsteer.words import Progress
 
 FILE, SHARDS = "impact.parquet", "impact"

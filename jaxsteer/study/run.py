@@ -47,10 +47,10 @@ from jaxsteer.generation.distributed import ALONE, Hosts
 from jaxsteer.generation.requests import Request, check_lengths, fitted, pack
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.config import ModelConfig
-from jaxsteer.study import conditions, impact, prepare, record, results
+from jaxsteer.study import conditions, impact, prepare, results
 from jaxsteer.study import spec as specs
 from jaxsteer.study.prepare import Setup
-from jaxsteer.study.record import Condition, Prepared, RunRecord
+from jaxsteer.study.results import Condition, Prepared, RunRecord
 from jaxsteer.study.spec import StudySpec
 from jaxsteer.words import Progress
 
@@ -266,12 +266,12 @@ def run_study(
     """
     families = prepare.prompts(spec, limit)
     # With a record, the layers are chosen, and their other candidates no longer matter.
-    if fresh or not (out / record.FILE).is_file():
+    if fresh or not (out / results.RUN).is_file():
         wanted = spec.decoding
         _, asked = checked(spec, model, families)
         engine.check_memory(model, asked, wanted.max_new_tokens, wanted.batch)
     with _held(out, fresh) if hosts.first else contextlib.nullcontext():
-        identity = record.asked(spec, model, families)
+        identity = results.asked(spec, model, families)
         setup = _setup(spec, model, out, identity, hosts)
         spec, made = setup.spec, setup.record
         shape = (model.config.n_layers, model.config.d_model)
@@ -279,16 +279,16 @@ def run_study(
         found = conditions.conditions(spec, layers, made.dose, n_layers, made.refusal_dose)
         arrays = conditions.stacked(found, setup.directions, shape)
         identity |= {"layers": layers, "dose": made.dose, "refusal_dose": made.refusal_dose}
-        identity["policy"] = record.text_of(data.policy(spec.system))
+        identity["policy"] = results.text_of(data.policy(spec.system))
         identity["candidates"] = made.candidates
         identity["directions"] = prepare.hashes(setup.directions)
         identity["conditions"] = conditions.mark_cancelling(found, arrays)
-        run = record.make(identity)
+        run = results.make_run(identity)
         if hosts.first:
-            _refuse(out, record.differing(out, identity))
-            if record.read(out) is None:
+            _refuse(out, results.differing(out, identity))
+            if results.read_run(out) is None:
                 data.save(out, itertools.chain(*families.values()))
-                record.write(out, run)
+                results.write_run(out, run)
             hosts.meet("setup")
         planned = conditions.cross(run.conditions, families)
         prepared = Prepared(run, model, arrays, setup.directions, families, out)
@@ -312,7 +312,7 @@ def run_study(
 
 
 # Files that mark a results folder, and all that a run and what follows it leave there.
-MARKS = (record.FILE, "setup.json")
+MARKS = (results.RUN, "setup.json")
 OURS = {
     *MARKS, "directions.safetensors", "responses.parquet", "summary.json", "modes.json",
     "geometry.json", data.SAVED, "receipt.json", "receipt.html", "judges", "shards", impact.FILE,
@@ -342,15 +342,15 @@ def _setup(
 ) -> Setup:
     """The study's setup, made or read by the first process and read by the others."""
     if hosts.first:
-        _refuse(out, record.differing(out, identity))
+        _refuse(out, results.differing(out, identity))
         # The setup also depends on what the study only names, such as the texts of traits.
         made = prepare.read_record(out)
-        if made and made.key != prepare.key(spec, model) and record.read(out):
+        if made and made.key != prepare.key(spec, model) and results.read_run(out):
             _refuse(out, ["directions"])
         return prepare.prepare(spec, model, out)
 
     def read() -> Setup | None:
-        same = record.differing(out, identity) == []
+        same = results.differing(out, identity) == []
         return prepare.read(spec, model, out) if same else None
 
     hosts.meet("setup")
@@ -444,7 +444,7 @@ def _check_changes(table: pl.DataFrame, run: RunRecord) -> None:
     changed = dict(table.group_by("condition").agg(pl.col("change").sum()).iter_rows())
     for condition in run.conditions:
         if condition.operations and not changed.get(condition.name, 0.0) > 0:
-            done = "; ".join(map(record.describe, condition.operations))
+            done = "; ".join(map(results.describe, condition.operations))
             raise UserError(
                 f"condition {condition.name!r} ({done}) changed nothing in the residual stream: "
                 "its strength, direction or scope is empty"

@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from jaxsteer.evidence import claims
 from jaxsteer.study import spec
-from jaxsteer.study.record import Condition
+from jaxsteer.study.results import Condition
 from tests.receipt import made
 from tests.study.stand_ins import compiled
 

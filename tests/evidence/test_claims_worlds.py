@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxsteer.evidence import claims
 from jaxsteer.judges.labels import LABELS
 from jaxsteer.study import spec
-from jaxsteer.study.record import Add, Condition, Project
+from jaxsteer.study.results import Add, Condition, Project
 from tests.evidence import worlds
 from tests.evidence.worlds import World
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxsteer.evidence import controls
 from jaxsteer.study import conditions, spec
-from jaxsteer.study.record import RunRecord
+from jaxsteer.study.results import RunRecord
 from jaxsteer.study.spec import AddSpec, ConditionSpec
 from tests.receipt import made
 from tests.study.stand_ins import compiled

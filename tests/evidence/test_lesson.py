@@ -16,8 +16,8 @@ from jaxsteer.evidence.lesson import View
 from jaxsteer.generation import prefill, stepwise
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import record
-from jaxsteer.study.record import Add, Project
+from jaxsteer.study import results
+from jaxsteer.study.results import Add, Project
 from tests import tiny
 from tests.receipt import made
 
@@ -226,13 +226,15 @@ def test_a_map_has_a_layer_of_each_group_and_the_studys_own(steerable):
 
 def studied(model, folder, *operations):
     """A results folder whose first steered condition does this."""
-    run = msgspec.convert(made.run_record(made.study()), record.RunRecord)
+    run = msgspec.convert(made.run_record(made.study()), results.RunRecord)
     some = [
         direction(model, name, seed) for seed, name in enumerate(("neutral", "refusal", "tone"))
     ]
     directions.save(folder / "directions.safetensors", some)
     conditions = [msgspec.structs.replace(run.conditions[0], operations=operations)]
-    record.write(folder, msgspec.structs.replace(run, conditions=conditions, layers={"refusal": 2}))
+    results.write_run(
+        folder, msgspec.structs.replace(run, conditions=conditions, layers={"refusal": 2})
+    )
     return lesson.load(model, folder, folder / "kept")
 
 

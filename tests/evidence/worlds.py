@@ -12,8 +12,7 @@ import polars as pl
 
 from jaxsteer.data.prompts import PromptSet
 from jaxsteer.directions import direction
-from jaxsteer.study.record import Condition, Prompts, RunRecord
-from jaxsteer.study.results import Results
+from jaxsteer.study.results import Condition, Prompts, Results, RunRecord
 from jaxsteer.study.spec import StudySpec
 from tests.receipt import made
 from tests.study.stand_ins import compiled

@@ -22,7 +22,7 @@ from jaxsteer.evidence import reliability
 from jaxsteer.files import canonical_json, sha256_bytes
 from jaxsteer.judges import rules
 from jaxsteer.judges.verdicts import SCHEMA
-from jaxsteer.study import record, results
+from jaxsteer.study import results
 from jaxsteer.study.conditions import resolve_layers
 from jaxsteer.study.spec import (
     AddSpec,
@@ -366,7 +366,7 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
             each.name: {
                 "kind": each.kind,
                 "n": each.n,
-                "sha256": record.prompts_sha256(
+                "sha256": results.prompts_sha256(
                     (p.id, p.text) for p in pinned(each.name)[: each.n]
                 ),
                 "source": each.source,
@@ -376,7 +376,7 @@ def run_record(study: StudySpec, model: dict[str, Any] | None = None) -> dict[st
         },
     }
     return {
-        "format": record.FORMAT,
+        "format": results.FORMAT,
         "key": sha256_bytes(canonical_json(identity).encode()),
         **identity,
         "environment": {

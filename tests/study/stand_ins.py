@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsteer.directions.direction import Direction
 from jaxsteer.study import conditions
-from jaxsteer.study.record import Add, Condition
+from jaxsteer.study.results import Add, Condition
 from jaxsteer.study.spec import CHOOSE, StudySpec
 
 

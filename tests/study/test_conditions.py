@@ -7,7 +7,7 @@ import pytest
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
-from jaxsteer.study import conditions, record, spec
+from jaxsteer.study import conditions, results, spec
 from tests.study import stand_ins
 
 L, D = 10, 8
@@ -30,7 +30,7 @@ def by_name(study):
 
 
 def words(condition):
-    return [record.describe(operation) for operation in condition.operations]
+    return [results.describe(operation) for operation in condition.operations]
 
 
 def demo():

@@ -15,7 +15,7 @@ from jaxsteer.evidence.impact import impacts
 from jaxsteer.files import read_table
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert
-from jaxsteer.study import conditions, impact, prepare, record, results, run, spec
+from jaxsteer.study import conditions, impact, prepare, results, run, spec
 from tests import compiles, tiny
 
 MEASURED = ("[decoding]", "[impact]\ncompared = 2\nquestions = 5\n[decoding]")
@@ -59,7 +59,7 @@ def test_each_benign_condition_has_a_line_for_each_question_and_compared_reply(f
 
 
 def test_the_divergence_is_that_of_hf_logits_on_the_untouched_models_replies(hf, model, finished):
-    known, rows = record.read(finished), results.load(finished).rows
+    known, rows = results.read_run(finished), results.load(finished).rows
     # The persona is added to the output of block 1, at every token.
     vector = 3.0 * directions_of(finished)["persona"].vectors[1]
     system = data.policy(known.study.system).text
@@ -95,7 +95,7 @@ def logits(hf, tokens, add):
 
 
 def test_another_condition_compiles_nothing(model, finished):
-    known, rows = record.read(finished), results.load(finished).rows
+    known, rows = results.read_run(finished), results.load(finished).rows
     named = {c.name: c for c in known.conditions}
     every = prepared(known, finished, model)
     fewer = [named["baseline"], named["persona"]]
@@ -118,7 +118,7 @@ def prepared(known, folder, model):
     directions, shape = directions_of(folder), (model.config.n_layers, model.config.d_model)
     arrays = conditions.stacked(known.conditions, directions, shape)
     families = prepare.prompts(known.study)
-    return record.Prepared(known, model, arrays, directions, families, folder)
+    return results.Prepared(known, model, arrays, directions, families, folder)
 
 
 def test_an_interrupted_measurement_is_continued(model, finished, monkeypatch):
@@ -136,7 +136,7 @@ def test_an_interrupted_measurement_is_continued(model, finished, monkeypatch):
         return plain(model, requests, *given, skip=skip, **more)
 
     monkeypatch.setattr(impact.engine, "run", watched)
-    impact.measure(prepared(record.read(finished), finished, model))
+    impact.measure(prepared(results.read_run(finished), finished, model))
     assert run_again == [gone]
     assert table(finished).equals(before)
 

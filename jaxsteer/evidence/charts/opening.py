@@ -30,9 +30,8 @@ from jaxsteer.evidence.reliability import WELL_KNOWN
 from jaxsteer.files import meant
 from jaxsteer.judges.human import agreements
 from jaxsteer.stats import mcnemar
-from jaxsteer.study import prepare, record, results, selection
-from jaxsteer.study.record import RunRecord, set_words
-from jaxsteer.study.results import Results
+from jaxsteer.study import prepare, results, selection
+from jaxsteer.study.results import Results, RunRecord, set_words
 from jaxsteer.words import layer_list, signed
 
 ALL = "all"
@@ -90,7 +89,7 @@ def open_results(folder: Path) -> Results:
     Raises:
       UserError: there are no rows yet, or the folder is damaged; says what to run.
     """
-    run = record.read(folder)
+    run = results.read_run(folder)
     if run is None:
         raise UserError(
             f"There are no results in {folder}{meant(folder)}: run `make demo` once (or "
@@ -137,7 +136,7 @@ def banner(found: Results) -> Iterator[str]:
 
 def finished(root: Path) -> list[str]:
     """The finished studies below a folder's `results`, as paths relative to the folder."""
-    found = (root / "results").glob(f"*/{record.FILE}")
+    found = (root / "results").glob(f"*/{results.RUN}")
     done = [path.parent for path in found if (path.parent / "responses.parquet").is_file()]
     return sorted(str(path.relative_to(root)) for path in done)
 
@@ -157,7 +156,7 @@ def header(folder: Path, opened: Results | None = None) -> Header:
             f"There is no folder {folder}{meant(folder)}: choose another study, or run `make demo` "
             "once and open this page again."
         )
-    run = record.read(folder)
+    run = results.read_run(folder)
     if run is None:
         unknown = f"{folder} holds no run record: which model and study it is from is not known."
         return Header(facts=(), warnings=(unknown,))
