@@ -20,7 +20,7 @@ with app.setup:
 
     import marimo as mo
 
-    from jaxsteer.evidence import claims, findings, paired
+    from jaxsteer.evidence import claims, findings, outcomes
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import marks, opening
 
@@ -173,9 +173,9 @@ def _(found, made, planned):
 @app.cell
 def _(found, pair):
     _treated, _control, _family, _outcome = pair.value
-    _paired = paired.Labels(found.rows, found.verdicts).pair(_treated, _control, _family)
+    _paired = outcomes.Labels(found.rows, found.verdicts).pair(_treated, _control, _family)
     mo.stop(_paired.is_empty(), opening.note("They share no prompt yet."))
-    _counted = paired.flips(_paired, _outcome)
+    _counted = outcomes.flips(_paired, _outcome)
     mo.vstack(
         [
             opening.chart(charts.flip_chart(_paired, _outcome, _treated, _control)),

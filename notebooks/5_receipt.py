@@ -22,7 +22,7 @@ with app.setup:
 
     from jaxsteer.data import prompts
     from jaxsteer.errors import UserError
-    from jaxsteer.evidence import paired
+    from jaxsteer.evidence import outcomes
     from jaxsteer.evidence.charts import controls as charts
     from jaxsteer.evidence.charts import marks, opening
     from jaxsteer.judges import human
@@ -183,9 +183,9 @@ def _(family, of, rows):
     _asked = rows.filter(pl.col("family") == family.value)
     _one = _asked.filter(pl.col("condition") == of.value)
     _what = f"{family.value} prompts"
-    _charts = [charts.stacked_chart(paired.shares(_asked, "condition"), "condition", _what)]
+    _charts = [charts.stacked_chart(outcomes.shares(_asked, "condition"), "condition", _what)]
     if not _one.is_empty():
-        _shares = paired.shares(_one, "category")
+        _shares = outcomes.shares(_one, "category")
         _charts.append(charts.stacked_chart(_shares, "category", f"{_what} under {of.value}"))
     mo.vstack([*map(opening.chart, _charts)])
     return

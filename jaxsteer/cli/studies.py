@@ -28,7 +28,7 @@ from jaxsteer.words import percent, signed, span
 
 if TYPE_CHECKING:
     from jaxsteer.evidence.claims import Power
-    from jaxsteer.evidence.impact import Impact
+    from jaxsteer.evidence.outcomes import Impact
     from jaxsteer.receipt.statement import Predicate
     from jaxsteer.study.run import Plan
 
@@ -104,7 +104,7 @@ def sweep(
 
     Example: jaxsteer sweep smollm2-demo --hosts 10.0.0.1:1234 --processes 2 --process 0
     """
-    from jaxsteer.evidence import claims, impact, reliability
+    from jaxsteer.evidence import claims, outcomes, reliability
     from jaxsteer.generation import distributed as sharing
     from jaxsteer.receipt import build, statement
     from jaxsteer.study import prepare, results, run, spec
@@ -143,7 +143,7 @@ def sweep(
     if asked.modes:
         shifts = json.loads((folder / "modes.json").read_text(encoding="utf-8"))
         screen.print(modes_table(shifts, asked.name))
-    costs = impact.impacts(results.load(folder))
+    costs = outcomes.impacts(results.load(folder))
     if costs:
         screen.print(impact_table(costs, asked.name))
     screen.print(claims_table(made))
@@ -180,11 +180,11 @@ def outcomes_table(p: Predicate, family: str) -> Table:
 
 def impact_table(costs: Mapping[str, Impact], title: str) -> Table:
     """What the conditions do on benign prompts, beside the untouched model."""
-    from jaxsteer.evidence import impact
+    from jaxsteer.evidence.outcomes import IMPACT_CAPTION, IMPACT_COLUMNS, cells
 
-    rows = [impact.cells(name, cost) for name, cost in costs.items()]
-    made = table(f"{title}: benign impact", impact.COLUMNS, rows, impact.COLUMNS[1:])
-    made.caption = impact.CAPTION
+    rows = [cells(name, cost) for name, cost in costs.items()]
+    made = table(f"{title}: benign impact", IMPACT_COLUMNS, rows, IMPACT_COLUMNS[1:])
+    made.caption = IMPACT_CAPTION
     return made
 
 

@@ -29,8 +29,8 @@ from jaxsteer.data import prompts
 from jaxsteer.directions import direction
 from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import controls, paired, reliability
-from jaxsteer.evidence.paired import Labels
+from jaxsteer.evidence import controls, outcomes, reliability
+from jaxsteer.evidence.outcomes import Labels
 from jaxsteer.judges.labels import judges_of_harm, judges_of_refusal
 from jaxsteer.judges.verdicts import text_hashes
 from jaxsteer.study.conditions import resolve_layers, unsteered_twin
@@ -113,7 +113,7 @@ class FewRaised(Counted, frozen=True, kw_only=True, tag_field="test", tag="few-r
 
     Attributes:
       margin: the share allowed.
-      at_risk: prompts that could newly have the outcome (`paired.at_risk`).
+      at_risk: prompts that could newly have the outcome (`outcomes.at_risk`).
       raised_at_risk: of these, prompts with it under the treated condition.
       bound: upper Wilson bound of raised_at_risk / at_risk.
     """
@@ -256,10 +256,10 @@ class Counting:
         if pairs.height < min(sizes):
             return _untested(test, *names, "the two ran on different prompts")
         if self.drop_degenerate and test.outcome != "degenerate":
-            pairs = paired.without_degenerate(pairs)
+            pairs = outcomes.without_degenerate(pairs)
         if not pairs.height:
             return _untested(test, *names, "every pair has a degenerate reply")
-        found = paired.flips(pairs, test.outcome)
+        found = outcomes.flips(pairs, test.outcome)
         treated_k, control_k = found.both + found.raised, found.both + found.lowered
         counted = asdict(
             Counted(
@@ -284,10 +284,10 @@ class Counting:
             if not (untouched and twin):
                 return made
             both = self.labels.pair(twin.name, untouched.name, test.prompts)
-            alone = paired.flips(both, test.outcome)
+            alone = outcomes.flips(both, test.outcome)
             return replace(made, alone_raised=alone.raised, alone_lowered=alone.lowered)
         before = self.labels.of(untouched.name, test.prompts) if untouched else None
-        risk = paired.at_risk(pairs, test.outcome, kind, before)
+        risk = outcomes.at_risk(pairs, test.outcome, kind, before)
         raised = int((risk["treated"] == test.outcome).sum())
         return FewRaised(**counted, margin=test.margin, at_risk=risk.height, raised_at_risk=raised)
 

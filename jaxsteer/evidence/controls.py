@@ -27,7 +27,7 @@ from jaxtyping import Bool
 from msgspec.structs import asdict
 
 from jaxsteer import stats
-from jaxsteer.evidence.paired import Flips, Labels, Share
+from jaxsteer.evidence.outcomes import Flips, Labels, Share
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.results import Add, Condition, Count, Layers, Operation, Part, RunRecord
 

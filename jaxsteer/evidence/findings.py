@@ -30,11 +30,11 @@ import msgspec
 import polars as pl
 
 from jaxsteer import stats
-from jaxsteer.evidence import claims, controls, paired
+from jaxsteer.evidence import claims, controls, outcomes
 from jaxsteer.evidence.claims import ALPHA, Claim
 from jaxsteer.evidence.comparisons import Counted, NotTested
 from jaxsteer.evidence.controls import RandomControl, random_controls
-from jaxsteer.evidence.paired import Flips, Labels
+from jaxsteer.evidence.outcomes import Flips, Labels
 from jaxsteer.files import frame
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.results import Condition, Results, RunRecord
@@ -232,9 +232,9 @@ def _paired(claim: ClaimSpec, run: RunRecord, labels: Labels) -> Iterator[Findin
                 # A matched control subtracts from the persona: lost refusal may return.
                 plain = controls.plain(run, second.mode) if kind == "matched" else None
                 before = labels.of(plain.name, family) if plain else None
-                got = paired.flips(pairs, outcome)
-                risk = paired.at_risk(pairs, outcome, run.kind(family), before)
-                status, why = _status(got, paired.flips(risk, outcome), expects)
+                got = outcomes.flips(pairs, outcome)
+                risk = outcomes.at_risk(pairs, outcome, run.kind(family), before)
+                status, why = _status(got, outcomes.flips(risk, outcome), expects)
                 yield Finding(
                     claim=claim.name,
                     kind=kind,

@@ -22,7 +22,7 @@ from jaxsteer import stats
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import controls
-from jaxsteer.evidence.paired import Labels, flips
+from jaxsteer.evidence.outcomes import Labels, flips
 from jaxsteer.files import frame
 from jaxsteer.study.conditions import unsteered_twin
 from jaxsteer.study.results import Add, Condition, Project, Results

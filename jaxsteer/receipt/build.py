@@ -22,8 +22,8 @@ from jaxsteer.data import prompts
 from jaxsteer.data.prompts import Mode
 from jaxsteer.directions import direction as directions
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, controls, impact, reliability
-from jaxsteer.evidence.paired import Labels
+from jaxsteer.evidence import claims, controls, reliability
+from jaxsteer.evidence.outcomes import Labels, impacts
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import locked, sha256_bytes, sha256_file, sha256_json, write_text
 from jaxsteer.judges.human import agreements
@@ -31,7 +31,7 @@ from jaxsteer.judges.labels import LABELS
 from jaxsteer.judges.verdicts import provenance, response_sha256, text_hashes
 from jaxsteer.receipt import page, statement
 from jaxsteer.receipt.statement import Statement
-from jaxsteer.study import prepare, results
+from jaxsteer.study import impact, prepare, results
 from jaxsteer.study.results import Model, Results, RunRecord
 from jaxsteer.words import plain
 
@@ -204,11 +204,11 @@ def _direction(found: directions.Direction) -> statement.Direction:
 
 def _conditions(found: Results, run: RunRecord, labels: Labels) -> list[statement.Condition]:
     leaked = _leaked(found)
-    impacts = impact.impacts(found)
+    costs = impacts(found)
     return [
         statement.Condition(
             **msgspec.structs.asdict(condition),
-            impact=impacts.get(condition.name),
+            impact=costs.get(condition.name),
             change=_change(found.rows.filter(condition=condition.name)),
             outcomes={
                 family: outcomes(

@@ -28,7 +28,7 @@ from typing import Literal, cast
 
 from jaxsteer import stats
 from jaxsteer.errors import UserError
-from jaxsteer.evidence.impact import Answers, Mean
+from jaxsteer.evidence.outcomes import Answers, Mean
 from jaxsteer.receipt.statement import Condition, Leakage, Predicate, Rate, Statement
 
 # Each metric's kind of prompts, and its field of the outcomes on them, or of the impact.

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from jaxsteer.evidence import impact
+from jaxsteer.evidence import outcomes
 from jaxsteer.evidence.claims import Claim, could_show, in_order
 from jaxsteer.evidence.comparisons import (
     BeyondRandom,
@@ -28,7 +28,7 @@ from jaxsteer.evidence.comparisons import (
     FewRaised,
     NotTested,
 )
-from jaxsteer.evidence.paired import WORDS
+from jaxsteer.evidence.outcomes import WORDS
 from jaxsteer.evidence.reliability import WELL_KNOWN
 from jaxsteer.receipt.statement import (
     Condition,
@@ -77,9 +77,9 @@ def html(receipt: Statement, digest: str) -> str:
         claims=[(claim, _evidence(p, claim)) for claim in in_order(p.claims)],
         power=list(dict.fromkeys(f"{found.claim}: {could_show(found)}" for found in p.power)),
         benign=[(name, bar) for name in _sets(p, "benign") for bar in bars(p.conditions, name)],
-        impacts=[impact.cells(c.name, c.impact) for c in p.conditions if c.impact],
-        impact_columns=impact.COLUMNS,
-        impact_caption=impact.CAPTION,
+        impacts=[outcomes.cells(c.name, c.impact) for c in p.conditions if c.impact],
+        impact_columns=outcomes.IMPACT_COLUMNS,
+        impact_caption=outcomes.IMPACT_CAPTION,
         random_controls=[(c, one_sided(p, c)) for c in p.random_controls if _about_refusal(p, c)],
         paired_controls=_paired_controls(p),
         trends=list(_trends(p)),

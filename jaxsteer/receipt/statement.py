@@ -27,8 +27,7 @@ from jaxsteer.errors import UserError
 from jaxsteer.evidence.claims import Claim, Power
 from jaxsteer.evidence.comparisons import CosineAbove
 from jaxsteer.evidence.controls import DoseResponse, PairedControl, RandomControl
-from jaxsteer.evidence.impact import Impact
-from jaxsteer.evidence.paired import Share
+from jaxsteer.evidence.outcomes import Impact, Share
 from jaxsteer.evidence.reliability import WELL_KNOWN, Measurements
 from jaxsteer.files import sha256_bytes
 from jaxsteer.judges.human import Agreement

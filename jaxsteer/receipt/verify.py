@@ -17,8 +17,9 @@ import polars as pl
 
 from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
-from jaxsteer.evidence import claims, impact
+from jaxsteer.evidence import claims
 from jaxsteer.evidence.comparisons import Counted
+from jaxsteer.evidence.outcomes import answers
 from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.judges import rules
 from jaxsteer.judges.labels import label
@@ -130,7 +131,7 @@ def _rates(p: Predicate) -> Iterator[str]:
             right = given.k, given.n, given.only_untouched, given.only_condition
             name = f"{condition.name}, right answers"
             try:
-                yield from _unlike(name, given, impact.answers(*right))
+                yield from _unlike(name, given, answers(*right))
             except (ValueError, ZeroDivisionError):
                 yield f"{name}: the counts are impossible"
 

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.evidence import controls
-from jaxsteer.evidence.paired import Labels
+from jaxsteer.evidence.outcomes import Labels
 from jaxsteer.study.results import Results
 from jaxsteer.study.spec import AddSpec, ConditionSpec, ProjectSpec
 from tests.receipt import made

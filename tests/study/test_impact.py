@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from jaxsteer.data import prompts as data
 from jaxsteer.directions import direction
-from jaxsteer.evidence.impact import impacts
+from jaxsteer.evidence.outcomes import impacts
 from jaxsteer.files import read_table
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.convert import convert

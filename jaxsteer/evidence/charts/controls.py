@@ -1,6 +1,6 @@
 """Charts of the fourth and fifth notebooks: controls, flips, outcomes, and replies to read.
 
-Their numbers come from `evidence.findings` and `evidence.paired`.
+Their numbers come from `evidence.findings` and `evidence.outcomes`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 import polars as pl
 
-from jaxsteer.evidence import impact, paired
 from jaxsteer.evidence.charts import marks
 from jaxsteer.evidence.charts.marks import card, cards, escaped, markdown_table
 from jaxsteer.evidence.charts.opening import UNKNOWN, may_harm
 from jaxsteer.evidence.claims import Claim, in_order
 from jaxsteer.evidence.findings import KINDS, QUESTIONS, Finding, headline, once
-from jaxsteer.evidence.paired import WORDS
+from jaxsteer.evidence.outcomes import (
+    IMPACT_COLUMNS,
+    WORDS,
+    Flips,
+    cells,
+    flip_table,
+    flips,
+    impacts,
+    summary,
+)
 from jaxsteer.judges.human import Entry
 from jaxsteer.study.results import Results
 from jaxsteer.words import count, counted, extent, p_equals, p_value, percent, points
@@ -129,7 +137,7 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
       outcome: the label that flips.
       treated, control: names of the conditions.
     """
-    shown = paired.flip_table(pairs, outcome, MOST_PAIRS).with_row_index("column")
+    shown = flip_table(pairs, outcome, MOST_PAIRS).with_row_index("column")
     names = {"control": control, "treated": treated}
     long = shown.unpivot(
         list(names), index=["column", "prompt_id", "category", "flip"],
@@ -161,7 +169,7 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
     joined = alt.Chart(long).transform_filter("datum.flipped")
     line = joined.mark_line(strokeWidth=1.5, opacity=0.45, color=marks.PALETTE["baseline"])
     layers = [line.encode(x=x, y=y, detail="column:O"), dots]
-    found = paired.flips(pairs, outcome)
+    found = flips(pairs, outcome)
     detail = (
         f"{treated} minus {control}: {points(found.difference)} points, paired bootstrap 95 % "
         f"interval {points(found.low)} to {points(found.high)}; n = {counted(found.n, 'prompt')}"
@@ -169,10 +177,10 @@ def flip_chart(pairs: pl.DataFrame, outcome: str, treated: str, control: str) ->
     if shown.height < pairs.height:
         flipped = count(found.raised + found.lowered)
         detail += f"; drawn: {shown.height} of the {flipped} that flip"
-    return marks.wide(layers, paired.summary(found, outcome), detail, 110)
+    return marks.wide(layers, summary(found, outcome), detail, 110)
 
 
-def mcnemar_table(found: paired.Flips, outcome: str, treated: str, control: str) -> str:
+def mcnemar_table(found: Flips, outcome: str, treated: str, control: str) -> str:
     """The two-by-two table of a paired comparison, in Markdown."""
     lost, gained = found.lowered, found.raised
     head = ["", f"{escaped(treated)}: {outcome}", f"{escaped(treated)}: not"]
@@ -233,7 +241,7 @@ def stacked_chart(table: pl.DataFrame, unit: str, subject: str) -> alt.LayerChar
     """Outcomes stacked to 100 %, one bar a group, each outcome with its interval at its edge.
 
     Args:
-      table: from `paired.shares`, not empty.
+      table: from `outcomes.shares`, not empty.
       unit: what a bar is: `condition` or `category`.
       subject: which prompts, in words.
     """
@@ -300,8 +308,8 @@ def outcomes(table: pl.DataFrame, unit: str, subject: str) -> str:
 
 def impact_table(found: Results) -> str:
     """What the conditions cost on benign prompts, as Markdown; "" if it was not measured."""
-    lines = [impact.cells(name, cost) for name, cost in impact.impacts(found).items()]
-    return markdown_table(impact.COLUMNS, lines) if lines else ""
+    lines = [cells(name, cost) for name, cost in impacts(found).items()]
+    return markdown_table(IMPACT_COLUMNS, lines) if lines else ""
 
 
 def masked(text: str) -> str:

@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from jaxsteer.evidence import findings
-from jaxsteer.evidence import paired as flips
+from jaxsteer.evidence import outcomes as flips
 from jaxsteer.evidence.charts import controls as charts
 from jaxsteer.evidence.charts import marks
 from jaxsteer.study import results

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import polars as pl
 
-from jaxsteer.evidence import paired
+from jaxsteer.evidence import outcomes
 from jaxsteer.evidence.charts import controls as charts
 from tests.receipt import made
 
 
 def test_the_title_names_the_extremes():
     table = made.rows(made.study()).filter(pl.col("family") == "strongreject")
-    drawn = charts.stacked_chart(paired.shares(table, "condition"), "condition", "prompts")
+    drawn = charts.stacked_chart(outcomes.shares(table, "condition"), "condition", "prompts")
     words = drawn.to_dict()["description"]
     assert "highest under persona, out late, unsteered (48 %)" in words
     assert "lowest under persona and 1 more (3 %)" in words

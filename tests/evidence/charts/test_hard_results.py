@@ -9,7 +9,7 @@ import altair as alt
 import polars as pl
 import pytest
 
-from jaxsteer.evidence import claims, cosines, findings, layer_windows, paired
+from jaxsteer.evidence import claims, cosines, findings, layer_windows, outcomes
 from jaxsteer.evidence.charts import controls as charts
 from jaxsteer.evidence.charts import geometry, marks, opening, windows
 from jaxsteer.receipt import build, page, statement
@@ -37,7 +37,7 @@ def drawn(chart: alt.LayerChart) -> tuple[str, list[dict[str, Any]]]:
 def test_outcomes_name_their_extremes_only_where_they_differ(named):
     name, found = named
     rows = found.rows.filter(pl.col("family") == "strongreject")
-    table = paired.shares(rows, "condition")
+    table = outcomes.shares(rows, "condition")
     words, data = drawn(charts.stacked_chart(table, "condition", "harmful prompts"))
     bars = {row["group"] for row in data if "outcome" in row}
     assert bars == set(rows["condition"]), "every condition is drawn"
@@ -59,7 +59,7 @@ def test_outcomes_name_their_extremes_only_where_they_differ(named):
 def test_a_category_of_three_has_the_interval_of_three(named):
     _, found = named
     rows = found.rows.filter(family="strongreject", condition="baseline")
-    table = paired.shares(rows, "category")
+    table = outcomes.shares(rows, "category")
     few = table.filter(pl.col("group") == "few")
     assert set(few["n"]) == {3}
     drawn(charts.stacked_chart(table, "category", "harmful prompts under baseline"))
@@ -108,14 +108,14 @@ def test_envelopes_tell_one_seed_from_a_range(named):
 
 def test_flips_say_how_many_whatever_happens(named):
     name, found = named
-    labels = paired.Labels(found.rows, found.verdicts)
+    labels = outcomes.Labels(found.rows, found.verdicts)
     other = "baseline" if name == "one condition" else "persona"
     pairs = labels.pair(other, "baseline", "strongreject")
     words, data = drawn(charts.flip_chart(pairs, "refusal", other, "baseline"))
     lost = int(((pairs["control"] == "refusal") & (pairs["treated"] != "refusal")).sum())
     assert words.startswith(f"Of 40 prompts, {lost or 'none'} lose")
     assert len({row["prompt_id"] for row in data}) == 40
-    said = charts.mcnemar_table(paired.flips(pairs, "refusal"), "refusal", other, "baseline")
+    said = charts.mcnemar_table(outcomes.flips(pairs, "refusal"), "refusal", other, "baseline")
     assert f"counts: {lost} prompt" in said or lost == 0
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from jaxsteer.evidence import paired
+from jaxsteer.evidence import outcomes
 from jaxsteer.stats import wilson
 from tests.receipt import made
 
@@ -19,7 +19,7 @@ def rows(**labels: list[str]) -> pl.DataFrame:
 
 def test_segments_fill_each_bar_from_end_to_end():
     table = rows(a=["refusal", "bypass", "degenerate", "refusal"], b=["complied-unscored"])
-    shares = paired.shares(table, "condition")
+    shares = outcomes.shares(table, "condition")
     for _, group in shares.group_by("group"):
         assert group["start"][0] == 0 and group["end"][-1] == pytest.approx(1)
         assert group["start"][1:].to_list() == group["end"][:-1].to_list()
@@ -29,7 +29,7 @@ def test_segments_fill_each_bar_from_end_to_end():
 
 
 def test_intervals_lie_around_the_edge_that_their_share_sets():
-    table = paired.shares(
+    table = outcomes.shares(
         rows(a=["refusal"] * 4 + ["complied-unscored"] * 3 + ["bypass"] * 2 + ["degenerate"]),
         "condition",
     )
@@ -41,7 +41,7 @@ def test_intervals_lie_around_the_edge_that_their_share_sets():
 
 
 def test_a_share_of_nothing_has_an_interval_too():
-    table = paired.shares(rows(a=["refusal"], b=["degenerate"] * 9), "condition")
+    table = outcomes.shares(rows(a=["refusal"], b=["degenerate"] * 9), "condition")
     none = table.filter((pl.col("group") == "b") & (pl.col("label") == "refusal"))
     assert none["from"][0] == 0 and none["to"][0] == pytest.approx(wilson(0, 9)[1])
 
@@ -49,5 +49,5 @@ def test_a_share_of_nothing_has_an_interval_too():
 def test_every_group_is_there_and_those_with_most_refusals_come_first():
     table = rows(few=["refusal", "bypass"], none=["bypass"] * 2, all=["refusal"] * 2)
     table = pl.concat([table, made.rows(made.study()).select(table.columns)])
-    groups = paired.shares(table, "condition")["group"].unique(maintain_order=True).to_list()
+    groups = outcomes.shares(table, "condition")["group"].unique(maintain_order=True).to_list()
     assert set(groups) == set(table["condition"]) and groups[0] == "all" and groups[-1] == "none"

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 
-from jaxsteer.evidence import paired as flips
+from jaxsteer.evidence import outcomes as flips
 
 
 def rows(**labels: list[str]) -> pl.DataFrame:
