@@ -25,7 +25,7 @@ from jaxsteer.files import stable_id
 from jaxsteer.generation import engine, stepwise
 from jaxsteer.generation.decode import Decoding, Sampling
 from jaxsteer.generation.requests import Reply, Request, shared_lengths
-from jaxsteer.judges.labels import label
+from jaxsteer.judges.verdicts import label
 from jaxsteer.model import chat_model, sharding
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import (

@@ -31,8 +31,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.errors import UserError
 from jaxsteer.evidence import controls, outcomes, reliability
 from jaxsteer.evidence.outcomes import Labels
-from jaxsteer.judges.labels import judges_of_harm, judges_of_refusal
-from jaxsteer.judges.verdicts import text_hashes
+from jaxsteer.judges.verdicts import judges_of_harm, judges_of_refusal, text_hashes
 from jaxsteer.study.conditions import resolve_layers, unsteered_twin
 from jaxsteer.study.results import Add, Condition, Count, Part, Results
 from jaxsteer.study.spec import TestSpec
@@ -339,7 +338,7 @@ class Counting:
     def _deciding(self, test: TestSpec) -> list[str]:
         """Judges that were run and whose verdict can give a reply the outcome or take it away.
 
-        `labels.decide` has the rule. Where such a judge has seen only some of the rows, the rate
+        `verdicts.decide` has the rule. Where such a judge has seen only some of the rows, the rate
         would mix two instruments; a judge that has seen no reply to such prompts is not about them.
         """
         rows = self.found.rows.filter(family=test.prompts)["row_id"]

@@ -22,7 +22,7 @@ from jaxsteer import stats
 from jaxsteer.data.prompts import Kind
 from jaxsteer.errors import UserError
 from jaxsteer.files import frame, read_table
-from jaxsteer.judges.labels import votes_table
+from jaxsteer.judges.verdicts import votes_table
 from jaxsteer.study.impact import FILE, SCHEMA, untouched
 from jaxsteer.study.results import Count, Part, Results
 from jaxsteer.words import counted, p_equals, points, signed

@@ -36,9 +36,17 @@ import polars as pl
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import one_at_a_time, sha256_bytes, write_text
-from jaxsteer.judges import labels
-from jaxsteer.judges.labels import label_table, votes_table
-from jaxsteer.judges.verdicts import Finding, Findings, JudgeRecord, Store, response_sha256
+from jaxsteer.judges.verdicts import (
+    Finding,
+    Findings,
+    JudgeRecord,
+    Store,
+    judges_of_harm,
+    judges_of_refusal,
+    label_table,
+    response_sha256,
+    votes_table,
+)
 from jaxsteer.stats import kappa
 from jaxsteer.words import plain
 
@@ -255,10 +263,10 @@ Rows = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 def _questions(verdicts: Mapping[str, pl.DataFrame]) -> dict[Question, dict[str, pl.Expr]]:
     """For each question, the judges that answer it, and their yes over the votes."""
-    human, harm = pl.col("human"), labels.judges_of_harm(verdicts)
+    human, harm = pl.col("human"), judges_of_harm(verdicts)
     return {
         "refusal": {"keyword": pl.col("keyword")}
-        | {name: harm[name] == "refusal" for name in labels.judges_of_refusal(verdicts)}
+        | {name: harm[name] == "refusal" for name in judges_of_refusal(verdicts)}
         | {"human": human == "refusal"},
         "harmful": {name: says == "harmful" for name, says in harm.items()}
         | {"human": human == "bypass"},
@@ -299,7 +307,7 @@ def agreements(responses: pl.DataFrame, verdicts: Mapping[str, pl.DataFrame]) ->
     """Compare every pair of judges on every question they share, where both scored a row.
 
     Args:
-      responses: row_id, kind, response, label (see `labels.votes_table`).
+      responses: row_id, kind, response, label (see `verdicts.votes_table`).
       verdicts: by judge name, as `verdicts.read_all` returns them.
     """
     votes = votes_table(responses, verdicts)

@@ -38,9 +38,8 @@ from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.requests import BUCKETS
 from jaxsteer.judges import rules
-from jaxsteer.judges.labels import OTHERS
 from jaxsteer.judges.rubrics import filled
-from jaxsteer.judges.verdicts import Finding, Findings, Item, JudgeRecord
+from jaxsteer.judges.verdicts import OTHERS, Finding, Findings, Item, JudgeRecord
 from jaxsteer.model import chat_model
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.tokenizer import with_broken_tokens

@@ -41,8 +41,6 @@ import unicodedata
 from collections import Counter
 from itertools import pairwise
 
-from jaxsteer.judges.verdicts import Finding, JudgeRecord
-
 # -- Thinking --------------------------------------------------------------------------------------
 
 THINKING_VERSION = "1"
@@ -240,17 +238,6 @@ LIMITS_OF_HELP: dict[str, re.Pattern[str]] = {
         r"harmful|unethical|never|a crime))",
     }.items()
 }
-KEYWORD = JudgeRecord(
-    name="keyword",
-    version="3",
-    settings={
-        "patterns": {name: pattern.pattern for name, pattern in PATTERNS.items()},
-        "limits": {name: pattern.pattern for name, pattern in LIMITS_OF_HELP.items()},
-        "enough": ENOUGH,
-        "window": WINDOW,
-        "thinking": THINKING_VERSION,
-    },
-)
 _QUOTES = str.maketrans("\u2018\u2019\u02bc\u201c\u201d\u00ab\u00bb", '\'\'\'""""')
 _QUOTED = re.compile(r'"[^"]*(?:"|$)')
 
@@ -308,12 +295,6 @@ def is_refusal(text: str) -> bool:
     return matched(text) is not None
 
 
-def refusal_finding(text: str) -> Finding:
-    """The verdict on a reply: `refusal` with the pattern's name as reason, or `other`."""
-    name = matched(text) or ""
-    return Finding(score=float(bool(name)), verdict="refusal" if name else "other", reason=name)
-
-
 # -- Broken text -----------------------------------------------------------------------------------
 
 # A word is a run of letters or of digits; in scripts without spaces, each character is a word.
@@ -358,11 +339,6 @@ class Limits:
 
 
 LIMITS = Limits()
-DEGENERATE = JudgeRecord(
-    name="degenerate",
-    version="2",
-    settings={"limits": dataclasses.asdict(LIMITS), "thinking": THINKING_VERSION},
-)
 
 
 def reasons(text: str) -> list[str]:
@@ -467,14 +443,3 @@ def _changes(scripts: list[str]) -> float:
 def is_degenerate(text: str) -> bool:
     """Whether any reason holds."""
     return bool(reasons(text))
-
-
-def degenerate_finding(text: str) -> Finding:
-    """The verdict on a reply: `degenerate` with the reasons, or `fluent`."""
-    found = reasons(text)
-    verdict = "degenerate" if found else "fluent"
-    return Finding(score=float(bool(found)), verdict=verdict, reason="; ".join(found))
-
-
-# The versioned name of each rule, as labels carry it.
-VERSIONS = {"keyword": KEYWORD.label, "degenerate": DEGENERATE.label, "thinking": THINKING}

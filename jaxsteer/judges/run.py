@@ -22,10 +22,9 @@ import polars as pl
 
 from jaxsteer.data import prompts
 from jaxsteer.errors import UserError
-from jaxsteer.judges import local, rubrics, rules, verdicts
+from jaxsteer.judges import local, rubrics, verdicts
 from jaxsteer.judges.client import Client, Endpoint
-from jaxsteer.judges.labels import label_table
-from jaxsteer.judges.verdicts import About, Finding, Findings, Item, JudgeRecord, Store
+from jaxsteer.judges.verdicts import About, Finding, Findings, Item, JudgeRecord, Store, label_table
 from jaxsteer.model import sharding
 from jaxsteer.words import Progress
 
@@ -201,8 +200,8 @@ def _by_rubric(asked: rubrics.Rubric, options: Options) -> tuple[JudgeRecord, Ju
 
 # How each judge but the local ones is made ready, in the order in which they run.
 JUDGES: dict[str, Callable[[Options], tuple[JudgeRecord, Judge]]] = {
-    "keyword": lambda options: _by_rule(rules.KEYWORD, rules.refusal_finding),
-    "degenerate": lambda options: _by_rule(rules.DEGENERATE, rules.degenerate_finding),
+    "keyword": lambda options: _by_rule(verdicts.KEYWORD, verdicts.refusal_finding),
+    "degenerate": lambda options: _by_rule(verdicts.DEGENERATE, verdicts.degenerate_finding),
     "strongreject-rubric": lambda o: _by_rubric(rubrics.strongreject(o.rubric), o),
     "coherence": lambda options: _by_rubric(rubrics.coherence(), options),
     "leakage": lambda options: _by_rubric(rubrics.leakage(), options),

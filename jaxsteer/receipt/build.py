@@ -27,8 +27,7 @@ from jaxsteer.evidence.outcomes import Labels, impacts
 from jaxsteer.evidence.reliability import Measurements
 from jaxsteer.files import locked, sha256_bytes, sha256_file, sha256_json, write_text
 from jaxsteer.judges.human import agreements
-from jaxsteer.judges.labels import LABELS
-from jaxsteer.judges.verdicts import provenance, response_sha256, text_hashes
+from jaxsteer.judges.verdicts import LABELS, provenance, response_sha256, text_hashes
 from jaxsteer.receipt import page, statement
 from jaxsteer.receipt.statement import Statement
 from jaxsteer.study import impact, prepare, results

@@ -22,8 +22,7 @@ from jaxsteer.evidence.comparisons import Counted
 from jaxsteer.evidence.outcomes import answers
 from jaxsteer.files import sha256_bytes, sha256_file
 from jaxsteer.judges import rules
-from jaxsteer.judges.labels import label
-from jaxsteer.judges.verdicts import text_hashes
+from jaxsteer.judges.verdicts import DEGENERATE, KEYWORD, label, text_hashes
 from jaxsteer.receipt import build, page, statement
 from jaxsteer.receipt.statement import Predicate, Statement
 from jaxsteer.study import results
@@ -296,8 +295,8 @@ def _model(p: Predicate, folder: Path | None, mesh: str | None) -> Iterator[Chec
 
 # Judges that need no model, by name: version, the verdict that they look for, and the rule.
 RULES = {
-    rules.KEYWORD.name: (rules.KEYWORD.label, "refusal", rules.is_refusal),
-    rules.DEGENERATE.name: (rules.DEGENERATE.label, "degenerate", rules.is_degenerate),
+    KEYWORD.name: (KEYWORD.label, "refusal", rules.is_refusal),
+    DEGENERATE.name: (DEGENERATE.label, "degenerate", rules.is_degenerate),
 }
 
 

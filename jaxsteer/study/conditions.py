@@ -28,7 +28,7 @@ from jaxsteer.files import sha256_bytes, stable_id
 from jaxsteer.generation import engine
 from jaxsteer.generation.engine import Reply, Request
 from jaxsteer.generation.requests import shared_lengths
-from jaxsteer.judges.labels import label
+from jaxsteer.judges.verdicts import label
 from jaxsteer.model import interventions
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Layers

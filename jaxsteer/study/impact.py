@@ -30,7 +30,7 @@ from jaxsteer.files import write_table
 from jaxsteer.generation import engine
 from jaxsteer.generation.decode import Decoding
 from jaxsteer.generation.requests import Request, grouped
-from jaxsteer.judges.labels import is_right
+from jaxsteer.judges.verdicts import is_right
 from jaxsteer.model import decoder
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions

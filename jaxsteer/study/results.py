@@ -49,8 +49,7 @@ from jaxsteer.files import (
     table_bytes,
     write_json,
 )
-from jaxsteer.judges.labels import LABELS, label_table
-from jaxsteer.judges.verdicts import read_all
+from jaxsteer.judges.verdicts import LABELS, label_table, read_all
 from jaxsteer.model.chat_model import ChatModel
 from jaxsteer.model.interventions import Interventions, Scope, Tap
 from jaxsteer.stats import wilson

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxsteer.evidence import claims
-from jaxsteer.judges.labels import LABELS
+from jaxsteer.judges.verdicts import LABELS
 from jaxsteer.study import spec
 from jaxsteer.study.results import Add, Condition, Project
 from tests.evidence import worlds

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxsteer.judges import rules
+from jaxsteer.judges.verdicts import DEGENERATE, KEYWORD
 from jaxsteer.stats import wilson
 
 Part = Literal["tune", "held-out"]
@@ -100,8 +101,8 @@ def measure(
 def measured() -> dict[tuple[str, Part], Figures]:
     """Figures of both judges on both parts."""
     judges: dict[str, tuple[Callable[[str], bool], Callable[[Example], bool]]] = {
-        rules.KEYWORD.label: (rules.is_refusal, lambda example: example.refusal),
-        rules.DEGENERATE.label: (rules.is_degenerate, lambda example: example.degenerate),
+        KEYWORD.label: (rules.is_refusal, lambda example: example.refusal),
+        DEGENERATE.label: (rules.is_degenerate, lambda example: example.degenerate),
     }
     return {
         (name, part): measure(judge, truth, [e for e in examples() if e.part == part])
@@ -133,8 +134,8 @@ def wrong() -> list[str]:
     for example in examples():
         refused, broken = rules.is_refusal(example.text), rules.is_degenerate(example.text)
         for name, said, true in (
-            (rules.KEYWORD.label, refused, example.refusal),
-            (rules.DEGENERATE.label, broken, example.degenerate),
+            (KEYWORD.label, refused, example.refusal),
+            (DEGENERATE.label, broken, example.degenerate),
         ):
             if said != true:
                 what = "false alarm" if said else "missed"

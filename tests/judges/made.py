@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from jaxsteer.data import prompts as data
-from jaxsteer.judges.labels import label
+from jaxsteer.judges.verdicts import label
 
 REPLIES = [
     "Boil the lentils for twenty minutes and salt them at the end.",

@@ -6,7 +6,7 @@ import pytest
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from jaxsteer.judges.human import agreements
-from tests.judges.test_labels import responses, table
+from tests.judges.test_verdicts_labels import responses, table
 
 
 def study(n: int, rng: np.random.Generator):

@@ -20,8 +20,7 @@ from jaxsteer.directions.direction import Direction
 from jaxsteer.directions.extraction import Refusal, Trait
 from jaxsteer.evidence import reliability
 from jaxsteer.files import canonical_json, sha256_bytes
-from jaxsteer.judges import rules
-from jaxsteer.judges.verdicts import SCHEMA
+from jaxsteer.judges.verdicts import DEGENERATE, KEYWORD, SCHEMA
 from jaxsteer.study import results
 from jaxsteer.study.conditions import resolve_layers
 from jaxsteer.study.spec import (
@@ -220,9 +219,10 @@ def rows(
         for family, n in [(each.name, each.n) for each in study.prompts][: 1 + condition["benign"]]:
             for i in range(n):
                 given = label(condition["name"], family, i)
-                judge = {"refusal": rules.KEYWORD.label, "degenerate": rules.DEGENERATE.label}.get(
-                    given, ""
-                )
+                judge = {
+                    "refusal": KEYWORD.label,
+                    "degenerate": DEGENERATE.label,
+                }.get(given, "")
                 prompt = pinned(family)[i].id
                 lines.append(
                     {

@@ -12,8 +12,7 @@ import pytest
 
 from jaxsteer.errors import UserError
 from jaxsteer.files import sha256_bytes
-from jaxsteer.judges import rules
-from jaxsteer.judges.verdicts import SCHEMA
+from jaxsteer.judges.verdicts import DEGENERATE, KEYWORD, SCHEMA
 from jaxsteer.receipt import build, page, statement, verify
 from jaxsteer.study import results
 from tests.receipt import made
@@ -181,8 +180,8 @@ LABELLED = "labels that need no model follow from the replies"
     ("was", "label", "judge"),
     [
         ("refusal", "complied-unscored", ""),
-        ("complied-unscored", "refusal", rules.KEYWORD.label),
-        ("complied-unscored", "degenerate", rules.DEGENERATE.label),
+        ("complied-unscored", "refusal", KEYWORD.label),
+        ("complied-unscored", "degenerate", DEGENERATE.label),
         ("complied-unscored", "bypass", ""),
         ("complied-unscored", "benign-answer", "llama-guard-1"),
     ],
@@ -210,7 +209,7 @@ def test_labels_of_another_version_of_a_rule_are_said_to_be_unchecked(copied):
 def test_a_verdict_that_does_not_follow_from_its_reply_is_found(copied):
     frame = pl.read_parquet(copied / "responses.parquet")
     verdicts = made.guard(frame).with_columns(
-        judge=pl.lit(rules.KEYWORD.label),
+        judge=pl.lit(KEYWORD.label),
         verdict=pl.when(frame["label"] == "refusal")
         .then(pl.lit("refusal"))
         .otherwise(pl.lit("other")),

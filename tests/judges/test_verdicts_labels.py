@@ -6,16 +6,17 @@ import polars as pl
 import pytest
 
 from jaxsteer.data.prompts import questions
-from jaxsteer.judges.labels import (
+from jaxsteer.judges.verdicts import (
+    SCHEMA,
     Votes,
     decide,
     is_right,
     judges_of_refusal,
     label,
     label_table,
+    response_sha256,
     votes_table,
 )
-from jaxsteer.judges.verdicts import SCHEMA, response_sha256
 from jaxsteer.study.results import relabelled
 
 MAYBE = (None, False, True)
