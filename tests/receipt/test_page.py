@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 
@@ -15,6 +14,7 @@ import msgspec
 import pytest
 
 from jaxsteer.receipt import build, page, statement
+from tests.notebooks.browser import chromium_path
 from tests.receipt import made
 
 HOSTILE = (
@@ -285,9 +285,9 @@ def test_a_long_table_says_how_much_it_leaves_out(finished):
     assert f"{len(claims) - page.MOST} more in receipt.json" in shown
 
 
+@pytest.mark.slow
 def test_it_prints_on_two_pages_of_a4(finished, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert browser, "the page is printed with Chromium: apt-get install chromium"
+    browser = chromium_path()
     target = tmp_path / "receipt.pdf"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
     command += [f"--user-data-dir={tmp_path}/profile", f"--print-to-pdf={target}"]
