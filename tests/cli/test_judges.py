@@ -119,6 +119,7 @@ def test_a_stored_reason_cannot_drive_the_terminal(results):
     assert r"unscored 1: \x1b[31mred\x07 \x202eback" in said
 
 
+@pytest.mark.slow
 def test_the_summary_follows_the_first_judge_when_the_second_fails(tmp_path):
     folder = study_made.folder(tmp_path / "results")
     # Labelled as refusals by the run, and none to the judge.
@@ -139,6 +140,7 @@ def refused(folder: Path) -> dict[str, float]:
     return {e["condition"]: e["refusal"] for e in summary if e["family"] == "strongreject"}
 
 
+@pytest.mark.slow
 def test_llama_guard_judges_from_a_converted_checkpoint(results, tmp_path):
     hf = tiny_guard.save(tmp_path / "hf", teach=False)
     model = convert(hf, tmp_path / "guard", "float32")

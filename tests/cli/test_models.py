@@ -173,6 +173,7 @@ def test_a_seed_of_more_than_32_bits_is_refused_before_a_model_is_loaded(tmp_pat
     assert "Invalid value for '--seed'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_extracting_is_one_line_and_keeps_the_old_file(model, vectors):
     held = vectors.read_bytes()
     said = bad("extract", "evil", "--model", model, "--out", vectors, file_limit=1000)

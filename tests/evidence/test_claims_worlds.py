@@ -29,7 +29,13 @@ def judged(name: str, world: World) -> dict[str, claims.Claim]:
     return {claim.name: claim for claim in found if claim.name not in geometry}
 
 
-@pytest.mark.parametrize("name", WITH_CLAIMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "qwen2.5-7b-paper" else ())
+        for name in WITH_CLAIMS
+    ],
+)
 @given(st.lists(st.sampled_from(LABELS), min_size=2, max_size=2), st.integers(0, worlds.HARMFUL))
 @settings(max_examples=3, deadline=None)
 @example(["refusal", "refusal"], 0)

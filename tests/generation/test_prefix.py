@@ -129,6 +129,7 @@ def test_a_plain_prefix_is_read_as_hf_reads_it_unsteered(rng, tmp_path):
             assert (reply.prompt["resid_post"].steered == len(request.own)).all()
 
 
+@pytest.mark.slow
 def test_a_prompt_read_block_by_block_is_continued_as_hf_continues_it(hf, model, rng):
     long, system = rng.integers(3, 60, 420).tolist(), rng.integers(3, 60, 300).tolist()
     prompts, made = [long, [*system, 7, 8], [*system, 9]], conditions(model, rng)[:2]

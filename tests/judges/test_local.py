@@ -109,6 +109,7 @@ def test_the_guards_prompts_scores_verdicts_and_reasons_are_hf_transformers(guar
     assert seen == {"safe", "unsafe"}
 
 
+@pytest.mark.slow
 def test_a_finding_does_not_change_with_its_neighbours(guard):
     together = findings(guard, items())
     for item in items()[3:6]:
@@ -198,7 +199,12 @@ def asked_as_published(name: str, tokenizer, item: Item) -> str:
     return TEXTS[name].format(**fields, response=reply, generation=reply)
 
 
-@pytest.fixture(scope="module", params=list(TEXTS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name == "wildguard" else pytest.mark.slow) for name in TEXTS
+    ],
+)
 def published(request, tmp_path_factory):
     """A shipped judge on a small model of its family, and tokenizer and model on torch."""
     name, base = request.param, tmp_path_factory.mktemp(request.param)

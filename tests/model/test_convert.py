@@ -433,6 +433,7 @@ convert(large, out / "made", "float32")
 """
 
 
+@pytest.mark.slow
 def test_conversion_needs_the_output_and_little_more(copy, tmp_path):
     large = tmp_path / "large"
     shutil.copytree(copy, large)

@@ -92,6 +92,7 @@ def test_nothing_went_wrong_in_the_console_or_a_cell(reader: Reader):
     assert reader.errors == []
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_script_in_a_process_of_its_own(folder):
     done = script.process(NOTEBOOK, "--results", folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

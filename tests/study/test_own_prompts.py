@@ -214,6 +214,7 @@ def with_texts(folder):
     )
 
 
+@pytest.mark.slow
 def test_texts_beside_the_study_are_read_whole_and_versioned_by_their_hash(model, tmp_path):
     study = spec.load(with_texts(tmp_path))
     mine, other = study.selection.policies
@@ -262,6 +263,7 @@ def test_a_text_that_cannot_be_read_is_named_with_the_line_of_the_study(
 # -- A new study, and all that is wrong with one ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_new_study_has_nothing_wrong_and_runs_as_it_is(model, tmp_path):
     path = spec.new(tmp_path / "mine")
     assert run.check(path, model) == []

@@ -205,12 +205,13 @@ def test_an_unknown_study_lists_the_shipped_ones():
         spec.load("nosuch")
 
 
-def test_mutated_studies_are_read_or_refused_in_one_line_never_a_traceback(tmp_path, rng):
-    # 600 random edits: bytes flipped, lines dropped, doubled and swapped.
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_mutated_studies_are_read_or_refused_in_one_line_never_a_traceback(count, tmp_path, rng):
+    # Random edits: bytes flipped, lines dropped, doubled and swapped.
     path = tmp_path / "fuzz.toml"
     lines = DEMO.encode().splitlines(keepends=True)
     refused = 0
-    for _ in range(600):
+    for _ in range(count):
         mutated = list(lines)
         kind, at = int(rng.integers(4)), int(rng.integers(len(mutated)))
         if kind == 0:
@@ -230,4 +231,4 @@ def test_mutated_studies_are_read_or_refused_in_one_line_never_a_traceback(tmp_p
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
-    assert 100 < refused < 600
+    assert count // 6 < refused < count
