@@ -12,9 +12,10 @@ from html.parser import HTMLParser
 
 import msgspec
 import pytest
+from playwright.sync_api import sync_playwright
 
 from jaxsteer.receipt import build, page, statement
-from tests.notebooks.browser import chromium_path
+from tests.notebooks.browser import FLAGS, chromium_path
 from tests.receipt import made
 
 HOSTILE = (
@@ -297,3 +298,14 @@ def test_it_prints_on_two_pages_of_a4(finished, tmp_path):
     assert len(pages) in (1, 2)
     [left, bottom, right, top] = map(float, re.search(rb"/MediaBox\s*\[([^\]]+)\]", pdf)[1].split())
     assert (right - left, top - bottom) == pytest.approx((595, 842), abs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 900])
+def test_it_fits_the_width_of_its_window(width, finished):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=list(FLAGS))
+        opened = browser.new_page(viewport={"width": width, "height": 800})
+        opened.goto((finished / build.HTML).as_uri())
+        assert opened.evaluate("document.documentElement.scrollWidth") == width
+        browser.close()
