@@ -12,7 +12,8 @@
                       +------------------  rows that ended  --emit-->  replies
 
 That is one loop, and iterating over `run` drives it. A CPU runs two of them in threads, each with
-half of the rows (`interleave`). All sizes follow from the whole list of rows, never from which are
+half of the rows (`interleave`). A few rows with long prompts run apart from all others, since their
+caches are longer (`by_length`). All sizes follow from the whole list of rows, never from which are
 left or run beside each other, so an interrupted run continues with the same programs and ends in
 the same results.
 """
@@ -44,6 +45,8 @@ from jaxsteer.model.interventions import Interventions
 SLOT_MULTIPLE = 16
 # Fewest slots of one of two loops.
 LEAST_SLOTS = 16
+# So many slots less to read, over all rows and steps, are worth another decode program on a CPU.
+WORTH_COMPILING = 2**21
 # Slots that read a long prefix together.
 NEIGHBOURS = 4
 
@@ -149,8 +152,7 @@ def run(
     limit = model.config.max_position - decoding.max_new_tokens
     _check(requests, limit)
     check_memory(model, requests, decoding.max_new_tokens, batch)
-    todo = [i for i in range(len(requests)) if i not in skip]
-    if not todo:
+    if set(skip) >= set(range(len(requests))):
         return
     prompts = layer_sharing.with_prefixes(
         Prompts(
@@ -162,25 +164,45 @@ def run(
         )
     )
     data = sharding.data_size(model.mesh)
-    batch = fitted(batch, len(requests), data)
-    count = count_loops(batch, model.params)
-    length, group = _sizes(requests, decoding.max_new_tokens, batch // count // data)
-    job = _Job(
-        prompts=prompts,
-        decoding=decoding,
-        sampling=sampling or Sampling(),
-        slots=batch // count,
-        cache_slots=length,
-        group=group,
-    )
-    # An interrupted run may have few rows left: an empty slot costs as much as a full one.
-    shares = _shares(prompts, todo, min(count, -(-len(todo) // job.slots)))
-    running = interleave([_loop(job, rows) for rows in shares])
-    with contextlib.closing(running):
-        for replies in running:
-            heed_stop()
-            if replies:
-                yield replies
+    # An accelerator compiles for longer, and reads a cache in less time.
+    few = batch // 4 if count_loops(batch, model.params) > 1 else 0
+    for rows in by_length(prompts, decoding.max_new_tokens, few):
+        fits = fitted(batch, len(rows), data)
+        count = count_loops(fits, model.params)
+        asked = [requests[i] for i in rows]
+        length, group = _sizes(asked, decoding.max_new_tokens, fits // count // data)
+        job = _Job(
+            prompts=prompts,
+            decoding=decoding,
+            sampling=sampling or Sampling(),
+            slots=fits // count,
+            cache_slots=length,
+            group=group,
+        )
+        left = [i for i in rows if i not in skip]
+        # An interrupted run may have few rows left: an empty slot costs as much as a full one.
+        shares = _shares(prompts, left, min(count, -(-len(left) // job.slots) or 1))
+        with contextlib.closing(interleave([_loop(job, share) for share in shares])) as running:
+            yield from filter(None, running)
+
+
+def by_length(prompts: Prompts, new_tokens: int, few: int) -> list[list[int]]:
+    """All rows; or in two parts, if a few with long prompts would slow all others too much.
+
+    A step reads every slot of a cache, so the longest prompt decides how long a step takes. The
+    rows of a packed sequence stay together: the longest of its prompts decides their part.
+
+    Args:
+      prompts: the prompts of a run.
+      new_tokens: most tokens of a reply.
+      few: most rows of the part with the longer prompts.
+    """
+    longest = [np.bincount(ids[ids > 0]).max() for ids in prompts.packed.segment_ids]
+    slots = [cache_slots(int(longest[n]), new_tokens) for n in prompts.packed.sequence]
+    # Enough for all but a few: for all but one of [48, 224, 48, 48] it is 48.
+    bound = sorted(slots)[-1 - min(few, len(slots) - 1)]
+    pays = (max(slots) - bound) * new_tokens * len(slots) >= WORTH_COMPILING
+    return list(grouped(range(len(slots)), lambda row: pays and slots[row] > bound).values())
 
 
 def _sizes(requests: Sequence[Request], new_tokens: int, slots: int) -> tuple[int, int]:
@@ -281,6 +303,7 @@ def _loop(job: _Job, rows: Sequence[int]) -> Loop:
     asked = np.zeros(job.slots // job.group, np.int32)
     prefixes: Past | None = None
     while True:
+        heed_stop()
         if len(occupied) < job.slots and batch is None:
             batch, waiting = next(unread, (None, []))
         seats = _seats(job, occupied, waiting)

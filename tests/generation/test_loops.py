@@ -116,6 +116,52 @@ def test_a_row_has_the_same_bits_in_either_loop(model, rng):
                 np.testing.assert_array_equal(x, y)
 
 
+def of_lengths(model, lengths, *, skip=()):
+    requests = [
+        Request(tokens=[5 + n % 30, 9, *[8] * (length - 2)], row_id=n)
+        for n, length in enumerate(lengths)
+    ]
+    decoding = Decoding(max_new_tokens=20, eos=(3, 11, 22, 40), keep_logits=True)
+    return by_index(engine.run(model, requests, None, decoding, batch=BATCH, skip=skip))
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """Rows and length of the caches that were decoded with."""
+    seen: set[tuple[int, int]] = set()
+    advance = decode.advance
+
+    def seeing(*given):
+        keys = given[3].cache[0][0]
+        seen.add((keys.shape[0], keys.shape[2]))
+        return advance(*given)
+
+    monkeypatch.setattr(decode, "advance", seeing)
+    return seen
+
+
+def test_a_few_long_prompts_decode_apart_in_longer_caches(model, monkeypatch, caches):
+    monkeypatch.setattr(engine, "WORTH_COMPILING", 1)
+    lengths = [8] * 60 + [122] * 8
+    apart = of_lengths(model, lengths)
+    assert caches == {(16, 32), (8, 160)}
+    caches.clear()
+    # A quarter of the slots is a few; nine rows are more.
+    of_lengths(model, [8] * 60 + [122] * 9)
+    assert caches == {(16, 160)}
+    # Which rows are left decides nothing: not in which part a row is, and not one bit of it.
+    for skip in (set(range(60)), set(range(30, 68)), set(range(0, 68, 2))):
+        left = of_lengths(model, lengths, skip=skip)
+        assert left.keys() == set(range(68)) - skip
+        for index, reply in left.items():
+            np.testing.assert_array_equal(reply.logits, apart[index].logits)
+
+
+def test_rows_stay_together_where_apart_saves_less_than_it_compiles(model, caches):
+    assert len(of_lengths(model, [8] * 60 + [122] * 8)) == 68
+    assert caches == {(16, 160)}
+
+
 def test_rows_that_all_end_at_once_are_followed_by_the_next(model, rng, threads):
     assert len(by_index(run(model, rng, new=2, eos=(63,)))) == 90
     # 32 slots hold 90 rows in three turns. How the two loops share them depends on their speed.
